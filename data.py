@@ -1,0 +1,536 @@
+"""Data sets of the three papers, the same images in the same order on any number of devices.
+
+Chen et al. 2021 (arXiv 2106.01548): ImageNet with "Inception-style" preprocessing (Table 8), class-balanced
+fractions (§5.1). `shapes` is built in: 12 silhouettes at 32×32, nothing downloaded, made so that a linear
+model fails, a small ResNet solves it and a small ViT is in between.
+
+Choices:
+- A loader yields micro-batches, (uint8 images (m, 3, H, W), int64 labels (m,)); float conversion and
+  normalisation happen on the device. The unit that a worker prepares is one micro-batch.
+- Which images form step t and how image i of epoch e is augmented depends on (seed, e, i) alone: not on
+  workers, processes or interruptions. The incomplete last batch of an epoch is dropped.
+- Evaluation takes every image exactly once, split over the processes by stride.
+- Inception-style is a crop of 5-100 % of the area (not torchvision's 8 %), aspect 3/4-4/3, bilinear without
+  antialiasing, and a flip, as in the authors' public code. Evaluation resizes the short side to 256/224 of the
+  size and crops the centre; there the authors' area filter is replaced by antialiased bilinear.
+- EXIF orientation is applied: a label belongs to the upright image.
+
+    python data.py                    sizes and speed of `shapes` (10 s)
+    python data.py sheet              contact sheet of `shapes` as shapes.png
+Shape letters: N images, m of a micro-batch, H height, W width.
+"""
+import argparse
+import os
+import signal
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.transforms import v2
+from torchvision.utils import save_image
+
+
+# ---- shapes: a data set without a download -------------------------------------------------------
+#
+# Twelve light silhouettes on dark ground: moved, scaled, stretched, turned (at most 25°, so that no
+# class becomes another), striped, partly covered, unevenly lit, noisy. Under such shifts templates
+# fail, and equal areas hide the rest from a linear model; the outlines are left, which convolutions
+# find from few images. Trained on 8,000 for 12 epochs (AdamW 2e-3), on validation images: linear
+# 22 %, a ViT of width 96, depth 4 and patch 8 79 to 81 %, a ResNet of 16 M multiply-adds 99.9 %.
+#
+# Every pixel is a function of (seed, index, size) alone, with the same bits on every machine. The
+# generator counts: nothing is drawn in sequence. The pixels need only operations that IEEE 754
+# rounds exactly (+ - * / sqrt floor abs min max, comparisons), one element at a time, in float32.
+# So there is no sin, exp or power (the math library decides their last bit) and no sum over an axis
+# or matrix product (their order varies): angles are rational points of the circle, waves are
+# polynomials, vertices are literals; and numpy, because torch may fuse a multiply and an add. (A
+# constant stands in np.float32() where NumPy 1, unlike NumPy 2, would go on in float64.)
+
+SHAPES_CLASSES = ("disc", "square", "triangle", "star", "plus", "crescent", "heart", "arrow",
+                  "L", "T", "Z", "bolt")
+
+# Outlines in units of the half-size, x to the right and y up; the heart's is a square below two
+# discs, see _distance. All have about the area 1.75 and the centroid 0: with the outlines merely
+# drawn into a box, brightness and its centre gave a linear model 29 %.
+_OUTLINES = {
+    "square": ((-.66, -.66), (.66, -.66), (.66, .66), (-.66, .66)),
+    "triangle": ((-1, -.58), (1, -.58), (0, 1.16)),
+    "star": ((0, 1.15), (-.306, .421), (-1.094, .355), (-.495, -.161), (-.676, -.93),
+             (0, -.52), (.676, -.93), (.495, -.161), (1.094, .355), (.306, .421)),
+    "plus": ((-.25, -1), (.25, -1), (.25, -.25), (1, -.25), (1, .25), (.25, .25),
+             (.25, 1), (-.25, 1), (-.25, .25), (-1, .25), (-1, -.25), (-.25, -.25)),
+    "heart": ((0, -.92), (.7, -.22), (0, .48), (-.7, -.22)),
+    "arrow": ((-1.07, -.33), (.03, -.33), (.03, -.95), (1.08, 0),
+              (.03, .95), (.03, .33), (-1.07, .33)),
+    "L": ((-.52, 1.21), (-.52, -.79), (.98, -.79), (.98, -.22), (.07, -.22), (.07, 1.21)),
+    "T": ((-.28, -1.26), (.28, -1.26), (.28, .19), (.88, .19),
+          (.88, .73), (-.88, .73), (-.88, .19), (-.28, .19)),
+    "Z": ((-.85, -.95), (.85, -.95), (.85, -.6), (-.35, -.6), (.85, .6),
+          (.85, .95), (-.85, .95), (-.85, .6), (.35, .6), (-.85, -.6)),
+    "bolt": ((-.34, .88), (.66, .88), (.29, .12), (.89, .12), (-.4, -1.45), (-.07, -.54),
+             (-.75, -.54)),
+}
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)     # splitmix64's increment, 2^64 / golden ratio
+_DRAWS = 64                                 # counters 0 … 63 are an image's parameters, then noise
+
+
+def _mix(z):
+    """splitmix64's finalizer, a bijection of uint64 arrays (Steele, Lea, Flood, OOPSLA 2014)."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _bits(keys, start, stop):
+    """Outputs start … stop - 1 of splitmix64 from each key, (N,) -> (N, stop - start) uint64."""
+    return _mix(keys[:, None] + np.arange(start + 1, stop + 1, dtype=np.uint64) * _GOLDEN)
+
+
+def _distance(name, x, y):
+    """Signed distance from points (x, y) to a silhouette of half-size 1, negative inside."""
+    def disc(cx, cy, radius):
+        return np.sqrt((x - cx) * (x - cx) + (y - cy) * (y - cy)) - radius
+
+    if name == "disc":
+        return disc(0, 0, .746)
+    if name == "crescent":
+        return np.maximum(disc(.41, 0, 1.06), -disc(.94, 0, .84))
+
+    squared, inside = np.inf, False
+    corners = np.array(_OUTLINES[name], dtype=np.float32)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0)):
+        ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
+        t = (px * ex + py * ey) * (np.float32(1) / (ex * ex + ey * ey))
+        t = np.minimum(np.maximum(t, 0), 1)                 # nearest point of the edge: a + t e
+        qx, qy = px - t * ex, py - t * ey
+        squared = np.minimum(squared, qx * qx + qy * qy)
+        # even-odd rule: inside, a ray to the right crosses an odd number of edges
+        inside ^= ((y >= ay) != (y >= by)) & ((ey * px < ex * py) == (ey > 0))
+    distance = np.sqrt(squared) * np.where(inside, np.float32(-1), np.float32(1))
+    if name == "heart":
+        distance = np.minimum(distance, np.minimum(disc(-.35, .13, .495), disc(.35, .13, .495)))
+    return distance
+
+
+def _render(name, keys, size):
+    """Images of one class, uint8 (N, 3, size, size), for keys (N,).
+
+    Lengths are in half-images, light in 0 … 1. An image's number is (N, 1, 1, 1), a colour
+    (N, 3, 1, 1), a plane (N, 1, size, size). Parameters are drawn in the order of the lines: a new
+    one goes last, or all that follow change.
+    """
+    draws = (_bits(keys, 0, _DRAWS) >> np.uint64(40)).astype(np.float32) * np.float32(2 ** -24)
+    draw = iter(draws.T[:, :, None, None, None])            # each in [0, 1), exact in float32
+    side = np.arange(size, dtype=np.float32)
+    side = (side * 2 + 1) / np.float32(size) - 1            # pixel centres
+    x, y = side[None, None, None, :], -side[None, None, :, None]
+
+    def uniform(low, high):
+        return low + (high - low) * next(draw)
+
+    def colour(level, chroma):                              # the mean of red, green, blue is level
+        r, g, b = uniform(-chroma, chroma), uniform(-chroma, chroma), uniform(-chroma, chroma)
+        return np.concatenate([r, g, b], axis=1) + (level - (r + g + b) / 3)
+
+    def frame(cx, cy, turn):                                # the pixels seen from (cx, cy), turned
+        u = uniform(-turn, turn)                            # by 2 atan(u)
+        cos, sin = (1 - u * u) / (1 + u * u), 2 * u / (1 + u * u)
+        return cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx)
+
+    def blend(first, second, cycles):                       # a grating of two colours
+        along = frame(0, 0, 1)[0] * (cycles / 2) + uniform(0, 1)
+        wave = np.abs((along - np.floor(along)) * 2 - 1)    # a triangle wave, smoothed below
+        return first + (second - first) * (wave * wave * (3 - 2 * wave))
+
+    def cover(canvas, paint, distance, opacity=1):          # where negative, soft over one pixel
+        alpha = np.minimum(np.maximum(np.float32(.5) - distance * np.float32(size / 2), 0), 1)
+        return canvas + (paint - canvas) * (alpha * opacity)
+
+    dark = uniform(.05, .2)
+    canvas = blend(colour(dark, .08), colour(dark + uniform(-.05, .1), .08), uniform(1, 4))
+
+    px, py = frame(uniform(-1, 1), uniform(-1, 1), 1)       # clutter behind: a dim ellipse
+    rx, ry = uniform(.15, .4), uniform(.15, .4)
+    ellipse = (np.sqrt(px * px / (rx * rx) + py * py / (ry * ry)) - 1) * np.minimum(rx, ry)
+    canvas = cover(canvas, colour(dark + uniform(.1, .3), .1), ellipse)
+
+    cx, cy, half = uniform(-.4, .4), uniform(-.4, .4), uniform(.42, .62)
+    px, py = frame(cx, cy, .2217)                           # tan(25° / 2)
+    aspect = uniform(.85, 1.15)
+    outline = _distance(name, px / (half * aspect), py * aspect / half) * half
+    light = dark + uniform(.6, .75)
+    canvas = cover(canvas, blend(colour(light, .1), colour(light, .1), uniform(1, 5)), outline)
+
+    # the occluder: a dim box over a part of the silhouette, in 0.4 of the images
+    reach = half * np.float32(.9)
+    px, py = frame(cx + reach * uniform(-1, 1), cy + reach * uniform(-1, 1), 1)
+    box = np.maximum(np.abs(px) - uniform(.06, .2), np.abs(py) - uniform(.06, .2))
+    present = (uniform(0, 1) < np.float32(.4)).astype(np.float32)
+    canvas = cover(canvas, colour(uniform(.05, .4), .1), box, present)
+
+    canvas = canvas * (uniform(.9, 1.1) * (1 + uniform(-.15, .15) * x + uniform(-.15, .15) * y))
+
+    # Noise of standard deviation 0.04 per pixel: the sum of four 16-bit uniforms has a standard
+    # deviation of 65536 / sqrt(3). Byte order permutes the four; their sum, exact, is the same.
+    noise = _bits(keys, _DRAWS, _DRAWS + 3 * size * size).view(np.uint16).astype(np.float32)
+    noise = noise.reshape(*canvas.shape, 4)
+    noise = noise[..., 0] + noise[..., 1] + noise[..., 2] + noise[..., 3] - np.float32(131070)
+    canvas = canvas + noise * np.float32(.04 / 37837.2)
+    return np.floor(np.minimum(np.maximum(canvas, 0), 1) * 255 + np.float32(.5)).astype(np.uint8)
+
+
+def shapes(indices, seed=0, size=32):
+    """Images and labels of the built-in data set, by global index.
+
+    indices: integers in 0 … 2^63 - 1, a sequence or array of shape (N,), any order; splits are
+    ranges that do not overlap. size: pixels per side; the same scene at every size, but noise
+    belongs to the pixels. Returns images, uint8 (N, 3, size, size), and labels, int64 (N,), into
+    SHAPES_CLASSES: index % 12. Some 8,000 images a second on one core, 200 at size 224.
+    Raises ValueError for a negative index.
+    """
+    indices = np.asarray(indices, dtype=np.int64).reshape(-1)
+    if (indices < 0).any():
+        raise ValueError(f"index {indices.min()} is negative; indices run from 0 to 2^63 - 1")
+    start = _mix(np.array([seed % 2 ** 64], dtype=np.uint64) + _GOLDEN)
+    keys = _mix(start + indices.astype(np.uint64) * _GOLDEN)
+    labels = indices % len(SHAPES_CLASSES)
+    images = np.empty((len(indices), 3, size, size), dtype=np.uint8)
+    step = max(1, 2 ** 14 // size ** 2)                     # 64 KiB a plane, for the cache
+    for label in np.unique(labels):                         # one outline at a time
+        chosen = np.flatnonzero(labels == label)
+        for i in range(0, len(chosen), step):
+            part = chosen[i:i + step]
+            images[part] = _render(SHAPES_CLASSES[label], keys[part], size)
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+# ------------------------------------------------------------------------------------------------ keys and order
+
+def key(*numbers: int) -> int:
+    """A 63-bit seed that depends on every one of the integers and on their order (splitmix64 of each in turn)."""
+    mask, state = 2 ** 64 - 1, 0
+    for number in numbers:
+        state = (state ^ (number & mask)) + 0x9E3779B97F4A7C15 & mask
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+class TrainOrder(torch.utils.data.Sampler):
+    """Yields, for each micro-batch of this process from step `start` to step `stop`, its (epoch, index) pairs.
+
+    Step t takes images [t·B, (t+1)·B) of its epoch's permutation of `n` images; its micro-batches go to the
+    processes in contiguous runs, so that micro-batch j of the step is the same whatever the number of processes.
+    """
+
+    def __init__(self, n, batch_size, micro_batch, seed, start, stop, rank=0, world=1):
+        self.n, self.batch_size, self.micro_batch, self.seed = n, batch_size, micro_batch, seed
+        self.start, self.stop, self.rank, self.world = start, stop, rank, world
+
+    def __len__(self):
+        return (self.stop - self.start) * self.batch_size // self.micro_batch // self.world
+
+    def __iter__(self):
+        epoch = None
+        for step in range(self.start, self.stop):
+            now, t = divmod(step, self.n // self.batch_size)
+            if now != epoch:
+                epoch = now
+                order = torch.randperm(self.n, generator=torch.Generator().manual_seed(key(self.seed, epoch)))
+            micros = order[t * self.batch_size:(t + 1) * self.batch_size].view(-1, self.micro_batch)
+            for micro in micros.chunk(self.world)[self.rank]:
+                yield [(epoch, i) for i in micro.tolist()]
+
+
+def loader(dataset, order, workers=0):
+    """DataLoader of whole (micro-)batches; `order` yields lists of (epoch, index). Iterate by `batches`."""
+    return torch.utils.data.DataLoader(
+        dataset, sampler=order, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_alone,
+        generator=torch.Generator(),  # its own: a loader draws a seed, which would move the run's random state
+        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+
+
+def evaluation_loader(dataset, batch_size, workers=0, rank=0, world=1):
+    """Every image of `dataset` once over all processes, in batches of `batch_size`."""
+    mine = range(rank, len(dataset), world)
+    order = [[(0, i) for i in mine[j:j + batch_size]] for j in range(0, len(mine), batch_size)]
+    return loader(dataset, order, workers)
+
+
+def batches(loader, tell=print):
+    """Iterates a loader. What a data set has to say (a truncated image) goes to `tell`, once; a DataError that a
+    worker met is raised here, without the traceback through processes that a DataLoader makes of it."""
+    told = set()
+    for item in loader:
+        if isinstance(item, DataError):
+            raise item
+        images, labels, notes = item
+        for note in notes:
+            if note not in told:
+                told.add(note)
+                tell(note)
+        yield images, labels
+
+
+def _leave_signals_alone(worker):
+    """Ctrl-C and SIGTERM reach every process of a job; the trainer answers them, its workers end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------------------------ data sets
+
+class DataError(Exception):
+    """Something about the data that only the user can set right; its text is one line that says what and how."""
+
+
+class Dataset(torch.utils.data.Dataset):
+    """What all data sets share. A subclass sets `labels` (N,) int64 and `classes` (names) and defines
+    `read(i) -> uint8 (3, H, W)`; `transform` (of torchvision v2, or None) makes that (3, size, size)."""
+
+    def __init__(self, labels, classes, transform, seed):
+        self.labels, self.classes, self.transform, self.seed = labels, classes, transform, seed
+        self.indices = torch.arange(len(labels))
+        self.notes = []
+
+    def __len__(self):
+        return len(self.indices)
+
+    def restrict(self, indices):
+        """Keeps only these images, in this order; returns self."""
+        self.indices = self.indices[indices]
+        return self
+
+    def __getitem__(self, pairs):
+        """A list of (epoch, index) -> (uint8 (m, 3, H, W), int64 (m,), notes), or the DataError that it met."""
+        where = self.indices[[i for _, i in pairs]]
+        self.notes = []
+        try:
+            return self.images(where, pairs), self.labels[where], self.notes
+        except DataError as error:
+            return error
+
+    def images(self, where, pairs):
+        images, generator = [], torch.default_generator
+        state = generator.get_state()
+        for i, (epoch, index) in zip(where.tolist(), pairs):
+            image = self.read(i)
+            if self.transform is not None:
+                # torchvision's transforms draw from the default generator: seeded for each image, so that its
+                # augmentation is the same whichever process or worker makes it.
+                generator.manual_seed(key(self.seed, epoch, index, 1))
+                image = self.transform(image)
+            images.append(image)
+        generator.set_state(state)
+        return torch.stack(images)
+
+
+class InMemory(Dataset):
+    """Images that fit into memory: `pixels` is uint8 (N, 3, H, W)."""
+
+    def __init__(self, pixels, labels, classes, transform=None, seed=0):
+        super().__init__(labels, classes, transform, seed)
+        self.pixels = pixels
+
+    def read(self, i):
+        return self.pixels[i]
+
+    def images(self, where, pairs):
+        return self.pixels[where] if self.transform is None else super().images(where, pairs)
+
+
+class ImageFolder(Dataset):
+    """`root` holds one folder for each class, with images (JPEG, PNG, WebP, GIF) at any depth below it.
+
+    classes: names that fix the numbering, for a validation folder; default: the folders' sorted names.
+    Raises DataError for a missing or empty folder, or a class that is not in `classes`. Files that are no images
+    are left out and named in `notice`, a line or None.
+    """
+    EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+
+    def __init__(self, root, transform, seed=0, classes=None):
+        self.root, self.notice = Path(root), None
+        folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+        if not folders:
+            loose = sum(e.name.lower().endswith(self.EXTENSIONS) for e in os.scandir(root))
+            raise DataError(f"{show(root)} has no class folders" + (
+                f" but {loose:,} images: move each into a folder named after its class" if loose else ""))
+        classes = folders if classes is None else classes
+        number = {name: i for i, name in enumerate(classes)}
+        names, labels, odd = [], [], []
+        for folder in folders:
+            if folder not in number:
+                raise DataError(f"{show(self.root / folder)} is a class that the training folder does not have: "
+                                "add it there, or remove it here")
+            found = len(names)
+            for where, below, files in os.walk(self.root / folder, followlinks=True):
+                below.sort()
+                for file in sorted(files):
+                    path = os.path.join(where, file)
+                    if file.lower().endswith(self.EXTENSIONS):
+                        names.append(os.fsencode(os.path.relpath(path, root)))
+                        labels.append(number[folder])
+                    elif not file.startswith("."):
+                        odd.append(path)
+            if len(names) == found:
+                raise DataError(f"{show(self.root / folder)} holds no image ({' '.join(self.EXTENSIONS)}): "
+                                "fill the folder or remove it")
+        if odd:
+            self.notice = f"left out, no image: {show(odd[0])}" + (f" and {len(odd) - 1:,} more" if odd[1:] else "")
+        super().__init__(torch.tensor(labels), list(classes), transform, seed)
+        self.names = np.array(names)  # bytes in one block: a million Python strings would be copied by each worker
+
+    def read(self, i):
+        path = self.root / os.fsdecode(self.names[i])
+        try:
+            return self.decode(path)
+        except OSError as error:
+            if error.errno is not None:
+                raise DataError(f"{show(path)} cannot be read: {error.strerror}") from None
+        except (SyntaxError, ValueError, Image.DecompressionBombError):
+            pass  # whatever PIL makes of damaged bytes
+        # What can be decoded of a truncated file, the rest grey, rather than the end of a run of days.
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+        try:
+            image = self.decode(path)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            raise DataError(f"{show(path)} is not an image that can be decoded: replace or remove it") from None
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
+        self.notes.append(f"{show(path)} is truncated: used as far as it can be decoded, the rest is grey")
+        return image
+
+    @staticmethod
+    def decode(path):
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def show(path):
+    """A path for a message: printable whatever bytes it has."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+SHAPES_SPLITS = {"train": (0, 8_000), "val": (2 ** 30, 2_000), "test": (2 ** 31, 10_000)}  # first index, images
+DATASETS = ("shapes", "imagenet", "folder", "cifar10", "cifar100")
+AUGMENTATIONS = ("inception", "crop", "none")
+
+
+def transforms(augment, size, native=None):
+    """torchvision v2 transforms on uint8 (3, H, W). augment: "inception" (random resized crop and flip), "crop"
+    (padding by an eighth, random crop, flip; of square images), "none" (also for evaluation: resize, centre
+    crop). native: the side of images that are all square and of one size; None is returned where nothing is to
+    be done to them."""
+    resize = [] if native == size else [v2.Resize(size, antialias=True)]
+    if augment == "inception":
+        steps = [v2.RandomResizedCrop(size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), antialias=False),
+                 v2.RandomHorizontalFlip()]
+    elif augment == "crop":
+        side = native or size
+        steps = [] if native else [v2.Resize(side, antialias=True), v2.CenterCrop(side)]
+        steps += [v2.RandomCrop(side, padding=side // 8), v2.RandomHorizontalFlip()] + resize * bool(native)
+    elif native:
+        steps = resize
+    else:
+        steps = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+    return v2.Compose(steps) if steps else None
+
+
+def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, download=False, classes=None):
+    """One split of a data set.
+
+    name: one of DATASETS. "imagenet" and "folder" are data_dir/train and data_dir/val with class folders.
+    split: "train", "val" or "test"; where only two exist, "test" is "val".
+    data_dir: for cifar, the folder that holds (or, with download, will hold) the published archive's folder.
+    classes: the training split's class names, for the validation split of a folder.
+    Returns a Dataset. Raises DataError, one line that says what is missing and where it was looked for.
+    """
+    if name == "shapes":
+        first, n = SHAPES_SPLITS[split]
+        pixels, labels = shapes(np.arange(first, first + n), size=image_size)
+        return InMemory(pixels, labels, list(SHAPES_CLASSES), transforms(augment, image_size, image_size), seed)
+    if name in ("imagenet", "folder"):
+        root = Path(data_dir) / ("train" if split == "train" else "val")
+        if not root.is_dir():
+            raise DataError(f"{name}: {show(root)} is no folder; --data-dir names the folder that holds train/ and "
+                            "val/, each with one folder of images for each class")
+        return ImageFolder(root, transforms(augment, image_size), seed, classes)
+    if name in ("cifar10", "cifar100"):
+        source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+        try:
+            source = source(data_dir, train=split == "train", download=download)
+        except RuntimeError:  # torchvision's word for missing files and for wrong checksums
+            raise DataError(f"{name}: {show(Path(data_dir) / source.base_folder)} is missing or incomplete; unpack "
+                            f"{source.filename} there, or let --download fetch it") from None
+        except OSError as error:
+            raise DataError(f"{name}: download of {source.url} failed ({error})") from None
+        pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+        return InMemory(pixels, torch.tensor(source.targets), source.classes,
+                        transforms(augment, image_size, 32), seed)
+    raise DataError(f"unknown data set {name!r}; known: {' '.join(DATASETS)}")
+
+
+def subset(labels, fraction, seed=0):
+    """Indices of a class-balanced part of a data set (Chen et al. §5.1), sorted; nested: a smaller fraction of
+    the same seed is part of a larger one, up to the rounding of class sizes.
+
+    labels: (N,) int64. fraction: in (0, 1], a number or a string such as "1/10". The size is ⌊N·fraction⌋, which
+    for ImageNet are the paper's 640,583, 320,291 and 128,116; class c gives ⌊N_c·fraction⌋ images, and classes
+    with the largest remainders one more until the size is reached.
+    Raises ValueError for a fraction outside (0, 1] or one that leaves no image.
+    """
+    fraction = Fraction(fraction).limit_denominator(10 ** 6)
+    size = len(labels) * fraction.numerator // fraction.denominator
+    if not 0 < fraction <= 1 or size == 0:
+        raise ValueError(f"a fraction of {fraction} of {len(labels):,} images; allowed: above 0, at most 1, and "
+                         "at least one image")
+    counts = np.bincount(labels.numpy())
+    take = counts * fraction.numerator // fraction.denominator
+    remainder = counts * fraction.numerator % fraction.denominator
+    take[np.argsort(-remainder, kind="stable")[:size - take.sum()]] += 1
+    chosen, members = [], labels.argsort(stable=True).split(counts.tolist())
+    for c, n in enumerate(take):
+        order = torch.randperm(len(members[c]), generator=torch.Generator().manual_seed(key(seed, c, 2)))
+        chosen.append(members[c][order[:n]])
+    return torch.cat(chosen).sort().values
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="The built-in data set: its sizes and the speed "
+                                                                     "at which it is drawn, or a contact sheet.")
+    parser.add_argument("what", nargs="?", choices=("sizes", "sheet"), default="sizes", help="default: sizes")
+    parser.add_argument("--split", choices=SHAPES_SPLITS, default="val", help="split that the sheet shows")
+    parser.add_argument("--size", type=int, default=32, help="side of an image in pixels")
+    parser.add_argument("--columns", type=int, default=10, help="images of each class on the sheet")
+    parser.add_argument("--out", default="shapes.png", help="file of the sheet")
+    args = parser.parse_args(argv)
+    for name in ("size", "columns"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    first, n = SHAPES_SPLITS[args.split]
+    if args.what == "sheet":
+        rows = len(SHAPES_CLASSES)
+        images, labels = shapes(np.arange(first, first + rows * args.columns), size=args.size)
+        images = v2.functional.resize(images[labels.argsort(stable=True)], args.size * max(1, 96 // args.size),
+                                      interpolation=v2.InterpolationMode.NEAREST)
+        save_image(images / 255, args.out, nrow=args.columns, pad_value=1)  # one class a row
+        print(f"{args.out}: one row each of {', '.join(SHAPES_CLASSES)}")
+        return
+    for split, (_, n) in SHAPES_SPLITS.items():
+        print(f"{split:6} {n:6,} images of {len(SHAPES_CLASSES)} classes, 3×{args.size}×{args.size}")
+    n = min(2000, 2000 * 32 ** 2 // args.size ** 2 + 1)
+    started = time.perf_counter()
+    shapes(np.arange(n), size=args.size)
+    print(f"{n / (time.perf_counter() - started):,.0f} images/s drawn by one process")
+
+
+if __name__ == "__main__":
+    main()

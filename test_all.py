@@ -1,0 +1,1669 @@
+"""Tests of the whole repository: python -m pytest -q test_all.py (2 cores: about 5 minutes).
+
+Sections follow the files. A test's oracle is a slow exact computation or a number of a paper, never the code under
+test; what must hold between processes runs under torchrun with gloo on the CPU.
+"""
+import copy
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+from contextlib import nullcontext
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+
+import data
+import train
+import vit
+from sam import SAM
+
+HERE = Path(__file__).parent
+
+
+# ---------------------------------------------------------------------------------------------------------- vit.py
+
+CIFAR = dict(image_size=32, num_classes=100)
+VIT_TINY = dict(image_size=16, patch_size=4, num_classes=5, dim=12, depth=2, heads=3, mlp_dim=24)
+VIT_COST = [  # name, arguments, parameters, MACs, MACs + bias additions, activations
+    ("vit_s32", {}, 22_878_952, 1_142_909_952, 1_145_003_368, 2_503_816),
+    ("vit_s16", {}, 22_050_664, 4_598_882_304, 4_607_128_552, 11_948_272),
+    ("vit_s14", {}, 22_004_584, 6_123_945_984, 6_134_703_592, 16_697_392),
+    ("vit_s8", {}, 22_055_272, 22_405_742_592, 22_438_600_168, 80_843_056),
+    ("vit_b32", {}, 88_224_232, 4_409_186_304, 4_413_372_136, 5_006_632),
+    ("vit_b16", {}, 86_567_656, 17_563_828_224, 17_580_319_720, 23_895_544),
+    ("vit_p_1gf", {}, 4_830_376, 1_079_390_208, 1_083_059_944, 5_520_748),
+    ("vit_p_4gf", {}, 18_507_112, 3_901_710_336, 3_909_048_808, 11_040_496),
+    ("vit_p_18gf", {}, 86_567_656, 17_563_828_224, 17_580_319_720, 23_895_544),
+    ("vit_p_36gf", {}, 178_364_392, 35_971_567_616, 35_997_187_048, 37_136_840),
+    ("vit_c_1gf", {}, 4_567_936, 1_075_860_096, 1_079_227_240, 5_628_385),
+    ("vit_c_4gf", {}, 17_754_136, 3_958_940_928, 3_965_674_216, 11_255_770),
+    ("vit_c_18gf", {}, 81_573_160, 17_711_491_584, 17_726_621_416, 24_024_268),
+    ("vit_c_36gf", {}, 167_796_008, 35_002_025_984, 35_025_829_864, 36_606_008),
+    ("vit_ti2", dict(CIFAR, qkv_bias=False), 5_403_172, 1_669_225_728, 1_672_827_748, 8_348_296),
+    ("pit_ti", CIFAR, 4_582_436, 950_475_008, 954_069_796, 9_404_012),
+]
+XIAO_TABLE_1 = {  # GFLOPs, M parameters, M activations as printed
+    "vit_p_1gf": (1.1, 4.8, 5.5), "vit_p_4gf": (3.9, 18.5, 11.1), "vit_p_18gf": (17.5, 86.6, 24.0),
+    "vit_p_36gf": (35.9, 178.4, 37.3), "vit_c_1gf": (1.1, 4.6, 5.7), "vit_c_4gf": (4.0, 17.8, 11.3),
+    "vit_c_18gf": (17.7, 81.6, 24.1), "vit_c_36gf": (35.0, 167.8, 36.7)}
+
+
+def tiny_vit(**overrides):
+    """A float64 ViT whose head, biases and norms are random, so that all shows in the logits."""
+    torch.manual_seed(0)
+    model = vit.ViT(**{**VIT_TINY, **overrides}).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def tiny_images(count=2, size=16, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, size, size, dtype=torch.float64, generator=generator)
+
+
+def google_arrays(*, layout="released", cls=True, representation=None, grid=4, seed=0):
+    """A random ViT with VIT_TINY's sizes under the names and in the shapes of Google's .npz files."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(0, 0.3, shape).astype(np.float32)
+    second, attn, mlp = dict(released=(2, 1, 3), linen=(1, 0, 0))[layout]
+    arrays = {"embedding/kernel": draw(4, 4, 3, 12), "embedding/bias": draw(12)}
+    if cls:
+        arrays["cls"] = draw(1, 1, 12)
+    arrays["Transformer/posembed_input/pos_embedding"] = draw(1, grid**2 + cls, 12)
+    for i in range(2):
+        block = f"Transformer/encoderblock_{i}"
+        for norm in (f"{block}/LayerNorm_0", f"{block}/LayerNorm_{second}"):
+            arrays |= {f"{norm}/scale": 1 + draw(12), f"{norm}/bias": draw(12)}
+        attention = f"{block}/MultiHeadDotProductAttention_{attn}"
+        for part in ("query", "key", "value"):
+            arrays |= {f"{attention}/{part}/kernel": draw(12, 3, 4),
+                       f"{attention}/{part}/bias": draw(3, 4)}
+        arrays |= {f"{attention}/out/kernel": draw(3, 4, 12), f"{attention}/out/bias": draw(12)}
+        dense = f"{block}/MlpBlock_{mlp}/Dense"
+        arrays |= {f"{dense}_0/kernel": draw(12, 24), f"{dense}_0/bias": draw(24),
+                   f"{dense}_1/kernel": draw(24, 12), f"{dense}_1/bias": draw(12)}
+    arrays |= {"Transformer/encoder_norm/scale": 1 + draw(12),
+               "Transformer/encoder_norm/bias": draw(12)}
+    if representation:
+        arrays |= {"pre_logits/kernel": draw(12, representation),
+                   "pre_logits/bias": draw(representation)}
+    return arrays | {"head/kernel": draw(representation or 12, 5), "head/bias": draw(5)}
+
+
+def google_forward(arrays, images):
+    """Logits of such a ViT by the equations of its paper, in numpy: (B, 3, 16, 16) to (B, 5)."""
+    w = {key: value.astype(np.float64) for key, value in arrays.items()}
+    layout = "released" if "Transformer/encoderblock_0/LayerNorm_2/scale" in w else "linen"
+    second, attn, mlp = dict(released=(2, 1, 3), linen=(1, 0, 0))[layout]
+
+    def norm(x, key):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * w[f"{key}/scale"] + w[f"{key}/bias"]
+
+    def gelu(x):
+        return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+    x = np.zeros((len(images), 16, 12))
+    for row in range(4):
+        for column in range(4):
+            patch = images[:, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4].numpy()
+            x[:, 4 * row + column] = np.einsum("bchw,hwcd->bd", patch, w["embedding/kernel"])
+    x = x + w["embedding/bias"]
+    if "pos_embedding" in w:  # big_vision: positions first, class token after
+        x = x + w["pos_embedding"]
+    if "cls" in w:
+        x = np.concatenate([np.repeat(w["cls"], len(x), axis=0), x], axis=1)
+    if "pos_embedding" not in w:
+        x = x + w["Transformer/posembed_input/pos_embedding"]
+    for i in range(2):
+        block = f"Transformer/encoderblock_{i}"
+        attention = f"{block}/MultiHeadDotProductAttention_{attn}"
+        y = norm(x, f"{block}/LayerNorm_0")
+        q, k, v = (np.einsum("bnd,dhe->bhne", y, w[f"{attention}/{part}/kernel"])
+                   + w[f"{attention}/{part}/bias"][None, :, None]
+                   for part in ("query", "key", "value"))
+        scores = np.exp(np.einsum("bhne,bhme->bhnm", q, k) / math.sqrt(4))
+        scores /= scores.sum(-1, keepdims=True)
+        y = np.einsum("bhnm,bhme->bnhe", scores, v)
+        x = x + np.einsum("bnhe,hed->bnd", y, w[f"{attention}/out/kernel"])
+        x = x + w[f"{attention}/out/bias"]
+        dense = f"{block}/MlpBlock_{mlp}/Dense"
+        y = norm(x, f"{block}/LayerNorm_{second}")
+        y = gelu(y @ w[f"{dense}_0/kernel"] + w[f"{dense}_0/bias"])
+        x = x + y @ w[f"{dense}_1/kernel"] + w[f"{dense}_1/bias"]
+    x = norm(x, "Transformer/encoder_norm")
+    x = x[:, 0] if "cls" in w else x.mean(axis=1)
+    if "pre_logits/kernel" in w:
+        x = np.tanh(x @ w["pre_logits/kernel"] + w["pre_logits/bias"])
+    return x @ w["head/kernel"] + w["head/bias"]
+
+
+# golden numbers
+
+@pytest.mark.parametrize("name, arguments, params, macs, macs_with_bias, acts", VIT_COST,
+                         ids=[row[0] for row in VIT_COST])
+def test_vit_parameters_macs_and_activations_are_the_counted_ones(
+        name, arguments, params, macs, macs_with_bias, acts):
+    with torch.device("meta"):
+        model = vit.build(name, **arguments)
+    cost = vit.complexity(model, arguments.get("image_size", 224))
+    expected = dict(params=params, macs=macs, macs_with_bias=macs_with_bias, acts=acts)
+    assert cost == expected, f"{name}: counted {cost}, expected {expected}"
+    if name in XIAO_TABLE_1:
+        gflops, millions, acts_printed = XIAO_TABLE_1[name]
+        assert abs(cost["macs_with_bias"] / 1e9 - gflops) < 0.11, f"{name}: Table 1 has {gflops} GF"
+        assert round(params / 1e6, 1) == millions, f"{name}: Table 1 has {millions} M parameters"
+        assert abs(acts / 1e6 - acts_printed) < 0.2, f"{name}: Table 1 has {acts_printed} M acts"
+
+
+def test_complexity_counts_a_small_network_as_by_hand_and_leaves_it_alone():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.nn.BatchNorm2d(4),
+        torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    model[0].weight.requires_grad_(False)
+    cost = vit.complexity(model, 8)
+    conv = 8 * 8 * 4 * 27
+    assert cost == dict(params=8 + 650, macs=conv + 640, macs_with_bias=conv + 650,
+                        acts=8 * 8 * 4 + 4 * 4 * 4 + 10), cost
+    assert model.training and model[1].num_batches_tracked == 0
+    assert model[0].weight.device.type == "cpu"
+
+
+def test_vit_state_dict_has_the_names_and_shapes_of_timm():
+    with torch.device("meta"):
+        small, pit, conv = (vit.build(name).state_dict()
+                            for name in ("vit_s16", "pit_ti", "vit_c_4gf"))
+    expected = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384),
+                "patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)}
+    for i in range(12):
+        for layer, shape in (("norm1", (384,)), ("attn.qkv", (1152, 384)),
+                             ("attn.proj", (384, 384)), ("norm2", (384,)),
+                             ("mlp.fc1", (1536, 384)), ("mlp.fc2", (384, 1536))):
+            expected |= {f"blocks.{i}.{layer}.weight": shape, f"blocks.{i}.{layer}.bias": shape[:1]}
+    expected |= {"norm.weight": (384,), "norm.bias": (384,),
+                 "head.weight": (1000, 384), "head.bias": (1000,)}
+    assert {key: tuple(value.shape) for key, value in small.items()} == expected
+    assert list(small) == list(expected) and len(small) == 152
+    assert len(pit) == 160, f"PiT-Ti has {len(pit)} tensors, timm's 160"
+    for key, shape in {"pos_embed": (1, 64, 27, 27), "cls_token": (1, 1, 64), "norm.weight": (256,),
+                       "patch_embed.conv.weight": (64, 3, 16, 16), "head.weight": (1000, 256),
+                       "transformers.1.pool.conv.weight": (128, 1, 3, 3),
+                       "transformers.1.pool.fc.weight": (128, 64),
+                       "transformers.2.blocks.3.attn.qkv.weight": (768, 256)}.items():
+        assert tuple(pit[key].shape) == shape, f"{key}: {tuple(pit[key].shape)}, timm's {shape}"
+    for i, channels in enumerate((48, 96, 192, 384)):
+        assert conv[f"patch_embed.stem.{i}.conv.weight"].shape[0] == channels
+        assert f"patch_embed.stem.{i}.bn.running_var" in conv
+        assert f"patch_embed.stem.{i}.conv.bias" not in conv
+    assert tuple(conv["patch_embed.proj.weight"].shape) == (384, 384, 1, 1)
+
+
+# oracles
+
+NPZ_FORMS = {
+    "released names": dict(),
+    "linen names": dict(layout="linen"),
+    "optimizer prefix and moments": dict(prefix="opt/target/", extra=True),
+    "params prefix": dict(layout="linen", prefix="params/"),
+    "params/img prefix": dict(layout="linen", prefix="params/img/"),
+    "no prefix and moments": dict(layout="linen", extra=True),
+    "biases with leading axes": dict(squeezable=True),
+    "average pooling": dict(cls=False),
+    "big_vision with average pooling": dict(layout="linen", cls=False, top_level=True),
+    "big_vision with class token": dict(layout="linen", top_level=True),
+    "representation layer": dict(representation=7),
+    "average pooling, representation layer": dict(layout="linen", cls=False, representation=7),
+}
+
+
+@pytest.mark.parametrize("form", NPZ_FORMS)
+def test_load_npz_gives_the_logits_of_a_plain_numpy_vit(form, tmp_path):
+    options = dict(NPZ_FORMS[form])
+    prefix, extra, squeezable, top_level = (options.pop(key, default) for key, default in (
+        ("prefix", ""), ("extra", False), ("squeezable", False), ("top_level", False)))
+    arrays = google_arrays(**options)
+    if top_level:
+        positions = arrays.pop("Transformer/posembed_input/pos_embedding")
+        arrays["pos_embedding"] = positions[:, -16:]
+    expected = google_forward(arrays, tiny_images())
+    stored = {f"{prefix}{key}": value for key, value in arrays.items()}
+    if squeezable:
+        stored = {key: value[None, None] if key.endswith("bias") else value
+                  for key, value in stored.items()}
+    if extra:
+        stored |= {f"opt/state/param_states/{key}/grad_ema": value * 9
+                   for key, value in arrays.items()}
+        stored["opt/state/step"] = np.array(17)
+    np.savez(tmp_path / "vit.npz", **stored)
+    model = tiny_vit(pool="cls" if "cls" in arrays else "gap",
+                     representation_size=options.get("representation"))
+    vit.load_npz(model, tmp_path / "vit.npz")
+    difference = np.abs(model(tiny_images()).detach().numpy() - expected).max()
+    size = np.abs(expected).max()
+    assert difference < 1e-12, f"{form}: logits differ by {difference:.1e}, they reach {size:.2f}"
+
+
+@pytest.mark.parametrize("kernel_size", [None, 1, 3, 5])
+def test_attention_is_the_softmax_over_the_tokens_in_the_window(kernel_size):
+    torch.manual_seed(0)
+    layer = vit.Attention(dim=12, heads=3, head_dim=5).double()
+    x = torch.randn(2, 1 + 16, 12, dtype=torch.float64)
+    mask = None if kernel_size is None else vit.neighbourhood((4, 4), kernel_size, 1)
+    out = {"attn.weights": None}
+    result = layer(x, mask, out)
+
+    q, k, v = (part.reshape(2, 17, 3, 5) for part in layer.qkv(x).split(15, dim=-1))
+    expected, maps = x.new_zeros(2, 17, 3, 5), x.new_zeros(2, 3, 17, 17)
+    for token in range(17):
+        seen = [0]
+        for other in range(1, 17):
+            rows = abs((token - 1) // 4 - (other - 1) // 4)
+            columns = abs((token - 1) % 4 - (other - 1) % 4)
+            if kernel_size is None or token == 0 or max(rows, columns) <= kernel_size // 2:
+                seen.append(other)
+        for sample in range(2):
+            for head in range(3):
+                scores = k[sample, seen, head] @ q[sample, token, head] / math.sqrt(5)
+                weights = scores.exp() / scores.exp().sum()
+                maps[sample, head, token, seen] = weights
+                expected[sample, token, head] = weights @ v[sample, seen, head]
+    expected = layer.proj(expected.flatten(2))
+    for what, ours, oracle in (("output", result, expected), ("map", out["attn.weights"], maps)):
+        difference = (ours - oracle).abs().max()
+        assert difference < 1e-12, f"kernel {kernel_size}: {what} differs by {difference:.1e}"
+
+
+def test_a_window_that_covers_the_map_is_global_attention():
+    # a 4×4 map needs k = 7: then the window of each corner reaches the corner opposite
+    everywhere, wide, narrow = (tiny_vit(kernel_size=k) for k in (None, 7, 5))
+    images = tiny_images()
+    assert wide.window.all() and "window" not in wide.state_dict()
+    assert torch.equal(everywhere(images), wide(images))
+    difference = (everywhere(images) - narrow(images)).abs().max()
+    assert difference > 1e-3, f"a 5×5 window changes the logits by {difference:.1e} only"
+
+
+@pytest.mark.parametrize("gelu", ["exact", "tanh"])
+def test_mlp_has_the_named_gelu(gelu):
+    layer = vit.Mlp(dim=4, mlp_dim=4, gelu=gelu).double()
+    for linear in (layer.fc1, layer.fc2):
+        torch.nn.init.eye_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    x = [-2.0, -0.5, 0.3, 1.7]
+    exact = [u / 2 * (1 + math.erf(u / math.sqrt(2))) for u in x]
+    tanh = [u / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))) for u in x]
+    result, expected = layer(torch.tensor(x).double()).tolist(), dict(exact=exact, tanh=tanh)[gelu]
+    assert result == pytest.approx(expected, rel=1e-6), f"{gelu}: {result} instead of {expected}"
+    assert exact != pytest.approx(tanh, rel=1e-5)
+
+
+# mathematics
+
+def test_resized_position_embedding_keeps_identity_constants_and_the_class_token():
+    embedding = torch.randn(1, 1 + 16, 3)
+    assert vit.resize_pos_embed(embedding, (4, 4)) is embedding
+    flat = torch.cat([torch.randn(1, 1, 3), torch.full((1, 16, 3), 0.7)], dim=1)
+    for grid in ((7, 7), (2, 2), (3, 5)):
+        resized = vit.resize_pos_embed(flat, grid)
+        assert resized.shape == (1, 1 + grid[0] * grid[1], 3)
+        assert torch.equal(resized[:, 0], flat[:, 0])
+        error = (resized[:, 1:] - 0.7).abs().max()
+        assert error < 1e-6, f"a constant grows by {error:.1e} on {grid}"
+    ramp = torch.arange(8.0).repeat_interleave(8).reshape(1, 64, 1)  # position = row
+    rows = vit.resize_pos_embed(ramp, (16, 16), prefix_tokens=0).reshape(16, 16)
+    assert torch.allclose(rows[4:12, 0], torch.arange(4, 12) / 2 - 0.25, atol=1e-5), rows[4:12, 0]
+    assert torch.allclose(rows[:, :1], rows, atol=1e-5), "rows and columns are mixed up"
+    assert vit.resize_pos_embed(torch.randn(1, 6, 27, 27), (31, 31)).shape == (1, 6, 31, 31)
+    half = vit.resize_pos_embed(embedding.bfloat16(), (7, 7))
+    assert half.dtype == torch.bfloat16 and half.shape == (1, 50, 3)
+    with pytest.raises(ValueError, match=r"17 rows besides 0 .* no square grid"):
+        vit.resize_pos_embed(embedding, (7, 7), prefix_tokens=0)
+
+
+def test_drop_path_keeps_the_expectation_and_drops_whole_samples():
+    torch.manual_seed(0)
+    layer, x = vit.DropPath(0.25), torch.ones(4000, 2, 3)
+    y = layer(x)
+    assert ((y == 0) | torch.isclose(y, torch.tensor(4 / 3))).all() and (y == y[:, :1, :1]).all()
+    assert abs(y.mean() - 1) < 0.04, f"mean {y.mean():.3f} instead of 1"  # 4.4 standard errors
+    assert layer.eval()(x) is x
+    blocks = vit.build("vit_micro8", 10, 32, drop_path=0.3).blocks
+    rates = [block.drop_path.rate for block in blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3]), rates
+    stages = vit.build("pit_ti", **CIFAR, drop_path=0.11).transformers
+    rates = [block.drop_path.rate for stage in stages for block in stage.blocks]
+    assert rates == pytest.approx([i / 100 for i in range(12)]), rates
+
+
+def test_dropout_acts_where_google_has_it_and_is_replayed_by_the_seed():
+    torch.manual_seed(0)
+    layer, x = vit.Attention(dim=12, heads=3, head_dim=4, dropout=0.5), torch.randn(8, 17, 12)
+    dropped, whole = layer(x), layer.eval()(x)
+    kept = dropped != 0  # if attention weights were dropped too, what is kept would not be 2·whole
+    assert torch.allclose(dropped[kept], 2 * whole[kept], atol=1e-6)
+    assert abs(kept.float().mean() - 0.5) < 0.06, f"{kept.float().mean():.2f} kept"
+    model = tiny_vit(dropout=0.2, drop_path=0.3).train()
+    logits = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        logits.append(model(tiny_images()))
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+    widths = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            assert module.p == 0.2
+            module.register_forward_hook(lambda module, inputs, y: widths.append(y.shape[-1]))
+    model(tiny_images())
+    # the position embedding; then in each block attention's output, GELU's and the MLP's
+    assert widths == [12, 12, 24, 12, 12, 24, 12], f"dropout acts on widths {widths}"
+
+
+UNIFORM = 3**-0.5  # torch's default initialisation has standard deviation (3·fan_in)^-1/2
+INIT_STD = {  # of the tensors of vit_ti16; those not named are zero or one
+    "google": {"patch_embed.proj.weight": 0.0361, "pos_embed": 0.02,
+               "blocks.0.attn.proj.weight": 0.0722, "blocks.0.mlp.fc1.weight": 0.0456,
+               "blocks.0.mlp.fc2.weight": 0.0456, "blocks.0.mlp.fc1.bias": 1e-6,
+               "blocks.0.mlp.fc2.bias": 1e-6},
+    "pycls": {"patch_embed.proj.weight": 0.0361, "pos_embed": 0.02,
+              "blocks.0.attn.proj.weight": UNIFORM * 192**-0.5, "blocks.0.mlp.fc1.weight": 0.0456,
+              "blocks.0.mlp.fc2.weight": 0.0456, "blocks.0.mlp.fc1.bias": 1e-6,
+              "blocks.0.mlp.fc2.bias": 1e-6},
+    "timm": {"patch_embed.proj.weight": UNIFORM * 768**-0.5, "pos_embed": 0.02, "cls_token": 1e-6,
+             "patch_embed.proj.bias": UNIFORM * 768**-0.5, "blocks.0.attn.proj.weight": 0.02,
+             "blocks.0.mlp.fc1.weight": 0.02, "blocks.0.mlp.fc2.weight": 0.02, "head.weight": 0.02},
+}
+
+
+@pytest.mark.parametrize("init", INIT_STD)
+def test_initial_weights_have_the_authors_spread(init):
+    torch.manual_seed(0)
+    weights = vit.build("vit_ti16", init=init, depth=1).state_dict()
+    q, k, v = weights.pop("blocks.0.attn.qkv.weight").chunk(3)
+    expected = dict(google=0.0722, pycls=0.0722 / 2**0.5, timm=0.02)[init]
+    for part in (q, k, v):
+        assert abs(part.std() / expected - 1) < 0.02, f"qkv: {part.std():.4f}, not {expected:.4f}"
+    for name, weight in weights.items():
+        std = INIT_STD[init].get(name, 0)
+        few = 0.2 if weight.numel() < 1000 else 0.02  # 192 values: a standard error of 5 %
+        assert abs(weight.std() - std) <= few * std, f"{name}: {weight.std():.2e}, not {std:.2e}"
+    if init == "google":
+        largest = weights["patch_embed.proj.weight"].abs().max()
+        assert 0.080 < largest < 0.0821, f"lecun-normal reaches {largest:.4f}, cut at 0.0820"
+        assert abs(q).max() > 0.99 * 0.125, "xavier-uniform over 192 + 192 reaches 0.125"
+
+
+def test_initial_conv_stem_and_head_bias_are_as_documented():
+    torch.manual_seed(0)
+    weights = vit.build("vit_c_1gf", depth=1, head_bias=-10.0).state_dict()
+    std = weights["patch_embed.proj.weight"].std()
+    expected = math.sqrt(2 / 192)
+    assert abs(std / expected - 1) < 0.02, f"1×1: {std:.4f} instead of {expected:.4f}"
+    std = weights["patch_embed.stem.3.conv.weight"].std()
+    expected = 1 / math.sqrt(3 * 96 * 9)  # torch's default
+    assert abs(std / expected - 1) < 0.02, f"3×3: {std:.4f} instead of {expected:.4f}"
+    assert (weights["head.bias"] == -10).all()
+    images = torch.randn(2, 3, 224, 224)
+    logits = vit.build("vit_c_1gf", depth=1, head_bias=-10.0)(images)
+    assert (logits == -10).all(), "with a head of zero weight the logits are its bias"
+
+
+# gradients
+
+@pytest.mark.parametrize("name, overrides", [
+    ("vit_micro8", {}), ("vit_micro8", dict(pool="gap", representation_size=16)),
+    ("vit_micro8", dict(kernel_size=3, drop_path=0.1, dropout=0.1)),
+    ("vit_micro8", dict(stem="conv", qkv_bias=False, head_dim=16)),
+    ("vit_p_1gf", dict(patch_size=8, depth=1)), ("vit_c_1gf", dict(patch_size=8, depth=2)),
+    ("pit_ti", dict(patch_size=4, stride=4, depth=(1, 1, 1)))])
+def test_every_vit_parameter_gets_a_finite_gradient(name, overrides):
+    torch.manual_seed(0)
+    model = vit.build(name, 10, 32, **overrides).double()
+    torch.nn.init.normal_(model.head.weight)
+    F.cross_entropy(model(tiny_images(4, 32)), torch.arange(4)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} {overrides}: no gradient for {key}"
+        assert parameter.grad.isfinite().all(), f"{name} {overrides}: {key} has {parameter.grad}"
+        assert parameter.grad.any(), f"{name} {overrides}: the gradient of {key} is zero"
+
+
+# promises
+
+def test_a_convolutional_stem_takes_the_place_of_one_block():
+    with torch.device("meta"):
+        depth = lambda name, **overrides: len(vit.build(name, **overrides).blocks)
+        assert [depth(f"vit_c_{size}gf") for size in (1, 4, 18, 36)] == [11, 11, 11, 13]
+        assert [depth(f"vit_p_{size}gf") for size in (1, 4, 18, 36)] == [12, 12, 12, 14]
+        assert depth("vit_s16", stem="conv") == 11 and depth("vit_s16", stem="conv", depth=12) == 12
+        assert depth("vit_c_4gf", stem="patchify") == 12
+        plan = lambda model: [(layer.conv.out_channels, layer.conv.stride[0])
+                              for layer in model.patch_embed.stem]
+        assert plan(vit.build("vit_micro8", 10, 32, stem="conv")) == [(24, 2), (48, 2), (96, 2)]
+        assert plan(vit.build("vit_c_1gf")) == [(24, 2), (48, 2), (96, 2), (192, 2)]
+        assert plan(vit.build("vit_c_36gf")) == [(64, 2), (128, 2), (128, 1), (256, 2), (256, 1),
+                                                 (512, 2)]
+        model = vit.build("vit_s14", stem="conv", stem_channels=(32, 64), stem_strides=(2, 7))
+    assert vit.complexity(model, 224)["params"] > 0
+
+
+def test_vit_intermediates_are_named_shaped_and_free_of_side_effects():
+    model, images = tiny_vit(), tiny_images()
+    assert model.intermediates == [
+        "embed", "blocks.0.attn.weights", "blocks.0.attn", "blocks.0.mlp",
+        "blocks.1.attn.weights", "blocks.1.attn", "blocks.1.mlp", "pre_logits"]
+    out = dict.fromkeys(model.intermediates)
+    assert torch.equal(model(images, out=out), model(images))
+    special = {"blocks.0.attn.weights": (2, 3, 17, 17), "blocks.1.attn.weights": (2, 3, 17, 17),
+               "pre_logits": (2, 12)}
+    for name, value in out.items():
+        shape = special.get(name, (2, 17, 12))
+        assert value.shape == shape, f"{name} has shape {tuple(value.shape)} instead of {shape}"
+    assert torch.equal(model.head(out["pre_logits"]), model(images))
+    assert torch.equal(model.norm(out["blocks.1.mlp"])[:, 0], out["pre_logits"])
+    block = model.blocks[1]
+    value = block.attn.qkv(block.norm1(out["blocks.0.mlp"]))[..., 24:].unflatten(-1, (3, 4))
+    mixed = (out["blocks.1.attn.weights"] @ value.transpose(1, 2)).transpose(1, 2).flatten(2)
+    difference = (out["blocks.0.mlp"] + block.attn.proj(mixed) - out["blocks.1.attn"]).abs().max()
+    assert difference < 1e-12, f"the attention map explains the output up to {difference:.1e}"
+    only = {"blocks.0.attn": None}
+    model(images, out=only)
+    assert list(only) == ["blocks.0.attn"]
+    assert torch.equal(only["blocks.0.attn"], out["blocks.0.attn"])
+    with pytest.raises(ValueError, match="intermediate 'blocks.2.mlp'; this model has embed, bl"):
+        model(images, out={"blocks.2.mlp": None})
+
+
+def test_pit_intermediates_have_a_point_after_each_pooling():
+    torch.manual_seed(0)
+    model = vit.build("pit_ti", 10, 32, patch_size=4, stride=4, depth=(1, 2, 1)).eval()
+    out = dict.fromkeys(model.intermediates)
+    logits = model(torch.randn(2, 3, 32, 32), out=out)
+    points = {name: tuple(value.shape[1:]) for name, value in out.items() if "attn" not in name}
+    assert points == {
+        "embed": (65, 64), "transformers.0.blocks.0.mlp": (65, 64),
+        "transformers.1.pool": (17, 128), "transformers.1.blocks.0.mlp": (17, 128),
+        "transformers.1.blocks.1.mlp": (17, 128), "transformers.2.pool": (5, 256),
+        "transformers.2.blocks.0.mlp": (5, 256), "pre_logits": (256,)}
+    assert torch.equal(model.head(out["pre_logits"]), logits)
+    assert torch.equal(model.norm(out["transformers.2.blocks.0.mlp"][:, 0]), out["pre_logits"])
+    assert out["transformers.1.blocks.1.attn.weights"].shape == (2, 4, 17, 17)
+    assert list(points) == [name for name in model.intermediates if "attn" not in name]
+
+
+@pytest.mark.parametrize("name, overrides", [
+    ("vit_micro8", dict(kernel_size=3, stem="conv", drop_path=0.1, depth=2)),
+    ("pit_ti", dict(patch_size=4, stride=4, depth=(1, 1, 1)))])
+def test_vit_compiles_into_one_graph(name, overrides):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = vit.build(name, 10, 32, **overrides)
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(images).sum().backward()
+    model.eval()
+    difference = (compiled(images) - model(images)).abs().max()
+    assert difference < 1e-5, f"compiled and plain {name} differ by {difference:.1e}"
+
+
+@pytest.mark.parametrize("name, arguments, message", [
+    ("vit_sm16", {}, r"unknown model 'vit_sm16', did you mean 'vit_s16'\? known: vit_\{micro,ti,s"),
+    ("vit_c_9gf", {}, r"did you mean 'vit_c_.gf'\? .* vit_\{p,c\}_\{1gf,4gf,18gf,36gf\}, pit_ti"),
+    ("vit_s16", dict(droput=0.1), "unknown argument of vit_s16 'droput', did you mean 'dropout'"),
+    ("pit_ti", dict(pool="gap"), "unknown argument of pit_ti 'pool'"),
+    ("vit_s14", dict(image_size=225), "must be a multiple of patch_size, got 225 and 14"),
+    ("vit_s16", dict(heads=5), "dim 384 is not a multiple of heads 5; or give head_dim"),
+    ("vit_s16", dict(pool="mean"), "pool must be one of cls, gap; got 'mean'"),
+    ("vit_s16", dict(gelu="erf"), "gelu must be one of exact, tanh; got 'erf'"),
+    ("vit_s16", dict(init="zero"), "init must be one of google, pycls, timm; got 'zero'"),
+    ("vit_s16", dict(kernel_size=4), "kernel_size must be odd, .* got 4"),
+    ("vit_s16", dict(drop_path=1.0), "drop_path must be at least 0 and less than 1, got 1.0"),
+    ("vit_s14", dict(stem="conv"), "a convolutional stem with patch_size 14 needs as many"),
+    ("vit_s16", dict(stem="conv", dim=90), "a convolutional stem with patch_size 16 needs as many"),
+    ("vit_c_18gf", dict(patch_size=8), "whose product is 8; got .*64, 128, 128"),
+    ("vit_s16", dict(stem_channels=(8,)), 'stem_channels and stem_strides need stem="conv"'),
+    ("pit_ti", dict(image_size=225), "patch_size 16 plus a multiple of stride 8, got 225"),
+    ("pit_ti", dict(heads=(2, 3, 8)), "heads each a multiple of the one before; got .*2, 3, 8"),
+])
+def test_what_cannot_be_built_is_refused_in_one_line(name, arguments, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
+        vit.build(name, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_images_of_another_size_are_refused():
+    for model in (tiny_vit(), vit.build("pit_ti", 10, 32).double()):
+        with pytest.raises(ValueError, match=r"built for images \(3, .*\), got \(3, 24, 24\)"):
+            model(tiny_images(1, 24))
+
+
+def change(arrays, **changes):
+    """Arrays with some replaced, or dropped where the new one is None; '__' stands for '/'."""
+    arrays = arrays | {key.replace("__", "/"): value for key, value in changes.items()}
+    return {key: value for key, value in arrays.items() if value is not None}
+
+
+@pytest.mark.parametrize("changes, overrides, message", [
+    (dict(head__bias=None), {}, "lacks 'head/bias'"),
+    (dict(Transformer__encoder_norm__scale=None), {}, "lacks 'Transformer/encoder_norm/scale'"),
+    (dict(Transformer__posembed_input__pos_embedding=None), {},
+     "lacks 'Transformer/posembed_input/pos_embedding'"),
+    (dict(embedding__kernel=None), {}, "is no ViT: no 'embedding/kernel' behind any of .*params/"),
+    ({}, dict(heads=4),
+     r"query/kernel' has shape \(12, 3, 4\) of float32, the model needs \(12, 4, 3\)"),
+    ({}, dict(patch_size=8),
+     r"'embedding/kernel' has shape \(4, 4, 3, 12\) of float32, the model needs \(8, 8, 3, 12\)"),
+    (dict(embedding__bias=np.zeros(12, "V2")), {}, r"'embedding/bias' has shape \(12,\) of \|V2"),
+    ({}, dict(num_classes=7),
+     "has 5 classes, the model 7: build it with num_classes=5 or load with head=False"),
+    ({}, dict(pool="gap"), "has a class token, the model has none: build it with another pool"),
+    (dict(cls=None), {}, "has no class token, the model has one: build it with another pool"),
+    ({}, dict(representation_size=7), "has no representation layer, the model has one"),
+    (dict(pre_logits__kernel=np.zeros((12, 12))), {},
+     "has a representation layer, the model has none: build it with another representation_size"),
+    ({}, dict(depth=1), "has a block 1, the model has none: build it with another depth"),
+    ({}, dict(depth=3), "lacks 'Transformer/encoderblock_2/LayerNorm_0/scale'"),
+    ({}, dict(qkv_bias=False), 'needs a model with stem="patchify" and qkv_bias=True'),
+    ({}, dict(stem="conv"), 'needs a model with stem="patchify" and qkv_bias=True'),
+    (dict(Transformer__posembed_input__pos_embedding=np.zeros((1, 16, 12))), {}, "no square grid"),
+])
+def test_npz_files_that_do_not_fit_are_refused_in_one_line_and_change_nothing(
+        changes, overrides, message, tmp_path):
+    np.savez(tmp_path / "vit.npz", **change(google_arrays(), **changes))
+    model = tiny_vit(**overrides)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as error:
+        vit.load_npz(model, tmp_path / "vit.npz")
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_npz_files_that_are_damaged_are_refused_by_name(tmp_path):
+    path = tmp_path / "vit.npz"
+    np.savez_compressed(path, **google_arrays())
+    whole = path.read_bytes()
+    broken = bytearray(whole)
+    broken[5000:5100] = bytes(100)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    array = (tmp_path / "array.npy").read_bytes()
+    for content in (b"", b"no archive", whole[:-100], bytes(broken), array):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"{path} is no readable .npz: ")) as error:
+            vit.load_npz(tiny_vit(), path)
+        assert "\n" not in str(error.value)
+    np.savez(path, evil=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="is no readable .npz: .*allow_pickle=False"):
+        vit.load_npz(tiny_vit(), path)
+    with pytest.raises(FileNotFoundError, match="nowhere.npz"):
+        vit.load_npz(tiny_vit(), tmp_path / "nowhere.npz")
+
+
+def test_load_npz_resizes_positions_and_can_leave_the_head(tmp_path):
+    arrays = google_arrays(grid=7, representation=9)
+    np.savez(tmp_path / "vit.npz", **arrays)
+    model = tiny_vit(num_classes=3)
+    head = model.head.weight.clone()
+    vit.load_npz(model, tmp_path / "vit.npz", head=False)
+    assert torch.equal(model.head.weight, head)
+    file = torch.from_numpy(arrays["Transformer/posembed_input/pos_embedding"])
+    expected = vit.resize_pos_embed(file, (4, 4))
+    assert expected.shape == (1, 17, 12) and torch.equal(model.pos_embed.float(), expected)
+    assert torch.equal(model.pos_embed[0, 0].float(), file[0, 0]), "class token's position changed"
+
+
+def test_vit_main_prints_variants_and_refuses_an_unknown_one(capsys):
+    vit.main(["vit_s16", "vit_b16", "--image-size", "384", "--num-classes", "10"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[1].split()[:2] == ["vit_s16", f"{21_815_434:,}"], lines
+    with pytest.raises(SystemExit):
+        vit.main(["vit_x16"])
+    assert "unknown model 'vit_x16'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------- sam.py
+
+def small_net(*, batch_norm=False, dropout=0.0, dtype=torch.float64):
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, 8), nn.BatchNorm1d(8) if batch_norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout),
+              nn.Linear(8, 3)]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def toy_batch(n=16, dtype=torch.float64):
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(n, 5, generator=g, dtype=dtype), torch.randint(3, (n,), generator=g)
+
+
+def loss_of(net, x, y):
+    return lambda: F.cross_entropy(net(x), y)
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def gradient_at(net, weights, loss):
+    """∇L at other weights, by plain backward: the slow way round that SAM is checked against."""
+    before = copy.deepcopy(net.state_dict())
+    with torch.no_grad():
+        for p, w in zip(net.parameters(), weights):
+            p.copy_(w)
+    net.zero_grad()
+    loss().backward()
+    grads = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    net.load_state_dict(before)
+    return grads
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sam_gives_the_gradient_of_equation_2_by_hand(adaptive, steps):
+    net, rho, eta = small_net(), 0.3, 0.01
+    x, y = toy_batch()
+    loss = loss_of(net, x, y)
+    w = [p.detach().clone() for p in net.parameters()]
+    at = w
+    for _ in range(steps):
+        g = gradient_at(net, at, loss)
+        t = [v.abs() + eta if adaptive else torch.ones_like(v) for v in w]
+        norm = math.sqrt(sum(float(((a * b) ** 2).sum()) for a, b in zip(t, g)))
+        at = [v + rho / steps * a * a * b / norm for v, a, b in zip(at, t, g)]
+    expected = gradient_at(net, at, loss)
+    with SAM(net, rho, steps=steps, adaptive=adaptive).perturb(loss) as first:
+        moved = float((flat(net.parameters()) - flat(at)).abs().max())
+        loss().backward()
+    error = float((flat(p.grad for p in net.parameters()) - flat(expected)).abs().max())
+    assert moved < 1e-14 and error < 1e-14, (moved, error)
+    assert float(first.loss) == float(loss().detach())
+    if not adaptive and steps == 1:
+        distance = float(flat([a - b for a, b in zip(at, w)]).norm())
+        assert abs(distance - rho) < 1e-14, distance
+
+
+def test_sam_with_rho_zero_trains_as_the_plain_optimizer_bit_for_bit():
+    ends = []
+    for rho in (None, 0.0):
+        net = small_net(batch_norm=True, dropout=0.3, dtype=torch.float32)
+        x, y = toy_batch(dtype=torch.float32)
+        loss, sam = loss_of(net, x, y), SAM(net, 0.0)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        for step in range(5):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            with sam.perturb(loss) if rho is not None else nullcontext():
+                loss().backward()
+            optimizer.step()
+        ends.append(net.state_dict())
+    assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
+
+
+def test_sam_restores_weights_bit_for_bit_and_keeps_the_first_pass_statistics_also_when_the_body_raises():
+    for fails in (False, True):
+        net, (x, y) = small_net(batch_norm=True, dtype=torch.float32), toy_batch(dtype=torch.float32)
+        plain = copy.deepcopy(net)
+        plain(x)
+        before = [p.detach().clone() for p in net.parameters()]
+        with pytest.raises(KeyError) if fails else nullcontext():
+            with SAM(net, 0.5).perturb(loss_of(net, x, y)):
+                loss_of(net, x, y)().backward()
+                assert not torch.equal(before[0], net[0].weight)
+                if fails:
+                    raise KeyError
+        assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), net.buffers()))
+        assert int(net[1].num_batches_tracked) == 1
+
+
+def test_sam_draws_the_same_masks_in_every_pass_and_new_ones_in_the_next_step():
+    net, (x, y) = small_net(dropout=0.5), toy_batch()
+    masks = []
+    net[3].register_forward_hook(lambda module, args, out: masks.append(out == 0))
+    sam = SAM(net, 0.1, steps=2)
+    for _ in range(2):
+        with sam.perturb(loss_of(net, x, y)):
+            loss_of(net, x, y)().backward()
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], masks[3]) and torch.equal(masks[3], masks[5])
+
+
+def test_sam_leaves_p_grad_alone_so_that_micro_batches_accumulate():
+    net, sam = small_net(), None
+    (x1, y1), (x2, y2) = toy_batch(8), tuple(t.flip(0) for t in toy_batch(9))
+    sam, separate = SAM(net, 0.2), []
+    for x, y in ((x1, y1), (x2, y2)):
+        net.zero_grad()
+        with sam.perturb(loss_of(net, x, y)):
+            loss_of(net, x, y)().backward()
+        separate.append(flat(p.grad for p in net.parameters()))
+    net.zero_grad()
+    for x, y in ((x1, y1), (x2, y2)):
+        with sam.perturb(loss_of(net, x, y)):
+            loss_of(net, x, y)().backward()
+    assert torch.allclose(flat(p.grad for p in net.parameters()), sum(separate), atol=1e-15)
+
+
+def test_sam_over_a_list_of_micro_batches_uses_the_gradient_of_their_mean():
+    net, (x, y), ends = small_net(), toy_batch(16), []
+    halves = [loss_of(net, x[:8], y[:8]), loss_of(net, x[8:], y[8:])]
+    for losses in (loss_of(net, x, y), halves):
+        with SAM(net, 0.2).perturb(losses) as first:
+            ends.append((flat(net.parameters()), first.loss))
+    assert torch.allclose(ends[0][0], ends[1][0], atol=1e-15) and torch.allclose(ends[0][1], ends[1][1])
+
+
+def test_sam_gives_input_gradients_of_the_clean_pass():
+    net, (x, y) = small_net(), toy_batch()
+    x.requires_grad_()
+    expected = torch.autograd.grad(loss_of(net, x, y)(), x)[0]
+    with SAM(net, 0.5).perturb(loss_of(net, x, y), inputs=[x]) as first:
+        pass
+    assert torch.equal(first.input_grads[0], expected)
+
+
+def test_sam_meets_absent_zero_and_overflowing_gradients_as_documented():
+    net, (x, y) = small_net(), toy_batch()
+    unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    net.register_parameter("unused", unused)
+    with SAM(net, 0.5).perturb(loss_of(net, x, y)):
+        assert torch.equal(unused, torch.ones_like(unused))
+    before = net[0].weight.detach().clone()
+    with SAM(net, 0.5).perturb(lambda: loss_of(net, x, y)() * 0):
+        assert torch.equal(net[0].weight, before), "a zero gradient moves nothing"
+    for scale in (math.inf, math.nan, 1e200):  # at 1e200 each element is finite and their norm is not
+        with SAM(net, 0.5).perturb(lambda: loss_of(net, x, y)() * scale):
+            assert net[0].weight.isnan().all(), scale
+        assert torch.equal(net[0].weight, before)
+    with pytest.raises(ValueError, match="depends on no parameter"):
+        with SAM(net, 0.5).perturb(lambda: x.clone().requires_grad_().sum()):
+            pass
+    for wrong in (dict(rho=-0.1), dict(rho=math.nan), dict(rho=0.1, steps=0)):
+        with pytest.raises(ValueError, match="at least"):
+            SAM(net, **wrong)
+
+
+def test_sam_does_not_scale_one_gradient_twice_when_autograd_shares_its_memory():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2))
+
+        def forward(self):
+            return ((self.a + self.b) * torch.arange(4)).sum()
+
+    net = Sum()
+    expected = torch.arange(4) / torch.arange(4).double().norm() / 2 ** 0.5
+    for loss in (net, [net, net]):
+        with SAM(net, 1.0).perturb(loss):
+            assert torch.allclose(net.a, expected) and torch.allclose(net.b, expected), (net.a, net.b)
+
+
+def test_sam_uses_the_moved_weights_inside_one_autocast_region():
+    """autocast caches bfloat16 copies of weights for as long as its outermost region lasts."""
+    grads = []
+    for one_region in (True, False):
+        net, (x, y) = small_net(dtype=torch.float32), toy_batch(dtype=torch.float32)
+        region = lambda active: torch.autocast("cpu", torch.bfloat16) if active else nullcontext()
+        def loss():
+            with region(not one_region):
+                return F.cross_entropy(net(x).float(), y)
+        with region(one_region):
+            with SAM(net, 2.0).perturb(loss):
+                loss().backward()
+        grads.append(flat(p.grad for p in net.parameters()))
+    assert torch.equal(*grads)
+    plain = small_net(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        F.cross_entropy(plain(x).float(), y).backward()
+    assert float((flat(p.grad for p in plain.parameters()) - grads[0]).norm()) > 0.1 * float(grads[0].norm())
+
+
+def test_sam_with_a_grad_scaler_has_the_same_perturbation_at_any_scale_and_skips_after_an_overflow():
+    net, (x, y) = small_net(dtype=torch.float32), toy_batch(dtype=torch.float32)
+    moved = []
+    for scale in (1.0, 2.0 ** 16):
+        with SAM(net, 0.1).perturb(lambda: loss_of(net, x, y)() * scale):
+            moved.append(flat(net.parameters()))
+    assert torch.equal(*moved)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 126)
+    loss, before = lambda: scaler.scale(loss_of(net, x * 1e6, y)()), copy.deepcopy(net.state_dict())
+    with SAM(net, 0.1).perturb(loss):
+        loss().backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 2.0 ** 125
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_sam_takes_parameters_of_several_dtypes():
+    net = nn.Sequential(nn.Linear(5, 8).to(torch.bfloat16), nn.Linear(8, 3).double(), nn.Linear(3, 3))
+    x, y = toy_batch(dtype=torch.bfloat16)
+    loss = lambda: F.cross_entropy(net[2](net[1](net[0](x).double()).float()), y)
+    net.zero_grad()
+    loss().backward()
+    grads = [p.grad.double() for p in net.parameters()]
+    norm = math.sqrt(sum(float((g ** 2).sum()) for g in grads))
+    before = [p.detach().clone() for p in net.parameters()]
+    with SAM(net, 0.5).perturb(loss) as first:
+        assert abs(float(first.grad_norm) / norm - 1) < 1e-5
+        for p, b, g in zip(net.parameters(), before, grads):
+            expected = b.double() + 0.5 * g / norm
+            assert torch.allclose(p.double(), expected, atol=4e-3 if p.dtype == torch.bfloat16 else 1e-6), p.dtype
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+def test_sam_compiles_once_and_matches_the_uncompiled_model():
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch.compiler.reset()
+    ends = []
+    for backend in (None, CompileCounterWithBackend("aot_eager")):
+        net, (x, y) = small_net(batch_norm=True, dtype=torch.float32), toy_batch(dtype=torch.float32)
+        model = torch.compile(net, backend=backend) if backend else net
+        sam, optimizer, counts = SAM(model, 0.1), torch.optim.SGD(net.parameters(), lr=0.1), []
+        for _ in range(4):
+            optimizer.zero_grad()
+            with sam.perturb(loss_of(model, x, y)):
+                loss_of(model, x, y)().backward()
+            optimizer.step()
+            counts.append(backend.frame_count if backend else 0)
+        ends.append(flat(net.parameters()))
+    assert counts == [1, 1, 1, 1], counts
+    assert torch.allclose(*ends, atol=1e-6)
+
+
+def test_a_sam_step_never_waits_for_the_device():
+    """Fake tensors have no values: whatever read one on the host would raise."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode():
+        net, x, y = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), torch.randn(4, 5), torch.zeros(4, dtype=torch.long)
+        for adaptive in (False, True):
+            with SAM(net, 0.1, steps=2, adaptive=adaptive).perturb(loss_of(net, x, y)):
+                loss_of(net, x, y)().backward()
+
+
+def test_sam_refuses_ddp_with_a_static_graph(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="static_graph"):
+            SAM(nn.parallel.DistributedDataParallel(small_net(), static_graph=True), 0.1)
+    finally:
+        dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------------------------------------- data.py
+
+def write_image_folder(root, train=12, val=6, classes=("ant", "bee", "cat")):
+    """A data set in ImageNet's layout, of JPEGs of mixed sizes; each class has a colour of its own."""
+    rng = np.random.default_rng(0)
+    for split, n in (("train", train), ("val", val)):
+        for c, name in enumerate(classes):
+            folder = Path(root) / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(n):
+                height, width = rng.integers(40, 90, 2)
+                pixels = rng.integers(0, 90, (height, width, 3))
+                pixels[..., c % 3] += 150
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}_{i}.JPEG")
+    return root
+
+
+def all_batches(dataset, order, workers=0):
+    return list(data.batches(data.loader(dataset, order, workers)))
+
+
+def test_shapes_are_the_same_bits_on_every_machine_in_any_order_and_batch():
+    images, labels = data.shapes(range(64))
+    assert images.shape == (64, 3, 32, 32) and images.dtype == torch.uint8 and labels.tolist() == [i % 12 for i in range(64)]
+    for picture, golden in ((images, "952e5ed3e8bd3fe3"), (data.shapes(2 ** 40 + np.arange(64))[0], "9a27febc384b5f49"),
+                            (data.shapes(range(12), size=224)[0], "98749acace470fda")):
+        assert hashlib.sha256(picture.numpy().tobytes()).hexdigest()[:16] == golden
+    far = 2 ** 40 + np.arange(100)
+    order = np.random.default_rng(0).permutation(100)
+    assert torch.equal(data.shapes(far)[0][order], data.shapes(far[order])[0])
+    assert torch.equal(data.shapes([5])[0][0], images[5])
+    assert not torch.equal(data.shapes([5], seed=1)[0][0], images[5])
+    assert data.shapes([3], size=50)[0].shape == (1, 3, 50, 50)
+    with pytest.raises(ValueError, match="negative"):
+        data.shapes([-1])
+
+
+def test_shapes_at_twice_the_size_are_the_same_pictures():
+    small, large = (data.shapes(range(48), size=s)[0].float() for s in (32, 64))
+    shrunk = F.avg_pool2d(large, 2)
+    unlike = F.avg_pool2d(large.roll(12, 0), 2)
+    assert (shrunk - small).abs().mean() < 0.5 * (unlike - small).abs().mean()
+    assert (shrunk - small).abs().mean() < 15, (shrunk - small).abs().mean()
+
+
+def test_a_linear_model_on_shapes_stays_under_25_percent():
+    """Ridge regression on all 3,072 pixel values, its penalty chosen in its favour on the validation split."""
+    x, y = data.shapes(range(8000))
+    v, t = data.shapes(2 ** 30 + np.arange(2000))
+    x, v = ((a.flatten(1).float() / 255 - 0.3).double() for a in (x, v))
+    gram, moment = x.T @ x, x.T @ (F.one_hot(y).double() - 1 / 12)
+    accuracy = [100 * ((v @ torch.linalg.solve(gram + r * torch.eye(len(gram)), moment)).argmax(1) == t).double().mean()
+                for r in (30, 300, 3000, 30000)]
+    assert 10 < max(accuracy) < 25, accuracy
+
+
+def test_class_balanced_fractions_have_the_papers_sizes():
+    counts = torch.full((1000,), 1300)  # ImageNet's 1,281,167 images: most classes have 1,300, none below 732
+    counts[:100] = 1300 - 188
+    counts[100] -= 1300 * 1000 - 188 * 100 - 1_281_167 - 0
+    labels = torch.arange(1000).repeat_interleave(counts)[torch.randperm(int(counts.sum()))]
+    assert len(labels) == 1_281_167
+    chosen = {f: data.subset(labels, f) for f in ("1/2", "1/4", "1/10")}
+    assert [len(c) for c in chosen.values()] == [640_583, 320_291, 128_116]
+    for f, indices in chosen.items():
+        share = torch.bincount(labels[indices], minlength=1000) / counts
+        assert len(indices.unique()) == len(indices) and float((share - float(Fraction(f))).abs().max()) < 1 / 700
+    assert torch.equal(chosen["1/4"], data.subset(labels, 0.25))
+    assert set(chosen["1/10"].tolist()) <= set(chosen["1/2"].tolist())
+    assert torch.equal(data.subset(labels[:100], 1), torch.arange(100))
+    for wrong in ("0", "3/2", "1/1000000"):
+        with pytest.raises(ValueError, match="at most 1"):
+            data.subset(labels[:100], wrong)
+
+
+def test_the_order_is_a_permutation_per_epoch_whatever_the_processes_and_the_start():
+    def order(rank=0, world=1, start=0, stop=6):
+        return list(data.TrainOrder(50, 16, 4, seed=3, start=start, stop=stop, rank=rank, world=world))
+    whole = order()
+    assert len(whole) == 24 and all(len(micro) == 4 for micro in whole)
+    for epoch in (0, 1):  # 50 images: 3 whole batches an epoch, the incomplete fourth is dropped
+        seen = [i for micro in whole for e, i in micro if e == epoch]
+        assert len(set(seen)) == len(seen) == 48
+    assert [i for _, i in sum(whole[:12], [])] != [i for _, i in sum(whole[12:], [])]
+    shares = [order(rank, 2) for rank in (0, 1)]
+    for step in range(6):
+        assert whole[4 * step:4 * step + 4] == shares[0][2 * step:2 * step + 2] + shares[1][2 * step:2 * step + 2]
+    assert order(start=4) == whole[16:]
+    assert len({data.key(0, 1), data.key(1, 0), data.key(0, 1, 0), data.key(0, 2)}) == 4
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path):
+    write_image_folder(tmp_path)
+    make = lambda seed=0: data.load("folder", "train", data_dir=tmp_path, image_size=24, augment="inception", seed=seed)
+    pairs = [[(0, 5), (0, 1)], [(1, 5), (0, 30)]]
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    alone = all_batches(make(), pairs)
+    assert torch.equal(before, torch.get_rng_state()), "the caller's random numbers are not touched"
+    by_workers = all_batches(make(), pairs, workers=2)
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, by_workers))
+    assert torch.equal(all_batches(make(), [[(0, 30), (0, 5)]])[0][0], torch.stack([alone[1][0][1], alone[0][0][0]]))
+    assert not torch.equal(alone[0][0][0], alone[1][0][0]), "another epoch, another crop"
+    assert not torch.equal(all_batches(make(1), pairs)[0][0], alone[0][0])
+
+
+def test_evaluation_counts_every_image_once_on_any_number_of_processes():
+    labels = torch.arange(103)
+    dataset = data.InMemory(torch.zeros(103, 3, 2, 2, dtype=torch.uint8), labels, [])
+    for world in (1, 2, 5, 200):
+        seen = [y for rank in range(world) for _, ys in data.batches(data.evaluation_loader(dataset, 8, 0, rank, world))
+                for y in ys.tolist()]
+        assert sorted(seen) == labels.tolist(), world
+
+
+def test_odd_image_files_are_read_upright_and_in_rgb(tmp_path):
+    """Greyscale, CMYK, palette, alpha, 16 bit, EXIF-rotated, animated: against PIL's own conversion."""
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    ramp = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
+    base, exif = Image.fromarray(ramp), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90°
+    base.convert("L").save(folder / "grey.jpg")
+    base.convert("CMYK").save(folder / "cmyk.jpg")
+    base.save(folder / "turned.jpg", exif=exif)
+    base.convert("P").save(folder / "palette.png")
+    base.convert("RGBA").save(folder / "alpha.png")
+    base.save(folder / "wörd with space.webp")
+    base.save(folder / "moving.gif", save_all=True, append_images=[base.rotate(180)])
+    Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 27).save(folder / "deep.png")
+    dataset = data.ImageFolder(tmp_path / "train", None)
+    names = [os.fsdecode(n) for n in dataset.names]
+    assert len(names) == 8 and dataset.notice is None
+    for i, name in enumerate(names):
+        image = dataset.read(i)
+        assert image.dtype == torch.uint8 and image.shape == ((3, 60, 40) if "turned" in name else (3, 40, 60)), name
+        if "deep" not in name:
+            truth = np.asarray(ImageOps.exif_transpose(Image.open(dataset.root / name)).convert("RGB"))
+            assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - truth).max() <= 1, name
+        else:
+            assert image[0].max() > 240 and image[0].min() == 0
+
+
+def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
+    def load(split="train", classes=None):
+        return data.load("folder", split, data_dir=tmp_path, image_size=16, classes=classes)
+    with pytest.raises(data.DataError, match=r"train is no folder; --data-dir"):
+        load()
+    write_image_folder(tmp_path, train=3, val=2)
+    good = load()
+    whole = (tmp_path / "train/ant/ant_0.JPEG").read_bytes()
+
+    (tmp_path / "train/ant/ant_0.JPEG").write_bytes(whole[:len(whole) // 2])  # truncated: the rest is grey, and a note
+    told = []
+    images = [x for x, _ in data.batches(data.loader(load(), [[(0, 0)], [(0, 1)], [(1, 0)]], 1), tell=told.append)]
+    assert len(told) == 1 and "ant_0.JPEG is truncated" in told[0], told
+    assert not torch.equal(images[0], images[1])
+
+    for content in (b"", b"hello", b"\xff\xd8\xff"):  # nothing to decode
+        (tmp_path / "train/ant/ant_0.JPEG").write_bytes(content)
+        for workers in (0, 1):
+            with pytest.raises(data.DataError, match="ant_0.JPEG is not an image") as caught:
+                all_batches(load(), [[(0, 0)]], workers)
+            assert "\n" not in str(caught.value)
+    (tmp_path / "train/ant/ant_0.JPEG").write_bytes(whole)
+
+    (tmp_path / "train/ant/notes.txt").write_text("no image")
+    (tmp_path / "train/ant/.hidden").write_text("not worth a word")
+    assert "notes.txt" in load().notice and "more" not in load().notice and len(load()) == len(good)
+
+    (tmp_path / "train/empty").mkdir()
+    with pytest.raises(data.DataError, match="train/empty holds no image"):
+        load()
+    (tmp_path / "train/empty").rmdir()
+    (tmp_path / "val/zebra").mkdir()
+    with pytest.raises(data.DataError, match="val/zebra is a class that the training folder does not have"):
+        load("val", good.classes)
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(data.DataError, match="val is no folder"):
+        load("val", good.classes)
+    (tmp_path / "val").mkdir()
+    shutil.copy(tmp_path / "train/ant/ant_1.JPEG", tmp_path / "val")
+    with pytest.raises(data.DataError, match="no class folders but 1 images"):
+        load("val", good.classes)
+
+
+def test_validation_labels_follow_the_training_folders_numbers(tmp_path):
+    write_image_folder(tmp_path)
+    shutil.rmtree(tmp_path / "val/ant")
+    train_set = data.load("folder", "train", data_dir=tmp_path, image_size=16)
+    val_set = data.load("folder", "val", data_dir=tmp_path, image_size=16, classes=train_set.classes)
+    for x, y in data.batches(data.evaluation_loader(val_set, 4)):
+        assert torch.equal(x.float().mean((2, 3)).argmax(1), y), "each class of the test folder has a colour of its own"
+    assert val_set.labels.unique().tolist() == [1, 2]
+
+
+def test_cifar_is_read_from_its_published_files(tmp_path, monkeypatch):
+    """Small files in the published format; their checksums stand in for those of the real ones."""
+    rng = np.random.default_rng(0)
+    for name, cls, key, batch_names in (("cifar10", data.CIFAR10, "labels", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]),
+                                        ("cifar100", data.CIFAR100, "fine_labels", ["train", "test"])):
+        folder = tmp_path / cls.base_folder
+        with pytest.raises(data.DataError, match=f"{cls.base_folder} is missing or incomplete; unpack {cls.filename}"):
+            data.load(name, "train", data_dir=tmp_path, image_size=32)
+        folder.mkdir()
+        sums = {}
+        for batch in batch_names:
+            content = pickle.dumps({"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), key: rng.integers(0, 10, 4).tolist()})
+            (folder / batch).write_bytes(content)
+            sums[batch] = hashlib.md5(content).hexdigest()
+        meta = pickle.dumps({cls.meta["key"]: [f"class{i}" for i in range(100 if name == "cifar100" else 10)]})
+        (folder / cls.meta["filename"]).write_bytes(meta)
+        monkeypatch.setattr(cls, "train_list", [[b, sums[b]] for b in batch_names if not b.startswith("test")])
+        monkeypatch.setattr(cls, "test_list", [[b, sums[b]] for b in batch_names if b.startswith("test")])
+        monkeypatch.setitem(cls.meta, "md5", hashlib.md5(meta).hexdigest())
+        raw = pickle.loads((folder / batch_names[-1]).read_bytes())
+        val = data.load(name, "val", data_dir=tmp_path, image_size=32)
+        (x, y), = all_batches(val, [[(0, 2)]])
+        assert x[0].flatten().tolist() == raw["data"][2].tolist() and y.item() == raw[key][2]
+        assert len(val.classes) == (100 if name == "cifar100" else 10)
+        train_set = data.load(name, "train", data_dir=tmp_path, image_size=32, augment="crop")
+        (x, y), = all_batches(train_set, [[(0, 1)]])
+        clean = data.load(name, "train", data_dir=tmp_path, image_size=32).pixels[1]
+        padded = F.pad(clean, (4, 4, 4, 4))
+        windows = [padded[:, i:i + 32, j:j + 32] for i in range(9) for j in range(9)]
+        assert any(torch.equal(x[0], w) or torch.equal(x[0], w.flip(2)) for w in windows)
+        assert data.load(name, "val", data_dir=tmp_path, image_size=48).transform(clean).shape == (3, 48, 48)
+        (folder / batch_names[0]).write_bytes(b"cut")
+        with pytest.raises(data.DataError, match="missing or incomplete"):
+            data.load(name, "train", data_dir=tmp_path, image_size=32)
+
+
+def test_inception_crops_cover_5_to_100_percent_at_aspects_between_3_4_and_4_3(tmp_path):
+    """Read off the pixels: each holds its own position."""
+    size = 200
+    y, x = np.mgrid[:size, :size]
+    image = torch.from_numpy(np.stack([x, y, np.zeros_like(x)]).astype(np.uint8))
+    crop = data.transforms("inception", 64)
+    torch.manual_seed(0)
+    areas, aspects, flips = [], [], 0
+    for _ in range(400):
+        out = crop(image).float()
+        width, height = (float((out[c].max() - out[c].min()) * 64 / 63) for c in (0, 1))
+        areas.append(width * height / size ** 2)
+        aspects.append(width / height)
+        flips += bool(out[0, 0, 0] > out[0, 0, -1])
+    assert 0.04 < min(areas) < 0.08 and 0.9 < max(areas) < 1.05, (min(areas), max(areas))
+    assert 0.7 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.4, (min(aspects), max(aspects))
+    assert 150 < flips < 250, flips
+    assert data.transforms("none", 224)(torch.zeros(3, 500, 375, dtype=torch.uint8)).shape == (3, 224, 224)
+
+
+def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):
+    data.main([])
+    assert "8,000 images of 12 classes" in capsys.readouterr().out
+    data.main(["sheet", "--columns", "2", "--out", str(tmp_path / "s.png")])
+    assert np.asarray(Image.open(tmp_path / "s.png")).shape == (12 * 98 + 2, 2 * 98 + 2, 3)
+    with pytest.raises(SystemExit):
+        data.main(["sheet", "--columns", "0"])
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- train.py
+
+TINY = ("--model vit_micro8 --dim 24 --depth 2 --heads 2 --mlp-dim 48 --device cpu").split()
+
+
+def tiny(out, *more, dataset="--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 --epochs 2 "
+                             "--warmup-steps 3 --log-every 4"):
+    """A command line that trains for seconds: 160 images, 5 steps an epoch."""
+    return [*TINY, *dataset.split(), "--out-dir", str(out), *shlex.split(" ".join(map(str, more)))]
+
+
+def train_ok(argv):
+    assert train.main(argv) == 0
+    return torch.load(Path(argv[argv.index("--out-dir") + 1]) / "ckpt.pt", weights_only=True)
+
+
+def refusal(capsys, *argv):
+    """The one line that train.py prints for a user's mistake."""
+    capsys.readouterr()
+    assert train.main([str(a) for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("train.py: "), error
+    return error
+
+
+def log_without_times(folder):
+    records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+
+
+def same_tensors(a, b):
+    """Whether two nested states hold equal numbers, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_tensors(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_tensors, a, b))
+    return a == b
+
+
+def test_learning_rate_at_warm_up_peak_and_end():
+    lr = lambda step, schedule, end=0.0: train.learning_rate(step, 100, 20, 3e-3, schedule, end)
+    for schedule in ("cosine", "linear", "constant"):
+        assert lr(0, schedule) == 0 and lr(10, schedule) == 1.5e-3 and lr(20, schedule) == 3e-3
+    assert abs(lr(60, "cosine") - 1.5e-3) < 1e-18 and abs(lr(100, "cosine")) < 1e-18
+    assert abs(lr(40, "cosine") - 1.5e-3 * (1 + math.cos(math.pi / 4))) < 1e-18
+    assert abs(lr(40, "linear", 1e-5) - (3e-3 * 0.75 + 1e-5 * 0.25)) < 1e-18 and abs(lr(100, "linear", 1e-5) - 1e-5) < 1e-18
+    assert lr(100, "constant") == 3e-3
+    assert train.learning_rate(0, 10, 0, 1.0, "cosine") == 1 and train.learning_rate(3, 3, 10, 1.0, "linear") == 0.3
+
+
+def test_sigmoid_loss_is_the_sum_of_binary_cross_entropies():
+    torch.manual_seed(0)
+    logits, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
+    total = sum(-math.log(p if k == t else 1 - p) for row, t in zip(torch.sigmoid(logits).tolist(), y.tolist())
+                for k, p in enumerate(row))
+    assert abs(train.sigmoid_loss(logits, y).item() - total / 5) < 1e-12
+    soft = F.one_hot(y, 4).double()
+    assert torch.allclose(train.sigmoid_loss(logits, soft), train.sigmoid_loss(logits, y))
+    smooth = soft * 0.9 + 0.1 / 4
+    assert torch.allclose(train.sigmoid_loss(logits, y, 0.1), train.sigmoid_loss(logits, smooth))
+    assert torch.allclose(train.softmax_loss(logits, y, 0.1), -(smooth * logits.log_softmax(1)).sum(1).mean())
+
+
+def test_weight_decay_reaches_what_each_mask_says():
+    network = vit.build("vit_micro8", num_classes=3, image_size=32, stem="conv")
+    def decayed(mask):
+        ids = {id(p) for p in train.decay_groups(network, mask)[0]}
+        return {n for n, p in network.named_parameters() if id(p) in ids}
+    everything = {n for n, _ in network.named_parameters()}
+    assert decayed("all") == everything
+    kernels = {n for n in everything if n.endswith("weight") and "norm" not in n and ".bn." not in n}
+    assert decayed("kernels") == kernels
+    assert decayed("no-norm-bias") == kernels | {"cls_token", "pos_embed"}
+    assert all(len(a) + len(b) == len(everything) for a, b in (train.decay_groups(network, m) for m in ("all", "kernels")))
+
+
+def test_evaluation_metrics_against_their_definitions_one_image_at_a_time():
+    rng = np.random.default_rng(0)
+    x, y = torch.from_numpy(rng.integers(0, 256, (50, 3, 4, 4), dtype=np.uint8)), torch.from_numpy(rng.integers(0, 7, 50))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 7)).double()
+    with torch.no_grad():
+        model[1].weight.mul_(4)
+    dataset = data.InMemory(x, y, list(range(7)))
+    got = train.evaluate(model, data.evaluation_loader(dataset, 8), torch.device("cpu"))
+    hits1, hits5, nll, bins = 0, 0, 0.0, [[] for _ in range(10)]
+    for image, label in zip(x, y.tolist()):
+        z = (model[1].weight @ (image.double() / 255).flatten() + model[1].bias).tolist()
+        p = [math.exp(v) / sum(math.exp(u) for u in z) for v in z]
+        order = sorted(range(7), key=lambda k: -z[k])
+        hits1, hits5, nll = hits1 + (order[0] == label), hits5 + (label in order[:5]), nll - math.log(p[label])
+        bins[min(9, math.ceil(max(p) * 10) - 1)].append((order[0] == label, max(p)))
+    ece = sum(abs(sum(h for h, _ in b) - sum(c for _, c in b)) for b in bins) / 50
+    expected = dict(images=50, top1=2 * hits1, top5=2 * hits5, nll=nll / 50, ece=100 * ece)
+    assert got.keys() == expected.keys() and all(abs(got[k] - expected[k]) < 1e-9 for k in got), (got, expected)
+    assert model.training
+
+
+def test_recipes_hold_flags_only_and_table_8s_numbers():
+    flags = vars(train.make_parser().parse_args([])).keys()
+    for name, row in train.RECIPES.items():
+        assert row.keys() <= flags, (name, row.keys() - flags)
+    args, origin = train.settings(["--model", "vit_b16", "--sam-rho", "0.2", "--device", "cpu"])
+    assert args.recipe == "chen_vit" and args.sam_rho == 0.2 and args.dataset == "imagenet"
+    table8 = dict(epochs=300, batch_size=4096, micro_batch=32, lr=3e-3, warmup_steps=10_000, lr_schedule="cosine",
+                  optimizer="adamw", beta1=0.9, beta2=0.999, weight_decay=0.3, dropout=0.1, grad_clip=1.0,
+                  image_size=224, augment="inception", loss="sigmoid", mixup=0, label_smoothing=0)
+    assert {k: getattr(args, k) for k in table8} == table8
+    assert args.epochs * (1_281_167 // args.batch_size) == 93_600  # 93,835 steps if the incomplete batches counted
+    assert origin["lr"] == "chen_vit" and origin["sam_rho"] == "command line" and origin["seed"] == "default"
+    for model, rho in {"vit_s32": 0.05, "vit_s16": 0.1, "vit_s14": 0.1, "vit_s8": 0.15, "vit_b32": 0.15, "vit_b16": 0.2}.items():
+        assert train.settings(["--model", model, "--sam-rho", "paper"])[0].sam_rho == rho
+
+
+def test_flags_override_recipes_and_recipes_override_defaults():
+    assert train.settings([])[0].recipe == "shapes" and train.settings([])[0].sam_rho > 0
+    args, origin = train.settings(["--recipe", "chen_vit", "--lr", "0.1", "--model", "vit_s32"])
+    assert (args.lr, args.model, args.epochs) == (0.1, "vit_s32", 300) and origin["model"] == "command line"
+    assert train.settings(["--dataset", "cifar10"])[0].recipe == "none"
+    assert train.settings(["--dataset", "cifar10"])[0].augment == "crop"
+    assert train.settings(["--dataset", "shapes"])[0].model == "vit_micro8"
+    assert train.settings(["--data-dir", "x"])[0].dataset == "imagenet"
+    assert train.settings(["--sam-rho", "0"])[0].out_dir == "out/shapes-vit_micro8-rho0-seed0"
+
+
+def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for argv, words in [
+            (["--sam-roh", "0.1"], "unknown flag --sam-roh; did you mean --sam-rho"),
+            (["--batch_size", "64"], "did you mean --batch-size"),
+            (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+            (["--optimizer", "adam"], "choose from"),
+            (["--sam-rho", "big"], "--sam-rho big: give a number"),
+            (["--sam-rho", "-1"], "--sam-rho is -1.0; it must be at least 0"),
+            (["--sam-rho", "paper"], "Table 9 has no row for vit_micro8"),
+            (["--model", "vit_x16", "--dataset", "shapes"], "vit_x16"),
+            (["--model", "resnet_50", "--dataset", "shapes"], "unknown model 'resnet_50'; known: vit_"),
+            (["--model", "torchvision:resnet81", "--dataset", "shapes"], "near: resnet"),
+            (["--patch-size", "5"], "5"),
+            (["--batch-size", "100"], "batch size 100 is not a multiple of micro-batch 32 × 1 devices = 32: use "
+                                      "--batch-size 96 or --micro-batch 25"),
+            (["--epochs", "0"], "--epochs 0 needs --max-steps"),
+            (["--train-fraction", "2"], "--train-fraction 2"),
+            (["--train-fraction", "half"], "--train-fraction half"),
+            (["--train-fraction", "1/500"], "16 images, fewer than one batch of 64: use --batch-size"),
+            (["--eval-only"], "--eval-only needs --init-from"),
+            (["--init-from", "nowhere.pt"], "nowhere.pt: no such file"),
+            (["--label-smoothing", "1"], "below 1"),
+            (["--model", "vit_b16", "--sam-rho", "0.2"], "data/imagenet/train is no folder"),
+            (["--dataset", "cifar10"], "cifar-10-batches-py is missing"),
+            (["--out-dir", "/proc/nothing"], "--out-dir /proc/nothing")]:
+        line = refusal(capsys, *argv, "--device", "cpu")
+        assert words in line, (argv, line)
+    assert "--dataset shapes needs no files" in refusal(capsys, "--model", "vit_b16")
+    monkeypatch.setenv("IMAGENET_DIR", "/some/where")
+    assert "/some/where/train is no folder" in refusal(capsys, "--model", "vit_b16")
+
+
+def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets_layout(tmp_path, capsys):
+    write_image_folder(tmp_path / "imagenet", train=24, val=5)
+    paper = ["--model", "vit_b16", "--sam-rho", "0.2", "--data-dir", str(tmp_path / "imagenet"), "--device", "cpu"]
+    out = tmp_path / "run"
+    assert train.main([*paper, "--batch-size", "32", "--dry-run", "--out-dir", str(out)]) == 0
+    text = capsys.readouterr().out
+    for line in ("recipe    chen_vit", "weight-decay     0.3", "sam-rho          0.2", "85,800,963 parameters", "sigmoid loss",
+                 "3 classes, where ImageNet-1k has 1,000", "SAM ρ = 0.2 on each micro-batch", "72 training and 15 validation"):
+        assert line in text, (line, text)
+    assert not out.exists()
+    small = "--dim 24 --depth 2 --heads 2 --mlp-dim 48 --batch-size 16 --micro-batch 8 --epochs 1 --workers 1 --image-size 48"
+    state = train_ok([*paper, *small.split(), "--out-dir", str(out)])
+    assert state["step"] == 4 and state["final"]["validation"]["images"] == 15
+    assert state["settings"]["warmup_steps"] == 10_000
+
+
+def test_a_run_folder_holds_what_it_should_and_is_never_overwritten(tmp_path, capsys):
+    out = tmp_path / "run"
+    state = train_ok(tiny(out, "--sam-rho 0.1 --ema-decay 0.9"))
+    assert sorted(p.name for p in out.iterdir()) == ["best.pt", "ckpt.pt", "config.json", "log.jsonl"]
+    records = log_without_times(out)
+    assert [r["step"] for r in records if "loss" in r] == [4, 8, 10] and [r["step"] for r in records if "val" in r] == [5, 10]
+    assert records[-1]["final"]["validation"] == [r["val"] for r in records if "val" in r][-1]
+    assert all(r["skipped"] == 0 and math.isfinite(r["loss"]) for r in records if "loss" in r)
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["sam_rho"] == 0.1 and config["versions"]["torch"] == torch.__version__
+    assert state["classes"] == list(data.SHAPES_CLASSES) and state["model"].keys() == state["ema"].keys()
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert "holds a run already: add --resume" in refusal(capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9"))
+    line = refusal(capsys, *tiny(out, "--sam-rho 0.2 --ema-decay 0.9 --resume"))
+    assert "sam_rho 0.1 → 0.2" in line, line
+    assert train.main(tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume")) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.name != "config.json"} | {"config.json": before["config.json"]}
+    with open(out / "log.jsonl", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "being written by another process" in refusal(capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume"))
+    (out / "ckpt.pt").write_bytes(before["ckpt.pt"][:5000])
+    assert "ckpt.pt is no checkpoint" in refusal(capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume"))
+
+
+def test_max_steps_cuts_a_run_that_then_goes_on_as_if_it_had_not_stopped(tmp_path):
+    whole = train_ok(tiny(tmp_path / "whole", "--sam-rho 0.1"))
+    train_ok(tiny(tmp_path / "cut", "--sam-rho 0.1 --max-steps 5"))
+    resumed = train_ok(tiny(tmp_path / "cut", "--sam-rho 0.1 --resume"))
+    assert same_tensors(whole["model"], resumed["model"]) and resumed["step"] == 10
+
+
+def test_training_equals_a_loop_written_out_by_hand(tmp_path):
+    """SAM on each micro-batch, mean of their gradients, one clip, AdamW with decay on kernels, EMA; no dropout."""
+    argv = tiny(tmp_path / "run", "--sam-rho 0.2 --grad-clip 0.5 --ema-decay 0.9 --dtype float64 --weight-decay 0.3")
+    state = train_ok(argv)
+    torch.manual_seed(0)
+    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48).double()
+    named = dict(network.named_parameters())
+    ema = {k: v.detach().clone() for k, v in named.items()}
+    m, v = ({k: torch.zeros_like(p) for k, p in named.items()} for _ in range(2))
+    images, labels = data.shapes(range(8000))
+    chosen = data.subset(labels, "1/50")
+    for step in range(10):
+        order = torch.randperm(160, generator=torch.Generator().manual_seed(data.key(0, step // 5)))
+        batch = chosen[order[32 * (step % 5):][:32]]
+        total = {k: torch.zeros_like(p) for k, p in named.items()}
+        for micro in batch.split(8):
+            x, y = (images[micro].double() / 255 - 0.5) / 0.5, labels[micro]
+            grads = torch.autograd.grad(F.cross_entropy(network(x), y), named.values())
+            norm = torch.cat([g.flatten() for g in grads]).norm()
+            moved = {k: (p + 0.2 * g / norm).detach().requires_grad_() for (k, p), g in zip(named.items(), grads)}
+            loss = F.cross_entropy(torch.func.functional_call(network, moved, x), y)
+            for k, g in zip(named, torch.autograd.grad(loss, moved.values())):
+                total[k] += g / 4
+        norm = torch.cat([g.flatten() for g in total.values()]).norm()
+        clip = min(1.0, 0.5 / (norm.item() + 1e-6))
+        lr = 2e-3 * min(1, step / 3) * 0.5 * (1 + math.cos(math.pi * max(step - 3, 0) / 7))
+        average = min(0.9, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for k, p in named.items():
+                g = clip * total[k]
+                m[k] = 0.9 * m[k] + 0.1 * g
+                v[k] = 0.999 * v[k] + 0.001 * g * g
+                if p.ndim > 1 and k.endswith("weight"):
+                    p *= 1 - lr * 0.3
+                p -= lr * (m[k] / (1 - 0.9 ** (step + 1))) / ((v[k] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                ema[k] = average * ema[k] + (1 - average) * p
+    for name, p in named.items():
+        p, got = (t.detach().clone() for t in (p, state["model"][name]))
+        if name.endswith("qkv.bias"):  # the keys' bias has no gradient in exact arithmetic: AdamW amplifies its noise
+            p[24:48] = got[24:48] = 0
+        assert float((p - got).abs().max()) < 1e-11, (name, float((p - got).abs().max()))
+        if not name.endswith("qkv.bias"):
+            assert float((ema[name] - state["ema"][name]).abs().max()) < 1e-11, name
+
+
+def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_one_line(tmp_path, capsys):
+    out = tmp_path / "run"
+    state = train_ok(tiny(out, "--ema-decay 0.5"))
+    capsys.readouterr()
+    assert train.main(["--eval-only", "--init-from", str(out / "ckpt.pt"), "--device", "cpu"]) == 0
+    evaluated = capsys.readouterr().out
+    assert f"{state['final']['validation']['top1']:.2f}" in evaluated.splitlines()[-1], (evaluated, state["final"])
+    assert train.main(["--eval-only", "--init-from", str(out / "ckpt.pt"), "--weights", "model", "--eval-split", "test",
+                       "--device", "cpu"]) == 0
+    assert "10,000" in capsys.readouterr().out.splitlines()[-1]
+
+    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48)
+    train.load_weights(network, out / "ckpt.pt")
+    assert same_tensors(network.state_dict(), state["ema"])
+    assert train.load_weights(network, out / "ckpt.pt", "model") == ([0.5], [0.5])
+    assert same_tensors(network.state_dict(), state["model"])
+
+    torch.save(state["model"], tmp_path / "foreign.pth")  # a bare state dict does not say how inputs were normalised
+    foreign = tiny(tmp_path / "from", "--init-from", tmp_path / "foreign.pth")
+    assert "give --mean and --std" in refusal(capsys, *foreign)
+    train_ok([*foreign, "--mean", "0.5", "--std", "0.5", "--lr", "0"])
+    assert "another network (missing" in refusal(capsys, *foreign, "--mean", "0.5", "--std", "0.5", "--depth", "3")
+    assert "head.weight is (12, 24)" in refusal(
+        capsys, "--eval-only", "--init-from", tmp_path / "foreign.pth", "--dataset", "folder", "--data-dir",
+        write_image_folder(tmp_path / "three"), *TINY, "--image-size", "32", "--mean", "0.5", "--std", "0.5")
+    larger = tiny(tmp_path / "larger", "--image-size 48 --init-from", out / "ckpt.pt", "--max-steps 1")
+    capsys.readouterr()
+    train_ok(larger)
+    assert "positions resized to 6×6" in capsys.readouterr().out
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(os.system))
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("evil.pt", "text.pt", "list.pt"):
+        line = refusal(capsys, *tiny(tmp_path / "x", "--init-from", tmp_path / name))
+        assert name in line and ("no checkpoint" in line or "holds a list" in line), line
+
+
+def test_a_step_whose_gradient_is_not_finite_is_skipped_counted_and_told(tmp_path, capsys, monkeypatch):
+    calls, good = [], train.softmax_loss
+    def sometimes_nan(logits, y, smoothing=0.0):
+        calls.append(1)
+        return good(logits, y, smoothing) * (math.nan if len(calls) == 9 else 1)  # a micro-batch of the third step
+    monkeypatch.setattr(train, "softmax_loss", sometimes_nan)
+    state = train_ok(tiny(tmp_path / "once"))
+    assert [r["skipped"] for r in log_without_times(tmp_path / "once") if "loss" in r] == [1, 0, 0]
+    assert "1 steps skipped" in capsys.readouterr().out
+    assert all(v.isfinite().all() for v in state["model"].values())
+    assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {9.0}
+    monkeypatch.setattr(train, "softmax_loss", lambda logits, y, smoothing=0.0: good(logits, y) * math.nan)
+    line = refusal(capsys, *tiny(tmp_path / "always"))
+    assert "all of the last 4 gradients were not finite: stopped at step 4" in line, line
+
+
+@pytest.mark.parametrize("flags", ["--dtype bfloat16 --sam-rho 0.1", "--optimizer sgd --lr 0.05 --nesterov --decay all",
+                                   "--sam-rho 0.5 --sam-adaptive --sam-steps 2 --pool gap --kernel-size 3 --gelu exact",
+                                   "--model torchvision:mobilenet_v3_small --sam-rho 0.05 --max-steps 2",
+                                   "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 --dropout 0.1"])
+def test_other_settings_train(tmp_path, flags):
+    argv = tiny(tmp_path / "run", flags)
+    if "torchvision" in flags:
+        del argv[2:10]  # the ViT's sizes
+    state = train_ok(argv)
+    losses = [r["loss"] for r in log_without_times(tmp_path / "run") if "loss" in r]
+    assert all(map(math.isfinite, losses)) and state["final"]["training"]["top1"] >= 0, losses
+    first, last = (train.build_model(state["settings"]["model"], 12, 32) if "torchvision" in flags else None), state["model"]
+    assert first is None or last.keys() == first.state_dict().keys()
+
+
+def start(argv, **kwargs):
+    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, **kwargs)
+
+
+KILLER = """
+# Forks a training again and again and kills each at a random moment; forking saves the import of torch each time.
+import os, random, signal, sys, time
+import train
+random.seed(0)
+argv, kills, done = sys.argv[2:], int(sys.argv[1]), False
+while not done:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(train.main(argv))
+    if kills:
+        time.sleep(random.uniform(0.05, 1.2))
+        os.kill(pid, signal.SIGKILL)
+        kills -= 1
+    status = os.waitpid(pid, 0)[1]
+    done = os.WIFEXITED(status)
+    assert not done or os.WEXITSTATUS(status) == 0, status
+print("killed", int(sys.argv[1]) - kills, flush=True)
+"""
+
+
+def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit(tmp_path):
+    """Weights, optimizer, average and log (but for its times); with augmentation, masks, mixup and BatchNorm."""
+    write_image_folder(tmp_path / "images", train=32, val=8)
+    settings = (f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 --mixup 0.5 --ema-decay 0.95 "
+                "--sam-rho 0.1 --image-size 16 --workers 0 --seed 3 --save-every 5")
+    setup = "--dataset folder --epochs 30 --batch-size 16 --micro-batch 8 --log-every 4 --warmup-steps 10"
+    whole = train_ok(tiny(tmp_path / "whole", settings, dataset=setup))
+    argv = tiny(tmp_path / "killed", settings, "--resume", dataset=setup)
+    output = subprocess.run([sys.executable, "-c", KILLER, "12", *argv], cwd=HERE, capture_output=True, text=True, timeout=300)
+    assert output.returncode == 0 and "killed 12" in output.stdout, output.stdout[-2000:] + output.stderr[-2000:]
+    assert output.stdout.count("resumed ") >= 8, "the kills came too early to mean anything"
+    killed = torch.load(tmp_path / "killed/ckpt.pt", weights_only=True)
+    for part in ("model", "ema", "optimizer", "step", "best", "final"):
+        assert same_tensors(whole[part], killed[part]), part
+    assert log_without_times(tmp_path / "whole") == log_without_times(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, number):
+    argv = ["train.py", *tiny(tmp_path / "run", "--epochs 2000 --log-every 2 --eval-every 1000 --sam-rho 0.1")]
+    if processes > 1:
+        argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv]
+    run = start(argv)
+    lines = []
+    for line in run.stdout:
+        lines.append(line)
+        if line.startswith("step ") and "loss" in line:
+            pids = [run.pid] if processes == 1 else [
+                int(p) for p in subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()]
+            os.kill(pids[0], number)  # one process is told, all stop
+            break
+    text = "".join(lines) + run.stdout.read()
+    status = run.wait(timeout=60)
+    assert status == (128 + number if processes == 1 else 1), (status, text)
+    assert f"stopped by {number.name}, saved at step" in text and "repeat the command with --resume" in text, text
+    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    assert 0 < state["step"] < 10_000 and "final" not in state
+
+
+WORKER = """
+# Runs several trainings in the same processes and notes what each sends: DistributedDataParallel's buckets and
+# every all-reduce of Python's.
+import json, sys
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+import train
+dist.init_process_group("gloo")
+sent, make, reduce = {}, DDP.__init__, dist.all_reduce
+
+def count(what, tensor):
+    sent[name][what] = sent[name].get(what, 0) + tensor.numel() * tensor.element_size()
+
+def hook(state, bucket):
+    count("gradients", bucket.buffer())
+    bucket.buffer().div_(dist.get_world_size())
+    return reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
+
+def counted_init(self, *args, **kwargs):
+    make(self, *args, **kwargs)
+    self.register_comm_hook(None, hook)
+
+def counted_reduce(tensor, *args, **kwargs):
+    count("other", tensor)
+    return reduce(tensor, *args, **kwargs)
+
+DDP.__init__, dist.all_reduce = counted_init, counted_reduce
+for name, argv in json.load(open(sys.argv[1])).items():
+    sent[name] = {}
+    assert train.main(argv) == 0, name
+if dist.get_rank() == 0:
+    json.dump(sent, open(sys.argv[2], "w"))
+dist.destroy_process_group()
+"""
+
+VARIANTS = {
+    "plain": "--sam-rho 0",
+    "sam": "--sam-rho 0.1",
+    "plain, all": "--sam-rho 0 --stem conv --dropout 0.2 --drop-path 0.2 --mixup 0.5 --ema-decay 0.9 --grad-clip 0.5",
+    "sam, all": "--sam-rho 0.1 --stem conv --dropout 0.2 --drop-path 0.2 --mixup 0.5 --ema-decay 0.9 --grad-clip 0.5",
+    "sam, all, one micro-batch each": "--sam-rho 0.1 --stem conv --dropout 0.2 --mixup 0.5 --micro-batch 16",
+    "sam of the whole batch": "--sam-rho 0.1 --sam-sync --stem conv --dropout 0.2 --optimizer sgd --lr 0.05",
+}
+
+
+def largest_difference(a, b):
+    """Largest |a - b| relative to the tensor's largest element, over all weights but the keys' bias, whose
+    gradient is zero in exact arithmetic, so that AdamW amplifies its rounding."""
+    worst = 0.0
+    for name in a:
+        x, y = a[name].double(), b[name].double()
+        if name.endswith("qkv.bias"):
+            third = len(x) // 3
+            x, y = (torch.cat([t[:third], t[2 * third:]]) for t in (x, y))
+        worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-3)))
+    return worst
+
+
+def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_path):
+    runs = {name: tiny(tmp_path / f"{i}-2", flags, "--dtype float64", dataset=(
+        "--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 --epochs 4 --warmup-steps 3 --log-every 4"))
+        for i, (name, flags) in enumerate(VARIANTS.items())}
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    (tmp_path / "worker.py").write_text(WORKER)
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                             tmp_path / "worker.py", tmp_path / "runs.json", tmp_path / "sent.json"], cwd=HERE,
+                            env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=400)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    sent = json.loads((tmp_path / "sent.json").read_text())
+    for i, (name, argv) in enumerate(runs.items()):
+        two = torch.load(tmp_path / f"{i}-2/ckpt.pt", weights_only=True)
+        one = train_ok([a.replace(f"{i}-2", f"{i}-1") for a in argv])
+        weights = largest_difference(one["model"], two["model"])
+        averages = largest_difference(one["ema"], two["ema"]) if one["ema"] else 0.0
+        nll = abs(one["final"]["validation"]["nll"] - two["final"]["validation"]["nll"])
+        print(f"{name:32} weights {weights:.1e}  average {averages:.1e}  NLL {nll:.1e}  bytes {sent[name]}")
+        assert max(weights, averages, nll) < 1e-9, (name, weights, averages, nll)
+        assert one["final"]["validation"]["images"] == two["final"]["validation"]["images"] == 2000
+        logs = [[r["loss"] for r in log_without_times(tmp_path / f"{i}-{n}") if "loss" in r] for n in (1, 2)]
+        assert np.allclose(*logs, rtol=1e-5), logs
+    assert sent["plain"] == sent["sam"] and sent["plain, all"] == sent["sam, all"]
+    parameters = sum(p.numel() for p in vit.build("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).parameters())
+    assert sent["sam"]["gradients"] == 20 * 8 * parameters, "the gradient once a step, whatever the micro-batches"
+    whole = sent["sam of the whole batch"]
+    assert whole["other"] - sent["sam, all"]["other"] == whole["gradients"], "only --sam-sync sends the first gradient too"
+
+
+# -------------------------------------------------------------------------------------------------- the repository
+
+@pytest.mark.parametrize("name", ["vit", "sam", "data"])
+def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
+    shutil.copy(HERE / f"{name}.py", tmp_path)
+    argv = [f"{name}.py"] + {"sam": ["--seeds", "1", "--steps", "20"]}.get(name, [])
+    result = subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and len(result.stdout.splitlines()) > 3 and not result.stderr, result
+    siblings = {p.stem for p in HERE.glob("*.py")}
+    imported = {line.split()[1].split(".")[0] for line in (HERE / f"{name}.py").read_text().splitlines()
+                if line.startswith(("import ", "from "))}
+    assert not imported & siblings, imported & siblings
+
+
+def test_the_readmes_training_commands_run(tmp_path):
+    """Every `python train.py` line of the README that needs no data set, cut to a few steps."""
+    commands = re.findall(r"python (train\.py[^\n`#|]*)", (HERE / "README.md").read_text())
+    runnable = [c.split() for c in commands if not re.search(r"imagenet|vit_b16|IMAGENET|--data-dir|--init-from|\.\.\.", c)]
+    assert len(runnable) >= 3, commands
+    seen = set()
+    for i, argv in enumerate(a for a in runnable if tuple(a) not in seen and not seen.add(tuple(a))):
+        flags = [a for a in argv[1:] if a != "--resume"]
+        train_ok([*flags, "--max-steps", "2", "--train-fraction", "1/20", "--out-dir", str(tmp_path / str(i))])
