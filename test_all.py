@@ -1337,7 +1337,7 @@ def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets
     assert train.main([*paper, "--batch-size", "32", "--dry-run", "--out-dir", str(out)]) == 0
     text = capsys.readouterr().out
     for line in ("recipe    chen_vit", "weight-decay     0.3", "sam-rho          0.2", "85,800,963 parameters", "sigmoid loss",
-                 "3 classes, where ImageNet-1k has 1,000", "SAM ρ = 0.2 on each micro-batch", "72 training and 15 validation"):
+                 "3 classes, where ImageNet-1k has 1,000", "SAM with ρ = 0.2 on each micro-batch", "72 training and 15 validation"):
         assert line in text, (line, text)
     assert not out.exists()
     small = "--dim 24 --depth 2 --heads 2 --mlp-dim 48 --batch-size 16 --micro-batch 8 --epochs 1 --workers 1 --image-size 48"
@@ -1360,7 +1360,7 @@ def test_a_run_folder_holds_what_it_should_and_is_never_overwritten(tmp_path, ca
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert "holds a run already: add --resume" in refusal(capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9"))
     line = refusal(capsys, *tiny(out, "--sam-rho 0.2 --ema-decay 0.9 --resume"))
-    assert "sam_rho 0.1 → 0.2" in line, line
+    assert "--sam-rho 0.1 → 0.2" in line, line
     assert train.main(tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume")) == 0
     assert "is finished" in capsys.readouterr().out
     assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.name != "config.json"} | {"config.json": before["config.json"]}
@@ -1444,7 +1444,7 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
     foreign = tiny(tmp_path / "from", "--init-from", tmp_path / "foreign.pth")
     assert "give --mean and --std" in refusal(capsys, *foreign)
     train_ok([*foreign, "--mean", "0.5", "--std", "0.5", "--lr", "0"])
-    assert "another network (missing" in refusal(capsys, *foreign, "--mean", "0.5", "--std", "0.5", "--depth", "3")
+    assert "of another network: it lacks" in refusal(capsys, *foreign, "--mean", "0.5", "--std", "0.5", "--depth", "3")
     assert "head.weight is (12, 24)" in refusal(
         capsys, "--eval-only", "--init-from", tmp_path / "foreign.pth", "--dataset", "folder", "--data-dir",
         write_image_folder(tmp_path / "three"), *TINY, "--image-size", "32", "--mean", "0.5", "--std", "0.5")
@@ -1508,7 +1508,7 @@ while not done:
     if pid == 0:
         os._exit(train.main(argv))
     if kills:
-        time.sleep(random.uniform(0.05, 1.2))
+        time.sleep(random.uniform(0.05, 1.0))
         os.kill(pid, signal.SIGKILL)
         kills -= 1
     status = os.waitpid(pid, 0)[1]
@@ -1523,12 +1523,12 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     write_image_folder(tmp_path / "images", train=32, val=8)
     settings = (f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 --mixup 0.5 --ema-decay 0.95 "
                 "--sam-rho 0.1 --image-size 16 --workers 0 --seed 3 --save-every 5")
-    setup = "--dataset folder --epochs 30 --batch-size 16 --micro-batch 8 --log-every 4 --warmup-steps 10"
+    setup = "--dataset folder --epochs 60 --batch-size 16 --micro-batch 8 --log-every 4 --warmup-steps 10"
     whole = train_ok(tiny(tmp_path / "whole", settings, dataset=setup))
     argv = tiny(tmp_path / "killed", settings, "--resume", dataset=setup)
     output = subprocess.run([sys.executable, "-c", KILLER, "12", *argv], cwd=HERE, capture_output=True, text=True, timeout=300)
     assert output.returncode == 0 and "killed 12" in output.stdout, output.stdout[-2000:] + output.stderr[-2000:]
-    assert output.stdout.count("resumed ") >= 8, "the kills came too early to mean anything"
+    assert output.stdout.count("resumed ") >= 8, output.stdout  # else the kills came too early to mean anything
     killed = torch.load(tmp_path / "killed/ckpt.pt", weights_only=True)
     for part in ("model", "ema", "optimizer", "step", "best", "final"):
         assert same_tensors(whole[part], killed[part]), part
