@@ -1,18 +1,19 @@
 """Data sets of the three papers, the same images in the same order on any number of devices.
 
-Chen et al. 2021 (arXiv 2106.01548): ImageNet with "Inception-style" preprocessing (Table 8), class-balanced
-fractions (§5.1). `shapes` is built in: 12 silhouettes at 32×32, nothing downloaded, made so that a linear
-model fails, a small ResNet solves it and a small ViT is in between.
+Chen et al. 2021 (arXiv 2106.01548): ImageNet with "Inception-style" preprocessing (Table 8),
+class-balanced fractions (§5.1). `shapes` is built in: 12 silhouettes at 32×32, nothing downloaded,
+made so that a linear model fails, a small ResNet solves it and a small ViT is in between.
 
 Choices:
-- A loader yields micro-batches, (uint8 images (m, 3, H, W), int64 labels (m,)); float conversion and
-  normalisation happen on the device. The unit that a worker prepares is one micro-batch.
-- Which images form step t and how image i of epoch e is augmented depends on (seed, e, i) alone: not on
-  workers, processes or interruptions. The incomplete last batch of an epoch is dropped.
+- A loader yields micro-batches, (uint8 images (m, 3, H, W), int64 labels (m,)); float conversion
+  and normalisation happen on the device. The unit that a worker prepares is one micro-batch.
+- Which images form step t and how image i of epoch e is augmented depends on (seed, e, i) alone:
+  not on workers, processes or interruptions. The incomplete last batch of an epoch is dropped.
 - Evaluation takes every image exactly once, split over the processes by stride.
-- Inception-style is a crop of 5-100 % of the area (not torchvision's 8 %), aspect 3/4-4/3, bilinear without
-  antialiasing, and a flip, as in the authors' public code. Evaluation resizes the short side to 256/224 of the
-  size and crops the centre; there the authors' area filter is replaced by antialiased bilinear.
+- Inception-style is a crop of 5-100 % of the area (not torchvision's 8 %), aspect 3/4-4/3, bilinear
+  without antialiasing, and a flip, as in the authors' public code. Evaluation resizes the short
+  side to 256/224 of the size and crops the centre; there the authors' area filter is replaced by
+  antialiased bilinear.
 - EXIF orientation is applied: a label belongs to the upright image.
 
     python data.py                    sizes and speed of `shapes` (10 s)
@@ -209,10 +210,11 @@ def shapes(indices, seed=0, size=32):
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-# ------------------------------------------------------------------------------------------------ keys and order
+# ----------------------------------------------------------------------------------- keys and order
 
 def key(*numbers: int) -> int:
-    """A 63-bit seed that depends on every one of the integers and on their order (splitmix64 of each in turn)."""
+    """A 63-bit seed that depends on every one of the integers and on their order
+    (splitmix64 of each in turn)."""
     mask, state = 2 ** 64 - 1, 0
     for number in numbers:
         state = (state ^ (number & mask)) + 0x9E3779B97F4A7C15 & mask
@@ -223,10 +225,12 @@ def key(*numbers: int) -> int:
 
 
 class TrainOrder(torch.utils.data.Sampler):
-    """Yields, for each micro-batch of this process from step `start` to step `stop`, its (epoch, index) pairs.
+    """Yields, for each micro-batch of this process from step `start` to step `stop`,
+    its (epoch, index) pairs.
 
-    Step t takes images [t·B, (t+1)·B) of its epoch's permutation of `n` images; its micro-batches go to the
-    processes in contiguous runs, so that micro-batch j of the step is the same whatever the number of processes.
+    Step t takes images [t·B, (t+1)·B) of its epoch's permutation of `n` images; its micro-batches
+    go to the processes in contiguous runs, so that micro-batch j of the step is the same whatever
+    the number of processes.
     """
 
     def __init__(self, n, batch_size, micro_batch, seed, start, stop, rank=0, world=1):
@@ -242,17 +246,21 @@ class TrainOrder(torch.utils.data.Sampler):
             now, t = divmod(step, self.n // self.batch_size)
             if now != epoch:
                 epoch = now
-                order = torch.randperm(self.n, generator=torch.Generator().manual_seed(key(self.seed, epoch)))
+                order = torch.randperm(
+                    self.n, generator=torch.Generator().manual_seed(key(self.seed, epoch)))
             micros = order[t * self.batch_size:(t + 1) * self.batch_size].view(-1, self.micro_batch)
             for micro in micros.chunk(self.world)[self.rank]:
                 yield [(epoch, i) for i in micro.tolist()]
 
 
 def loader(dataset, order, workers=0):
-    """DataLoader of whole (micro-)batches; `order` yields lists of (epoch, index). Iterate by `batches`."""
+    """DataLoader of whole (micro-)batches; `order` yields lists of (epoch, index).
+    Iterate by `batches`."""
     return torch.utils.data.DataLoader(
-        dataset, sampler=order, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_alone,
-        generator=torch.Generator(),  # its own: a loader draws a seed, which would move the run's random state
+        dataset, sampler=order, batch_size=None, num_workers=workers,
+        worker_init_fn=_leave_signals_alone,
+        generator=torch.Generator(),    # its own: a loader draws a seed,
+                                        # which would move the run's random state
         pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
 
 
@@ -264,8 +272,9 @@ def evaluation_loader(dataset, batch_size, workers=0, rank=0, world=1):
 
 
 def batches(loader, tell=print):
-    """Iterates a loader. What a data set has to say (a truncated image) goes to `tell`, once; a DataError that a
-    worker met is raised here, without the traceback through processes that a DataLoader makes of it."""
+    """Iterates a loader. What a data set has to say (a truncated image) goes to `tell`, once; a
+    DataError that a worker met is raised here, without the traceback through processes that a
+    DataLoader makes of it."""
     told = set()
     for item in loader:
         if isinstance(item, DataError):
@@ -279,20 +288,23 @@ def batches(loader, tell=print):
 
 
 def _leave_signals_alone(worker):
-    """Ctrl-C and SIGTERM reach every process of a job; the trainer answers them, its workers end with it."""
+    """Ctrl-C and SIGTERM reach every process of a job; the trainer answers them,
+    its workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-# ------------------------------------------------------------------------------------------------------ data sets
+# ---------------------------------------------------------------------------------------- data sets
 
 class DataError(Exception):
-    """Something about the data that only the user can set right; its text is one line that says what and how."""
+    """Something about the data that only the user can set right; its text is one line that
+    says what and how."""
 
 
 class Dataset(torch.utils.data.Dataset):
-    """What all data sets share. A subclass sets `labels` (N,) int64 and `classes` (names) and defines
-    `read(i) -> uint8 (3, H, W)`; `transform` (of torchvision v2, or None) makes that (3, size, size)."""
+    """What all data sets share. A subclass sets `labels` (N,) int64 and `classes` (names) and
+    defines `read(i) -> uint8 (3, H, W)`; `transform` (of torchvision v2, or None) makes
+    that (3, size, size)."""
 
     def __init__(self, labels, classes, transform, seed):
         self.labels, self.classes, self.transform, self.seed = labels, classes, transform, seed
@@ -308,7 +320,8 @@ class Dataset(torch.utils.data.Dataset):
         return self
 
     def __getitem__(self, pairs):
-        """A list of (epoch, index) -> (uint8 (m, 3, H, W), int64 (m,), notes), or the DataError that it met."""
+        """A list of (epoch, index) -> (uint8 (m, 3, H, W), int64 (m,), notes), or the DataError
+        that it met."""
         where = self.indices[[i for _, i in pairs]]
         self.notes = []
         try:
@@ -322,8 +335,8 @@ class Dataset(torch.utils.data.Dataset):
         for i, (epoch, index) in zip(where.tolist(), pairs):
             image = self.read(i)
             if self.transform is not None:
-                # torchvision's transforms draw from the default generator: seeded for each image, so that its
-                # augmentation is the same whichever process or worker makes it.
+                # torchvision's transforms draw from the default generator: seeded for each image,
+                # so that its augmentation is the same whichever process or worker makes it.
                 generator.manual_seed(key(self.seed, epoch, index, 1))
                 image = self.transform(image)
             images.append(image)
@@ -346,28 +359,34 @@ class InMemory(Dataset):
 
 
 class ImageFolder(Dataset):
-    """`root` holds one folder for each class, with images (JPEG, PNG, WebP, GIF) at any depth below it.
+    """`root` holds one folder for each class, with images (JPEG, PNG, WebP, GIF) at any depth
+    below it.
 
-    classes: names that fix the numbering, for a validation folder; default: the folders' sorted names.
-    Raises DataError for a missing or empty folder, or a class that is not in `classes`. Files that are no images
-    are left out and named in `notice`, a line or None.
+    classes: names that fix the numbering, for a validation folder; default:
+        the folders' sorted names.
+    Raises DataError for a missing or empty folder, or a class that is not in `classes`. Files that
+    are no images are left out and named in `notice`, a line or None.
     """
     EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
     def __init__(self, root, transform, seed=0, classes=None):
         self.root, self.notice = Path(root), None
-        folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+        if not self.root.is_dir():
+            raise DataError(f"{show(root)} is no folder")
+        folders = sorted(e.name for e in os.scandir(root)
+                         if e.is_dir() and not e.name.startswith("."))
         if not folders:
             loose = sum(e.name.lower().endswith(self.EXTENSIONS) for e in os.scandir(root))
             raise DataError(f"{show(root)} has no class folders" + (
-                f" but {loose:,} images: move each into a folder named after its class" if loose else ""))
+                f" but {loose:,} images: move each into a folder named after its class"
+                if loose else ""))
         classes = folders if classes is None else classes
         number = {name: i for i, name in enumerate(classes)}
         names, labels, odd = [], [], []
         for folder in folders:
             if folder not in number:
-                raise DataError(f"{show(self.root / folder)} is a class that the training folder does not have: "
-                                "add it there, or remove it here")
+                raise DataError(f"{show(self.root / folder)} is a class that the training folder "
+                                "does not have: add it there, or remove it here")
             found = len(names)
             for where, below, files in os.walk(self.root / folder, followlinks=True):
                 below.sort()
@@ -379,12 +398,14 @@ class ImageFolder(Dataset):
                     elif not file.startswith("."):
                         odd.append(path)
             if len(names) == found:
-                raise DataError(f"{show(self.root / folder)} holds no image ({' '.join(self.EXTENSIONS)}): "
-                                "fill the folder or remove it")
+                raise DataError(f"{show(self.root / folder)} holds no image "
+                                f"({' '.join(self.EXTENSIONS)}): fill the folder or remove it")
         if odd:
-            self.notice = f"left out, no image: {show(odd[0])}" + (f" and {len(odd) - 1:,} more" if odd[1:] else "")
+            self.notice = f"left out, no image: {show(odd[0])}" + (
+                f" and {len(odd) - 1:,} more" if odd[1:] else "")
         super().__init__(torch.tensor(labels), list(classes), transform, seed)
-        self.names = np.array(names)  # bytes in one block: a million Python strings would be copied by each worker
+        # bytes in one block: a million Python strings would be copied by each worker
+        self.names = np.array(names)
 
     def read(self, i):
         path = self.root / os.fsdecode(self.names[i])
@@ -395,15 +416,18 @@ class ImageFolder(Dataset):
                 raise DataError(f"{show(path)} cannot be read: {error.strerror}") from None
         except (SyntaxError, ValueError, Image.DecompressionBombError):
             pass  # whatever PIL makes of damaged bytes
-        # What can be decoded of a truncated file, the rest grey, rather than the end of a run of days.
+        # What can be decoded of a truncated file, the rest grey, rather than
+        # the end of a run of days.
         before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
         try:
             image = self.decode(path)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            raise DataError(f"{show(path)} is not an image that can be decoded: replace or remove it") from None
+            raise DataError(f"{show(path)} is not an image that can be decoded: "
+                            "replace or remove it") from None
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
-        self.notes.append(f"{show(path)} is truncated: used as far as it can be decoded, the rest is grey")
+        self.notes.append(f"{show(path)} is truncated: used as far as it can be decoded, "
+                          "the rest is grey")
         return image
 
     @staticmethod
@@ -419,24 +443,27 @@ def show(path):
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-SHAPES_SPLITS = {"train": (0, 8_000), "val": (2 ** 30, 2_000), "test": (2 ** 31, 10_000)}  # first index, images
+SHAPES_SPLITS = {  # first index, images
+    "train": (0, 8_000), "val": (2 ** 30, 2_000), "test": (2 ** 31, 10_000)}
 DATASETS = ("shapes", "imagenet", "folder", "cifar10", "cifar100")
 AUGMENTATIONS = ("inception", "crop", "none")
 
 
 def transforms(augment, size, native=None):
-    """torchvision v2 transforms on uint8 (3, H, W). augment: "inception" (random resized crop and flip), "crop"
-    (padding by an eighth, random crop, flip; of square images), "none" (also for evaluation: resize, centre
-    crop). native: the side of images that are all square and of one size; None is returned where nothing is to
-    be done to them."""
+    """torchvision v2 transforms on uint8 (3, H, W). augment: "inception" (random resized crop and
+    flip), "crop" (padding by an eighth, random crop, flip; of square images), "none" (also for
+    evaluation: resize, centre crop). native: the side of images that are all square and of one
+    size; None is returned where nothing is to be done to them."""
     resize = [] if native == size else [v2.Resize(size, antialias=True)]
     if augment == "inception":
-        steps = [v2.RandomResizedCrop(size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3), antialias=False),
+        steps = [v2.RandomResizedCrop(size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3),
+                                      antialias=False),
                  v2.RandomHorizontalFlip()]
     elif augment == "crop":
         side = native or size
         steps = [] if native else [v2.Resize(side, antialias=True), v2.CenterCrop(side)]
-        steps += [v2.RandomCrop(side, padding=side // 8), v2.RandomHorizontalFlip()] + resize * bool(native)
+        steps += [v2.RandomCrop(side, padding=side // 8),
+                  v2.RandomHorizontalFlip()] + resize * bool(native)
     elif native:
         steps = resize
     else:
@@ -444,32 +471,38 @@ def transforms(augment, size, native=None):
     return v2.Compose(steps) if steps else None
 
 
-def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, download=False, classes=None):
+def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, download=False,
+         classes=None):
     """One split of a data set.
 
-    name: one of DATASETS. "imagenet" and "folder" are data_dir/train and data_dir/val with class folders.
+    name: one of DATASETS. "imagenet" and "folder" are data_dir/train and data_dir/val
+        with class folders.
     split: "train", "val" or "test"; where only two exist, "test" is "val".
-    data_dir: for cifar, the folder that holds (or, with download, will hold) the published archive's folder.
+    data_dir: for cifar, the folder that holds (or, with download, will hold) the published
+        archive's folder.
     classes: the training split's class names, for the validation split of a folder.
-    Returns a Dataset. Raises DataError, one line that says what is missing and where it was looked for.
+    Returns a Dataset. Raises DataError, one line that says what is missing and
+    where it was looked for.
     """
     if name == "shapes":
         first, n = SHAPES_SPLITS[split]
         pixels, labels = shapes(np.arange(first, first + n), size=image_size)
-        return InMemory(pixels, labels, list(SHAPES_CLASSES), transforms(augment, image_size, image_size), seed)
+        return InMemory(pixels, labels, list(SHAPES_CLASSES),
+                        transforms(augment, image_size, image_size), seed)
     if name in ("imagenet", "folder"):
         root = Path(data_dir) / ("train" if split == "train" else "val")
         if not root.is_dir():
-            raise DataError(f"{name}: {show(root)} is no folder; --data-dir names the folder that holds train/ and "
-                            "val/, each with one folder of images for each class")
+            raise DataError(f"{name}: {show(root)} is no folder; --data-dir names the folder that "
+                            "holds train/ and val/, each with one folder of images for each class")
         return ImageFolder(root, transforms(augment, image_size), seed, classes)
     if name in ("cifar10", "cifar100"):
         source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
         try:
             source = source(data_dir, train=split == "train", download=download)
         except RuntimeError:  # torchvision's word for missing files and for wrong checksums
-            raise DataError(f"{name}: {show(Path(data_dir) / source.base_folder)} is missing or incomplete; unpack "
-                            f"{source.filename} there, or let --download fetch it") from None
+            raise DataError(f"{name}: {show(Path(data_dir) / source.base_folder)} is missing or "
+                            f"incomplete; unpack {source.filename} there, "
+                            "or let --download fetch it") from None
         except OSError as error:
             raise DataError(f"{name}: download of {source.url} failed ({error})") from None
         pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
@@ -479,35 +512,39 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
 
 
 def subset(labels, fraction, seed=0):
-    """Indices of a class-balanced part of a data set (Chen et al. §5.1), sorted; nested: a smaller fraction of
-    the same seed is part of a larger one, up to the rounding of class sizes.
+    """Indices of a class-balanced part of a data set (Chen et al. §5.1), sorted; nested: a smaller
+    fraction of the same seed is part of a larger one, up to the rounding of class sizes.
 
-    labels: (N,) int64. fraction: in (0, 1], a number or a string such as "1/10". The size is ⌊N·fraction⌋, which
-    for ImageNet are the paper's 640,583, 320,291 and 128,116; class c gives ⌊N_c·fraction⌋ images, and classes
-    with the largest remainders one more until the size is reached.
+    labels: (N,) int64. fraction: in (0, 1], a number or a string such as "1/10". The size is
+    ⌊N·fraction⌋, which for ImageNet are the paper's 640,583, 320,291 and 128,116; class c gives
+    ⌊N_c·fraction⌋ images, and classes with the largest remainders one more
+    until the size is reached.
     Raises ValueError for a fraction outside (0, 1] or one that leaves no image.
     """
     fraction = Fraction(fraction).limit_denominator(10 ** 6)
     size = len(labels) * fraction.numerator // fraction.denominator
     if not 0 < fraction <= 1 or size == 0:
-        raise ValueError(f"a fraction of {fraction} of {len(labels):,} images; allowed: above 0, at most 1, and "
-                         "at least one image")
+        raise ValueError(f"a fraction of {fraction} of {len(labels):,} images; allowed: above 0, "
+                         "at most 1, and at least one image")
     counts = np.bincount(labels.numpy())
     take = counts * fraction.numerator // fraction.denominator
     remainder = counts * fraction.numerator % fraction.denominator
     take[np.argsort(-remainder, kind="stable")[:size - take.sum()]] += 1
     chosen, members = [], labels.argsort(stable=True).split(counts.tolist())
     for c, n in enumerate(take):
-        order = torch.randperm(len(members[c]), generator=torch.Generator().manual_seed(key(seed, c, 2)))
+        order = torch.randperm(
+            len(members[c]), generator=torch.Generator().manual_seed(key(seed, c, 2)))
         chosen.append(members[c][order[:n]])
     return torch.cat(chosen).sort().values
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="The built-in data set: its sizes and the speed "
-                                                                     "at which it is drawn, or a contact sheet.")
-    parser.add_argument("what", nargs="?", choices=("sizes", "sheet"), default="sizes", help="default: sizes")
-    parser.add_argument("--split", choices=SHAPES_SPLITS, default="val", help="split that the sheet shows")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(
+        "The built-in data set: its sizes and the speed at which it is drawn, or a contact sheet."))
+    parser.add_argument("what", nargs="?", choices=("sizes", "sheet"), default="sizes",
+                        help="default: sizes")
+    parser.add_argument("--split", choices=SHAPES_SPLITS, default="val",
+                        help="split that the sheet shows")
     parser.add_argument("--size", type=int, default=32, help="side of an image in pixels")
     parser.add_argument("--columns", type=int, default=10, help="images of each class on the sheet")
     parser.add_argument("--out", default="shapes.png", help="file of the sheet")
@@ -515,17 +552,21 @@ def main(argv=None):
     for name in ("size", "columns"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    first, n = SHAPES_SPLITS[args.split]
     if args.what == "sheet":
-        rows = len(SHAPES_CLASSES)
-        images, labels = shapes(np.arange(first, first + rows * args.columns), size=args.size)
-        images = v2.functional.resize(images[labels.argsort(stable=True)], args.size * max(1, 96 // args.size),
-                                      interpolation=v2.InterpolationMode.NEAREST)
-        save_image(images / 255, args.out, nrow=args.columns, pad_value=1)  # one class a row
+        first, n = SHAPES_SPLITS[args.split][0], len(SHAPES_CLASSES) * args.columns
+        images, labels = shapes(np.arange(first, first + n), size=args.size)
+        images = v2.functional.resize(
+            images[labels.argsort(stable=True)], args.size * max(1, 96 // args.size),
+            interpolation=v2.InterpolationMode.NEAREST)
+        try:
+            save_image(images / 255, args.out, nrow=args.columns, pad_value=1)  # one class a row
+        except (OSError, ValueError) as error:
+            parser.error(f"--out {args.out}: {error}")
         print(f"{args.out}: one row each of {', '.join(SHAPES_CLASSES)}")
         return
     for split, (_, n) in SHAPES_SPLITS.items():
-        print(f"{split:6} {n:6,} images of {len(SHAPES_CLASSES)} classes, 3×{args.size}×{args.size}")
+        print(f"{split:6} {n:6,} images of {len(SHAPES_CLASSES)} classes, "
+              f"3×{args.size}×{args.size}")
     n = min(2000, 2000 * 32 ** 2 // args.size ** 2 + 1)
     started = time.perf_counter()
     shapes(np.arange(n), size=args.size)

@@ -1,7 +1,7 @@
 """Tests of the whole repository: python -m pytest -q test_all.py (2 cores: about 5 minutes).
 
-Sections follow the files. A test's oracle is a slow exact computation or a number of a paper, never the code under
-test; what must hold between processes runs under torchrun with gloo on the CPU.
+Sections follow the files. A test's oracle is a slow exact computation or a number of a paper, never
+the code under test; what must hold between processes runs under torchrun with gloo on the CPU.
 """
 import copy
 import fcntl
@@ -37,7 +37,7 @@ from sam import SAM
 HERE = Path(__file__).parent
 
 
-# ---------------------------------------------------------------------------------------------------------- vit.py
+# ------------------------------------------------------------------------------------------- vit.py
 
 CIFAR = dict(image_size=32, num_classes=100)
 VIT_TINY = dict(image_size=16, patch_size=4, num_classes=5, dim=12, depth=2, heads=3, mlp_dim=24)
@@ -80,7 +80,8 @@ def tiny_images(count=2, size=16, seed=1):
 
 
 def google_arrays(*, layout="released", cls=True, representation=None, grid=4, seed=0):
-    """A random ViT with VIT_TINY's sizes under the names and in the shapes of Google's .npz files."""
+    """A random ViT with VIT_TINY's sizes under the names and in the shapes
+    of Google's .npz files."""
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.normal(0, 0.3, shape).astype(np.float32)
     second, attn, mlp = dict(released=(2, 1, 3), linen=(1, 0, 0))[layout]
@@ -636,12 +637,12 @@ def test_vit_main_prints_variants_and_refuses_an_unknown_one(capsys):
     assert "unknown model 'vit_x16'" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------- sam.py
+# ------------------------------------------------------------------------------------------- sam.py
 
 def small_net(*, batch_norm=False, dropout=0.0, dtype=torch.float64):
     torch.manual_seed(0)
-    layers = [nn.Linear(5, 8), nn.BatchNorm1d(8) if batch_norm else nn.Identity(), nn.Tanh(), nn.Dropout(dropout),
-              nn.Linear(8, 3)]
+    layers = [nn.Linear(5, 8), nn.BatchNorm1d(8) if batch_norm else nn.Identity(), nn.Tanh(),
+              nn.Dropout(dropout), nn.Linear(8, 3)]
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -714,9 +715,10 @@ def test_sam_with_rho_zero_trains_as_the_plain_optimizer_bit_for_bit():
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
 
-def test_sam_restores_weights_bit_for_bit_and_keeps_the_first_pass_statistics_also_when_the_body_raises():
+def test_sam_restores_weights_and_first_pass_statistics_also_when_the_body_raises():
     for fails in (False, True):
-        net, (x, y) = small_net(batch_norm=True, dtype=torch.float32), toy_batch(dtype=torch.float32)
+        net, (x, y) = (small_net(batch_norm=True, dtype=torch.float32),
+                       toy_batch(dtype=torch.float32))
         plain = copy.deepcopy(net)
         plain(x)
         before = [p.detach().clone() for p in net.parameters()]
@@ -744,7 +746,7 @@ def test_sam_draws_the_same_masks_in_every_pass_and_new_ones_in_the_next_step():
 
 
 def test_sam_leaves_p_grad_alone_so_that_micro_batches_accumulate():
-    net, sam = small_net(), None
+    net = small_net()
     (x1, y1), (x2, y2) = toy_batch(8), tuple(t.flip(0) for t in toy_batch(9))
     sam, separate = SAM(net, 0.2), []
     for x, y in ((x1, y1), (x2, y2)):
@@ -765,7 +767,8 @@ def test_sam_over_a_list_of_micro_batches_uses_the_gradient_of_their_mean():
     for losses in (loss_of(net, x, y), halves):
         with SAM(net, 0.2).perturb(losses) as first:
             ends.append((flat(net.parameters()), first.loss))
-    assert torch.allclose(ends[0][0], ends[1][0], atol=1e-15) and torch.allclose(ends[0][1], ends[1][1])
+    assert (torch.allclose(ends[0][0], ends[1][0], atol=1e-15)
+            and torch.allclose(ends[0][1], ends[1][1]))
 
 
 def test_sam_gives_input_gradients_of_the_clean_pass():
@@ -786,7 +789,8 @@ def test_sam_meets_absent_zero_and_overflowing_gradients_as_documented():
     before = net[0].weight.detach().clone()
     with SAM(net, 0.5).perturb(lambda: loss_of(net, x, y)() * 0):
         assert torch.equal(net[0].weight, before), "a zero gradient moves nothing"
-    for scale in (math.inf, math.nan, 1e200):  # at 1e200 each element is finite and their norm is not
+    # at 1e200 each element is finite and their norm is not
+    for scale in (math.inf, math.nan, 1e200):
         with SAM(net, 0.5).perturb(lambda: loss_of(net, x, y)() * scale):
             assert net[0].weight.isnan().all(), scale
         assert torch.equal(net[0].weight, before)
@@ -811,7 +815,8 @@ def test_sam_does_not_scale_one_gradient_twice_when_autograd_shares_its_memory()
     expected = torch.arange(4) / torch.arange(4).double().norm() / 2 ** 0.5
     for loss in (net, [net, net]):
         with SAM(net, 1.0).perturb(loss):
-            assert torch.allclose(net.a, expected) and torch.allclose(net.b, expected), (net.a, net.b)
+            assert (torch.allclose(net.a, expected)
+                    and torch.allclose(net.b, expected)), (net.a, net.b)
 
 
 def test_sam_uses_the_moved_weights_inside_one_autocast_region():
@@ -831,10 +836,11 @@ def test_sam_uses_the_moved_weights_inside_one_autocast_region():
     plain = small_net(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         F.cross_entropy(plain(x).float(), y).backward()
-    assert float((flat(p.grad for p in plain.parameters()) - grads[0]).norm()) > 0.1 * float(grads[0].norm())
+    assert (float((flat(p.grad for p in plain.parameters()) - grads[0]).norm())
+            > 0.1 * float(grads[0].norm()))
 
 
-def test_sam_with_a_grad_scaler_has_the_same_perturbation_at_any_scale_and_skips_after_an_overflow():
+def test_sam_with_a_grad_scaler_moves_alike_at_any_scale_and_skips_after_an_overflow():
     net, (x, y) = small_net(dtype=torch.float32), toy_batch(dtype=torch.float32)
     moved = []
     for scale in (1.0, 2.0 ** 16):
@@ -853,7 +859,8 @@ def test_sam_with_a_grad_scaler_has_the_same_perturbation_at_any_scale_and_skips
 
 
 def test_sam_takes_parameters_of_several_dtypes():
-    net = nn.Sequential(nn.Linear(5, 8).to(torch.bfloat16), nn.Linear(8, 3).double(), nn.Linear(3, 3))
+    net = nn.Sequential(nn.Linear(5, 8).to(torch.bfloat16), nn.Linear(8, 3).double(),
+                        nn.Linear(3, 3))
     x, y = toy_batch(dtype=torch.bfloat16)
     loss = lambda: F.cross_entropy(net[2](net[1](net[0](x).double()).float()), y)
     net.zero_grad()
@@ -865,7 +872,8 @@ def test_sam_takes_parameters_of_several_dtypes():
         assert abs(float(first.grad_norm) / norm - 1) < 1e-5
         for p, b, g in zip(net.parameters(), before, grads):
             expected = b.double() + 0.5 * g / norm
-            assert torch.allclose(p.double(), expected, atol=4e-3 if p.dtype == torch.bfloat16 else 1e-6), p.dtype
+            assert torch.allclose(p.double(), expected,
+                                  atol=4e-3 if p.dtype == torch.bfloat16 else 1e-6), p.dtype
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
 
@@ -874,7 +882,8 @@ def test_sam_compiles_once_and_matches_the_uncompiled_model():
     torch.compiler.reset()
     ends = []
     for backend in (None, CompileCounterWithBackend("aot_eager")):
-        net, (x, y) = small_net(batch_norm=True, dtype=torch.float32), toy_batch(dtype=torch.float32)
+        net, (x, y) = (small_net(batch_norm=True, dtype=torch.float32),
+                       toy_batch(dtype=torch.float32))
         model = torch.compile(net, backend=backend) if backend else net
         sam, optimizer, counts = SAM(model, 0.1), torch.optim.SGD(net.parameters(), lr=0.1), []
         for _ in range(4):
@@ -892,25 +901,46 @@ def test_a_sam_step_never_waits_for_the_device():
     """Fake tensors have no values: whatever read one on the host would raise."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     with FakeTensorMode():
-        net, x, y = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)), torch.randn(4, 5), torch.zeros(4, dtype=torch.long)
+        net, x, y = (nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)),
+                     torch.randn(4, 5), torch.zeros(4, dtype=torch.long))
         for adaptive in (False, True):
             with SAM(net, 0.1, steps=2, adaptive=adaptive).perturb(loss_of(net, x, y)):
                 loss_of(net, x, y)().backward()
 
 
-def test_sam_refuses_ddp_with_a_static_graph(tmp_path):
+def test_sam_in_ddp_communicates_in_its_last_pass_only_and_refuses_a_static_graph(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
+        net, (x, y), sent = small_net(), toy_batch(), []
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(net), broadcast_buffers=False)
+
+        def hook(state, bucket):
+            sent.append(bucket.buffer().numel())
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        wrapped.register_comm_hook(None, hook)
+        for model in (net, wrapped):
+            for micro in (slice(0, 8), slice(8, 16)):
+                loss = loss_of(model, x[micro], y[micro])
+                quiet = model is wrapped and micro.start == 0
+                with model.no_sync() if quiet else nullcontext():
+                    with SAM(model, 0.2).perturb(loss):
+                        loss().backward()
+        assert sum(sent) == sum(p.numel() for p in net.parameters()), sent
+        assert torch.equal(*(flat(p.grad for p in m.parameters()) for m in (net, wrapped)))
         with pytest.raises(ValueError, match="static_graph"):
-            SAM(nn.parallel.DistributedDataParallel(small_net(), static_graph=True), 0.1)
+            SAM(nn.parallel.DistributedDataParallel(net, static_graph=True), 0.1)
     finally:
         dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------------------- data.py
+# ------------------------------------------------------------------------------------------ data.py
 
 def write_image_folder(root, train=12, val=6, classes=("ant", "bee", "cat")):
-    """A data set in ImageNet's layout, of JPEGs of mixed sizes; each class has a colour of its own."""
+    """A data set in ImageNet's layout, of JPEGs of mixed sizes;
+    each class has a colour of its own."""
     rng = np.random.default_rng(0)
     for split, n in (("train", train), ("val", val)):
         for c, name in enumerate(classes):
@@ -930,8 +960,10 @@ def all_batches(dataset, order, workers=0):
 
 def test_shapes_are_the_same_bits_on_every_machine_in_any_order_and_batch():
     images, labels = data.shapes(range(64))
-    assert images.shape == (64, 3, 32, 32) and images.dtype == torch.uint8 and labels.tolist() == [i % 12 for i in range(64)]
-    for picture, golden in ((images, "952e5ed3e8bd3fe3"), (data.shapes(2 ** 40 + np.arange(64))[0], "9a27febc384b5f49"),
+    assert (images.shape == (64, 3, 32, 32) and images.dtype == torch.uint8
+            and labels.tolist() == [i % 12 for i in range(64)])
+    for picture, golden in ((images, "952e5ed3e8bd3fe3"),
+                            (data.shapes(2 ** 40 + np.arange(64))[0], "9a27febc384b5f49"),
                             (data.shapes(range(12), size=224)[0], "98749acace470fda")):
         assert hashlib.sha256(picture.numpy().tobytes()).hexdigest()[:16] == golden
     far = 2 ** 40 + np.arange(100)
@@ -953,27 +985,31 @@ def test_shapes_at_twice_the_size_are_the_same_pictures():
 
 
 def test_a_linear_model_on_shapes_stays_under_25_percent():
-    """Ridge regression on all 3,072 pixel values, its penalty chosen in its favour on the validation split."""
+    """Ridge regression on all 3,072 pixel values, its penalty chosen in its favour
+    on the validation split."""
     x, y = data.shapes(range(8000))
     v, t = data.shapes(2 ** 30 + np.arange(2000))
     x, v = ((a.flatten(1).float() / 255 - 0.3).double() for a in (x, v))
     gram, moment = x.T @ x, x.T @ (F.one_hot(y).double() - 1 / 12)
-    accuracy = [100 * ((v @ torch.linalg.solve(gram + r * torch.eye(len(gram)), moment)).argmax(1) == t).double().mean()
+    accuracy = [100 * ((v @ torch.linalg.solve(gram + r * torch.eye(len(gram)), moment)).argmax(1)
+                       == t).double().mean()
                 for r in (30, 300, 3000, 30000)]
     assert 10 < max(accuracy) < 25, accuracy
 
 
 def test_class_balanced_fractions_have_the_papers_sizes():
-    counts = torch.full((1000,), 1300)  # ImageNet's 1,281,167 images: most classes have 1,300, none below 732
+    # ImageNet's 1,281,167 images: most classes have 1,300, none below 732
+    counts = torch.full((1000,), 1300)
     counts[:100] = 1300 - 188
-    counts[100] -= 1300 * 1000 - 188 * 100 - 1_281_167 - 0
+    counts[100] -= 1300 * 1000 - 188 * 100 - 1_281_167
     labels = torch.arange(1000).repeat_interleave(counts)[torch.randperm(int(counts.sum()))]
     assert len(labels) == 1_281_167
     chosen = {f: data.subset(labels, f) for f in ("1/2", "1/4", "1/10")}
     assert [len(c) for c in chosen.values()] == [640_583, 320_291, 128_116]
     for f, indices in chosen.items():
         share = torch.bincount(labels[indices], minlength=1000) / counts
-        assert len(indices.unique()) == len(indices) and float((share - float(Fraction(f))).abs().max()) < 1 / 700
+        assert (len(indices.unique()) == len(indices)
+                and float((share - float(Fraction(f))).abs().max()) < 1 / 700)
     assert torch.equal(chosen["1/4"], data.subset(labels, 0.25))
     assert set(chosen["1/10"].tolist()) <= set(chosen["1/2"].tolist())
     assert torch.equal(data.subset(labels[:100], 1), torch.arange(100))
@@ -984,7 +1020,8 @@ def test_class_balanced_fractions_have_the_papers_sizes():
 
 def test_the_order_is_a_permutation_per_epoch_whatever_the_processes_and_the_start():
     def order(rank=0, world=1, start=0, stop=6):
-        return list(data.TrainOrder(50, 16, 4, seed=3, start=start, stop=stop, rank=rank, world=world))
+        return list(data.TrainOrder(50, 16, 4, seed=3, start=start, stop=stop, rank=rank,
+                                    world=world))
     whole = order()
     assert len(whole) == 24 and all(len(micro) == 4 for micro in whole)
     for epoch in (0, 1):  # 50 images: 3 whole batches an epoch, the incomplete fourth is dropped
@@ -993,22 +1030,26 @@ def test_the_order_is_a_permutation_per_epoch_whatever_the_processes_and_the_sta
     assert [i for _, i in sum(whole[:12], [])] != [i for _, i in sum(whole[12:], [])]
     shares = [order(rank, 2) for rank in (0, 1)]
     for step in range(6):
-        assert whole[4 * step:4 * step + 4] == shares[0][2 * step:2 * step + 2] + shares[1][2 * step:2 * step + 2]
+        assert (whole[4 * step:4 * step + 4]
+                == shares[0][2 * step:2 * step + 2] + shares[1][2 * step:2 * step + 2])
     assert order(start=4) == whole[16:]
     assert len({data.key(0, 1), data.key(1, 0), data.key(0, 1, 0), data.key(0, 2)}) == 4
 
 
 def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path):
     write_image_folder(tmp_path)
-    make = lambda seed=0: data.load("folder", "train", data_dir=tmp_path, image_size=24, augment="inception", seed=seed)
+    make = lambda seed=0: data.load("folder", "train", data_dir=tmp_path, image_size=24,
+                                    augment="inception", seed=seed)
     pairs = [[(0, 5), (0, 1)], [(1, 5), (0, 30)]]
     torch.manual_seed(7)
     before = torch.get_rng_state()
     alone = all_batches(make(), pairs)
     assert torch.equal(before, torch.get_rng_state()), "the caller's random numbers are not touched"
     by_workers = all_batches(make(), pairs, workers=2)
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, by_workers))
-    assert torch.equal(all_batches(make(), [[(0, 30), (0, 5)]])[0][0], torch.stack([alone[1][0][1], alone[0][0][0]]))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+               for a, b in zip(alone, by_workers))
+    assert torch.equal(all_batches(make(), [[(0, 30), (0, 5)]])[0][0],
+                       torch.stack([alone[1][0][1], alone[0][0][0]]))
     assert not torch.equal(alone[0][0][0], alone[1][0][0]), "another epoch, another crop"
     assert not torch.equal(all_batches(make(1), pairs)[0][0], alone[0][0])
 
@@ -1017,13 +1058,15 @@ def test_evaluation_counts_every_image_once_on_any_number_of_processes():
     labels = torch.arange(103)
     dataset = data.InMemory(torch.zeros(103, 3, 2, 2, dtype=torch.uint8), labels, [])
     for world in (1, 2, 5, 200):
-        seen = [y for rank in range(world) for _, ys in data.batches(data.evaluation_loader(dataset, 8, 0, rank, world))
+        seen = [y for rank in range(world)
+                for _, ys in data.batches(data.evaluation_loader(dataset, 8, 0, rank, world))
                 for y in ys.tolist()]
         assert sorted(seen) == labels.tolist(), world
 
 
 def test_odd_image_files_are_read_upright_and_in_rgb(tmp_path):
-    """Greyscale, CMYK, palette, alpha, 16 bit, EXIF-rotated, animated: against PIL's own conversion."""
+    """Greyscale, CMYK, palette, alpha, 16 bit, EXIF-rotated, animated:
+    against PIL's own conversion."""
     folder = tmp_path / "train" / "a"
     folder.mkdir(parents=True)
     ramp = np.linspace(0, 255, 40 * 60 * 3).reshape(40, 60, 3).astype(np.uint8)
@@ -1042,9 +1085,11 @@ def test_odd_image_files_are_read_upright_and_in_rgb(tmp_path):
     assert len(names) == 8 and dataset.notice is None
     for i, name in enumerate(names):
         image = dataset.read(i)
-        assert image.dtype == torch.uint8 and image.shape == ((3, 60, 40) if "turned" in name else (3, 40, 60)), name
+        assert (image.dtype == torch.uint8
+                and image.shape == ((3, 60, 40) if "turned" in name else (3, 40, 60))), name
         if "deep" not in name:
-            truth = np.asarray(ImageOps.exif_transpose(Image.open(dataset.root / name)).convert("RGB"))
+            truth = np.asarray(
+                ImageOps.exif_transpose(Image.open(dataset.root / name)).convert("RGB"))
             assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - truth).max() <= 1, name
         else:
             assert image[0].max() > 240 and image[0].min() == 0
@@ -1059,9 +1104,11 @@ def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
     good = load()
     whole = (tmp_path / "train/ant/ant_0.JPEG").read_bytes()
 
-    (tmp_path / "train/ant/ant_0.JPEG").write_bytes(whole[:len(whole) // 2])  # truncated: the rest is grey, and a note
+    # truncated: the rest is grey, and a note
+    (tmp_path / "train/ant/ant_0.JPEG").write_bytes(whole[:len(whole) // 2])
     told = []
-    images = [x for x, _ in data.batches(data.loader(load(), [[(0, 0)], [(0, 1)], [(1, 0)]], 1), tell=told.append)]
+    images = [x for x, _ in data.batches(
+        data.loader(load(), [[(0, 0)], [(0, 1)], [(1, 0)]], 1), tell=told.append)]
     assert len(told) == 1 and "ant_0.JPEG is truncated" in told[0], told
     assert not torch.equal(images[0], images[1])
 
@@ -1082,7 +1129,8 @@ def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
         load()
     (tmp_path / "train/empty").rmdir()
     (tmp_path / "val/zebra").mkdir()
-    with pytest.raises(data.DataError, match="val/zebra is a class that the training folder does not have"):
+    with pytest.raises(data.DataError,
+                       match="val/zebra is a class that the training folder does not have"):
         load("val", good.classes)
     shutil.rmtree(tmp_path / "val")
     with pytest.raises(data.DataError, match="val is no folder"):
@@ -1097,30 +1145,39 @@ def test_validation_labels_follow_the_training_folders_numbers(tmp_path):
     write_image_folder(tmp_path)
     shutil.rmtree(tmp_path / "val/ant")
     train_set = data.load("folder", "train", data_dir=tmp_path, image_size=16)
-    val_set = data.load("folder", "val", data_dir=tmp_path, image_size=16, classes=train_set.classes)
+    val_set = data.load("folder", "val", data_dir=tmp_path, image_size=16,
+                        classes=train_set.classes)
     for x, y in data.batches(data.evaluation_loader(val_set, 4)):
-        assert torch.equal(x.float().mean((2, 3)).argmax(1), y), "each class of the test folder has a colour of its own"
+        assert torch.equal(x.float().mean((2, 3)).argmax(1), y), (
+            "each class of the test folder has a colour of its own")
     assert val_set.labels.unique().tolist() == [1, 2]
 
 
 def test_cifar_is_read_from_its_published_files(tmp_path, monkeypatch):
     """Small files in the published format; their checksums stand in for those of the real ones."""
     rng = np.random.default_rng(0)
-    for name, cls, key, batch_names in (("cifar10", data.CIFAR10, "labels", [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]),
-                                        ("cifar100", data.CIFAR100, "fine_labels", ["train", "test"])):
+    for name, cls, key, batch_names in (
+            ("cifar10", data.CIFAR10, "labels",
+             [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]),
+            ("cifar100", data.CIFAR100, "fine_labels", ["train", "test"])):
         folder = tmp_path / cls.base_folder
-        with pytest.raises(data.DataError, match=f"{cls.base_folder} is missing or incomplete; unpack {cls.filename}"):
+        with pytest.raises(data.DataError, match=(
+                f"{cls.base_folder} is missing or incomplete; unpack {cls.filename}")):
             data.load(name, "train", data_dir=tmp_path, image_size=32)
         folder.mkdir()
         sums = {}
         for batch in batch_names:
-            content = pickle.dumps({"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), key: rng.integers(0, 10, 4).tolist()})
+            content = pickle.dumps({"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
+                                    key: rng.integers(0, 10, 4).tolist()})
             (folder / batch).write_bytes(content)
             sums[batch] = hashlib.md5(content).hexdigest()
-        meta = pickle.dumps({cls.meta["key"]: [f"class{i}" for i in range(100 if name == "cifar100" else 10)]})
+        meta = pickle.dumps({
+            cls.meta["key"]: [f"class{i}" for i in range(100 if name == "cifar100" else 10)]})
         (folder / cls.meta["filename"]).write_bytes(meta)
-        monkeypatch.setattr(cls, "train_list", [[b, sums[b]] for b in batch_names if not b.startswith("test")])
-        monkeypatch.setattr(cls, "test_list", [[b, sums[b]] for b in batch_names if b.startswith("test")])
+        monkeypatch.setattr(cls, "train_list", [
+            [b, sums[b]] for b in batch_names if not b.startswith("test")])
+        monkeypatch.setattr(cls, "test_list", [
+            [b, sums[b]] for b in batch_names if b.startswith("test")])
         monkeypatch.setitem(cls.meta, "md5", hashlib.md5(meta).hexdigest())
         raw = pickle.loads((folder / batch_names[-1]).read_bytes())
         val = data.load(name, "val", data_dir=tmp_path, image_size=32)
@@ -1133,7 +1190,8 @@ def test_cifar_is_read_from_its_published_files(tmp_path, monkeypatch):
         padded = F.pad(clean, (4, 4, 4, 4))
         windows = [padded[:, i:i + 32, j:j + 32] for i in range(9) for j in range(9)]
         assert any(torch.equal(x[0], w) or torch.equal(x[0], w.flip(2)) for w in windows)
-        assert data.load(name, "val", data_dir=tmp_path, image_size=48).transform(clean).shape == (3, 48, 48)
+        assert data.load(
+            name, "val", data_dir=tmp_path, image_size=48).transform(clean).shape == (3, 48, 48)
         (folder / batch_names[0]).write_bytes(b"cut")
         with pytest.raises(data.DataError, match="missing or incomplete"):
             data.load(name, "train", data_dir=tmp_path, image_size=32)
@@ -1156,7 +1214,8 @@ def test_inception_crops_cover_5_to_100_percent_at_aspects_between_3_4_and_4_3(t
     assert 0.04 < min(areas) < 0.08 and 0.9 < max(areas) < 1.05, (min(areas), max(areas))
     assert 0.7 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.4, (min(aspects), max(aspects))
     assert 150 < flips < 250, flips
-    assert data.transforms("none", 224)(torch.zeros(3, 500, 375, dtype=torch.uint8)).shape == (3, 224, 224)
+    assert data.transforms("none", 224)(
+        torch.zeros(3, 500, 375, dtype=torch.uint8)).shape == (3, 224, 224)
 
 
 def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):
@@ -1169,13 +1228,13 @@ def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):
     assert "must be at least 1" in capsys.readouterr().err
 
 
-# -------------------------------------------------------------------------------------------------------- train.py
+# ----------------------------------------------------------------------------------------- train.py
 
 TINY = ("--model vit_micro8 --dim 24 --depth 2 --heads 2 --mlp-dim 48 --device cpu").split()
 
 
-def tiny(out, *more, dataset="--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 --epochs 2 "
-                             "--warmup-steps 3 --log-every 4"):
+def tiny(out, *more, dataset="--dataset shapes --train-fraction 1/50 --batch-size 32 "
+                             "--micro-batch 8 --epochs 2 --warmup-steps 3 --log-every 4"):
     """A command line that trains for seconds: 160 images, 5 steps an epoch."""
     return [*TINY, *dataset.split(), "--out-dir", str(out), *shlex.split(" ".join(map(str, more)))]
 
@@ -1216,22 +1275,26 @@ def test_learning_rate_at_warm_up_peak_and_end():
         assert lr(0, schedule) == 0 and lr(10, schedule) == 1.5e-3 and lr(20, schedule) == 3e-3
     assert abs(lr(60, "cosine") - 1.5e-3) < 1e-18 and abs(lr(100, "cosine")) < 1e-18
     assert abs(lr(40, "cosine") - 1.5e-3 * (1 + math.cos(math.pi / 4))) < 1e-18
-    assert abs(lr(40, "linear", 1e-5) - (3e-3 * 0.75 + 1e-5 * 0.25)) < 1e-18 and abs(lr(100, "linear", 1e-5) - 1e-5) < 1e-18
+    assert (abs(lr(40, "linear", 1e-5) - (3e-3 * 0.75 + 1e-5 * 0.25)) < 1e-18
+            and abs(lr(100, "linear", 1e-5) - 1e-5) < 1e-18)
     assert lr(100, "constant") == 3e-3
-    assert train.learning_rate(0, 10, 0, 1.0, "cosine") == 1 and train.learning_rate(3, 3, 10, 1.0, "linear") == 0.3
+    assert (train.learning_rate(0, 10, 0, 1.0, "cosine") == 1
+            and train.learning_rate(3, 3, 10, 1.0, "linear") == 0.3)
 
 
 def test_sigmoid_loss_is_the_sum_of_binary_cross_entropies():
     torch.manual_seed(0)
     logits, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
-    total = sum(-math.log(p if k == t else 1 - p) for row, t in zip(torch.sigmoid(logits).tolist(), y.tolist())
+    total = sum(-math.log(p if k == t else 1 - p)
+                for row, t in zip(torch.sigmoid(logits).tolist(), y.tolist())
                 for k, p in enumerate(row))
     assert abs(train.sigmoid_loss(logits, y).item() - total / 5) < 1e-12
     soft = F.one_hot(y, 4).double()
     assert torch.allclose(train.sigmoid_loss(logits, soft), train.sigmoid_loss(logits, y))
     smooth = soft * 0.9 + 0.1 / 4
     assert torch.allclose(train.sigmoid_loss(logits, y, 0.1), train.sigmoid_loss(logits, smooth))
-    assert torch.allclose(train.softmax_loss(logits, y, 0.1), -(smooth * logits.log_softmax(1)).sum(1).mean())
+    assert torch.allclose(train.softmax_loss(logits, y, 0.1),
+                          -(smooth * logits.log_softmax(1)).sum(1).mean())
 
 
 def test_weight_decay_reaches_what_each_mask_says():
@@ -1241,15 +1304,18 @@ def test_weight_decay_reaches_what_each_mask_says():
         return {n for n, p in network.named_parameters() if id(p) in ids}
     everything = {n for n, _ in network.named_parameters()}
     assert decayed("all") == everything
-    kernels = {n for n in everything if n.endswith("weight") and "norm" not in n and ".bn." not in n}
+    kernels = {n for n in everything
+               if n.endswith("weight") and "norm" not in n and ".bn." not in n}
     assert decayed("kernels") == kernels
     assert decayed("no-norm-bias") == kernels | {"cls_token", "pos_embed"}
-    assert all(len(a) + len(b) == len(everything) for a, b in (train.decay_groups(network, m) for m in ("all", "kernels")))
+    assert all(len(a) + len(b) == len(everything)
+               for a, b in (train.decay_groups(network, m) for m in ("all", "kernels")))
 
 
 def test_evaluation_metrics_against_their_definitions_one_image_at_a_time():
     rng = np.random.default_rng(0)
-    x, y = torch.from_numpy(rng.integers(0, 256, (50, 3, 4, 4), dtype=np.uint8)), torch.from_numpy(rng.integers(0, 7, 50))
+    x, y = (torch.from_numpy(rng.integers(0, 256, (50, 3, 4, 4), dtype=np.uint8)),
+            torch.from_numpy(rng.integers(0, 7, 50)))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 7)).double()
     with torch.no_grad():
@@ -1261,11 +1327,13 @@ def test_evaluation_metrics_against_their_definitions_one_image_at_a_time():
         z = (model[1].weight @ (image.double() / 255).flatten() + model[1].bias).tolist()
         p = [math.exp(v) / sum(math.exp(u) for u in z) for v in z]
         order = sorted(range(7), key=lambda k: -z[k])
-        hits1, hits5, nll = hits1 + (order[0] == label), hits5 + (label in order[:5]), nll - math.log(p[label])
+        hits1, hits5, nll = (hits1 + (order[0] == label), hits5 + (label in order[:5]),
+                             nll - math.log(p[label]))
         bins[min(9, math.ceil(max(p) * 10) - 1)].append((order[0] == label, max(p)))
     ece = sum(abs(sum(h for h, _ in b) - sum(c for _, c in b)) for b in bins) / 50
     expected = dict(images=50, top1=2 * hits1, top5=2 * hits5, nll=nll / 50, ece=100 * ece)
-    assert got.keys() == expected.keys() and all(abs(got[k] - expected[k]) < 1e-9 for k in got), (got, expected)
+    assert (got.keys() == expected.keys()
+            and all(abs(got[k] - expected[k]) < 1e-9 for k in got)), (got, expected)
     assert model.training
 
 
@@ -1275,20 +1343,25 @@ def test_recipes_hold_flags_only_and_table_8s_numbers():
         assert row.keys() <= flags, (name, row.keys() - flags)
     args, origin = train.settings(["--model", "vit_b16", "--sam-rho", "0.2", "--device", "cpu"])
     assert args.recipe == "chen_vit" and args.sam_rho == 0.2 and args.dataset == "imagenet"
-    table8 = dict(epochs=300, batch_size=4096, micro_batch=32, lr=3e-3, warmup_steps=10_000, lr_schedule="cosine",
-                  optimizer="adamw", beta1=0.9, beta2=0.999, weight_decay=0.3, dropout=0.1, grad_clip=1.0,
-                  image_size=224, augment="inception", loss="sigmoid", mixup=0, label_smoothing=0)
+    table8 = dict(epochs=300, batch_size=4096, micro_batch=32, lr=3e-3, warmup_steps=10_000,
+                  lr_schedule="cosine", optimizer="adamw", beta1=0.9, beta2=0.999,
+                  weight_decay=0.3, dropout=0.1, grad_clip=1.0, image_size=224,
+                  augment="inception", loss="sigmoid", mixup=0, label_smoothing=0)
     assert {k: getattr(args, k) for k in table8} == table8
-    assert args.epochs * (1_281_167 // args.batch_size) == 93_600  # 93,835 steps if the incomplete batches counted
-    assert origin["lr"] == "chen_vit" and origin["sam_rho"] == "command line" and origin["seed"] == "default"
-    for model, rho in {"vit_s32": 0.05, "vit_s16": 0.1, "vit_s14": 0.1, "vit_s8": 0.15, "vit_b32": 0.15, "vit_b16": 0.2}.items():
+    # 93,835 steps if the incomplete batches counted
+    assert args.epochs * (1_281_167 // args.batch_size) == 93_600
+    assert (origin["lr"] == "chen_vit" and origin["sam_rho"] == "command line"
+            and origin["seed"] == "default")
+    for model, rho in {"vit_s32": 0.05, "vit_s16": 0.1, "vit_s14": 0.1,
+                       "vit_s8": 0.15, "vit_b32": 0.15, "vit_b16": 0.2}.items():
         assert train.settings(["--model", model, "--sam-rho", "paper"])[0].sam_rho == rho
 
 
 def test_flags_override_recipes_and_recipes_override_defaults():
     assert train.settings([])[0].recipe == "shapes" and train.settings([])[0].sam_rho > 0
     args, origin = train.settings(["--recipe", "chen_vit", "--lr", "0.1", "--model", "vit_s32"])
-    assert (args.lr, args.model, args.epochs) == (0.1, "vit_s32", 300) and origin["model"] == "command line"
+    assert ((args.lr, args.model, args.epochs) == (0.1, "vit_s32", 300)
+            and origin["model"] == "command line")
     assert train.settings(["--dataset", "cifar10"])[0].recipe == "none"
     assert train.settings(["--dataset", "cifar10"])[0].augment == "crop"
     assert train.settings(["--dataset", "shapes"])[0].model == "vit_micro8"
@@ -1308,17 +1381,20 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
             (["--sam-rho", "-1"], "--sam-rho is -1.0; it must be at least 0"),
             (["--sam-rho", "paper"], "Table 9 has no row for vit_micro8"),
             (["--model", "vit_x16", "--dataset", "shapes"], "vit_x16"),
-            (["--model", "resnet_50", "--dataset", "shapes"], "unknown model 'resnet_50'; known: vit_"),
+            (["--model", "resnet_50", "--dataset", "shapes"],
+             "unknown model 'resnet_50'; known: vit_"),
             (["--model", "torchvision:resnet81", "--dataset", "shapes"], "near: resnet"),
             (["--patch-size", "5"], "5"),
-            (["--batch-size", "100"], "batch size 100 is not a multiple of micro-batch 32 × 1 devices = 32: use "
-                                      "--batch-size 96 or --micro-batch 25"),
+            (["--batch-size", "100"],
+             "batch size 100 is not a multiple of micro-batch 32 × 1 devices = 32: use "
+             "--batch-size 96 or --micro-batch 25"),
             (["--epochs", "0"], "--epochs 0 needs --max-steps"),
             (["--train-fraction", "2"], "--train-fraction 2"),
             (["--train-fraction", "half"], "--train-fraction half"),
-            (["--train-fraction", "1/500"], "16 images, fewer than one batch of 64: use --batch-size"),
+            (["--train-fraction", "1/500"],
+             "16 images, fewer than one batch of 64: use --batch-size"),
             (["--eval-only"], "--eval-only needs --init-from"),
-            (["--init-from", "nowhere.pt"], "nowhere.pt: no such file"),
+            (["--init-from", "nowhere.pt"], "nowhere.pt: No such file"),
             (["--label-smoothing", "1"], "below 1"),
             (["--model", "vit_b16", "--sam-rho", "0.2"], "data/imagenet/train is no folder"),
             (["--dataset", "cifar10"], "cifar-10-batches-py is missing"),
@@ -1330,17 +1406,22 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
     assert "/some/where/train is no folder" in refusal(capsys, "--model", "vit_b16")
 
 
-def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets_layout(tmp_path, capsys):
+def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets_layout(
+        tmp_path, capsys):
     write_image_folder(tmp_path / "imagenet", train=24, val=5)
-    paper = ["--model", "vit_b16", "--sam-rho", "0.2", "--data-dir", str(tmp_path / "imagenet"), "--device", "cpu"]
+    paper = ["--model", "vit_b16", "--sam-rho", "0.2", "--data-dir", str(tmp_path / "imagenet"),
+             "--device", "cpu"]
     out = tmp_path / "run"
     assert train.main([*paper, "--batch-size", "32", "--dry-run", "--out-dir", str(out)]) == 0
     text = capsys.readouterr().out
-    for line in ("recipe    chen_vit", "weight-decay     0.3", "sam-rho          0.2", "85,800,963 parameters", "sigmoid loss",
-                 "3 classes, where ImageNet-1k has 1,000", "SAM with ρ = 0.2 on each micro-batch", "72 training and 15 validation"):
+    for line in ("recipe    chen_vit", "weight-decay     0.3", "sam-rho          0.2",
+                 "85,800,963 parameters", "sigmoid loss",
+                 "3 classes, where ImageNet-1k has 1,000", "SAM with ρ = 0.2 on each micro-batch",
+                 "72 training and 15 validation"):
         assert line in text, (line, text)
     assert not out.exists()
-    small = "--dim 24 --depth 2 --heads 2 --mlp-dim 48 --batch-size 16 --micro-batch 8 --epochs 1 --workers 1 --image-size 48"
+    small = ("--dim 24 --depth 2 --heads 2 --mlp-dim 48 --batch-size 16 --micro-batch 8 "
+             "--epochs 1 --workers 1 --image-size 48")
     state = train_ok([*paper, *small.split(), "--out-dir", str(out)])
     assert state["step"] == 4 and state["final"]["validation"]["images"] == 15
     assert state["settings"]["warmup_steps"] == 10_000
@@ -1349,26 +1430,33 @@ def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets
 def test_a_run_folder_holds_what_it_should_and_is_never_overwritten(tmp_path, capsys):
     out = tmp_path / "run"
     state = train_ok(tiny(out, "--sam-rho 0.1 --ema-decay 0.9"))
-    assert sorted(p.name for p in out.iterdir()) == ["best.pt", "ckpt.pt", "config.json", "log.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "best.pt", "ckpt.pt", "config.json", "log.jsonl"]
     records = log_without_times(out)
-    assert [r["step"] for r in records if "loss" in r] == [4, 8, 10] and [r["step"] for r in records if "val" in r] == [5, 10]
+    assert ([r["step"] for r in records if "loss" in r] == [4, 8, 10]
+            and [r["step"] for r in records if "val" in r] == [5, 10])
     assert records[-1]["final"]["validation"] == [r["val"] for r in records if "val" in r][-1]
     assert all(r["skipped"] == 0 and math.isfinite(r["loss"]) for r in records if "loss" in r)
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["sam_rho"] == 0.1 and config["versions"]["torch"] == torch.__version__
-    assert state["classes"] == list(data.SHAPES_CLASSES) and state["model"].keys() == state["ema"].keys()
+    assert (state["classes"] == list(data.SHAPES_CLASSES)
+            and state["model"].keys() == state["ema"].keys())
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert "holds a run already: add --resume" in refusal(capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9"))
+    assert "holds a run already: add --resume" in refusal(
+        capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9"))
     line = refusal(capsys, *tiny(out, "--sam-rho 0.2 --ema-decay 0.9 --resume"))
     assert "--sam-rho 0.1 → 0.2" in line, line
     assert train.main(tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume")) == 0
     assert "is finished" in capsys.readouterr().out
-    assert before == {p.name: p.read_bytes() for p in out.iterdir() if p.name != "config.json"} | {"config.json": before["config.json"]}
+    assert before == ({p.name: p.read_bytes() for p in out.iterdir() if p.name != "config.json"}
+                      | {"config.json": before["config.json"]})
     with open(out / "log.jsonl", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert "being written by another process" in refusal(capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume"))
+        assert "being written by another process" in refusal(
+            capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume"))
     (out / "ckpt.pt").write_bytes(before["ckpt.pt"][:5000])
-    assert "ckpt.pt is no checkpoint" in refusal(capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume"))
+    assert "ckpt.pt is no checkpoint" in refusal(
+        capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume"))
 
 
 def test_max_steps_cuts_a_run_that_then_goes_on_as_if_it_had_not_stopped(tmp_path):
@@ -1379,11 +1467,14 @@ def test_max_steps_cuts_a_run_that_then_goes_on_as_if_it_had_not_stopped(tmp_pat
 
 
 def test_training_equals_a_loop_written_out_by_hand(tmp_path):
-    """SAM on each micro-batch, mean of their gradients, one clip, AdamW with decay on kernels, EMA; no dropout."""
-    argv = tiny(tmp_path / "run", "--sam-rho 0.2 --grad-clip 0.5 --ema-decay 0.9 --dtype float64 --weight-decay 0.3")
+    """SAM on each micro-batch, mean of their gradients, one clip, AdamW with decay on kernels, EMA;
+    no dropout."""
+    argv = tiny(tmp_path / "run", "--sam-rho 0.2 --grad-clip 0.5 --ema-decay 0.9 --dtype float64 "
+                                  "--weight-decay 0.3")
     state = train_ok(argv)
     torch.manual_seed(0)
-    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48).double()
+    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
+                        mlp_dim=48).double()
     named = dict(network.named_parameters())
     ema = {k: v.detach().clone() for k, v in named.items()}
     m, v = ({k: torch.zeros_like(p) for k, p in named.items()} for _ in range(2))
@@ -1397,7 +1488,8 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
             x, y = (images[micro].double() / 255 - 0.5) / 0.5, labels[micro]
             grads = torch.autograd.grad(F.cross_entropy(network(x), y), named.values())
             norm = torch.cat([g.flatten() for g in grads]).norm()
-            moved = {k: (p + 0.2 * g / norm).detach().requires_grad_() for (k, p), g in zip(named.items(), grads)}
+            moved = {k: (p + 0.2 * g / norm).detach().requires_grad_()
+                     for (k, p), g in zip(named.items(), grads)}
             loss = F.cross_entropy(torch.func.functional_call(network, moved, x), y)
             for k, g in zip(named, torch.autograd.grad(loss, moved.values())):
                 total[k] += g / 4
@@ -1412,43 +1504,52 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
                 v[k] = 0.999 * v[k] + 0.001 * g * g
                 if p.ndim > 1 and k.endswith("weight"):
                     p *= 1 - lr * 0.3
-                p -= lr * (m[k] / (1 - 0.9 ** (step + 1))) / ((v[k] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                p -= lr * (m[k] / (1 - 0.9 ** (step + 1))) / (
+                    (v[k] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
                 ema[k] = average * ema[k] + (1 - average) * p
     for name, p in named.items():
         p, got = (t.detach().clone() for t in (p, state["model"][name]))
-        if name.endswith("qkv.bias"):  # the keys' bias has no gradient in exact arithmetic: AdamW amplifies its noise
+        # the keys' bias has no gradient in exact arithmetic: AdamW amplifies its noise
+        if name.endswith("qkv.bias"):
             p[24:48] = got[24:48] = 0
         assert float((p - got).abs().max()) < 1e-11, (name, float((p - got).abs().max()))
         if not name.endswith("qkv.bias"):
             assert float((ema[name] - state["ema"][name]).abs().max()) < 1e-11, name
 
 
-def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_one_line(tmp_path, capsys):
+def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_one_line(
+        tmp_path, capsys):
     out = tmp_path / "run"
     state = train_ok(tiny(out, "--ema-decay 0.5"))
     capsys.readouterr()
     assert train.main(["--eval-only", "--init-from", str(out / "ckpt.pt"), "--device", "cpu"]) == 0
     evaluated = capsys.readouterr().out
-    assert f"{state['final']['validation']['top1']:.2f}" in evaluated.splitlines()[-1], (evaluated, state["final"])
-    assert train.main(["--eval-only", "--init-from", str(out / "ckpt.pt"), "--weights", "model", "--eval-split", "test",
-                       "--device", "cpu"]) == 0
+    assert f"{state['final']['validation']['top1']:.2f}" in evaluated.splitlines()[-1], (
+        evaluated, state["final"])
+    assert train.main(["--eval-only", "--init-from", str(out / "ckpt.pt"), "--weights", "model",
+                       "--eval-split", "test", "--device", "cpu"]) == 0
     assert "10,000" in capsys.readouterr().out.splitlines()[-1]
 
-    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48)
+    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
+                        mlp_dim=48)
     train.load_weights(network, out / "ckpt.pt")
     assert same_tensors(network.state_dict(), state["ema"])
     assert train.load_weights(network, out / "ckpt.pt", "model") == ([0.5], [0.5])
     assert same_tensors(network.state_dict(), state["model"])
 
-    torch.save(state["model"], tmp_path / "foreign.pth")  # a bare state dict does not say how inputs were normalised
+    # a bare state dict does not say how inputs were normalised
+    torch.save(state["model"], tmp_path / "foreign.pth")
     foreign = tiny(tmp_path / "from", "--init-from", tmp_path / "foreign.pth")
     assert "give --mean and --std" in refusal(capsys, *foreign)
     train_ok([*foreign, "--mean", "0.5", "--std", "0.5", "--lr", "0"])
-    assert "of another network: it lacks" in refusal(capsys, *foreign, "--mean", "0.5", "--std", "0.5", "--depth", "3")
+    assert "of another network: it lacks" in refusal(
+        capsys, *foreign, "--mean", "0.5", "--std", "0.5", "--depth", "3")
     assert "head.weight is (12, 24)" in refusal(
-        capsys, "--eval-only", "--init-from", tmp_path / "foreign.pth", "--dataset", "folder", "--data-dir",
-        write_image_folder(tmp_path / "three"), *TINY, "--image-size", "32", "--mean", "0.5", "--std", "0.5")
-    larger = tiny(tmp_path / "larger", "--image-size 48 --init-from", out / "ckpt.pt", "--max-steps 1")
+        capsys, "--eval-only", "--init-from", tmp_path / "foreign.pth", "--dataset", "folder",
+        "--data-dir", write_image_folder(tmp_path / "three"), *TINY, "--image-size", "32",
+        "--mean", "0.5", "--std", "0.5")
+    larger = tiny(tmp_path / "larger",
+                  "--image-size 48 --init-from", out / "ckpt.pt", "--max-steps 1")
     capsys.readouterr()
     train_ok(larger)
     assert "positions resized to 6×6" in capsys.readouterr().out
@@ -1461,26 +1562,30 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
         assert name in line and ("no checkpoint" in line or "holds a list" in line), line
 
 
-def test_a_step_whose_gradient_is_not_finite_is_skipped_counted_and_told(tmp_path, capsys, monkeypatch):
+def test_a_step_whose_gradient_is_not_finite_is_skipped_counted_and_told(
+        tmp_path, capsys, monkeypatch):
     calls, good = [], train.softmax_loss
     def sometimes_nan(logits, y, smoothing=0.0):
         calls.append(1)
-        return good(logits, y, smoothing) * (math.nan if len(calls) == 9 else 1)  # a micro-batch of the third step
+        return good(logits, y, smoothing) * (
+            math.nan if len(calls) == 9 else 1)  # a micro-batch of the third step
     monkeypatch.setattr(train, "softmax_loss", sometimes_nan)
     state = train_ok(tiny(tmp_path / "once"))
     assert [r["skipped"] for r in log_without_times(tmp_path / "once") if "loss" in r] == [1, 0, 0]
     assert "1 steps skipped" in capsys.readouterr().out
     assert all(v.isfinite().all() for v in state["model"].values())
     assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {9.0}
-    monkeypatch.setattr(train, "softmax_loss", lambda logits, y, smoothing=0.0: good(logits, y) * math.nan)
+    monkeypatch.setattr(train, "softmax_loss",
+                        lambda logits, y, smoothing=0.0: good(logits, y) * math.nan)
     line = refusal(capsys, *tiny(tmp_path / "always"))
     assert "all of the last 4 gradients were not finite: stopped at step 4" in line, line
 
 
-@pytest.mark.parametrize("flags", ["--dtype bfloat16 --sam-rho 0.1", "--optimizer sgd --lr 0.05 --nesterov --decay all",
-                                   "--sam-rho 0.5 --sam-adaptive --sam-steps 2 --pool gap --kernel-size 3 --gelu exact",
-                                   "--model torchvision:mobilenet_v3_small --sam-rho 0.05 --max-steps 2",
-                                   "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 --dropout 0.1"])
+@pytest.mark.parametrize("flags", [
+    "--dtype bfloat16 --sam-rho 0.1", "--optimizer sgd --lr 0.05 --nesterov --decay all",
+    "--sam-rho 0.5 --sam-adaptive --sam-steps 2 --pool gap --kernel-size 3 --gelu exact",
+    "--model torchvision:mobilenet_v3_small --sam-rho 0.05 --max-steps 2",
+    "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 --dropout 0.1"])
 def test_other_settings_train(tmp_path, flags):
     argv = tiny(tmp_path / "run", flags)
     if "torchvision" in flags:
@@ -1488,17 +1593,18 @@ def test_other_settings_train(tmp_path, flags):
     state = train_ok(argv)
     losses = [r["loss"] for r in log_without_times(tmp_path / "run") if "loss" in r]
     assert all(map(math.isfinite, losses)) and state["final"]["training"]["top1"] >= 0, losses
-    first, last = (train.build_model(state["settings"]["model"], 12, 32) if "torchvision" in flags else None), state["model"]
+    first, last = (train.build_model(state["settings"]["model"], 12, 32)
+                   if "torchvision" in flags else None), state["model"]
     assert first is None or last.keys() == first.state_dict().keys()
 
 
 def start(argv, **kwargs):
-    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, **kwargs)
+    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=HERE, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, **kwargs)
 
 
 KILLER = """
-# Forks a training again and again and kills each at a random moment; forking saves the import of torch each time.
+# Forks a training again and again and kills each at a random moment; forking saves importing torch.
 import os, random, signal, sys, time
 import train
 random.seed(0)
@@ -1519,16 +1625,22 @@ print("killed", int(sys.argv[1]) - kills, flush=True)
 
 
 def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit(tmp_path):
-    """Weights, optimizer, average and log (but for its times); with augmentation, masks, mixup and BatchNorm."""
+    """Weights, optimizer, average and log (but for its times);
+    with augmentation, masks, mixup and BatchNorm."""
     write_image_folder(tmp_path / "images", train=32, val=8)
-    settings = (f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 --mixup 0.5 --ema-decay 0.95 "
-                "--sam-rho 0.1 --image-size 16 --workers 0 --seed 3 --save-every 5")
-    setup = "--dataset folder --epochs 60 --batch-size 16 --micro-batch 8 --log-every 4 --warmup-steps 10"
+    settings = (f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 "
+                "--mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 --workers 0 --seed 3 "
+                "--save-every 5")
+    setup = ("--dataset folder --epochs 60 --batch-size 16 --micro-batch 8 --log-every 4 "
+             "--warmup-steps 10")
     whole = train_ok(tiny(tmp_path / "whole", settings, dataset=setup))
     argv = tiny(tmp_path / "killed", settings, "--resume", dataset=setup)
-    output = subprocess.run([sys.executable, "-c", KILLER, "12", *argv], cwd=HERE, capture_output=True, text=True, timeout=300)
-    assert output.returncode == 0 and "killed 12" in output.stdout, output.stdout[-2000:] + output.stderr[-2000:]
-    assert output.stdout.count("resumed ") >= 8, output.stdout  # else the kills came too early to mean anything
+    output = subprocess.run([sys.executable, "-c", KILLER, "12", *argv], cwd=HERE,
+                            capture_output=True, text=True, timeout=300)
+    assert output.returncode == 0 and "killed 12" in output.stdout, (
+        output.stdout[-2000:] + output.stderr[-2000:])
+    assert output.stdout.count("resumed ") >= 8, output.stdout  # else the kills came too early
+                                                                # to mean anything
     killed = torch.load(tmp_path / "killed/ckpt.pt", weights_only=True)
     for part in ("model", "ema", "optimizer", "step", "best", "final"):
         assert same_tensors(whole[part], killed[part]), part
@@ -1537,7 +1649,8 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (2, signal.SIGINT)])
 def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, number):
-    argv = ["train.py", *tiny(tmp_path / "run", "--epochs 2000 --log-every 2 --eval-every 1000 --sam-rho 0.1")]
+    argv = ["train.py", *tiny(tmp_path / "run",
+                              "--epochs 2000 --log-every 2 --eval-every 1000 --sam-rho 0.1")]
     if processes > 1:
         argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv]
     run = start(argv)
@@ -1546,20 +1659,22 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, 
         lines.append(line)
         if line.startswith("step ") and "loss" in line:
             pids = [run.pid] if processes == 1 else [
-                int(p) for p in subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()]
+                int(p) for p in subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True,
+                                               text=True).stdout.split()]
             os.kill(pids[0], number)  # one process is told, all stop
             break
     text = "".join(lines) + run.stdout.read()
     status = run.wait(timeout=60)
     assert status == (128 + number if processes == 1 else 1), (status, text)
-    assert f"stopped by {number.name}, saved at step" in text and "repeat the command with --resume" in text, text
+    assert (f"stopped by {number.name}, saved at step" in text
+            and "repeat the command with --resume" in text), text
     state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
     assert 0 < state["step"] < 10_000 and "final" not in state
 
 
 WORKER = """
-# Runs several trainings in the same processes and notes what each sends: DistributedDataParallel's buckets and
-# every all-reduce of Python's.
+# Runs several trainings in the same processes and notes what each sends: the buckets of
+# DistributedDataParallel and every all-reduce of Python's.
 import json, sys
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -1595,16 +1710,20 @@ dist.destroy_process_group()
 VARIANTS = {
     "plain": "--sam-rho 0",
     "sam": "--sam-rho 0.1",
-    "plain, all": "--sam-rho 0 --stem conv --dropout 0.2 --drop-path 0.2 --mixup 0.5 --ema-decay 0.9 --grad-clip 0.5",
-    "sam, all": "--sam-rho 0.1 --stem conv --dropout 0.2 --drop-path 0.2 --mixup 0.5 --ema-decay 0.9 --grad-clip 0.5",
-    "sam, all, one micro-batch each": "--sam-rho 0.1 --stem conv --dropout 0.2 --mixup 0.5 --micro-batch 16",
-    "sam of the whole batch": "--sam-rho 0.1 --sam-sync --stem conv --dropout 0.2 --optimizer sgd --lr 0.05",
+    "plain, all": "--sam-rho 0 --stem conv --dropout 0.2 --drop-path 0.2 --mixup 0.5 "
+                  "--ema-decay 0.9 --grad-clip 0.5",
+    "sam, all": "--sam-rho 0.1 --stem conv --dropout 0.2 --drop-path 0.2 --mixup 0.5 "
+                "--ema-decay 0.9 --grad-clip 0.5",
+    "sam, all, one micro-batch each": "--sam-rho 0.1 --stem conv --dropout 0.2 --mixup 0.5 "
+                                      "--micro-batch 16",
+    "sam of the whole batch": "--sam-rho 0.1 --sam-sync --stem conv --dropout 0.2 "
+                              "--optimizer sgd --lr 0.05",
 }
 
 
 def largest_difference(a, b):
-    """Largest |a - b| relative to the tensor's largest element, over all weights but the keys' bias, whose
-    gradient is zero in exact arithmetic, so that AdamW amplifies its rounding."""
+    """Largest |a - b| relative to the tensor's largest element, over all weights but the keys'
+    bias, whose gradient is zero in exact arithmetic, so that AdamW amplifies its rounding."""
     worst = 0.0
     for name in a:
         x, y = a[name].double(), b[name].double()
@@ -1617,13 +1736,16 @@ def largest_difference(a, b):
 
 def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_path):
     runs = {name: tiny(tmp_path / f"{i}-2", flags, "--dtype float64", dataset=(
-        "--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 --epochs 4 --warmup-steps 3 --log-every 4"))
+        "--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 --epochs 4 "
+        "--warmup-steps 3 --log-every 4"))
         for i, (name, flags) in enumerate(VARIANTS.items())}
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     (tmp_path / "worker.py").write_text(WORKER)
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                             tmp_path / "worker.py", tmp_path / "runs.json", tmp_path / "sent.json"], cwd=HERE,
-                            env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True, timeout=400)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         tmp_path / "worker.py", tmp_path / "runs.json", tmp_path / "sent.json"],
+        cwd=HERE, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True,
+        timeout=400)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     sent = json.loads((tmp_path / "sent.json").read_text())
     for i, (name, argv) in enumerate(runs.items()):
@@ -1632,28 +1754,36 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
         weights = largest_difference(one["model"], two["model"])
         averages = largest_difference(one["ema"], two["ema"]) if one["ema"] else 0.0
         nll = abs(one["final"]["validation"]["nll"] - two["final"]["validation"]["nll"])
-        print(f"{name:32} weights {weights:.1e}  average {averages:.1e}  NLL {nll:.1e}  bytes {sent[name]}")
+        print(f"{name:32} weights {weights:.1e}  average {averages:.1e}  NLL {nll:.1e}  "
+              f"bytes {sent[name]}")
         assert max(weights, averages, nll) < 1e-9, (name, weights, averages, nll)
         assert one["final"]["validation"]["images"] == two["final"]["validation"]["images"] == 2000
-        logs = [[r["loss"] for r in log_without_times(tmp_path / f"{i}-{n}") if "loss" in r] for n in (1, 2)]
+        logs = [[r["loss"] for r in log_without_times(tmp_path / f"{i}-{n}") if "loss" in r]
+                for n in (1, 2)]
         assert np.allclose(*logs, rtol=1e-5), logs
     assert sent["plain"] == sent["sam"] and sent["plain, all"] == sent["sam, all"]
-    parameters = sum(p.numel() for p in vit.build("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).parameters())
-    assert sent["sam"]["gradients"] == 20 * 8 * parameters, "the gradient once a step, whatever the micro-batches"
+    parameters = sum(p.numel() for p in vit.build(
+        "vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).parameters())
+    assert sent["sam"]["gradients"] == 20 * 8 * parameters, (
+        "the gradient once a step, whatever the micro-batches")
     whole = sent["sam of the whole batch"]
-    assert whole["other"] - sent["sam, all"]["other"] == whole["gradients"], "only --sam-sync sends the first gradient too"
+    assert whole["other"] - sent["sam, all"]["other"] == whole["gradients"], (
+        "only --sam-sync sends the first gradient too")
 
 
-# -------------------------------------------------------------------------------------------------- the repository
+# ----------------------------------------------------------------------------------- the repository
 
 @pytest.mark.parametrize("name", ["vit", "sam", "data"])
 def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
     shutil.copy(HERE / f"{name}.py", tmp_path)
     argv = [f"{name}.py"] + {"sam": ["--seeds", "1", "--steps", "20"]}.get(name, [])
-    result = subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0 and len(result.stdout.splitlines()) > 3 and not result.stderr, result
+    result = subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True,
+                            timeout=120)
+    assert (result.returncode == 0 and len(result.stdout.splitlines()) > 3
+            and not result.stderr), result
     siblings = {p.stem for p in HERE.glob("*.py")}
-    imported = {line.split()[1].split(".")[0] for line in (HERE / f"{name}.py").read_text().splitlines()
+    imported = {line.split()[1].split(".")[0]
+                for line in (HERE / f"{name}.py").read_text().splitlines()
                 if line.startswith(("import ", "from "))}
     assert not imported & siblings, imported & siblings
 
@@ -1661,9 +1791,12 @@ def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
 def test_the_readmes_training_commands_run(tmp_path):
     """Every `python train.py` line of the README that needs no data set, cut to a few steps."""
     commands = re.findall(r"python (train\.py[^\n`#|]*)", (HERE / "README.md").read_text())
-    runnable = [c.split() for c in commands if not re.search(r"imagenet|vit_b16|IMAGENET|--data-dir|--init-from|\.\.\.", c)]
+    runnable = [c.split() for c in commands if not re.search(
+        r"imagenet|vit_b16|IMAGENET|--data-dir|--init-from|\.\.\.", c)]
     assert len(runnable) >= 3, commands
     seen = set()
-    for i, argv in enumerate(a for a in runnable if tuple(a) not in seen and not seen.add(tuple(a))):
+    for i, argv in enumerate(a for a in runnable
+                             if tuple(a) not in seen and not seen.add(tuple(a))):
         flags = [a for a in argv[1:] if a != "--resume"]
-        train_ok([*flags, "--max-steps", "2", "--train-fraction", "1/20", "--out-dir", str(tmp_path / str(i))])
+        train_ok([*flags, "--max-steps", "2", "--train-fraction", "1/20",
+                  "--out-dir", str(tmp_path / str(i))])

@@ -1,7 +1,7 @@
 """Train an image classifier with or without sharpness-aware minimisation, on one device or many.
 
-The training of Chen et al. 2021 (arXiv 2106.01548; Tables 8 and 9, Appendix E). RECIPES holds rows of
-the papers' tables; every entry of a recipe is also a flag, and a flag overrides its recipe.
+The training of Chen et al. 2021 (arXiv 2106.01548; Tables 8 and 9, Appendix E). RECIPES holds rows
+of the papers' tables; each entry of a recipe is also a flag, and a flag overrides its recipe.
 
     python train.py                   built-in data, small ViT, SAM: 2 minutes on 2 CPU cores
     python train.py --sam-rho 0       the same without SAM
@@ -9,12 +9,12 @@ the papers' tables; every entry of a recipe is also a flag, and a flag overrides
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         train.py --model vit_b16 --sam-rho 0.2       the same run on four machines, started on each
 
-A run is the same run on any number of devices: its unit is the micro-batch (--micro-batch, the paper's
-32 images of one TPU core), which has its own ε, dropout masks, mixup partners and BatchNorm statistics.
+A run is the same run on any number of devices: its unit is the micro-batch (the paper's 32 images
+of one TPU core), which has its own ε, dropout masks, mixup partners and BatchNorm statistics.
 
-Differs from the paper: β₂ is 0.999 (Table 8 prints 0.009). As in the authors' public code, where the
-paper is silent: the sigmoid loss starts from head biases of -6.9, and weight decay leaves out biases,
-norms, class token and positions. SGD's weight decay is torch's, an L2 term outside ε.
+Differs from the paper: β₂ is 0.999 (Table 8 prints 0.009). Where the paper is silent, as in its
+authors' public code: the sigmoid loss starts from head biases of -6.9, weight decay leaves out
+biases, norms, class token and positions. SGD's weight decay is torch's, an L2 term outside ε.
 """
 import argparse
 import copy
@@ -48,8 +48,8 @@ RECIPES = {
     "shapes": dict(
         dataset="shapes", model="vit_micro8", epochs=12, batch_size=64, micro_batch=32,
         optimizer="adamw", lr=2e-3, warmup_steps=125, lr_schedule="cosine", weight_decay=0.1,
-        sam_rho=0.1),
-    # Chen et al. Table 8, column ViT. Loss: B.1. 4096 = 128 cores × 32 images, ε of each core its own: E.
+        sam_rho=0.03),
+    # Chen et al. Table 8, ViT. Loss: B.1. 4096 = 128 cores × 32 images, each core's ε its own: E.
     "chen_vit": dict(
         dataset="imagenet", model="vit_b16", image_size=224, augment="inception", epochs=300,
         batch_size=4096, micro_batch=32, optimizer="adamw", lr=3e-3, beta1=0.9, beta2=0.999,
@@ -66,19 +66,19 @@ DEFAULT_MODEL = {"shapes": "vit_micro8", "cifar10": "vit_ti4", "cifar100": "vit_
 MODEL_FLAGS = ("patch_size", "dim", "depth", "heads", "mlp_dim", "pool", "stem", "kernel_size",
                "qkv_bias", "gelu", "dropout", "drop_path", "head_bias")
 # Where a run computes and what becomes of it: may differ when it is resumed, all else may not.
-FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "out_dir", "resume", "dry_run",
-              "eval_only", "eval_split", "max_steps", "save_every"}
+FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "out_dir", "resume",
+              "dry_run", "eval_only", "eval_split", "max_steps", "save_every"}
 
 
 class UserError(Exception):
     """What only the user can set right; its text is one line."""
 
 
-# ---------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """One line instead of the list of all flags; an unknown flag gets the nearest known ones."""
+        """One line instead of the list of all flags; to an unknown flag, the nearest known ones."""
         wrong = [word.split("=")[0] for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized") and wrong:
             near = difflib.get_close_matches(wrong[0].replace("_", "-"),
@@ -105,7 +105,7 @@ def make_parser():
         "the average or the last")
 
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=data.DATASETS, help="folder: any with train/ and val/ of class folders")
+    add("--dataset", choices=data.DATASETS, help="folder: any with train/, val/ of class folders")
     add("--data-dir", default="", help="default: $IMAGENET_DIR, else data/imagenet; CIFAR: data")
     add("--download", action=on_off, default=False, help="fetch CIFAR if it is missing")
     add("--image-size", type=int, default=0, help="0: 32 for shapes and CIFAR, else 224 (Table 8)")
@@ -133,13 +133,14 @@ def make_parser():
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=int, default=100, help="the schedule's length (Table 8: 300)")
-    add("--max-steps", type=int, default=0, help="stop after so many steps; with --epochs 0 also the "
-        "schedule's length (Table 11)")
+    add("--max-steps", type=int, default=0, help="stop after so many steps; with --epochs 0 also "
+        "the schedule's length (Table 11)")
     add("--batch-size", type=int, default=256, help="images per step, all devices (Table 8: 4096)")
     add("--micro-batch", type=int, default=32, help="images per pass, the m of SAM (App. E: 32)")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(Table 8)")
     add("--lr", type=float, default=1e-3, help="peak, for the whole batch (Table 8: 3e-3)")
-    add("--lr-schedule", choices=("cosine", "linear", "constant"), default="cosine", help="(Table 8)")
+    add("--lr-schedule", choices=("cosine", "linear", "constant"), default="cosine",
+        help="(Table 8)")
     add("--warmup-steps", type=int, default=0, help="linear from 0 (Table 8: 10000)")
     add("--lr-end", type=float, default=0.0, help="learning rate at the end of the decay")
     add("--momentum", type=float, default=0.9, help="of SGD (Table 8)")
@@ -148,8 +149,8 @@ def make_parser():
     add("--beta2", type=float, default=0.999, help="of AdamW (Table 8, misprinted there)")
     add("--weight-decay", type=float, default=0.1, help="AdamW: decoupled, times the learning rate "
         "(Table 8: 0.3); SGD: L2")
-    add("--decay", choices=("kernels", "no-norm-bias", "all"), default="kernels", help="what decays: "
-        "matrices and convolutions; also class token and positions (Xiao §5.4); everything")
+    add("--decay", choices=("kernels", "no-norm-bias", "all"), default="kernels", help="what "
+        "decays: matrices and convolutions; also class token and positions (Xiao §5.4); everything")
     add("--grad-clip", type=float, default=0.0, help="norm of the final gradient (Table 8: 1)")
     add("--loss", choices=("softmax", "sigmoid"), default="softmax", help="(B.1: sigmoid)")
     add("--label-smoothing", type=float, default=0.0, help="share of the uniform distribution")
@@ -161,8 +162,8 @@ def make_parser():
     add("--sam-rho", default="0", help="radius ρ, or paper: Table 9's for the model")
     add("--sam-steps", type=int, default=1, help="ascent steps (§6)")
     add("--sam-adaptive", action=on_off, default=False, help="ASAM, element-wise")
-    add("--sam-sync", action=on_off, default=False, help="ε from the whole batch's gradient instead "
-        "of each micro-batch's")
+    add("--sam-sync", action=on_off, default=False, help="ε from the whole batch's gradient "
+        "instead of each micro-batch's")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first that is there")
@@ -247,9 +248,9 @@ def resolve_rho(rho, model):
 def check(args):
     """What cannot be right stops here, in one line."""
     at_least = dict(
-        epochs=0, max_steps=0, batch_size=1, micro_batch=1, warmup_steps=0, eval_every=1, log_every=1,
-        save_every=0, sam_rho=0, sam_steps=1, lr=0, lr_end=0, weight_decay=0, grad_clip=0, mixup=0,
-        image_size=1)
+        epochs=0, max_steps=0, batch_size=1, micro_batch=1, warmup_steps=0, eval_every=1,
+        log_every=1, save_every=0, sam_rho=0, sam_steps=1, lr=0, lr_end=0, weight_decay=0,
+        grad_clip=0, mixup=0, image_size=1)
     for name, low in at_least.items():
         if not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
@@ -259,8 +260,8 @@ def check(args):
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
                             "least 0 and below 1")
     if len(args.mean) not in (1, 3) or len(args.std) not in (1, 3) or min(args.std) <= 0:
-        raise UserError(f"--mean {args.mean} --std {args.std}: give one number or three to each, for "
-                        "std above 0")
+        raise UserError(f"--mean {args.mean} --std {args.std}: give one number or three to each, "
+                        "for std above 0")
     if args.workers is not None and args.workers < 0:
         raise UserError(f"--workers is {args.workers}; it must be at least 0")
     if args.epochs == 0 and args.max_steps == 0 and not args.eval_only:
@@ -275,7 +276,7 @@ def check(args):
         raise UserError("--dtype float16 needs --device cuda; bfloat16 and float32 do not")
 
 
-# ------------------------------------------------------------------------------------------ models
+# ------------------------------------------------------------------------------------------- models
 
 def family(name):
     """The source of a model of this name: vit, torchvision, timm."""
@@ -293,7 +294,7 @@ def build_model(name, num_classes=1000, image_size=224, **overrides):
             near = difflib.get_close_matches(inner, known)
             raise ValueError(f"torchvision has no model {inner!r}"
                              + (f"; near: {' '.join(near)}" if near else ""))
-        return torchvision.models.get_model(inner, weights=None, num_classes=num_classes, **overrides)
+        return torchvision.models.get_model(inner, num_classes=num_classes, **overrides)
     if source == "timm":
         try:
             import timm
@@ -413,8 +414,8 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
     """Accuracy and calibration over a loader, every image counted once over all processes.
 
     -> dict: images; top1, top5 in percent; nll, mean cross-entropy in nats; ece, the expected
-    calibration error in percent: over `bins` equal bins (lo, hi] of the top probability, the mean of
-    |accuracy - confidence| weighted by the bin's share (Guo et al. 2017; 10 bins as Park & Kim).
+    calibration error in percent: over `bins` equal bins (lo, hi] of the top probability, the mean
+    of |accuracy - confidence| weighted by the bin's share (Guo et al. 2017; Park & Kim: 10 bins).
     """
     training = model.training
     model.eval()
@@ -443,7 +444,7 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
                 ece=100 * (by_bin[0] - by_bin[1]).abs().sum().item() / n)
 
 
-# ------------------------------------------------------------------ processes, messages, checkpoints
+# ----------------------------------------------------------------- processes, messages, checkpoints
 
 def rank():
     return int(os.environ.get("RANK", 0))
@@ -470,9 +471,9 @@ def on_main(function):
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C, agreed between processes: all stop before the same step, whenever each was
-    told. Their flags meet in an all-reduce on the CPU that runs beside the step, so the answer is one
-    step late and nothing waits for it. A second Ctrl-C ends a process at once."""
+    """SIGTERM and Ctrl-C, agreed between processes: all stop before the same step, whenever each
+    was told. Their flags meet in an all-reduce on the CPU that runs beside the step, so the answer
+    is one step late and nothing waits for it. A second Ctrl-C ends a process at once."""
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
@@ -505,13 +506,13 @@ def read_checkpoint(path):
     """A file of torch.save as plain data: weights_only, nothing in it is run. Else UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:  # unpickling foreign bytes can raise anything
         raise UserError(f"{path} is no checkpoint of plain tensors, or is damaged "
                         f"({type(error).__name__})") from None
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}; expected a checkpoint or state dict")
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint or state dict")
     return state
 
 
@@ -529,7 +530,7 @@ def load_weights(network, path, weights="ema", new_head=False):
     """Fills a bare network from a checkpoint of ours ("model" or its average "ema"), a timm or
     torchvision state dict, or an original .npz. Positions of another resolution are resized; with
     new_head a classifier of another number of classes stays as initialised; both say so.
-    Returns (mean, std) where the file's kind tells them, else None. UserError if it does not fit."""
+    Returns (mean, std) if the file's kind tells them, else None. UserError if it does not fit."""
     path = str(path)
     if path.endswith(".npz"):
         try:
@@ -638,10 +639,11 @@ class RunFolder:
 def print_table(tell, results):
     tell(f"{'':12}{'images':>8}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>9}{'ECE %':>8}")
     for name, r in results.items():
-        tell(f"{name:12}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}{r['ece']:8.2f}")
+        tell(f"{name:12}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}"
+             f"{r['ece']:8.2f}")
 
 
-# --------------------------------------------------------------------------------------------- run
+# ---------------------------------------------------------------------------------------------- run
 
 def run(args, origin):
     # ---- processes and device
@@ -649,8 +651,8 @@ def run(args, origin):
     device = torch.device(args.device)
     if args.device == "cuda":
         if local >= torch.cuda.device_count():
-            raise UserError(f"more processes than the {torch.cuda.device_count()} CUDA devices here: "
-                            f"start torchrun with --nproc_per_node={torch.cuda.device_count()}")
+            raise UserError(f"more processes than CUDA devices here: start torchrun with "
+                            f"--nproc_per_node={torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -658,10 +660,11 @@ def run(args, origin):
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
     main_process = rank() == 0
     tell = say if main_process else lambda text="": None
-    tell(f"recipe    {args.recipe}")
-    for name, value in vars(args).items():
-        if origin[name] != "default":
-            tell(f"  {name.replace('_', '-'):<16} {value!s:<14} ({origin[name]})")
+    chosen = [f"recipe    {args.recipe}"] + [
+        f"  {name.replace('_', '-'):<16} {value!s:<14} ({origin[name]})"
+        for name, value in vars(args).items() if origin[name] != "default"]
+    if args.dry_run:  # before anything can be missing
+        tell("\n".join(chosen))
 
     share = args.micro_batch * world
     if args.batch_size % share and not args.eval_only:
@@ -674,7 +677,8 @@ def run(args, origin):
     # ---- data
     def load(split, augment, classes=None):
         dataset = data.load(args.dataset, split, data_dir=args.data_dir, image_size=args.image_size,
-                            augment=augment, seed=args.seed, download=args.download, classes=classes)
+                            augment=augment, seed=args.seed, download=args.download,
+                            classes=classes)
         if getattr(dataset, "notice", None):
             tell(dataset.notice)
         return dataset
@@ -703,7 +707,9 @@ def run(args, origin):
         raise UserError(f"--train-fraction {args.train_fraction}: {error}") from None
     in_memory = isinstance(val_set, data.InMemory) and (args.eval_only or not train_set.transform)
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = args.workers if args.workers is not None else 0 if in_memory else max(1, min(8, cores))
+    workers = args.workers
+    if workers is None:
+        workers = 0 if in_memory else max(1, min(8, cores))
 
     # ---- model
     torch.manual_seed(args.seed)
@@ -719,7 +725,8 @@ def run(args, origin):
             normalisation = args.mean, args.std
         if normalisation is None:
             raise UserError(f"{args.init_from} does not say how its inputs were normalised: give "
-                            "--mean and --std (torchvision: 0.485 0.456 0.406 and 0.229 0.224 0.225)")
+                            "--mean and --std (torchvision's: 0.485 0.456 0.406, "
+                            "0.229 0.224 0.225)")
         args.mean, args.std = normalisation
     precision = torch.float64 if args.dtype == "float64" else torch.float32
     bare = assemble(network, args.mean, args.std).to(device, precision)
@@ -729,7 +736,8 @@ def run(args, origin):
     half = args.dtype in ("bfloat16", "float16")
     autocast = torch.autocast(device.type, getattr(torch, args.dtype)) if half else nullcontext()
 
-    ema = copy.deepcopy(bare).requires_grad_(False) if args.ema_decay and not args.eval_only else None
+    averages = args.ema_decay and not args.eval_only
+    ema = copy.deepcopy(bare).requires_grad_(False) if averages else None
 
     def measure(what, dataset):
         loader = data.evaluation_loader(dataset, 256, workers, rank(), world)
@@ -746,7 +754,8 @@ def run(args, origin):
     steps_per_epoch = len(train_set) // args.batch_size
     if steps_per_epoch == 0:
         raise UserError(f"the training set has {len(train_set):,} images, fewer than one batch of "
-                        f"{args.batch_size:,}: use --batch-size {len(train_set) // share * share or 1}")
+                        f"{args.batch_size:,}: use --batch-size "
+                        f"{len(train_set) // share * share or 1}")
     total_steps = args.epochs * steps_per_epoch or args.max_steps
     last_step = min(args.max_steps or total_steps, total_steps)
     micro_batches = args.batch_size // args.micro_batch
@@ -754,12 +763,13 @@ def run(args, origin):
 
     model = torch.compile(bare) if args.compile else bare
     if dist.is_initialized():
-        model = DistributedDataParallel(model, device_ids=[local] if args.device == "cuda" else None,
-                                        broadcast_buffers=False, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(
+            model, device_ids=[local] if args.device == "cuda" else None, broadcast_buffers=False,
+            gradient_as_bucket_view=True)
     params = [p for p in network.parameters() if p.requires_grad]
     decayed, kept = decay_groups(network, args.decay)
-    groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=kept, weight_decay=0.0)]
-    groups = [group for group in groups if group["params"]]
+    groups = [dict(params=some, weight_decay=decay)
+              for some, decay in ((decayed, args.weight_decay), (kept, 0.0)) if some]
     fused = device.type in ("cpu", "cuda")
     if args.optimizer == "adamw":
         betas = args.beta1, args.beta2
@@ -776,19 +786,22 @@ def run(args, origin):
     statistics = RunningStatistics(network)
 
     # ---- what will happen
+    if not args.dry_run:
+        tell("\n".join(chosen))
     part = f" (a fraction {args.train_fraction} of {whole:,})" if len(train_set) < whole else ""
-    tell(f"data      {args.dataset}: {len(train_set):,} training{part} and {len(val_set):,} validation "
-         f"images, {num_classes:,} classes, {args.image_size}×{args.image_size}, augmentation "
-         f"{args.augment}, {workers} workers per device")
+    tell(f"data      {args.dataset}: {len(train_set):,} training{part} and {len(val_set):,} "
+         f"validation images, {num_classes:,} classes, {args.image_size}×{args.image_size}, "
+         f"augmentation {args.augment}, {workers} workers per device")
     if args.dataset == "imagenet" and num_classes != 1000:
         tell(f"          {num_classes} classes, where ImageNet-1k has 1,000")
     tell(f"model     {args.model}: {sum(p.numel() for p in params):,} parameters, {args.loss} loss")
     tell(f"device    {world} × {device.type}, {args.dtype}{', compiled' * args.compile}")
     tell(f"step      {args.batch_size:,} images = {world} devices × {micro_batches // world} "
          f"micro-batches × {args.micro_batch} images, " + (
-             f"SAM with ρ = {args.sam_rho:g} on {'the whole' if args.sam_sync else 'each micro-'}batch"
-             if sam else "without SAM"))
-    tell(f"schedule  {last_step:,} steps{f' of {total_steps:,}' if last_step < total_steps else ''}, "
+             f"SAM with ρ = {args.sam_rho:g} on "
+             f"{'the whole ' if args.sam_sync else 'each micro-'}batch" if sam else "without SAM"))
+    part = f" of {total_steps:,}" if last_step < total_steps else ""
+    tell(f"schedule  {last_step:,} steps{part}, "
          f"{steps_per_epoch:,} per epoch; {args.optimizer}, learning rate {args.lr:g} after "
          f"{args.warmup_steps:,} steps, then {args.lr_schedule}")
     if args.dry_run:
@@ -834,8 +847,8 @@ def run(args, origin):
     def checkpoint(name, **more):
         if main_process:
             folder.save(name, dict(
-                model=network.state_dict(), ema=ema and ema.network.state_dict(), step=step, best=best,
-                settings=vars(args), classes=list(train_set.classes), **more))
+                model=network.state_dict(), ema=ema and ema.network.state_dict(), step=step,
+                best=best, settings=vars(args), classes=list(train_set.classes), **more))
 
     def save_checkpoint(**more):
         checkpoint("ckpt.pt", windows=all_windows(), optimizer=optimizer.state_dict(),
@@ -860,8 +873,8 @@ def run(args, origin):
         if stopped:
             save_checkpoint()
             bar.close()
-            tell(f"stopped by {signal.Signals(stopped).name}, saved at step {step:,}; to go on, repeat "
-                 "the command with --resume")
+            tell(f"stopped by {signal.Signals(stopped).name}, saved at step {step:,}; to go on, "
+                 "repeat the command with --resume")
             return 128 + stopped
         lr = learning_rate(step, total_steps, args.warmup_steps, args.lr, args.lr_schedule,
                            args.lr_end)
@@ -914,7 +927,8 @@ def run(args, origin):
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
             decay = min(args.ema_decay, (1 + step) / (10 + step))
-            for mean, now in zip(ema.network.state_dict().values(), network.state_dict().values()):
+            tensors = zip(ema.network.state_dict().values(), network.state_dict().values())
+            for mean, now in tensors:
                 mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
         loss = torch.stack(list(clean.values())).mean().float()
         window += torch.stack([loss, norm.float().nan_to_num(0, 0, 0), skip, torch.ones_like(skip)])
@@ -930,8 +944,8 @@ def run(args, origin):
             speed, since, since_images = (images - since_images) / (now - since), now, images
             loss, norm = total / steps, norms / max(steps - skipped, 1)
             log(loss=loss, lr=lr, grad_norm=norm, skipped=int(skipped), images_per_second=speed)
-            tell(f"step {step:6,}  epoch {step / steps_per_epoch:6.2f}  loss {loss:7.4f}  lr {lr:.2e}  "
-                 f"gradient norm {norm:7.3f}  {speed:7,.0f} images/s"
+            tell(f"step {step:6,}  epoch {step / steps_per_epoch:6.2f}  loss {loss:7.4f}  "
+                 f"lr {lr:.2e}  gradient norm {norm:7.3f}  {speed:7,.0f} images/s"
                  + f"  {int(skipped)} steps skipped: their gradient was not finite" * (skipped > 0))
             if skipped == steps:
                 raise UserError(
@@ -941,8 +955,9 @@ def run(args, origin):
             before = time.perf_counter()
             result = measure("validation", val_set)
             log(val=result)
-            tell(f"step {step:6,}  validation: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} "
-                 f"%, NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %")
+            tell(f"step {step:6,}  validation: top-1 {result['top1']:.2f} %, "
+                 f"top-5 {result['top5']:.2f} %, NLL {result['nll']:.4f}, "
+                 f"ECE {result['ece']:.2f} %")
             if result["top1"] > best:
                 best = result["top1"]
                 checkpoint("best.pt", val=result)
@@ -961,7 +976,8 @@ def run(args, origin):
     print_table(tell, final)
     tell(f"{speed:,.0f} images/s; checkpoint {args.out_dir}/ckpt.pt; best validation accuracy "
          f"{best:.2f} % in best.pt")
-    tell(f"to compare: the same command with --sam-rho {0 if sam else PAPER_RHO.get(args.model, 0.1)}")
+    other = 0 if sam else PAPER_RHO.get(args.model, RECIPES["shapes"]["sam_rho"])
+    tell(f"to compare: the same command with --sam-rho {other}")
     return 0
 
 

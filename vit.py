@@ -73,8 +73,6 @@ class DropPath(nn.Module):
 
     def __init__(self, rate):
         super().__init__()
-        if not 0 <= rate < 1:
-            raise ValueError(f"drop_path must be at least 0 and less than 1, got {rate}")
         self.rate = rate
 
     def forward(self, x):
@@ -182,6 +180,12 @@ def check_choices(**choices):
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
+def check_rates(**rates):
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} must be at least 0 and less than 1, got {rate}")
+
+
 def check_images(x, image_size):
     if x.shape[1:] != (3, image_size, image_size):
         raise ValueError(f"built for images (3, {image_size}, {image_size}), got "
@@ -217,11 +221,13 @@ class ViT(nn.Module):
         super().__init__()
         check_choices(pool=(pool, "cls", "gap"), stem=(stem, "patchify", "conv"),
                       gelu=(gelu, "exact", "tanh"), init=(init, "google", "pycls", "timm"))
+        check_rates(dropout=dropout, drop_path=drop_path)
         if min(image_size, patch_size) < 1 or image_size % patch_size:
             raise ValueError(f"image_size must be a multiple of patch_size, got {image_size} and "
                              f"{patch_size}")
         if min(dim, depth, heads) < 1:
-            raise ValueError(f"dim, depth and heads must be at least 1, got {dim}, {depth}, {heads}")
+            raise ValueError("dim, depth and heads must be at least 1, got "
+                             f"{dim}, {depth}, {heads}")
         if head_dim is None and dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}; or give head_dim")
         if kernel_size is not None and (kernel_size < 1 or kernel_size % 2 == 0):
@@ -364,6 +370,7 @@ class PiT(nn.Module):
                  dropout=0.0, drop_path=0.0, head_bias=0.0):
         super().__init__()
         check_choices(gelu=(gelu, "exact", "tanh"))
+        check_rates(dropout=dropout, drop_path=drop_path)
         if image_size < patch_size or (image_size - patch_size) % stride:
             raise ValueError(f"image_size must be patch_size {patch_size} plus a multiple of "
                              f"stride {stride}, got {image_size}")
