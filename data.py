@@ -253,29 +253,28 @@ class TrainOrder(torch.utils.data.Sampler):
                 yield [(epoch, i) for i in micro.tolist()]
 
 
-def loader(dataset, order, workers=0):
+def loader(dataset, order, workers=0, pin_memory=False):
     """DataLoader of whole (micro-)batches; `order` yields lists of (epoch, index).
     Iterate by `batches`."""
+    # A generator of its own: a loader draws a seed, which would move the run's random state.
     return torch.utils.data.DataLoader(
-        dataset, sampler=order, batch_size=None, num_workers=workers,
-        worker_init_fn=_leave_signals_alone,
-        generator=torch.Generator(),    # its own: a loader draws a seed,
-                                        # which would move the run's random state
-        pin_memory=torch.cuda.is_available(), prefetch_factor=4 if workers else None)
+        dataset, sampler=order, batch_size=None, num_workers=workers, generator=torch.Generator(),
+        worker_init_fn=_leave_signals_alone, pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None)
 
 
-def evaluation_loader(dataset, batch_size, workers=0, rank=0, world=1):
+def evaluation_loader(dataset, batch_size, workers=0, rank=0, world=1, pin_memory=False):
     """Every image of `dataset` once over all processes, in batches of `batch_size`."""
     mine = range(rank, len(dataset), world)
     order = [[(0, i) for i in mine[j:j + batch_size]] for j in range(0, len(mine), batch_size)]
-    return loader(dataset, order, workers)
+    return loader(dataset, order, workers, pin_memory)
 
 
 def batches(loader, tell=print):
     """Iterates a loader. What a data set has to say (a truncated image) goes to `tell`, once; a
     DataError that a worker met is raised here, without the traceback through processes that a
     DataLoader makes of it."""
-    told = set()
+    told = loader.dataset.told
     for item in loader:
         if isinstance(item, DataError):
             raise item
@@ -288,8 +287,8 @@ def batches(loader, tell=print):
 
 
 def _leave_signals_alone(worker):
-    """Ctrl-C and SIGTERM reach every process of a job; the trainer answers them,
-    its workers end with it."""
+    """Ctrl-C and SIGTERM reach every process of a job: the trainer answers, its workers end with
+    it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -309,7 +308,7 @@ class Dataset(torch.utils.data.Dataset):
     def __init__(self, labels, classes, transform, seed):
         self.labels, self.classes, self.transform, self.seed = labels, classes, transform, seed
         self.indices = torch.arange(len(labels))
-        self.notes = []
+        self.notes, self.told = [], set()
 
     def __len__(self):
         return len(self.indices)
@@ -332,15 +331,17 @@ class Dataset(torch.utils.data.Dataset):
     def images(self, where, pairs):
         images, generator = [], torch.default_generator
         state = generator.get_state()
-        for i, (epoch, index) in zip(where.tolist(), pairs):
-            image = self.read(i)
-            if self.transform is not None:
-                # torchvision's transforms draw from the default generator: seeded for each image,
-                # so that its augmentation is the same whichever process or worker makes it.
-                generator.manual_seed(key(self.seed, epoch, index, 1))
-                image = self.transform(image)
-            images.append(image)
-        generator.set_state(state)
+        try:
+            for i, (epoch, index) in zip(where.tolist(), pairs):
+                image = self.read(i)
+                if self.transform is not None:
+                    # torchvision's transforms draw from the default generator: seeded for each
+                    # image, so that whichever process or worker makes it, it is the same.
+                    generator.manual_seed(key(self.seed, epoch, index, 1))
+                    image = self.transform(image)
+                images.append(image)
+        finally:
+            generator.set_state(state)
         return torch.stack(images)
 
 
@@ -439,8 +440,8 @@ class ImageFolder(Dataset):
 
 
 def show(path):
-    """A path for a message: printable whatever bytes it has."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path for a message: one printable line whatever bytes it has."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
 
 
 SHAPES_SPLITS = {  # first index, images

@@ -35,8 +35,8 @@ from torch import nn
 
 
 class First(NamedTuple):
-    """What `perturb` knows from the pass at w. Tensors, detached;
-    reading one as a number synchronises."""
+    """What `perturb` knows from the pass at w, of the loss as it was given (scaled, if a scaler
+    scaled it). Tensors, detached; reading one as a number waits for the device."""
     loss: torch.Tensor          # () clean loss: mean over the micro-batches of this process
     grad_norm: torch.Tensor     # () ‖g‖₂ of that loss; with adaptive=True ‖T·g‖₂
     input_grads: tuple          # gradients of the clean loss by `inputs`,
@@ -67,7 +67,7 @@ def set_random_state(state):
 
 def global_norm(tensors):
     """‖·‖₂ over all elements of `tensors`, on the first one's device; at least float32, so that
-    half-precision gradients do not overflow in the sum."""
+    half-precision gradients do not overflow in the sum. Below 1e-23 float32's squares vanish."""
     groups = {}
     for tensor in tensors:
         groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
@@ -93,8 +93,9 @@ class SAM:
         ε = ρ · T²g / ‖T·g‖. Its ρ is of another scale (0.5-2).
 
     Memory: one copy of the parameters beside plain training's weights and gradients, and where
-    gradients accumulate over micro-batches, the running sum in p.grad. Nothing in a step waits for
-    the device.
+    gradients accumulate over micro-batches, the running sum in p.grad. (One or two copies more with
+    steps > 1 or adaptive, between the passes, when no activations are held.) Nothing in a step
+    waits for the device.
     """
 
     def __init__(self, model: nn.Module, rho: float, *, steps: int = 1, adaptive: bool = False,
@@ -128,8 +129,8 @@ class SAM:
         `p.grad` is neither read nor written; no collective runs unless `sync`. With a GradScaler,
         return the scaled loss: ε does not depend on the scale.
 
-        A parameter that the loss does not reach keeps its value. A zero gradient gives ε = 0: the
-        body sees the plain gradient. A gradient or norm that is not finite makes ε and so the
+        A parameter that the loss does not reach keeps its value. A gradient of norm 0 gives ε = 0:
+        the body sees the plain gradient. A gradient or norm that is not finite makes ε and so the
         body's gradient NaN, on purpose: what skips a step after an overflow (GradScaler,
         `found_inf`) then sees it.
         Raises ValueError if the loss reaches no parameter at all.
@@ -159,8 +160,7 @@ class SAM:
                     grads = average(grads)
                 with torch.no_grad():
                     ascent, norm = self._ascent(saved or reached, grads)
-                    # before the copy below: never more than one tensor set beside plain training's
-                    del grads
+                    del grads  # before the copy below, so that the two never lie side by side
                     if step == 0:
                         first = First(value, norm, input_grads)
                         saved = [p.clone() for p in reached]

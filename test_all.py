@@ -19,6 +19,7 @@ import sys
 
 from contextlib import nullcontext
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -939,8 +940,8 @@ def test_sam_in_ddp_communicates_in_its_last_pass_only_and_refuses_a_static_grap
 # ------------------------------------------------------------------------------------------ data.py
 
 def write_image_folder(root, train=12, val=6, classes=("ant", "bee", "cat")):
-    """A data set in ImageNet's layout, of JPEGs of mixed sizes;
-    each class has a colour of its own."""
+    """A data set in ImageNet's layout, of JPEGs of mixed sizes; each class has a colour of its own.
+    Of each class, the first training images are greyscale, CMYK, and turned by an EXIF tag."""
     rng = np.random.default_rng(0)
     for split, n in (("train", train), ("val", val)):
         for c, name in enumerate(classes):
@@ -950,7 +951,12 @@ def write_image_folder(root, train=12, val=6, classes=("ant", "bee", "cat")):
                 height, width = rng.integers(40, 90, 2)
                 pixels = rng.integers(0, 90, (height, width, 3))
                 pixels[..., c % 3] += 150
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}_{i}.JPEG")
+                image, exif = Image.fromarray(pixels.astype(np.uint8)), Image.Exif()
+                if split == "train" and i < 2:
+                    image = image.convert(("L", "CMYK")[i])
+                if split == "train" and i == 2:
+                    exif[0x0112] = 6
+                image.save(folder / f"{name}_{i}.JPEG", exif=exif)
     return root
 
 
@@ -1420,11 +1426,28 @@ def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets
                  "72 training and 15 validation"):
         assert line in text, (line, text)
     assert not out.exists()
-    small = ("--dim 24 --depth 2 --heads 2 --mlp-dim 48 --batch-size 16 --micro-batch 8 "
-             "--epochs 1 --workers 1 --image-size 48")
+    for name in ("ant", "bee", "cat"):  # one image by many names makes a data set of 4,272
+        folder = tmp_path / "imagenet/train" / name
+        for i in range(1400):
+            os.link(folder / f"{name}_3.JPEG", folder / f"link{i}.JPEG")
+    assert train.main([*paper, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "4,096 images = 1 devices × 128 micro-batches × 32 images" in text, text
+    assert "300 steps, 1 per epoch; adamw, learning rate 0.003 after 10,000 steps" in text, text
+    for link in (tmp_path / "imagenet/train").glob("*/link*"):
+        link.unlink()
+    damaged = tmp_path / "imagenet/train/bee/bee_7.JPEG"
+    damaged.write_bytes(damaged.read_bytes()[:-len(damaged.read_bytes()) // 3])
+    (tmp_path / "imagenet/val/cat/notes.txt").write_text("no image")
+    small = ("--dim 24 --depth 2 --heads 2 --mlp-dim 48 --batch-size 24 --micro-batch 8 "
+             "--epochs 2 --workers 1 --image-size 48")
     state = train_ok([*paper, *small.split(), "--out-dir", str(out)])
-    assert state["step"] == 4 and state["final"]["validation"]["images"] == 15
+    assert state["step"] == 6 and state["final"]["validation"]["images"] == 15
     assert state["settings"]["warmup_steps"] == 10_000
+    text = capsys.readouterr().out
+    assert text.count("left out, no image:") == 1 and "val/cat/notes.txt" in text, text
+    told = text.count("bee_7.JPEG is truncated: used as far as it can be decoded")
+    assert told == 1, text
 
 
 def test_a_run_folder_holds_what_it_should_and_is_never_overwritten(tmp_path, capsys):
@@ -1562,40 +1585,112 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
         assert name in line and ("no checkpoint" in line or "holds a list" in line), line
 
 
-def test_a_step_whose_gradient_is_not_finite_is_skipped_counted_and_told(
-        tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
+        tmp_path, capsys, monkeypatch, optimizer):
+    """The third micro-batch of all, so in the first step, when SGD has no momentum yet."""
     calls, good = [], train.softmax_loss
+
     def sometimes_nan(logits, y, smoothing=0.0):
         calls.append(1)
-        return good(logits, y, smoothing) * (
-            math.nan if len(calls) == 9 else 1)  # a micro-batch of the third step
+        return good(logits, y, smoothing) * (math.nan if len(calls) == 3 else 1)
     monkeypatch.setattr(train, "softmax_loss", sometimes_nan)
-    state = train_ok(tiny(tmp_path / "once"))
-    assert [r["skipped"] for r in log_without_times(tmp_path / "once") if "loss" in r] == [1, 0, 0]
+    flags = f"--optimizer {optimizer} --lr 0.01 --warmup-steps 0 --stem conv"
+    state = train_ok(tiny(tmp_path / "once", flags))
+    skipped = [r["skipped"] for r in log_without_times(tmp_path / "once") if "loss" in r]
+    assert skipped == [1, 0, 0]
     assert "1 steps skipped" in capsys.readouterr().out
     assert all(v.isfinite().all() for v in state["model"].values())
-    assert {float(s["step"]) for s in state["optimizer"]["state"].values()} == {9.0}
+    assert state["model"]["patch_embed.stem.0.bn.num_batches_tracked"] == 9
+    moments = state["optimizer"]["state"].values()
+    assert all(v.isfinite().all() and v.abs().max() < 100 for s in moments for v in s.values())
+    if optimizer == "adamw":
+        assert {float(s["step"]) for s in moments} == {9.0}
     monkeypatch.setattr(train, "softmax_loss",
                         lambda logits, y, smoothing=0.0: good(logits, y) * math.nan)
-    line = refusal(capsys, *tiny(tmp_path / "always"))
-    assert "all of the last 4 gradients were not finite: stopped at step 4" in line, line
+    monkeypatch.setattr(train, "MOST_SKIPPED", 8)
+    line = refusal(capsys, *tiny(tmp_path / "always", flags))
+    assert "the last 8 gradients were not finite: stopped at step 8" in line, line
+    assert [r["loss"] for r in log_without_times(tmp_path / "always") if "loss" in r] == [None] * 2
+
+
+def test_evaluation_of_a_network_that_gives_nan_says_so():
+    dataset = data.InMemory(torch.zeros(9, 3, 2, 2, dtype=torch.uint8), torch.zeros(9).long(), [0])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    nn.init.constant_(model[1].bias, math.nan)
+    result = train.evaluate(model, data.evaluation_loader(dataset, 4), torch.device("cpu"))
+    assert math.isnan(result["nll"]) and result["images"] == 9
 
 
 @pytest.mark.parametrize("flags", [
-    "--dtype bfloat16 --sam-rho 0.1", "--optimizer sgd --lr 0.05 --nesterov --decay all",
+    "--dtype bfloat16 --sam-rho 0.1", "--dtype float16 --sam-rho 0.1",
+    "--optimizer sgd --lr 0.2 --nesterov --decay all --lr-schedule linear --lr-end 1e-5",
     "--sam-rho 0.5 --sam-adaptive --sam-steps 2 --pool gap --kernel-size 3 --gelu exact",
-    "--model torchvision:mobilenet_v3_small --sam-rho 0.05 --max-steps 2",
     "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 --dropout 0.1"])
 def test_other_settings_train(tmp_path, flags):
-    argv = tiny(tmp_path / "run", flags)
-    if "torchvision" in flags:
-        del argv[2:10]  # the ViT's sizes
-    state = train_ok(argv)
-    losses = [r["loss"] for r in log_without_times(tmp_path / "run") if "loss" in r]
-    assert all(map(math.isfinite, losses)) and state["final"]["training"]["top1"] >= 0, losses
-    first, last = (train.build_model(state["settings"]["model"], 12, 32)
-                   if "torchvision" in flags else None), state["model"]
-    assert first is None or last.keys() == first.state_dict().keys()
+    """The loss falls, and a run cut by --max-steps goes on bit for bit."""
+    root = write_image_folder(tmp_path / "images", train=32, val=8)  # classes differ in colour
+    flags = (f"--epochs 10 --batch-size 16 --micro-batch 8 --lr 5e-3 --data-dir {root} "
+             f"--image-size 16 --workers 0 --warmup-steps 5 --ema-decay 0.9 --eval-every 5 {flags}")
+    setup = "--dataset folder --log-every 5"
+    whole = train_ok(tiny(tmp_path / "whole", flags, dataset=setup))
+    losses = [r["loss"] for r in log_without_times(tmp_path / "whole") if "loss" in r]
+    assert losses[-1] < losses[0] - 0.05, losses
+    train_ok(tiny(tmp_path / "cut", flags, "--max-steps 15", dataset=setup))
+    resumed = train_ok(tiny(tmp_path / "cut", flags, "--resume", dataset=setup))
+    for part in ("model", "ema", "optimizer", "scaler", "step", "best"):
+        assert same_tensors(whole[part], resumed[part]), part
+    assert log_without_times(tmp_path / "whole")[-3:] == log_without_times(tmp_path / "cut")[-3:]
+
+
+def test_networks_of_torchvision_train_and_load_their_state_dicts(tmp_path, capsys):
+    out = tmp_path / "run"
+    setup = ["--model", "torchvision:mobilenet_v3_small", "--device", "cpu", "--dataset", "shapes",
+             "--train-fraction", "1/50", "--batch-size", "16", "--micro-batch", "8", "--max-steps",
+             "2", "--sam-rho", "0.05"]
+    state = train_ok([*setup, "--out-dir", str(out)])
+    published = train.build_model("torchvision:mobilenet_v3_small", 1000)
+    assert state["model"].keys() == published.state_dict().keys()
+    torch.save(published.state_dict(), tmp_path / "published.pth")
+    capsys.readouterr()
+    tuned = train_ok([*setup, "--lr", "0", "--init-from", str(tmp_path / "published.pth"),
+                      "--out-dir", str(tmp_path / "tuned"), "--mean", "0.485", "0.456", "0.406",
+                      "--std", "0.229", "0.224", "0.225"])
+    assert "classifier.3.weight is (1000, 1024), not (12, 1024): anew" in capsys.readouterr().out
+    assert all(torch.equal(tuned["model"][k], p) for k, p in published.named_parameters()
+               if not k.startswith("classifier.3"))
+    assert tuned["settings"]["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_an_original_npz_is_evaluated_and_fine_tuned(tmp_path, capsys):
+    np.savez(tmp_path / "google.npz", **google_arrays())
+    sizes = ("--model vit_ti4 --image-size 16 --dim 12 --depth 2 --heads 3 --mlp-dim 24 "
+             f"--device cpu --dataset folder --init-from {tmp_path / 'google.npz'}").split()
+    five = write_image_folder(tmp_path / "five", train=4, val=2, classes="abcde")
+    assert train.main([*sizes, "--data-dir", str(five), "--eval-only", "--workers", "0"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["val", "10"]
+    three = [*sizes, "--data-dir", str(write_image_folder(tmp_path / "three", train=4, val=2))]
+    assert "num_classes" in refusal(capsys, *three, "--eval-only")
+    state = train_ok([*three, "--lr", "0", "--batch-size", "8", "--micro-batch", "8", "--epochs",
+                      "1", "--workers", "0", "--out-dir", str(tmp_path / "run")])
+    assert "the head starts anew" in capsys.readouterr().out
+    network = vit.build("vit_ti4", 5, 16, dim=12, depth=2, heads=3, mlp_dim=24)
+    vit.load_npz(network, tmp_path / "google.npz")
+    assert all(torch.equal(state["model"][k], p) for k, p in network.named_parameters()
+               if not k.startswith("head."))
+
+
+def test_a_compiled_run_compiles_once_and_trains_as_the_uncompiled(tmp_path, monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    flags = "--sam-rho 0.1 --stem conv --ema-decay 0.9 --sam-steps 2"
+    plain, compiled = (train_ok(tiny(tmp_path / str(i), flags, *more))
+                       for i, more in enumerate(((), ("--compile",))))
+    assert counter.frame_count == 1, counter.frame_count
+    assert largest_difference(plain["model"], compiled["model"]) < 1e-3
+    assert abs(plain["final"]["training"]["nll"] - compiled["final"]["training"]["nll"]) < 1e-4
 
 
 def start(argv, **kwargs):
@@ -1629,8 +1724,8 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     with augmentation, masks, mixup and BatchNorm."""
     write_image_folder(tmp_path / "images", train=32, val=8)
     settings = (f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 "
-                "--mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 --workers 0 --seed 3 "
-                "--save-every 5")
+                "--mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 --workers 1 --seed 3 "
+                "--eval-every 12 --save-every 5")
     setup = ("--dataset folder --epochs 60 --batch-size 16 --micro-batch 8 --log-every 4 "
              "--warmup-steps 10")
     whole = train_ok(tiny(tmp_path / "whole", settings, dataset=setup))
@@ -1642,7 +1737,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     assert output.stdout.count("resumed ") >= 8, output.stdout  # else the kills came too early
                                                                 # to mean anything
     killed = torch.load(tmp_path / "killed/ckpt.pt", weights_only=True)
-    for part in ("model", "ema", "optimizer", "step", "best", "final"):
+    for part in ("model", "ema", "optimizer", "scaler", "step", "evaluated", "best", "final"):
         assert same_tensors(whole[part], killed[part]), part
     assert log_without_times(tmp_path / "whole") == log_without_times(tmp_path / "killed")
 
@@ -1694,11 +1789,16 @@ def counted_init(self, *args, **kwargs):
     make(self, *args, **kwargs)
     self.register_comm_hook(None, hook)
 
-def counted_reduce(tensor, *args, **kwargs):
-    count("other", tensor)
-    return reduce(tensor, *args, **kwargs)
+def counted(function):
+    def call(tensor, *args, **kwargs):
+        for t in tensor if isinstance(tensor, list) else [tensor]:
+            count("other", t)
+        return function(tensor, *args, **kwargs)
+    return call
 
-DDP.__init__, dist.all_reduce = counted_init, counted_reduce
+DDP.__init__ = counted_init
+for function in ("all_reduce", "all_gather", "broadcast"):
+    setattr(dist, function, counted(getattr(dist, function)))
 for name, argv in json.load(open(sys.argv[1])).items():
     sent[name] = {}
     assert train.main(argv) == 0, name
@@ -1739,7 +1839,8 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
         "--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 --epochs 4 "
         "--warmup-steps 3 --log-every 4"))
         for i, (name, flags) in enumerate(VARIANTS.items())}
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    begun = [a.replace("3-2", "3-cut-2") for a in runs["sam, all"]] + ["--max-steps", "11"]
+    (tmp_path / "runs.json").write_text(json.dumps({**runs, "begun": begun}))
     (tmp_path / "worker.py").write_text(WORKER)
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -1761,6 +1862,11 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
         logs = [[r["loss"] for r in log_without_times(tmp_path / f"{i}-{n}") if "loss" in r]
                 for n in (1, 2)]
         assert np.allclose(*logs, rtol=1e-5), logs
+    cut = [a.replace("3-2", "3-cut") for a in runs["sam, all"]]
+    shutil.copytree(tmp_path / "3-cut-2", tmp_path / "3-cut")
+    one = torch.load(tmp_path / "3-1/ckpt.pt", weights_only=True)
+    resumed = train_ok([*cut, "--resume"])  # begun by two processes, ended by one
+    assert largest_difference(one["model"], resumed["model"]) < 1e-9
     assert sent["plain"] == sent["sam"] and sent["plain, all"] == sent["sam, all"]
     parameters = sum(p.numel() for p in vit.build(
         "vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).parameters())

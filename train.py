@@ -23,9 +23,12 @@ import fcntl
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
+import warnings
+import weakref
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -70,6 +73,9 @@ FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "out_dir",
               "dry_run", "eval_only", "eval_split", "max_steps", "save_every"}
 
 
+MOST_SKIPPED = 25  # steps in a row; a float16 loss scaler skips some at its start, by design
+
+
 class UserError(Exception):
     """What only the user can set right; its text is one line."""
 
@@ -91,7 +97,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser():
     parser = Parser(allow_abbrev=False, description=__doc__.split("\n\n")[0], epilog=(
         "Without --model, --recipe, --dataset and --data-dir the built-in data set is trained. "
-        "0 means off."))
+        "A rate, norm, ρ or interval of 0 means off."))
     on_off = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("what is trained").add_argument
@@ -194,9 +200,10 @@ def settings(argv=None):
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(args, unset)))
     given = {name: value for name, value in vars(given).items() if value is not unset}
 
-    name, file = given.get("recipe"), given.get("init_from", "")
+    name, file, saved = given.get("recipe"), given.get("init_from", ""), None
     if given.get("eval_only") and file and not file.endswith(".npz"):
-        saved = read_checkpoint(file).get("settings", {})
+        saved = read_checkpoint(file).get("settings")
+    if isinstance(saved, dict):
         not_saved = FREE_FLAGS - {"data_dir"} | {"init_from", "dtype", "recipe"}
         name, base = file, {k: v for k, v in saved.items() if k in args and k not in not_saved}
     elif name is not None:
@@ -250,16 +257,17 @@ def check(args):
     at_least = dict(
         epochs=0, max_steps=0, batch_size=1, micro_batch=1, warmup_steps=0, eval_every=1,
         log_every=1, save_every=0, sam_rho=0, sam_steps=1, lr=0, lr_end=0, weight_decay=0,
-        grad_clip=0, mixup=0, image_size=1)
+        grad_clip=0, mixup=0, image_size=1, seed=0)
     for name, low in at_least.items():
-        if not low <= getattr(args, name) < math.inf:
+        if not low <= getattr(args, name) < 2 ** 63:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
-                            f"least {low}")
+                            f"least {low}{' and below 2^63' * (getattr(args, name) > low)}")
     for name in ("label_smoothing", "ema_decay", "momentum", "beta1", "beta2"):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
                             "least 0 and below 1")
-    if len(args.mean) not in (1, 3) or len(args.std) not in (1, 3) or min(args.std) <= 0:
+    if not (len(args.mean) in (1, 3) and len(args.std) in (1, 3) and min(args.std) > 0
+            and all(map(math.isfinite, args.mean + args.std))):
         raise UserError(f"--mean {args.mean} --std {args.std}: give one number or three to each, "
                         "for std above 0")
     if args.workers is not None and args.workers < 0:
@@ -268,12 +276,12 @@ def check(args):
         raise UserError("--epochs 0 needs --max-steps: the length of the run in steps")
     if args.eval_only and not args.init_from:
         raise UserError("--eval-only needs --init-from: the weights, for instance RUN/best.pt")
-    if args.optimizer == "adamw" and args.nesterov:
-        raise UserError("--nesterov is for --optimizer sgd")
+    if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
+        raise UserError("--nesterov is for --optimizer sgd with --momentum above 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; try --device cpu")
-    if args.dtype == "float16" and args.device != "cuda":
-        raise UserError("--dtype float16 needs --device cuda; bfloat16 and float32 do not")
+    if args.device == "mps" and (args.dtype in ("float16", "float64") or "RANK" in os.environ):
+        raise UserError("--device mps is for one process and for --dtype float32 or bfloat16")
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -399,14 +407,16 @@ class RunningStatistics:
         if self.buffers:
             torch._foreach_add_(self.sum, self.buffers)
 
-    def end_step(self, micro_batches):
+    def end_step(self, micro_batches, skip):
+        """skip: () tensor, 1 if the step is skipped: then the statistics are the old ones too."""
         if self.buffers:
             flat = torch.cat([s.flatten() for s in self.sum])
             if dist.is_initialized():
                 dist.all_reduce(flat)
             means = (flat / micro_batches).split([b.numel() for b in self.buffers])
-            torch._foreach_copy_(self.buffers, [m.view_as(b) for m, b in zip(means, self.buffers)])
-            torch._foreach_copy_(self.counters, [c + 1 for c in self.count])
+            torch._foreach_copy_(self.buffers, [torch.where(skip > 0, old, mean.view_as(old))
+                                                for old, mean in zip(self.start, means)])
+            torch._foreach_copy_(self.counters, [c + 1 - skip.to(c.dtype) for c in self.count])
 
 
 @torch.no_grad()
@@ -429,7 +439,7 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
         sums += torch.stack([torch.ones_like(y).sum(), hits[:, 0].sum(), hits.sum(),
                              F.cross_entropy(logits, y, reduction="sum")]).to(sums)
-        confidence = logits.softmax(1).amax(1).to(sums)
+        confidence = logits.softmax(1).amax(1).to(sums).nan_to_num(0)  # the NLL is NaN then
         index = (torch.ceil(confidence * bins) - 1).clamp(0, bins - 1).long()
         by_bin[0].index_add_(0, index, hits[:, 0].to(sums))
         by_bin[1].index_add_(0, index, confidence)
@@ -461,7 +471,7 @@ def on_main(function):
     if rank() == 0:
         try:
             box[0] = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
             box[1] = str(error)
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
@@ -473,7 +483,7 @@ def on_main(function):
 class StopSignal:
     """SIGTERM and Ctrl-C, agreed between processes: all stop before the same step, whenever each
     was told. Their flags meet in an all-reduce on the CPU that runs beside the step, so the answer
-    is one step late and nothing waits for it. A second Ctrl-C ends a process at once."""
+    is one step late and nothing waits for it. A second Ctrl-C ends a single process at once."""
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
@@ -483,7 +493,8 @@ class StopSignal:
 
     def receive(self, number, frame):
         self.received = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not dist.is_initialized():  # launchers repeat a signal
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self):
         """Number of the signal that some process has received, or 0; the same on every process."""
@@ -545,7 +556,7 @@ def load_weights(network, path, weights="ema", new_head=False):
             raise UserError(f"--init-from: {error}") from None
         return [0.5], [0.5]
     state, normalisation = read_checkpoint(path), None
-    if "settings" in state:
+    if {"settings", "model", "ema"} <= state.keys():
         normalisation = state["settings"]["mean"], state["settings"]["std"]
         state = weights == "ema" and state["ema"] or state["model"]
     else:
@@ -555,8 +566,14 @@ def load_weights(network, path, weights="ema", new_head=False):
     for name, tensor in own.items():
         if name not in state or state[name].shape == tensor.shape:
             continue
-        if name == "pos_embed":
-            state[name] = vit.resize_pos_embed(state[name], network.grid, network.prefix_tokens)
+        resized = None
+        if name == "pos_embed" and state[name].ndim == tensor.ndim:
+            try:
+                resized = vit.resize_pos_embed(state[name], network.grid, network.prefix_tokens)
+            except ValueError as error:
+                raise UserError(f"{path}: {error}") from None
+        if resized is not None and resized.shape == tensor.shape:
+            state[name] = resized
             say(f"{path}: positions resized to {network.grid[0]}×{network.grid[1]}")
         elif new_head and name.split(".")[0] in ("head", "fc", "classifier"):
             say(f"{path}: {name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}: anew")
@@ -576,30 +593,33 @@ class RunFolder:
     """ckpt.pt, best.pt, log.jsonl and config.json of one run. One process writes; the log is locked
     meanwhile."""
 
-    def __init__(self, path, config, resume):
-        """Opens or makes the folder; `state` is the checkpoint to go on from, or None. UserError if
-        it holds a run and resume is off, if its settings differ, or if a process is writing it."""
-        self.path, self.state = Path(path), None
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def open(self, config, resume):
+        """Makes or takes the folder; -> the checkpoint to go on from, or None. UserError if it
+        holds a run and resume is off, if its settings differ, or if another process is writing."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.log_file = open(self.path / "log.jsonl", "a+b")
             fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{path} is being written by another process; choose another "
+            raise UserError(f"{self.path} is being written by another process; choose another "
                             "--out-dir") from None
         except OSError as error:
-            raise UserError(f"--out-dir {path}: {error.strerror}") from None
+            raise UserError(f"--out-dir {self.path}: {error.strerror}") from None
+        # A data worker outlives a killed trainer by seconds and would hold the lock so long.
+        held = weakref.ref(self.log_file)
+        os.register_at_fork(after_in_child=lambda: held() and held().close())
         ckpt, saved = self.path / "ckpt.pt", self.path / "config.json"
         if saved.exists() or ckpt.exists():
             if not resume:
-                raise UserError(f"{path} holds a run already: add --resume to go on with it, or "
-                                "choose another --out-dir")
+                raise UserError(f"{self.path} holds a run already: add --resume to go on with it, "
+                                "or choose another --out-dir")
             self.compare(config["settings"])
-        if ckpt.exists():
-            self.state = read_checkpoint(ckpt)
-        self.cut_log(self.state["step"] if self.state else -1)
         text = json.dumps(config, indent=1, ensure_ascii=False)
         write_file(saved, lambda file: file.write(text.encode()))
+        return read_checkpoint(ckpt) if ckpt.exists() else None
 
     def compare(self, now):
         try:
@@ -614,22 +634,25 @@ class RunFolder:
             raise UserError(f"{self.path} was run with other settings ({', '.join(differ)}): give "
                             "the same to resume it, or choose another --out-dir")
 
-    def cut_log(self, step):
-        """Leaves the records up to `step`: what a killed run wrote after its last checkpoint, it
-        will write again."""
+    def cut_log(self, step, evaluated):
+        """Leaves the records up to `step`, evaluations up to step `evaluated`: what a killed run
+        wrote after its last checkpoint, it will write again."""
         self.log_file.seek(0)
         end = 0
         for line in self.log_file:
             try:
-                if json.loads(line)["step"] > step:
-                    break
+                record = json.loads(line)
+                late = record["step"] > (evaluated if "val" in record else step)
             except (ValueError, KeyError, TypeError):  # half a line, cut by the kill
+                break
+            if late or "final" in record:
                 break
             end += len(line)
         self.log_file.truncate(end)
 
     def log(self, **record):
-        self.log_file.write((json.dumps(record) + "\n").encode())
+        text = re.sub("NaN|-?Infinity", "null", json.dumps(record))  # which JSON does not have
+        self.log_file.write(text.encode() + b"\n")
         self.log_file.flush()
 
     def save(self, name, state):
@@ -647,12 +670,13 @@ def print_table(tell, results):
 
 def run(args, origin):
     # ---- processes and device
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    world, local, on_machine = (int(os.environ.get(name, default)) for name, default in (
+        ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     device = torch.device(args.device)
     if args.device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"more processes than CUDA devices here: start torchrun with "
-                            f"--nproc_per_node={torch.cuda.device_count()}")
+        if on_machine > torch.cuda.device_count():
+            raise UserError(f"{on_machine} processes for {torch.cuda.device_count()} CUDA devices: "
+                            f"use --nproc_per_node={torch.cuda.device_count()}")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -684,8 +708,10 @@ def run(args, origin):
         return dataset
 
     try:
-        if args.download:
-            on_main(lambda: load("train", "none") and None)  # one process fetches, the others find
+        if args.download and local == 0:  # one process of a machine fetches, the others find
+            load("train", "none")
+        if args.download and dist.is_initialized():
+            dist.barrier()
         if args.eval_only:
             saved = {} if args.init_from.endswith(".npz") else read_checkpoint(args.init_from)
             val_set = load(args.eval_split, "none", saved.get("classes"))
@@ -694,33 +720,40 @@ def run(args, origin):
             train_set = load("train", args.augment)
             val_set = load("val", "none", train_set.classes)
             whole, num_classes = len(train_set), len(train_set.classes)
-            train_set.restrict(data.subset(train_set.labels, args.train_fraction))
-            # Accuracy on the training set: on a class-balanced sample of the validation set's size.
-            labels = train_set.labels[train_set.indices]
-            train_sample = copy.copy(train_set).restrict(
-                data.subset(labels, min(1.0, len(val_set) / len(labels))))
-            train_sample.transform = val_set.transform
     except data.DataError as error:
         hint = "" if args.dataset == "shapes" else "; --dataset shapes needs no files"
         raise UserError(f"{error}{hint}") from None
-    except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"--train-fraction {args.train_fraction}: {error}") from None
+    if not args.eval_only:
+        try:
+            train_set.restrict(data.subset(train_set.labels, args.train_fraction))
+        except (ValueError, ZeroDivisionError) as error:
+            raise UserError(f"--train-fraction {args.train_fraction}: {error}") from None
+        # Accuracy on the training set: on a class-balanced sample of the validation set's size.
+        labels = train_set.labels[train_set.indices]
+        sample = data.subset(labels, min(1.0, len(val_set) / len(labels)))
+        train_sample = copy.copy(train_set).restrict(sample)
+        train_sample.transform = val_set.transform
     in_memory = isinstance(val_set, data.InMemory) and (args.eval_only or not train_set.transform)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
+    cores = len(usable) // on_machine
     workers = args.workers
     if workers is None:
         workers = 0 if in_memory else max(1, min(8, cores))
+    pin_memory = args.device == "cuda"
 
     # ---- model
     torch.manual_seed(args.seed)
     knobs = {k: getattr(args, k) for k in MODEL_FLAGS if getattr(args, k) is not None}
     try:
         network = build_model(args.model, num_classes, args.image_size, **knobs)
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{args.model}: {error}") from None
+    folder = RunFolder(args.out_dir)
     if args.init_from:
-        normalisation = on_main(lambda: load_weights(network, args.init_from, args.weights,
-                                                     new_head=not args.eval_only))
+        # A run that goes on has all it needs in its checkpoint.
+        own = args.resume and not args.eval_only and (folder.path / "ckpt.pt").exists()
+        start = (folder.path / "ckpt.pt", "model") if own else (args.init_from, args.weights)
+        normalisation = on_main(lambda: load_weights(network, *start, not args.eval_only))
         if "default" not in (origin["mean"], origin["std"]):
             normalisation = args.mean, args.std
         if normalisation is None:
@@ -740,14 +773,17 @@ def run(args, origin):
     ema = copy.deepcopy(bare).requires_grad_(False) if averages else None
 
     def measure(what, dataset):
-        loader = data.evaluation_loader(dataset, 256, workers, rank(), world)
+        loader = data.evaluation_loader(dataset, 256, workers, rank(), world, pin_memory)
         quiet = not (main_process and sys.stderr.isatty())
         with tqdm(total=len(loader), desc=what, leave=False, disable=quiet) as bar:
             return evaluate(ema or bare, loader, device, autocast, progress=bar)
 
     if args.eval_only:
         tell(f"{args.model} from {args.init_from} on {args.dataset}")
-        print_table(tell, {args.eval_split: measure("evaluation", val_set)})
+        try:
+            print_table(tell, {args.eval_split: measure("evaluation", val_set)})
+        except data.DataError as error:
+            raise UserError(str(error)) from None
         return 0
 
     # ---- optimization
@@ -763,9 +799,11 @@ def run(args, origin):
 
     model = torch.compile(bare) if args.compile else bare
     if dist.is_initialized():
-        model = DistributedDataParallel(
-            model, device_ids=[local] if args.device == "cuda" else None, broadcast_buffers=False,
-            gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # 2.15 renames broadcast_buffers, 2.11 lacks the new name
+            warnings.simplefilter("ignore", FutureWarning)
+            model = DistributedDataParallel(
+                model, device_ids=[local] if args.device == "cuda" else None,
+                broadcast_buffers=False, gradient_as_bucket_view=True)
     params = [p for p in network.parameters() if p.requires_grad]
     decayed, kept = decay_groups(network, args.decay)
     groups = [dict(params=some, weight_decay=decay)
@@ -777,6 +815,9 @@ def run(args, origin):
     else:
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum,
                                     nesterov=args.nesterov, fused=fused)
+        for p in params if args.momentum else ():
+            # If the first step is skipped, the fused kernel would leave it uninitialised.
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     sam = None
     if args.sam_rho:
@@ -804,26 +845,21 @@ def run(args, origin):
     tell(f"schedule  {last_step:,} steps{part}, "
          f"{steps_per_epoch:,} per epoch; {args.optimizer}, learning rate {args.lr:g} after "
          f"{args.warmup_steps:,} steps, then {args.lr_schedule}")
+    if args.warmup_steps >= last_step:
+        tell("          the warm-up is as long as the run or longer")
     if args.dry_run:
         tell(f"run       {args.out_dir}: a dry run stops here, nothing is written")
         return 0
 
     # ---- run folder, resume
-    folder = None
-
-    def open_folder():
-        nonlocal folder
-        config = dict(settings=vars(args), command=sys.argv, versions=dict(
-            torch=torch.__version__, torchvision=torchvision.__version__,
-            python=sys.version.split()[0]))
-        folder = RunFolder(args.out_dir, config, args.resume)
-        return folder.state
-
-    state = on_main(open_folder)
-    step, best, result = 0, -1.0, None
-    # Sums over the log interval: clean loss, gradient norm, skipped steps, steps. They stay on the
-    # device, so that no step waits for it.
-    window = torch.zeros(4, device=device)
+    versions = dict(torch=torch.__version__, torchvision=torchvision.__version__,
+                    python=sys.version.split()[0])
+    config = dict(settings=vars(args), command=sys.argv, versions=versions)
+    state = on_main(lambda: folder.open(config, args.resume))
+    step, evaluated, best, result = 0, 0, -1.0, None
+    # Sums over the log interval: clean loss, gradient norm, skipped steps, steps; and steps skipped
+    # in a row. On the device, so that no step waits for it.
+    window = torch.zeros(5, device=device)
     if state is not None and state["step"] >= last_step and "final" in state:
         tell(f"{args.out_dir} is finished")
         print_table(tell, state["final"])
@@ -834,21 +870,25 @@ def run(args, origin):
             ema.network.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        step, best, windows = state["step"], state["best"], state["windows"]
-        window.copy_(windows[rank()] if len(windows) == world else windows.mean(0))
+        step, evaluated, best = state["step"], state["evaluated"], state["best"]
+        own = len(state["windows"]) == world  # else the mean over the processes that there were
+        window.copy_(state["windows"][rank()] if own else state["windows"].mean(0))
         tell(f"resumed   {args.out_dir}/ckpt.pt at step {step:,}")
+    if main_process:
+        folder.cut_log(step, evaluated)
     tell(f"run       {args.out_dir}")
 
     def all_windows():
         windows = [torch.zeros_like(window) for _ in range(world)]
         dist.all_gather(windows, window) if dist.is_initialized() else windows[0].copy_(window)
-        return torch.stack(windows).cpu()  # (processes, 4)
+        return torch.stack(windows).cpu()  # (processes, 5)
 
     def checkpoint(name, **more):
         if main_process:
             folder.save(name, dict(
                 model=network.state_dict(), ema=ema and ema.network.state_dict(), step=step,
-                best=best, settings=vars(args), classes=list(train_set.classes), **more))
+                evaluated=evaluated, best=best, settings=vars(args), classes=train_set.classes,
+                **more))
 
     def save_checkpoint(**more):
         checkpoint("ckpt.pt", windows=all_windows(), optimizer=optimizer.state_dict(),
@@ -858,16 +898,34 @@ def run(args, origin):
         if main_process:
             folder.log(step=step, epoch=step / steps_per_epoch, **record)
 
+    def validate():
+        nonlocal evaluated, best, result, since, started
+        before = time.perf_counter()
+        result, evaluated = measure("validation", val_set), step
+        log(val=result)
+        tell(f"step {step:6,}  validation: top-1 {result['top1']:.2f} %, "
+             f"top-5 {result['top5']:.2f} %, NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %")
+        if result["top1"] > best:
+            best = result["top1"]
+            checkpoint("best.pt", val=result)
+        since, started = (t + time.perf_counter() - before for t in (since, started))
+
+    def evaluation_is_due():
+        at_epoch = step % (args.eval_every * steps_per_epoch) == 0
+        return evaluated < step and (at_epoch or step == last_step)
+
     # ---- the loop
     order = data.TrainOrder(len(train_set), args.batch_size, args.micro_batch, args.seed, step,
                             last_step, rank(), world)
-    stream = data.batches(data.loader(train_set, order, workers), tell=say)
+    stream = data.batches(data.loader(train_set, order, workers, pin_memory), tell=say)
     stop = StopSignal()
     model.train()
     bar = tqdm(total=last_step, initial=step, unit="step",
                disable=not (main_process and sys.stderr.isatty()))
     images = since_images = 0
     started = since = time.perf_counter()  # moved on by the time that evaluations take
+    if evaluation_is_due():  # the run was stopped between a checkpoint and its evaluation
+        validate()
     while step < last_step:
         stopped = stop.agreed()
         if stopped:
@@ -902,7 +960,7 @@ def run(args, origin):
         for micro in own_micros:
             x, y = next(stream)
             x, y = to_float(x.to(device, non_blocking=True), model), y.to(device, non_blocking=True)
-            torch.manual_seed(data.key(args.seed, step, micro, 1))
+            torch.manual_seed(data.key(args.seed, step, micro, 2))
             losses.append(partial(loss_of, micro, *mix(x, y)))
             if args.sam_sync and micro != own_micros[-1]:
                 continue
@@ -911,7 +969,6 @@ def run(args, origin):
                     sends = micro == own_micros[-1] and loss is losses[-1]
                     (loss(sends=sends) / len(own_micros)).backward()
             losses.clear()
-        statistics.end_step(micro_batches)
 
         # Clipping and decay act once, on the gradient averaged over everything.
         scaler.unscale_(optimizer)
@@ -919,9 +976,10 @@ def run(args, origin):
         if args.grad_clip:
             nn.utils.clip_grads_with_norm_(params, args.grad_clip, norm)
         skip = (~norm.isfinite()).float()
+        statistics.end_step(micro_batches, skip)
         if fused:
             optimizer.found_inf = skip  # where it is 1, fused optimizers leave everything as it is
-        if fused or not skip:
+        if fused or not skip:  # on MPS alone this waits for the device
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -931,15 +989,17 @@ def run(args, origin):
             for mean, now in tensors:
                 mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
         loss = torch.stack(list(clean.values())).mean().float()
-        window += torch.stack([loss, norm.float().nan_to_num(0, 0, 0), skip, torch.ones_like(skip)])
+        norm = norm.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        window[:4] += torch.stack([loss, norm, skip, torch.ones_like(skip)])
+        window[4] = (window[4] + 1) * skip
         step += 1
         images += args.batch_size
         bar.update()
 
-        at_end, at_epoch = step == last_step, step % steps_per_epoch == 0
-        if at_end or step % args.log_every == 0:
-            total, norms, skipped, steps = all_windows().mean(0).tolist()  # waits for the device
-            window.zero_()
+        if step == last_step or step % args.log_every == 0:
+            # the one wait for the device
+            total, norms, skipped, steps, in_a_row = all_windows().mean(0).tolist()
+            window[:4].zero_()
             now = time.perf_counter()
             speed, since, since_images = (images - since_images) / (now - since), now, images
             loss, norm = total / steps, norms / max(steps - skipped, 1)
@@ -947,23 +1007,15 @@ def run(args, origin):
             tell(f"step {step:6,}  epoch {step / steps_per_epoch:6.2f}  loss {loss:7.4f}  "
                  f"lr {lr:.2e}  gradient norm {norm:7.3f}  {speed:7,.0f} images/s"
                  + f"  {int(skipped)} steps skipped: their gradient was not finite" * (skipped > 0))
-            if skipped == steps:
+            if in_a_row >= MOST_SKIPPED:
                 raise UserError(
-                    f"all of the last {int(steps)} gradients were not finite: stopped at step "
-                    f"{step:,}, learning rate {lr:.3g}; what was saved before is in {args.out_dir}")
-        if at_end or at_epoch and step // steps_per_epoch % args.eval_every == 0:
-            before = time.perf_counter()
-            result = measure("validation", val_set)
-            log(val=result)
-            tell(f"step {step:6,}  validation: top-1 {result['top1']:.2f} %, "
-                 f"top-5 {result['top5']:.2f} %, NLL {result['nll']:.4f}, "
-                 f"ECE {result['ece']:.2f} %")
-            if result["top1"] > best:
-                best = result["top1"]
-                checkpoint("best.pt", val=result)
-            since, started = (t + time.perf_counter() - before for t in (since, started))
-        if not at_end and (at_epoch or args.save_every and step % args.save_every == 0):
-            save_checkpoint()
+                    f"the last {int(in_a_row)} gradients were not finite: stopped at step "
+                    f"{step:,}, learning rate {lr:.3g}; what was saved is in {args.out_dir}")
+        if step == last_step or step % steps_per_epoch == 0 or (
+                args.save_every and step % args.save_every == 0):
+            save_checkpoint()  # before the evaluation, which may be long
+        if evaluation_is_due():
+            validate()
     stop.close()
     bar.close()
 
@@ -977,8 +1029,19 @@ def run(args, origin):
     tell(f"{speed:,.0f} images/s; checkpoint {args.out_dir}/ckpt.pt; best validation accuracy "
          f"{best:.2f} % in best.pt")
     other = 0 if sam else PAPER_RHO.get(args.model, RECIPES["shapes"]["sam_rho"])
-    tell(f"to compare: the same command with --sam-rho {other}")
+    same = [flag for name, setter in origin.items() if setter == "command line"
+            and name not in ("sam_rho", "out_dir", "resume") for flag in as_flag(name, args)]
+    launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"
+    tell(" ".join(["to compare:", launch, "train.py", *same, "--sam-rho", f"{other:g}"]))
     return 0
+
+
+def as_flag(name, args):
+    """A setting as the words of a command line."""
+    value, flag = getattr(args, name), "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    return [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
 
 
 def main(argv=None):
