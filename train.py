@@ -3,7 +3,7 @@
 The training of Chen et al. 2021 (arXiv 2106.01548; Tables 8 and 9, Appendix E). RECIPES holds rows
 of the papers' tables; each entry of a recipe is also a flag, and a flag overrides its recipe.
 
-    python train.py                   built-in data, small ViT, SAM: 2 minutes on 2 CPU cores
+    python train.py                   built-in data, small ViT, SAM: 2½ minutes, 2 CPU cores
     python train.py --sam-rho 0       the same without SAM
     torchrun --nproc_per_node=8 train.py --model vit_b16 --sam-rho 0.2             the paper's run
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
