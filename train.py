@@ -602,12 +602,16 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.log_file = open(self.path / "log.jsonl", "a+b")
+        except OSError as error:
+            raise UserError(f"--out-dir {self.path}: {error.strerror}") from None
+        try:
             fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path} is being written by another process; choose another "
                             "--out-dir") from None
-        except OSError as error:
-            raise UserError(f"--out-dir {self.path}: {error.strerror}") from None
+        except OSError as error:  # some network file systems
+            say(f"{self.path} cannot be locked ({error.strerror}): nothing keeps a second process "
+                "from writing here")
         # A data worker outlives a killed trainer by seconds and would hold the lock so long.
         held = weakref.ref(self.log_file)
         os.register_at_fork(after_in_child=lambda: held() and held().close())
@@ -857,8 +861,8 @@ def run(args, origin):
     config = dict(settings=vars(args), command=sys.argv, versions=versions)
     state = on_main(lambda: folder.open(config, args.resume))
     step, evaluated, best, result = 0, 0, -1.0, None
-    # Sums over the log interval: clean loss, gradient norm, skipped steps, steps; and steps skipped
-    # in a row. On the device, so that no step waits for it.
+    # Sums over the log interval: clean loss and gradient norm of the steps taken, steps skipped,
+    # all steps; and the steps skipped in a row. On the device, so that no step waits for it.
     window = torch.zeros(5, device=device)
     if state is not None and state["step"] >= last_step and "final" in state:
         tell(f"{args.out_dir} is finished")
@@ -988,9 +992,9 @@ def run(args, origin):
             tensors = zip(ema.network.state_dict().values(), network.state_dict().values())
             for mean, now in tensors:
                 mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
-        loss = torch.stack(list(clean.values())).mean().float()
-        norm = norm.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        window[:4] += torch.stack([loss, norm, skip, torch.ones_like(skip)])
+        loss = torch.stack(list(clean.values())).mean()
+        taken = [torch.where(skip > 0, 0.0, value.float()) for value in (loss, norm)]
+        window[:4] += torch.stack([*taken, skip, torch.ones_like(skip)])
         window[4] = (window[4] + 1) * skip
         step += 1
         images += args.batch_size
@@ -1002,7 +1006,8 @@ def run(args, origin):
             window[:4].zero_()
             now = time.perf_counter()
             speed, since, since_images = (images - since_images) / (now - since), now, images
-            loss, norm = total / steps, norms / max(steps - skipped, 1)
+            count = steps - skipped
+            loss, norm = (total / count, norms / count) if count else (math.nan, math.nan)
             log(loss=loss, lr=lr, grad_norm=norm, skipped=int(skipped), images_per_second=speed)
             tell(f"step {step:6,}  epoch {step / steps_per_epoch:6.2f}  loss {loss:7.4f}  "
                  f"lr {lr:.2e}  gradient norm {norm:7.3f}  {speed:7,.0f} images/s"
