@@ -450,11 +450,13 @@ DATASETS = ("shapes", "imagenet", "folder", "cifar10", "cifar100")
 AUGMENTATIONS = ("inception", "crop", "none")
 
 
-def transforms(augment, size, native=None):
+def transforms(augment, size, native=None, randaugment=(0, 0), randaugment_prob=1.0, erasing=0.0):
     """torchvision v2 transforms on uint8 (3, H, W). augment: "inception" (random resized crop and
     flip), "crop" (padding by an eighth, random crop, flip; of square images), "none" (also for
     evaluation: resize, centre crop). native: the side of images that are all square and of one
-    size; None is returned where nothing is to be done to them."""
+    size; None is returned where nothing is to be done to them. Then RandAugment (1909.13719):
+    operations, each applied with a probability, magnitude 0 to 10 of torchvision's ranges; and
+    random erasing (1708.04896) of 2 to 33 % of the area, to grey, with a probability."""
     resize = [] if native == size else [v2.Resize(size, antialias=True)]
     if augment == "inception":
         steps = [v2.RandomResizedCrop(size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3),
@@ -469,11 +471,15 @@ def transforms(augment, size, native=None):
         steps = resize
     else:
         steps = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+    operations, magnitude = randaugment
+    steps += [v2.RandomApply([v2.RandAugment(1, magnitude, num_magnitude_bins=11, fill=128)],
+                             randaugment_prob) for _ in range(operations)]
+    steps += [v2.RandomErasing(erasing, value=128)] if erasing else []
     return v2.Compose(steps) if steps else None
 
 
 def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, download=False,
-         classes=None):
+         classes=None, **more):
     """One split of a data set.
 
     name: one of DATASETS. "imagenet" and "folder" are data_dir/train and data_dir/val
@@ -482,6 +488,7 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
     data_dir: for cifar, the folder that holds (or, with download, will hold) the published
         archive's folder.
     classes: the training split's class names, for the validation split of a folder.
+    augment, more: arguments of transforms.
     Returns a Dataset. Raises DataError, one line that says what is missing and
     where it was looked for.
     """
@@ -489,13 +496,13 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
         first, n = SHAPES_SPLITS[split]
         pixels, labels = shapes(np.arange(first, first + n), size=image_size)
         return InMemory(pixels, labels, list(SHAPES_CLASSES),
-                        transforms(augment, image_size, image_size), seed)
+                        transforms(augment, image_size, image_size, **more), seed)
     if name in ("imagenet", "folder"):
         root = Path(data_dir) / ("train" if split == "train" else "val")
         if not root.is_dir():
             raise DataError(f"{name}: {show(root)} is no folder; --data-dir names the folder that "
                             "holds train/ and val/, each with one folder of images for each class")
-        return ImageFolder(root, transforms(augment, image_size), seed, classes)
+        return ImageFolder(root, transforms(augment, image_size, **more), seed, classes)
     if name in ("cifar10", "cifar100"):
         source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
         try:
@@ -508,7 +515,7 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
             raise DataError(f"{name}: download of {source.url} failed ({error})") from None
         pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return InMemory(pixels, torch.tensor(source.targets), source.classes,
-                        transforms(augment, image_size, 32), seed)
+                        transforms(augment, image_size, 32, **more), seed)
     raise DataError(f"unknown data set {name!r}; known: {' '.join(DATASETS)}")
 
 

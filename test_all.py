@@ -467,9 +467,11 @@ def test_a_convolutional_stem_takes_the_place_of_one_block():
 
 def test_vit_intermediates_are_named_shaped_and_free_of_side_effects():
     model, images = tiny_vit(), tiny_images()
-    assert model.intermediates == [
-        "embed", "blocks.0.attn.weights", "blocks.0.attn", "blocks.0.mlp",
-        "blocks.1.attn.weights", "blocks.1.attn", "blocks.1.mlp", "pre_logits"]
+    assert model.intermediates == {
+        "stem": ("stem", 0), "blocks.0.attn.weights": ("weights", 1),
+        "blocks.0.attn": ("attention", 1), "blocks.0.mlp": ("mlp", 1),
+        "blocks.1.attn.weights": ("weights", 1), "blocks.1.attn": ("attention", 1),
+        "blocks.1.mlp": ("mlp", 1), "pre_logits": ("representation", 1)}
     out = dict.fromkeys(model.intermediates)
     assert torch.equal(model(images, out=out), model(images))
     special = {"blocks.0.attn.weights": (2, 3, 17, 17), "blocks.1.attn.weights": (2, 3, 17, 17),
@@ -488,7 +490,7 @@ def test_vit_intermediates_are_named_shaped_and_free_of_side_effects():
     model(images, out=only)
     assert list(only) == ["blocks.0.attn"]
     assert torch.equal(only["blocks.0.attn"], out["blocks.0.attn"])
-    with pytest.raises(ValueError, match="intermediate 'blocks.2.mlp'; this model has embed, bl"):
+    with pytest.raises(ValueError, match="intermediate 'blocks.2.mlp'; this model has stem, bl"):
         model(images, out={"blocks.2.mlp": None})
 
 
@@ -499,7 +501,7 @@ def test_pit_intermediates_have_a_point_after_each_pooling():
     logits = model(torch.randn(2, 3, 32, 32), out=out)
     points = {name: tuple(value.shape[1:]) for name, value in out.items() if "attn" not in name}
     assert points == {
-        "embed": (65, 64), "transformers.0.blocks.0.mlp": (65, 64),
+        "stem": (65, 64), "transformers.0.blocks.0.mlp": (65, 64),
         "transformers.1.pool": (17, 128), "transformers.1.blocks.0.mlp": (17, 128),
         "transformers.1.blocks.1.mlp": (17, 128), "transformers.2.pool": (5, 256),
         "transformers.2.blocks.0.mlp": (5, 256), "pre_logits": (256,)}

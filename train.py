@@ -39,10 +39,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.models import regnet, swin_transformer
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import alternet
 import data
+import mixer
+import resnet
 import vit
 from sam import SAM
 
@@ -52,25 +56,76 @@ RECIPES = {
         dataset="shapes", model="vit_micro8", epochs=12, batch_size=64, micro_batch=32,
         optimizer="adamw", lr=2e-3, warmup_steps=125, lr_schedule="cosine", weight_decay=0.1,
         sam_rho=0.03),
-    # Chen et al. Table 8, ViT. Loss: B.1. 4096 = 128 cores × 32 images, each core's ε its own: E.
+    # Chen et al. Table 8. Loss: B.1. 4096 = 128 cores × 32 images, each core's ε its own: E.
     "chen_vit": dict(
         dataset="imagenet", model="vit_b16", image_size=224, augment="inception", epochs=300,
         batch_size=4096, micro_batch=32, optimizer="adamw", lr=3e-3, beta1=0.9, beta2=0.999,
         warmup_steps=10_000, lr_schedule="cosine", weight_decay=0.3, decay="kernels", dropout=0.1,
         grad_clip=1.0, loss="sigmoid", head_bias=-6.9),
+    "chen_mixer": dict(
+        dataset="imagenet", model="mixer_b16", image_size=224, augment="inception", epochs=300,
+        batch_size=4096, micro_batch=32, optimizer="adamw", lr=3e-3, beta1=0.9, beta2=0.999,
+        warmup_steps=10_000, lr_schedule="linear", lr_end=1e-5, weight_decay=0.3, decay="kernels",
+        drop_path=0.1, grad_clip=1.0, loss="sigmoid", head_bias=-6.9),
+    "chen_resnet": dict(
+        dataset="imagenet", model="resnet50", image_size=224, augment="inception", epochs=90,
+        batch_size=4096, micro_batch=32, optimizer="sgd", momentum=0.9, lr=1.6, warmup_steps=5_000,
+        lr_schedule="cosine", weight_decay=1e-3, decay="kernels", loss="softmax"),
+    # Park & Kim A.1; numbers that it lacks from the authors' cifar100 and imagenet yaml files. Their
+    # 5 epochs of warm-up come before the 300. Of their CIFAR yaml: mixup 1.0, CutMix 0.8, clipping,
+    # no random erasing; of their ImageNet yaml: erasing, no clipping, otherwise DeiT's 0.8 and 1.0.
+    "park_cifar": dict(
+        dataset="cifar100", model="resnet50", image_size=32, augment="crop", randaugment=[2, 9],
+        randaugment_prob=0.5, mixup=1.0, cutmix=0.8, label_smoothing=0.1, epochs=305, batch_size=96,
+        micro_batch=96, optimizer="adamw", lr=1.25e-4, warmup_epochs=5, lr_schedule="cosine",
+        weight_decay=0.05, decay="all", grad_clip=5.0, drop_path=0.1,
+        mean=[0.5071, 0.4867, 0.4408], std=[0.2675, 0.2565, 0.2761]),
+    "park_imagenet": dict(
+        dataset="imagenet", model="resnet50", image_size=224, augment="inception",
+        randaugment=[2, 9], randaugment_prob=0.5, erasing=0.25, mixup=0.8, cutmix=1.0,
+        label_smoothing=0.1, epochs=305, batch_size=128, micro_batch=32, optimizer="adamw",
+        lr=1.25e-4, warmup_epochs=5, lr_schedule="cosine", weight_decay=0.05, decay="all",
+        drop_path=0.1, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+}
+# Park & Kim's ViT for CIFAR is timm's class without biases of queries, keys and values.
+RECIPES["park_cifar_vit"] = RECIPES["park_cifar"] | dict(
+    model="vit_ti2", qkv_bias=False, gelu="exact", init="timm")
+RECIPES["park_imagenet_vit"] = RECIPES["park_imagenet"] | dict(
+    model="vit_ti16", gelu="exact", init="timm")
+# The recipe for a data set and a family of models, if none is named; "" is any family.
+RECIPE_FOR = {
+    "shapes": {"": "shapes"},
+    "imagenet": {"vit": "chen_vit", "mixer": "chen_mixer", "resnet": "chen_resnet",
+                 **dict.fromkeys(("preresnet", "resnext", "alter", "pit", "swin"),
+                                 "park_imagenet")},
+    "cifar10": dict.fromkeys(("resnet", "preresnet", "resnext", "alter", "pit", "swin", "mixer"),
+                             "park_cifar") | {"vit": "park_cifar_vit"},
+}
+RECIPE_FOR["cifar100"] = RECIPE_FOR["cifar10"]
+
+# Chen et al. Table 9: what --sam-rho paper stands for, by the kind of training.
+PAPER_RHO = {
+    "supervised": {
+        "resnet50": 0.02, "resnet101": 0.05, "resnet152": 0.02, "resnet50x2": 0.05,
+        "resnet101x2": 0.05, "resnet152x2": 0.05, "vit_s32": 0.05, "vit_s16": 0.1, "vit_s14": 0.1,
+        "vit_s8": 0.15, "vit_b32": 0.15, "vit_b16": 0.2, "mixer_s32": 0.1, "mixer_s16": 0.15,
+        "mixer_s8": 0.2, "mixer_b32": 0.35, "mixer_b16": 0.6, "mixer_b8": 0.6},
+    "strong augmentation": {"vit_b16": 0.05, "mixer_b16": 0.2},  # E.3: mixup and RandAugment
+    "adversarial": {
+        "resnet50": 0.05, "resnet101": 0.05, "resnet152": 0.05, "vit_s16": 0.1, "vit_b32": 0.1,
+        "vit_b16": 0.1, "mixer_s16": 0.05, "mixer_b32": 0.25, "mixer_b16": 0.25},
+    "supervised contrastive": {"vit_s16": 0.02, "vit_b16": 0.02},
 }
 
-# Chen et al. Table 9, supervised: what --sam-rho paper stands for.
-PAPER_RHO = {"vit_s32": 0.05, "vit_s16": 0.1, "vit_s14": 0.1, "vit_s8": 0.15, "vit_b32": 0.15,
-             "vit_b16": 0.2}
-
-DEFAULT_MODEL = {"shapes": "vit_micro8", "cifar10": "vit_ti4", "cifar100": "vit_ti4",
+DEFAULT_MODEL = {"shapes": "vit_micro8", "cifar10": "vit_ti2", "cifar100": "vit_ti2",
                  "imagenet": "vit_s16", "folder": "vit_s16"}
-MODEL_FLAGS = ("patch_size", "dim", "depth", "heads", "mlp_dim", "pool", "stem", "kernel_size",
-               "qkv_bias", "gelu", "dropout", "drop_path", "head_bias")
+MODEL_FLAGS = ("patch_size", "dim", "depth", "heads", "head_dim", "mlp_dim", "token_mlp_dim", "pool",
+               "stem", "kernel_size", "qkv_bias", "gelu", "width", "groups", "width_per_group",
+               "pre_activation", "blur", "msa_blocks", "window_size", "dropout", "drop_path",
+               "head_bias", "init", "zero_init")
 # Where a run computes and what becomes of it: may differ when it is resumed, all else may not.
 FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "out_dir", "resume",
-              "dry_run", "eval_only", "eval_split", "max_steps", "save_every"}
+              "dry_run", "list_models", "eval_only", "eval_split", "max_steps", "save_every"}
 
 
 MOST_SKIPPED = 25  # steps in a row; a float16 loss scaler skips some at its start, by design
@@ -103,10 +158,11 @@ def make_parser():
     add = parser.add_argument_group("what is trained").add_argument
     add("--recipe", choices=RECIPES, help="row of a paper's table; default: the one that fits "
         "model and data set, if there is one")
-    add("--model", help="vit_{micro,ti,s,b,l}PATCH, vit_{p,c}_{1,4,18,36}gf, pit_ti, "
-        "torchvision:NAME, timm:NAME (Chen Table 7, Xiao Table 1)")
+    add("--model", help="a name that --list-models prints, or torchvision:NAME, timm:NAME")
     add("--init-from", default="", metavar="FILE", help="start from these weights: a checkpoint of "
         "ours, a timm or torchvision state dict, an original .npz")
+    add("--reset-head", action=on_off, default=False, help="the classifier stays as initialised, "
+        "whatever the file holds: for another number of classes")
     add("--weights", choices=("ema", "model"), default="ema", help="of a checkpoint that has both: "
         "the average or the last")
 
@@ -118,24 +174,43 @@ def make_parser():
     add("--augment", choices=data.AUGMENTATIONS, help="default: inception for folders (Table 8), "
         "crop for CIFAR, none for shapes")
     add("--train-fraction", default="1", help="class-balanced part, as 1/10 or 0.1 (§5.1)")
+    add("--randaugment", type=int, nargs=2, default=[0, 9], metavar=("OPS", "MAGNITUDE"),
+        help="RandAugment after it: operations, magnitude from 0 to 10 (Park A.1: 2 9)")
+    add("--randaugment-prob", type=float, default=1.0, help="of each operation (Park A.1: 0.5)")
+    add("--erasing", type=float, default=0.0, help="probability of random erasing (Park A.1: 0.25)")
     add("--mixup", type=float, default=0.0, help="α of Beta(α, α), within micro-batches (E.3: 0.5)")
+    add("--cutmix", type=float, default=0.0, help="α likewise; with mixup, half of them each")
     add("--mean", type=float, nargs="+", default=[0.5], help="of pixels in [0, 1]: 1 number or 3")
     add("--std", type=float, nargs="+", default=[0.5], help="likewise")
 
     add = parser.add_argument_group("network (default: as the model's name says)").add_argument
     add("--patch-size", type=int, help="side of a patch in pixels")
     add("--dim", type=int, help="width of the residual stream")
-    add("--depth", type=int, help="number of blocks")
-    add("--heads", type=int, help="attention heads")
-    add("--mlp-dim", type=int, help="hidden width of the MLP")
-    add("--pool", choices=("cls", "gap"), help="class token or global average pooling")
-    add("--stem", choices=("patchify", "conv"), help="conv: convolutional stem (Xiao §3)")
-    add("--kernel-size", type=int, help="k: self-attention within k×k tokens (Park Fig. 7)")
+    add("--depth", type=int, nargs="+", help="number of blocks, ResNet, AlterNet, PiT: per stage")
+    add("--heads", type=int, nargs="+", help="attention heads, AlterNet, PiT: per stage")
+    add("--head-dim", type=int, help="channels of a head")
+    add("--mlp-dim", type=int, help="hidden width of the MLP, in Mixer of the channel MLP")
+    add("--token-mlp-dim", type=int, help="Mixer: hidden width of the token MLP")
+    add("--pool", choices=("cls", "gap"), help="ViT: class token or global average pooling")
+    add("--stem", choices=("patchify", "conv", "imagenet", "cifar"), help="ViT: patches or "
+        "convolutions (Xiao §3); ResNet, AlterNet: 7×7 and pooling or 3×3 (cifar up to 64 pixels)")
+    add("--kernel-size", type=int, help="ViT: k, self-attention within k×k tokens (Park Fig. 7)")
     add("--qkv-bias", action=on_off, help="biases of queries, keys and values")
     add("--gelu", choices=("exact", "tanh"), help="form of the GELU")
+    add("--width", type=int, help="ResNet, AlterNet: channels of the stem, which set all others")
+    add("--groups", type=int, help="of the 3×3 convolutions (ResNeXt 32x4d: 32)")
+    add("--width-per-group", type=int, help="of these, at 64 channels (ResNeXt 32x4d: 4)")
+    add("--pre-activation", action=on_off, help="norm and ReLU before each convolution")
+    add("--blur", action=on_off, help="ResNet: 2×2 box blur at the ends of stages (Park Fig. 3a)")
+    add("--msa-blocks", type=int, nargs=4, metavar="M", help="AlterNet: attention blocks of each "
+        "stage (Park Fig. 11, 12a, D.5)")
+    add("--window-size", type=int, help="AlterNet, Swin: side of an attention window in pixels")
     add("--dropout", type=float, help="rate (Table 8: 0.1)")
     add("--drop-path", type=float, help="stochastic depth, rate of the last block (E.3: 0.1)")
     add("--head-bias", type=float, help="initial bias of the classifier, for the sigmoid loss")
+    add("--init", choices=("google", "pycls", "timm", "torchvision", "torch"), help="whose initial "
+        "weights; ViT has the first three, Mixer google and timm, ResNet the last two")
+    add("--zero-init", action=on_off, help="ResNet: last scale of each branch starts at 0")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=int, default=100, help="the schedule's length (Table 8: 300)")
@@ -148,6 +223,7 @@ def make_parser():
     add("--lr-schedule", choices=("cosine", "linear", "constant"), default="cosine",
         help="(Table 8)")
     add("--warmup-steps", type=int, default=0, help="linear from 0 (Table 8: 10000)")
+    add("--warmup-epochs", type=float, default=0.0, help="as many more epochs of it (Park A.1: 5)")
     add("--lr-end", type=float, default=0.0, help="learning rate at the end of the decay")
     add("--momentum", type=float, default=0.9, help="of SGD (Table 8)")
     add("--nesterov", action=on_off, default=False, help="for SGD")
@@ -189,6 +265,8 @@ def make_parser():
     add("--log-every", type=int, default=50, help="steps between records of log.jsonl")
     add("--save-every", type=int, default=0, help="steps between checkpoints, besides each epoch's")
     add("--dry-run", action=on_off, default=False, help="print what would happen and stop")
+    add("--list-models", action=on_off, default=False, help="print them with parameters, FLOPs and "
+        "the paper's table or figure, and stop")
     return parser
 
 
@@ -212,9 +290,8 @@ def settings(argv=None):
         built_in = not {"model", "dataset", "data_dir"} & given.keys()
         dataset = given.get("dataset", "shapes" if built_in else "imagenet")
         model = given.get("model", DEFAULT_MODEL[dataset])
-        fits = [recipe for recipe, row in RECIPES.items()
-                if row["dataset"] == dataset and family(row["model"]) == family(model)]
-        name = fits[0] if fits else None
+        fits = RECIPE_FOR.get(dataset, {})
+        name = fits.get(family(model), fits.get(""))
         base = {**RECIPES.get(name, {}), "dataset": dataset, "model": model}
     if base.keys() - args.keys():
         raise UserError(f"{name} sets {' '.join(sorted(base.keys() - args.keys()))}: no such flag")
@@ -229,7 +306,7 @@ def settings(argv=None):
         args.dataset, "inception")
     args.data_dir = args.data_dir or (
         "data" if in_memory else os.environ.get("IMAGENET_DIR") or "data/imagenet")
-    args.sam_rho = resolve_rho(args.sam_rho, args.model)
+    args.sam_rho = resolve_rho(args)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else
                                   "mps" if torch.backends.mps.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
@@ -240,16 +317,20 @@ def settings(argv=None):
     return args, origin
 
 
-def resolve_rho(rho, model):
-    if rho == "paper":
-        if model not in PAPER_RHO:
-            raise UserError(f"--sam-rho paper: Table 9 has no row for {model}; it has "
-                            f"{' '.join(PAPER_RHO)}. Give a number, such as 0.1")
-        return PAPER_RHO[model]
+def resolve_rho(args):
+    if args.sam_rho == "paper":
+        strong = args.mixup and args.randaugment[0]
+        kind = "strong augmentation" if strong else "supervised"
+        if args.model not in PAPER_RHO[kind]:
+            raise UserError(f"--sam-rho paper: Table 9 has no row for {args.model} and {kind} "
+                            f"training; it has {' '.join(PAPER_RHO[kind])}. Give a number, such as "
+                            "0.1")
+        return PAPER_RHO[kind][args.model]
     try:
-        return float(rho)
+        return float(args.sam_rho)
     except ValueError:
-        raise UserError(f"--sam-rho {rho}: give a number, at least 0, or the word paper") from None
+        raise UserError(f"--sam-rho {args.sam_rho}: give a number, at least 0, or the word "
+                        "paper") from None
 
 
 def check(args):
@@ -257,7 +338,7 @@ def check(args):
     at_least = dict(
         epochs=0, max_steps=0, batch_size=1, micro_batch=1, warmup_steps=0, eval_every=1,
         log_every=1, save_every=0, sam_rho=0, sam_steps=1, lr=0, lr_end=0, weight_decay=0,
-        grad_clip=0, mixup=0, image_size=1, seed=0)
+        grad_clip=0, mixup=0, cutmix=0, warmup_epochs=0, image_size=1, seed=0)
     for name, low in at_least.items():
         if not low <= getattr(args, name) < 2 ** 63:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
@@ -266,6 +347,13 @@ def check(args):
         if not 0 <= getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
                             "least 0 and below 1")
+    for name in ("randaugment_prob", "erasing"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; a probability is "
+                            "at least 0 and at most 1")
+    if args.randaugment[0] < 0 or not 0 <= args.randaugment[1] <= 10:
+        raise UserError(f"--randaugment {' '.join(map(str, args.randaugment))}: the number of "
+                        "operations is at least 0, their magnitude from 0 to 10")
     if not (len(args.mean) in (1, 3) and len(args.std) in (1, 3) and min(args.std) > 0
             and all(map(math.isfinite, args.mean + args.std))):
         raise UserError(f"--mean {args.mean} --std {args.std}: give one number or three to each, "
@@ -274,6 +362,8 @@ def check(args):
         raise UserError(f"--workers is {args.workers}; it must be at least 0")
     if args.epochs == 0 and args.max_steps == 0 and not args.eval_only:
         raise UserError("--epochs 0 needs --max-steps: the length of the run in steps")
+    if args.reset_head and (args.eval_only or not args.init_from):
+        raise UserError("--reset-head is for training from the weights of --init-from")
     if args.eval_only and not args.init_from:
         raise UserError("--eval-only needs --init-from: the weights, for instance RUN/best.pt")
     if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
@@ -286,36 +376,217 @@ def check(args):
 
 # ------------------------------------------------------------------------------------------- models
 
+# Xiao Table 2: blocks and channels of the four stages and channels of a group (Dollár et al. 2021,
+# 2103.06877). torchvision's regnet_y_16gf and its like are other networks, of 2003.13678.
+REGNETY = {
+    "1gf": ((1, 4, 10, 3), (40, 120, 328, 904), 4),
+    "4gf": ((2, 6, 16, 2), (96, 224, 512, 1216), 32),
+    "16gf": ((2, 7, 18, 2), (168, 336, 896, 2128), 56),
+    "32gf": ((2, 7, 20, 2), (216, 432, 1152, 2808), 72),
+}
+SWIN = {  # torchvision's rows, for patches and windows of other sizes than its functions build
+    "swin_t": dict(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24]),
+    "swin_s": dict(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24]),
+    "swin_b": dict(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32]),
+}
+PUBLISHED_BY_TORCHVISION = ("resnet", "resnext", "swin", "torchvision")
+FILES = {"vit": vit, "pit": vit, "mixer": mixer, "resnet": resnet, "preresnet": resnet,
+         "resnext": resnet, "alter": alternet}
+
+
 def family(name):
-    """The source of a model of this name: vit, torchvision, timm."""
-    return "vit" if name.startswith("pit_") else name.split(":")[0].split("_")[0]
+    """The kind of a model of this name: a key of FILES, regnety, swin, torchvision, timm."""
+    source, _, inner = name.partition(":")
+    if inner:
+        return "swin" if source == "torchvision" and inner in SWIN else source
+    return re.match("[a-z]*", name)[0]
+
+
+class ResNetWithUnits(torchvision.models.ResNet):
+    """torchvision's, with the out and skip of resnet.ResNet."""
+
+    @property
+    def intermediates(self):
+        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
+        blocks = {f"layer{i}.{j}": ("conv", i) for i, s in enumerate(stages, 1)
+                  for j in range(len(s))}
+        return {"stem": ("stem", 0), **blocks, "pre_logits": ("representation", 4)}
+
+    def forward(self, x, out=None, skip=None):
+        if out is None and skip is None:
+            return super().forward(x)
+        vit.check_names(self.intermediates, out, skip)
+        x = vit.record(out, "stem", self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+        for name, (kind, _) in self.intermediates.items():
+            if kind != "conv":
+                continue
+            block, without = self.get_submodule(name), {}
+            if skip == name:  # the identity as a kernel
+                identity = nn.init.dirac_(torch.empty_like(block.conv2.weight), block.conv2.groups)
+                without = {"conv2.weight": identity}
+            x = vit.record(out, name, torch.func.functional_call(block, without, (x,)))
+        return self.fc(vit.record(out, "pre_logits", self.avgpool(x).flatten(1)))
+
+
+class SwinWithUnits(torchvision.models.SwinTransformer):
+    """torchvision's, with the out and skip of vit.ViT: the maps (B, H, W, C) after "stem", after
+    "features.{i}.{j}.attn" and ".mlp" and, merged, after "features.{i}"; "pre_logits" (B, C)."""
+
+    @property
+    def intermediates(self):
+        names = {}
+        for i, stage in enumerate(self.features):  # embedding, blocks, merging, blocks, …
+            if i % 2 == 0:
+                names |= {f"features.{i}": ("pooling", i // 2 + 1)} if i else {"stem": ("stem", 0)}
+                continue
+            names |= {f"features.{i}.{j}.{unit}": (kind, i // 2 + 1) for j in range(len(stage))
+                      for unit, kind in (("attn", "attention"), ("mlp", "mlp"))}
+        return names | {"pre_logits": ("representation", len(self.features) // 2)}
+
+    def forward(self, x, out=None, skip=None):
+        if out is None and skip is None:
+            return super().forward(x)
+        vit.check_names(self.intermediates, out, skip)
+        for i, stage in enumerate(self.features):
+            if i % 2 == 0:
+                x = vit.record(out, f"features.{i}" if i else "stem", stage(x))
+                continue
+            for j, block in enumerate(stage):
+                name = f"features.{i}.{j}"
+                if skip != f"{name}.attn":
+                    x = x + block.stochastic_depth(block.attn(block.norm1(x)))
+                vit.record(out, f"{name}.attn", x)
+                if skip != f"{name}.mlp":
+                    x = x + block.stochastic_depth(block.mlp(block.norm2(x)))
+                vit.record(out, f"{name}.mlp", x)
+        x = self.avgpool(self.permute(self.norm(x))).flatten(1)
+        return self.head(vit.record(out, "pre_logits", x))
+
+
+def build_torchvision(name, num_classes, image_size, drop_path=None, **overrides):
+    if drop_path is not None:
+        overrides["stochastic_depth_prob"] = drop_path
+    if name in SWIN and (image_size <= 64 or {"patch_size", "window_size"} & overrides.keys()):
+        patch, window = (1, 4) if image_size <= 64 else (4, 7)
+        sizes = dict(patch_size=[overrides.pop("patch_size", patch)] * 2,
+                     window_size=[overrides.pop("window_size", window)] * 2)
+        return SwinWithUnits(num_classes=num_classes, **SWIN[name], **sizes, **overrides)
+    known = torchvision.models.list_models(torchvision.models)
+    if name not in known:
+        raise vit.unknown("torchvision model", name, known, ", ".join(known))
+    if name.startswith("vit_"):
+        overrides["image_size"] = image_size
+    network = torchvision.models.get_model(name, num_classes=num_classes, **overrides)
+    for kind in (ResNetWithUnits, SwinWithUnits):
+        if type(network) is kind.__base__ and not name.startswith("swin_v2"):
+            network.__class__ = kind  # the same layers, with more that a caller can ask for
+    return network
+
+
+def build_timm(name, num_classes, image_size, drop_path=None, dropout=None, **overrides):
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(f"timm:{name}: timm is not installed (pip install timm)") from None
+    rates = dict(drop_path_rate=drop_path, drop_rate=dropout)
+    overrides |= {rate: value for rate, value in rates.items() if value is not None}
+    overrides["num_classes"] = num_classes
+    try:
+        try:
+            return timm.create_model(name, img_size=image_size, **overrides)
+        except TypeError:  # a network for any size of image
+            return timm.create_model(name, **overrides)
+    except RuntimeError as error:
+        raise ValueError(f"timm:{name}: {error}") from None
 
 
 def build_model(name, num_classes=1000, image_size=224, **overrides):
     """The bare network of a --model value; its state dict has the published keys. overrides are
     constructor arguments. Raises ValueError for an unknown name, TypeError or ValueError for an
-    unknown argument."""
-    source, _, inner = name.partition(":")
-    if source == "torchvision":
-        known = torchvision.models.list_models(torchvision.models)
-        if inner not in known:
-            near = difflib.get_close_matches(inner, known)
-            raise ValueError(f"torchvision has no model {inner!r}"
-                             + (f"; near: {' '.join(near)}" if near else ""))
-        return torchvision.models.get_model(inner, num_classes=num_classes, **overrides)
-    if source == "timm":
-        try:
-            import timm
-        except ImportError:
-            raise ValueError(f"{name}: timm is not installed (pip install timm)") from None
-        try:
-            return timm.create_model(inner, num_classes=num_classes, **overrides)
-        except RuntimeError as error:
-            raise ValueError(f"{name}: {error}") from None
-    if family(name) == "vit":
-        return vit.build(name, num_classes=num_classes, image_size=image_size, **overrides)
-    raise ValueError(f"unknown model {name!r}; known: vit_{{micro,ti,s,b,l}}PATCH, "
-                     "vit_{p,c}_{1,4,18,36}gf, pit_ti, torchvision:NAME, timm:NAME")
+    unknown argument or one that does not fit."""
+    kind, inner = family(name), name.partition(":")[2]
+    if kind in FILES:
+        return FILES[kind].build(name, num_classes=num_classes, image_size=image_size, **overrides)
+    if kind in ("swin", "torchvision"):
+        return build_torchvision(inner, num_classes, image_size, **overrides)
+    if kind == "timm":
+        return build_timm(inner, num_classes, image_size, **overrides)
+    if name in (f"regnety_{size}" for size in REGNETY):
+        depths, widths, group = REGNETY[name.removeprefix("regnety_")]
+        stages = regnet.BlockParams(
+            depths=depths, widths=widths, group_widths=[group] * 4,
+            bottleneck_multipliers=[1.0] * 4, strides=[2] * 4, se_ratio=0.25)
+        return regnet.RegNet(stages, num_classes=num_classes, **overrides)
+    known = [*(n for file in (vit, mixer, resnet, alternet) for n in file.NAMES),
+             *(f"regnety_{size}" for size in REGNETY)]
+    raise vit.unknown("model", name, known, "what --list-models prints, torchvision:NAME, "
+                      "timm:NAME")
+
+
+# --list-models: a paper's table or figure, side of the images, classes, values of --model. What
+# follows a name are the flags of that row.
+LISTED = [
+    ("Chen Table 7", 224, 1000, [
+        *(f"vit_{size}" for size in ("s32", "s16", "s14", "s8", "b32", "b16")),
+        *(f"mixer_{size}" for size in ("s32", "s16", "s8", "b32", "b16", "b8")),
+        *(f"resnet{size}" for size in ("50", "50x2", "101", "101x2", "152", "152x2"))]),
+    ("Xiao Table 1", 224, 1000, [f"vit_{stem}_{size}" for stem in "pc" for size in vit.VIT_GF]),
+    ("Xiao Table 2", 224, 1000, ["resnet50", "resnet101", "resnet152", "resnet200"]),
+    *(("Xiao Table 2", side, 1000, [f"regnety_{size}"])  # at the size they were trained at
+      for size, side in (("1gf", 232), ("4gf", 240), ("16gf", 256), ("32gf", 268))),
+    ("near Xiao's RegNetZ", 224, 1000, ["timm:regnetz_b16", "timm:regnetz_040"]),
+    ("Park Fig. 1-10, C.4", 32, 100, [
+        "resnet50", "vit_ti2 --no-qkv-bias", "pit_ti", "torchvision:swin_t"]),
+    ("Park Fig. 5a, C.1a", 32, 100, ["resnext50_32x4d", "timm:twins_svt_small", "mixer_ti2"]),
+    ("Park Fig. 7", 32, 100, [f"vit_ti4 --no-qkv-bias{k}" for k in (
+        " --kernel-size 3", " --kernel-size 5", "")]),
+    ("Park Fig. 11, 12", 32, 100, ["alter_resnet50"]),
+    ("Park Fig. 12a", 32, 100, [f"alter_resnet50 --msa-blocks {blocks}" for blocks in (
+        "0 0 0 0", "0 0 0 1", "0 0 0 2", "0 0 1 2", "0 1 1 2", "0 1 2 2", "0 1 3 2")]),
+    ("Park Fig. D.5, E.1", 224, 1000, ["alter_resnet50"]),
+    ("Park Fig. E.1", 224, 1000, [
+        "resnet50", "resnext50_32x4d", "vit_ti16", "pit_ti", "torchvision:swin_t",
+        "timm:convit_tiny", "timm:levit_128s", "timm:coat_lite_tiny"]),
+    ("other sizes", 224, 1000, [
+        "vit_l16", "mixer_ti16", "mixer_l16", "resnet18", "resnet34", *(
+            f"pre{name}" for name in ("resnet18", "resnet34", "resnet50", "resnet101",
+                                      "resnet152")), *alternet.NAMES]),
+    ("shapes", 32, 12, ["vit_micro8", "mixer_micro8", "resnet18 --width 16",
+                        "alter_resnet18 --width 16"]),
+]
+
+
+def list_models():
+    """What --list-models prints; counted on the meta device, at the size of the table's images."""
+    print("python train.py --model\n"
+          f"{'':42}{'pixels':>6}{'classes':>8}{'parameters':>13}{'GFLOPs':>8}{'M acts':>8}")
+    parser, counted = make_parser(), {}
+    for where, image_size, num_classes, models in LISTED:
+        for model in models:
+            args = parser.parse_args(["--model", *model.split()])
+            start = f"{model:42}{image_size:6}{num_classes:8,}"
+            try:
+                if (model, image_size) not in counted:
+                    with torch.device("meta"):
+                        network = build_model(args.model, num_classes, image_size, **knobs(args))
+                    counted[model, image_size] = vit.complexity(network, image_size)
+            except ValueError as error:
+                print(f"{start}  {error}  {where}")
+                continue
+            cost = counted[model, image_size]
+            print(f"{start}{cost['params']:13,}{cost['macs'] / 1e9:8.2f}{cost['acts'] / 1e6:8.1f}"
+                  f"  {where}")
+    print("FLOPs are multiply-adds of convolutions, linear layers and attention; activations are "
+          "the outputs of these and of\nmax-pooling (Xiao Table 1). PATCH in vit_sizePATCH and "
+          "mixer_sizePATCH is any patch size that divides the image.")
+    return 0
+
+
+def knobs(args):
+    """The constructor arguments among the settings; one number where a list has one."""
+    given = {name: getattr(args, name) for name in MODEL_FLAGS}
+    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value
+            for name, value in given.items() if value is not None}
 
 
 class Normalised(nn.Module):
@@ -537,23 +808,19 @@ def write_file(path, write):
     os.replace(temporary, path)
 
 
-def load_weights(network, path, weights="ema", new_head=False):
+def load_weights(network, path, weights="ema", reset_head=False):
     """Fills a bare network from a checkpoint of ours ("model" or its average "ema"), a timm or
-    torchvision state dict, or an original .npz. Positions of another resolution are resized; with
-    new_head a classifier of another number of classes stays as initialised; both say so.
-    Returns (mean, std) if the file's kind tells them, else None. UserError if it does not fit."""
+    torchvision state dict, or an original .npz. Positions of another resolution are resized, which
+    is said; with reset_head the classifier stays as it is. Returns (mean, std) of the inputs if the
+    file's kind tells them, else None. UserError, and nothing is loaded, if it does not fit."""
     path = str(path)
     if path.endswith(".npz"):
         try:
-            try:
-                vit.load_npz(network, path)
-            except ValueError as error:
-                if not new_head:
-                    raise
-                vit.load_npz(network, path, head=False)
-                say(f"{error}: the head starts anew")
+            file = mixer if isinstance(network, mixer.Mixer) else vit
+            file.load_npz(network, path, head=not reset_head)
         except (ValueError, OSError) as error:
-            raise UserError(f"--init-from: {error}") from None
+            hint = "; --reset-head starts with a new classifier" * ("num_classes=" in str(error))
+            raise UserError(f"--init-from: {error}{hint}") from None
         return [0.5], [0.5]
     state, normalisation = read_checkpoint(path), None
     if {"settings", "model", "ema"} <= state.keys():
@@ -563,29 +830,33 @@ def load_weights(network, path, weights="ema", new_head=False):
         inner = [state[k] for k in ("model", "state_dict") if isinstance(state.get(k), dict)]
         state = inner[0] if inner else state
     own, state = network.state_dict(), dict(state)
-    for name, tensor in own.items():
-        if name not in state or state[name].shape == tensor.shape:
-            continue
-        resized = None
-        if name == "pos_embed" and state[name].ndim == tensor.ndim:
-            try:
-                resized = vit.resize_pos_embed(state[name], network.grid, network.prefix_tokens)
-            except ValueError as error:
-                raise UserError(f"{path}: {error}") from None
-        if resized is not None and resized.shape == tensor.shape:
-            state[name] = resized
-            say(f"{path}: positions resized to {network.grid[0]}×{network.grid[1]}")
-        elif new_head and name.split(".")[0] in ("head", "fc", "classifier"):
-            say(f"{path}: {name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}: anew")
-            state[name] = tensor
-        else:
-            raise UserError(f"{path}: {name} is {tuple(state[name].shape)}; this network's is "
-                            f"{tuple(tensor.shape)}")
-    for what, names in (("lacks", own.keys() - state.keys()), ("has", state.keys() - own.keys())):
-        if names:
-            raise UserError(f"{path} is of another network: it {what} {' '.join(sorted(names)[:3])}"
-                            + " …" * (len(names) > 3))
+    head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1:]
+    of_head = {name for name in own if name.rpartition(".")[0] in head}
+    if reset_head:
+        state |= {name: own[name] for name in of_head}
+    old = state.get("pos_embed")
+    if "pos_embed" in own and isinstance(old, torch.Tensor) and old.ndim == own["pos_embed"].ndim:
+        try:
+            state["pos_embed"] = vit.resize_pos_embed(old, network.grid, network.prefix_tokens)
+        except (ValueError, AttributeError) as error:  # no square; a network of others'
+            raise UserError(f"{path}: {error}") from None
+    shape = {name: tuple(getattr(tensor, "shape", ["no tensor"])) for name, tensor in state.items()}
+    other = [name for name in own if name in state and shape[name] != tuple(own[name].shape)]
+    wrong = {"it lacks": sorted(own.keys() - state.keys()),
+             "it has besides": sorted(state.keys() - own.keys(), key=str),
+             "of another shape": [f"{name} {shape[name]}, here {tuple(own[name].shape)}"
+                                  for name in other]}
+    if any(wrong.values()):
+        parts = [f"{what}: {', '.join(map(str, names[:3]))}{' …' * (len(names) > 3)} "
+                 f"({len(names)} in all)" for what, names in wrong.items() if names]
+        hint = ""
+        if other and of_head.issuperset(other) and len(parts) == 1:
+            hint = "; --reset-head starts with a new classifier"
+        raise UserError(f"{path} does not fit this network, nothing was loaded; "
+                        f"{'; '.join(parts)}{hint}")
     network.load_state_dict(state)
+    if old is not None and old.shape != state["pos_embed"].shape:
+        say(f"{path}: positions resized to {network.grid[0]}×{network.grid[1]}")
     return normalisation
 
 
@@ -703,10 +974,9 @@ def run(args, origin):
                         + (f" or --micro-batch {fits[-1]}" if fits else ""))
 
     # ---- data
-    def load(split, augment, classes=None):
+    def load(split, augment, **more):
         dataset = data.load(args.dataset, split, data_dir=args.data_dir, image_size=args.image_size,
-                            augment=augment, seed=args.seed, download=args.download,
-                            classes=classes)
+                            augment=augment, seed=args.seed, download=args.download, **more)
         if getattr(dataset, "notice", None):
             tell(dataset.notice)
         return dataset
@@ -718,11 +988,12 @@ def run(args, origin):
             dist.barrier()
         if args.eval_only:
             saved = {} if args.init_from.endswith(".npz") else read_checkpoint(args.init_from)
-            val_set = load(args.eval_split, "none", saved.get("classes"))
+            val_set = load(args.eval_split, "none", classes=saved.get("classes"))
             num_classes = len(val_set.classes)
         else:
-            train_set = load("train", args.augment)
-            val_set = load("val", "none", train_set.classes)
+            train_set = load("train", args.augment, randaugment=args.randaugment,
+                             randaugment_prob=args.randaugment_prob, erasing=args.erasing)
+            val_set = load("val", "none", classes=train_set.classes)
             whole, num_classes = len(train_set), len(train_set.classes)
     except data.DataError as error:
         hint = "" if args.dataset == "shapes" else "; --dataset shapes needs no files"
@@ -747,9 +1018,8 @@ def run(args, origin):
 
     # ---- model
     torch.manual_seed(args.seed)
-    knobs = {k: getattr(args, k) for k in MODEL_FLAGS if getattr(args, k) is not None}
     try:
-        network = build_model(args.model, num_classes, args.image_size, **knobs)
+        network = build_model(args.model, num_classes, args.image_size, **knobs(args))
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{args.model}: {error}") from None
     folder = RunFolder(args.out_dir)
@@ -757,9 +1027,13 @@ def run(args, origin):
         # A run that goes on has all it needs in its checkpoint.
         own = args.resume and not args.eval_only and (folder.path / "ckpt.pt").exists()
         start = (folder.path / "ckpt.pt", "model") if own else (args.init_from, args.weights)
-        normalisation = on_main(lambda: load_weights(network, *start, not args.eval_only))
+        normalisation = on_main(lambda: load_weights(network, *start, args.reset_head and not own))
         if "default" not in (origin["mean"], origin["std"]):
             normalisation = args.mean, args.std
+        if normalisation is None and family(args.model) in PUBLISHED_BY_TORCHVISION:
+            normalisation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+            tell(f"{args.init_from} is taken for one of torchvision's: inputs are normalised by "
+                 "ImageNet's mean and standard deviation; --mean and --std set others")
         if normalisation is None:
             raise UserError(f"{args.init_from} does not say how its inputs were normalised: give "
                             "--mean and --std (torchvision's: 0.485 0.456 0.406, "
@@ -792,6 +1066,7 @@ def run(args, origin):
 
     # ---- optimization
     steps_per_epoch = len(train_set) // args.batch_size
+    warmup_steps = args.warmup_steps + round(args.warmup_epochs * steps_per_epoch)
     if steps_per_epoch == 0:
         raise UserError(f"the training set has {len(train_set):,} images, fewer than one batch of "
                         f"{args.batch_size:,}: use --batch-size "
@@ -827,7 +1102,9 @@ def run(args, origin):
     if args.sam_rho:
         sam = SAM(model, args.sam_rho, steps=args.sam_steps, adaptive=args.sam_adaptive)
     criterion = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}[args.loss]
-    mix = v2.MixUp(alpha=args.mixup, num_classes=num_classes) if args.mixup else lambda *xy: xy
+    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in (
+        (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    mix = v2.RandomChoice(mixes) if mixes else lambda *xy: xy
     statistics = RunningStatistics(network)
 
     # ---- what will happen
@@ -848,8 +1125,8 @@ def run(args, origin):
     part = f" of {total_steps:,}" if last_step < total_steps else ""
     tell(f"schedule  {last_step:,} steps{part}, "
          f"{steps_per_epoch:,} per epoch; {args.optimizer}, learning rate {args.lr:g} after "
-         f"{args.warmup_steps:,} steps, then {args.lr_schedule}")
-    if args.warmup_steps >= last_step:
+         f"{warmup_steps:,} steps, then {args.lr_schedule}")
+    if warmup_steps >= last_step:
         tell("          the warm-up is as long as the run or longer")
     if args.dry_run:
         tell(f"run       {args.out_dir}: a dry run stops here, nothing is written")
@@ -938,7 +1215,7 @@ def run(args, origin):
             tell(f"stopped by {signal.Signals(stopped).name}, saved at step {step:,}; to go on, "
                  "repeat the command with --resume")
             return 128 + stopped
-        lr = learning_rate(step, total_steps, args.warmup_steps, args.lr, args.lr_schedule,
+        lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_schedule,
                            args.lr_end)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1033,7 +1310,7 @@ def run(args, origin):
     print_table(tell, final)
     tell(f"{speed:,.0f} images/s; checkpoint {args.out_dir}/ckpt.pt; best validation accuracy "
          f"{best:.2f} % in best.pt")
-    other = 0 if sam else PAPER_RHO.get(args.model, RECIPES["shapes"]["sam_rho"])
+    other = 0 if sam else PAPER_RHO["supervised"].get(args.model, RECIPES["shapes"]["sam_rho"])
     same = [flag for name, setter in origin.items() if setter == "command line"
             and name not in ("sam_rho", "out_dir", "resume") for flag in as_flag(name, args)]
     launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"
@@ -1056,7 +1333,8 @@ def main(argv=None):
     owns_group = not dist.is_initialized()
     handlers = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
     try:
-        status = run(*settings(argv))
+        args, origin = settings(argv)
+        status = list_models() if args.list_models else run(args, origin)
     except UserError as error:
         if first_on_machine:
             print(f"train.py: {error}", file=sys.stderr)

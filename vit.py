@@ -61,11 +61,16 @@ def record(out, name, value):
     return value
 
 
-def check_names(out, names):
-    """ValueError if the dict out asks for an intermediate that is not among names."""
-    for name in out:
-        if name not in names:
-            raise ValueError(f"unknown intermediate {name!r}; this model has {', '.join(names)}")
+def check_names(intermediates, out, skip):
+    """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
+    units = [name for name, (kind, _) in intermediates.items()
+             if kind in ("attention", "token mlp", "mlp", "conv")]
+    for name in out or ():
+        if name not in intermediates:
+            raise ValueError(f"unknown intermediate {name!r}; this model has "
+                             f"{', '.join(intermediates)}")
+    if skip is not None and skip not in units:
+        raise ValueError(f"unknown unit {skip!r} to skip; this model has {', '.join(units)}")
 
 
 class DropPath(nn.Module):
@@ -125,11 +130,18 @@ class Block(nn.Module):
         self.mlp = Mlp(dim=dim, mlp_dim=mlp_dim, gelu=gelu, dropout=dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, mask=None, out=None, name="block"):
-        x = x + self.drop_path(self.attn(self.norm1(x), mask, out, f"{name}.attn"))
+    def forward(self, x, mask=None, out=None, skip=None, name="block"):
+        if skip != f"{name}.attn":
+            x = x + self.drop_path(self.attn(self.norm1(x), mask, out, f"{name}.attn"))
         record(out, f"{name}.attn", x)
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        if skip != f"{name}.mlp":
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
         return record(out, f"{name}.mlp", x)
+
+
+def block_intermediates(name, stage):
+    return {f"{name}.attn.weights": ("weights", stage), f"{name}.attn": ("attention", stage),
+            f"{name}.mlp": ("mlp", stage)}
 
 
 def stem_plan(dim, patch_size, channels=None, strides=None):
@@ -306,23 +318,26 @@ class ViT(nn.Module):
 
     @property
     def intermediates(self):
-        """Names for forward's out: "embed" (B, N, D), per block the attention maps (B, H, N, N) and
-        the residual stream (B, N, D) after attention and after MLP, "pre_logits" (B, D)."""
-        units = [f"blocks.{i}.{unit}" for i in range(len(self.blocks))
-                 for unit in ("attn.weights", "attn", "mlp")]
-        return ["embed", *units, "pre_logits"]
+        """{name: (kind, stage)} of what forward's out can ask for: "stem" (B, N, D), per block the
+        attention maps (B, H, N, N) and the residual stream (B, N, D) after attention and after MLP,
+        "pre_logits" (B, D). Stages count from 1, the stem is 0."""
+        names = {"stem": ("stem", 0)}
+        for i in range(len(self.blocks)):
+            names |= block_intermediates(f"blocks.{i}", stage=1)
+        return names | {"pre_logits": ("representation", 1)}
 
-    def forward(self, x, out=None):
-        """Logits (B, num_classes). out: dict whose keys, from intermediates, get their values."""
+    def forward(self, x, out=None, skip=None):
+        """Logits (B, num_classes). out: dict whose keys, from intermediates, get their values.
+        skip: name of an attention or MLP to leave out, its residual branch then adds nothing."""
         check_images(x, self.image_size)
-        if out is not None:
-            check_names(out, self.intermediates)
+        if out is not None or skip is not None:
+            check_names(self.intermediates, out, skip)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, h·w, D)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        x = record(out, "embed", self.pos_drop(x + self.pos_embed))
+        x = record(out, "stem", self.pos_drop(x + self.pos_embed))
         for i, block in enumerate(self.blocks):
-            x = block(x, self.window, out, f"blocks.{i}")
+            x = block(x, self.window, out, skip, f"blocks.{i}")
         x = self.norm(x)
         x = self.pre_logits(x[:, 0] if self.pool == "cls" else x.mean(dim=1))  # (B, D)
         return self.head(record(out, "pre_logits", x))
@@ -348,14 +363,14 @@ class Stage(nn.Module):
         self.pool = pool
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x, cls, out, name):
+    def forward(self, x, cls, out, skip, name):
         if self.pool is not None:
             x, cls = self.pool(x, cls)
         grid = x.shape[2:]
         x = torch.cat([cls, x.flatten(2).transpose(1, 2)], dim=1)  # (B, N, D)
-        record(out, "embed" if self.pool is None else f"{name}.pool", x)
+        record(out, "stem" if self.pool is None else f"{name}.pool", x)
         for i, block in enumerate(self.blocks):
-            x = block(x, None, out, f"{name}.blocks.{i}")
+            x = block(x, None, out, skip, f"{name}.blocks.{i}")
         return x[:, 1:].transpose(1, 2).unflatten(2, grid), x[:, :1]  # (B, D, h, w), (B, 1, D)
 
 
@@ -401,22 +416,22 @@ class PiT(nn.Module):
     @property
     def intermediates(self):
         """As ViT's, blocks by their state-dict names, and "transformers.{i}.pool" after pooling."""
-        names = ["embed"]
+        names = {"stem": ("stem", 0)}
         for i, stage in enumerate(self.transformers):
-            names += [f"transformers.{i}.pool"] if i else []
-            names += [f"transformers.{i}.blocks.{j}.{unit}" for j in range(len(stage.blocks))
-                      for unit in ("attn.weights", "attn", "mlp")]
-        return [*names, "pre_logits"]
+            names |= {f"transformers.{i}.pool": ("pooling", i + 1)} if i else {}
+            for j in range(len(stage.blocks)):
+                names |= block_intermediates(f"transformers.{i}.blocks.{j}", stage=i + 1)
+        return names | {"pre_logits": ("representation", len(self.transformers))}
 
-    def forward(self, x, out=None):
-        """Logits (B, num_classes). out: dict whose keys, from intermediates, get their values."""
+    def forward(self, x, out=None, skip=None):
+        """Logits (B, num_classes); out and skip as in ViT."""
         check_images(x, self.image_size)
-        if out is not None:
-            check_names(out, self.intermediates)
+        if out is not None or skip is not None:
+            check_names(self.intermediates, out, skip)
         x = self.pos_drop(self.patch_embed(x) + self.pos_embed)  # (B, D, h, w)
         cls = self.cls_token.expand(len(x), -1, -1)
         for i, stage in enumerate(self.transformers):
-            x, cls = stage(x, cls, out, f"transformers.{i}")
+            x, cls = stage(x, cls, out, skip, f"transformers.{i}")
         return self.head(record(out, "pre_logits", self.norm(cls[:, 0])))
 
 
@@ -578,6 +593,8 @@ class Counter(TorchFunctionMode):
         self.macs = self.biases = self.acts = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (F.batch_norm, F.layer_norm):  # not counted, and slow on the meta device
+            return args[0]
         result = function(*args, **(kwargs or {}))
         if function in (F.conv2d, F.linear):
             _, weight, bias = (*args, None)[:3]
@@ -589,8 +606,13 @@ class Counter(TorchFunctionMode):
             weights = query.shape[:-1].numel() * key.shape[-2]
             self.macs += weights * (query.shape[-1] + value.shape[-1])
             self.acts += weights + result.numel()
+        elif function in (torch.Tensor.matmul, torch.matmul, torch.bmm):
+            self.macs += result.numel() * args[0].shape[-1]
+            self.acts += result.numel()
         elif function is F.max_pool2d:
             self.acts += result.numel()
+        elif function in (F.multi_head_attention_forward, torch.einsum):
+            raise NotImplementedError(f"cannot count {function.__name__}")
         return result
 
 
@@ -601,13 +623,13 @@ def complexity(model: nn.Module, image_size: int = 224) -> dict[str, int]:
     Runs on the meta device: instant, and the model is left alone."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    image = torch.empty(1, 3, image_size, image_size, device="meta",
-                        dtype=next(model.parameters()).dtype)
+    images = torch.empty(2, 3, image_size, image_size, device="meta",  # BatchNorm may refuse one
+                         dtype=next(model.parameters()).dtype)
     with torch.no_grad(), Counter() as count:
-        torch.func.functional_call(model, tensors, (image,))
+        torch.func.functional_call(model, tensors, (images,))
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return dict(params=params, macs=count.macs, macs_with_bias=count.macs + count.biases,
-                acts=count.acts)
+    return dict(params=params, macs=count.macs // 2, acts=count.acts // 2,
+                macs_with_bias=(count.macs + count.biases) // 2)
 
 
 def main(argv=None):
