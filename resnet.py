@@ -40,7 +40,7 @@ RESNET = {  # (pre)resnet{key}(x2); He et al. (1512.03385), Table 1; 200: 1603.0
     "200": dict(depth=(3, 24, 36, 3)),
 }
 NAMES = [*(f"resnet{size}" for size in RESNET), "resnet50x2", "resnet101x2", "resnet152x2",
-         "resnext50_32x4d", *(f"preresnet{size}" for size in RESNET)]
+         "resnext50_32x4d", *(f"preresnet{size}" for size in RESNET if size != "200")]
 
 
 def record(out, name, value):

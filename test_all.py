@@ -27,10 +27,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 
+import alternet
 import data
+import mixer
+import resnet
 import train
 import vit
 from sam import SAM
@@ -640,6 +644,428 @@ def test_vit_main_prints_variants_and_refuses_an_unknown_one(capsys):
     assert "unknown model 'vit_x16'" in capsys.readouterr().err
 
 
+# ----------------------------------------------------------------------------------------- mixer.py
+
+MIXER_TINY = dict(image_size=16, patch_size=4, num_classes=5, dim=12, depth=2, token_mlp_dim=6,
+                  mlp_dim=24)
+MIXER_COST = [  # name, arguments, parameters, MACs, MACs + bias additions, activations
+    ("mixer_s32", {}, 19_104_624, 1_002_426_368, 1_004_705_256, 2_278_888),
+    ("mixer_s16", {}, 18_528_264, 3_776_958_464, 3_782_925_288, 5_966_824),
+    ("mixer_s8", {}, 20_646_504, 14_875_086_848, 14_895_805_416, 20_718_568),
+    ("mixer_b32", {}, 60_293_428, 3_237_722_112, 3_244_009_192, 6_287_080),
+    ("mixer_b16", {}, 59_880_472, 12_601_767_936, 12_616_296_424, 14_528_488),
+    ("mixer_b8", {}, 64_864_168, 50_057_951_232, 50_105_445_352, 47_494_120),
+    ("mixer_l16", {}, 208_196_168, 44_547_678_208, 44_589_364_200, 41_685_992),
+    ("mixer_ti2", dict(image_size=32, num_classes=100), 4_769_636, 1_208_771_584, 1_212_245_092,
+     3_473_508),
+]
+CHEN_TABLE_7 = {  # M parameters, truncated, not rounded; layers, hidden size, token and channel MLP
+    "mixer_s32": (19, 8, 512, 256, 2048), "mixer_s16": (18, 8, 512, 256, 2048),
+    "mixer_s8": (20, 8, 512, 256, 2048), "mixer_b32": (60, 12, 768, 384, 3072),
+    "mixer_b16": (59, 12, 768, 384, 3072), "mixer_b8": (64, 12, 768, 384, 3072)}
+
+
+def tiny_mixer(**overrides):
+    """A float64 Mixer whose head, biases and norms are random, so that all shows in the logits."""
+    torch.manual_seed(0)
+    model = mixer.Mixer(**{**MIXER_TINY, **overrides}).double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def google_mixer_arrays(seed=0):
+    """A random Mixer with MIXER_TINY's sizes under the names and in the shapes of Google's .npz."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: rng.normal(0, 0.3, shape).astype(np.float32)
+    norm = lambda key: {f"{key}/scale": 1 + draw(12), f"{key}/bias": draw(12)}
+    dense = lambda key, *shape: {f"{key}/kernel": draw(*shape), f"{key}/bias": draw(shape[-1])}
+    arrays = dense("stem", 4, 4, 3, 12)
+    for i in range(2):
+        block = f"MixerBlock_{i}"
+        arrays |= norm(f"{block}/LayerNorm_0") | norm(f"{block}/LayerNorm_1")
+        arrays |= dense(f"{block}/token_mixing/Dense_0", 16, 6)
+        arrays |= dense(f"{block}/token_mixing/Dense_1", 6, 16)
+        arrays |= dense(f"{block}/channel_mixing/Dense_0", 12, 24)
+        arrays |= dense(f"{block}/channel_mixing/Dense_1", 24, 12)
+    return arrays | norm("pre_head_layer_norm") | dense("head", 12, 5)
+
+
+def google_mixer_forward(arrays, images, gelu="tanh"):
+    """Logits of such a Mixer by the equations of its paper, in numpy, token by token and channel by
+    channel: (B, 3, 16, 16) to (B, 5)."""
+    w = {key: value.astype(np.float64) for key, value in arrays.items()}
+
+    def norm(x, key):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+        return x * w[f"{key}/scale"] + w[f"{key}/bias"]
+
+    def mlp(x, key):
+        x = x @ w[f"{key}/Dense_0/kernel"] + w[f"{key}/Dense_0/bias"]
+        if gelu == "tanh":
+            x = x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        else:
+            x = x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+        return x @ w[f"{key}/Dense_1/kernel"] + w[f"{key}/Dense_1/bias"]
+
+    x = np.zeros((len(images), 16, 12))
+    for row in range(4):
+        for column in range(4):
+            patch = images[:, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4].numpy()
+            x[:, 4 * row + column] = np.einsum("bchw,hwcd->bd", patch, w["stem/kernel"])
+    x = x + w["stem/bias"]
+    for i in range(2):
+        block = f"MixerBlock_{i}"
+        y = norm(x, f"{block}/LayerNorm_0")
+        u = x.copy()
+        for channel in range(12):  # Eq. 1: the columns
+            u[:, :, channel] += mlp(y[:, :, channel], f"{block}/token_mixing")
+        y = norm(u, f"{block}/LayerNorm_1")
+        x = u.copy()
+        for token in range(16):  # the rows
+            x[:, token] += mlp(y[:, token], f"{block}/channel_mixing")
+    x = norm(x, "pre_head_layer_norm").mean(axis=1)
+    return x @ w["head/kernel"] + w["head/bias"]
+
+
+# golden numbers
+
+@pytest.mark.parametrize("name, arguments, params, macs, macs_with_bias, acts", MIXER_COST,
+                         ids=[row[0] for row in MIXER_COST])
+def test_mixer_parameters_macs_and_activations_are_the_counted_ones(
+        name, arguments, params, macs, macs_with_bias, acts):
+    with torch.device("meta"):
+        model = mixer.build(name, **arguments)
+    cost = mixer.complexity(model, arguments.get("image_size", 224))
+    expected = dict(params=params, macs=macs, macs_with_bias=macs_with_bias, acts=acts)
+    assert cost == expected, f"{name}: counted {cost}, expected {expected}"
+    if name in CHEN_TABLE_7:
+        block = model.blocks[0]
+        row = (params // 10**6, len(model.blocks), block.norm1.weight.numel(),
+               block.mlp_tokens.fc1.out_features, block.mlp_channels.fc1.out_features)
+        assert row == CHEN_TABLE_7[name], f"{name}: {row}, Table 7 has {CHEN_TABLE_7[name]}"
+
+
+def test_mixer_state_dict_has_the_names_and_shapes_of_timm():
+    with torch.device("meta"):
+        model = mixer.build("mixer_s32")
+    expected = {"stem.proj.weight": (512, 3, 32, 32), "stem.proj.bias": (512,)}
+    for i in range(8):
+        for layer, shape in (("norm1", (512,)), ("mlp_tokens.fc1", (256, 49)),
+                             ("mlp_tokens.fc2", (49, 256)), ("norm2", (512,)),
+                             ("mlp_channels.fc1", (2048, 512)), ("mlp_channels.fc2", (512, 2048))):
+            expected |= {f"blocks.{i}.{layer}.weight": shape, f"blocks.{i}.{layer}.bias": shape[:1]}
+    expected |= {"norm.weight": (512,), "norm.bias": (512,),
+                 "head.weight": (1000, 512), "head.bias": (1000,)}
+    weights = model.state_dict()
+    assert {key: tuple(value.shape) for key, value in weights.items()} == expected
+    assert list(weights) == list(expected) and len(weights) == 102
+    assert (model.image_size, model.grid, model.prefix_tokens) == (224, (7, 7), 0)
+
+
+# oracles
+
+MIXER_NPZ_FORMS = {
+    "plain names": dict(),
+    "optimizer prefix and moments": dict(prefix="opt/target/", extra=True),
+    "params prefix": dict(prefix="params/"),
+    "params/img prefix": dict(prefix="params/img/"),
+    "no prefix and moments": dict(extra=True),
+    "biases with leading axes": dict(squeezable=True),
+    "exact GELU": dict(gelu="exact"),
+}
+
+
+@pytest.mark.parametrize("form", MIXER_NPZ_FORMS)
+def test_load_npz_gives_the_logits_of_a_plain_numpy_mixer(form, tmp_path):
+    options = MIXER_NPZ_FORMS[form]
+    prefix, gelu = options.get("prefix", ""), options.get("gelu", "tanh")
+    arrays = google_mixer_arrays()
+    expected = google_mixer_forward(arrays, tiny_images(), gelu)
+    stored = {f"{prefix}{key}": value for key, value in arrays.items()}
+    if options.get("squeezable"):
+        stored = {key: value[None, None] if key.endswith("bias") else value
+                  for key, value in stored.items()}
+    if options.get("extra"):
+        stored |= {f"opt/state/param_states/{key}/grad_ema": value * 9
+                   for key, value in arrays.items()}
+        stored["opt/state/step"] = np.array(17)
+    np.savez(tmp_path / "mixer.npz", **stored)
+    model = tiny_mixer(gelu=gelu)
+    mixer.load_npz(model, tmp_path / "mixer.npz")
+    difference = np.abs(model(tiny_images()).detach().numpy() - expected).max()
+    size = np.abs(expected).max()
+    assert difference < 1e-12, f"{form}: logits differ by {difference:.1e}, they reach {size:.2f}"
+
+
+# mathematics
+
+def test_stochastic_depth_of_a_mixer_ramps_draws_per_branch_and_keeps_the_expectation():
+    blocks = mixer.build("mixer_micro8", 10, 32, drop_path=0.3).blocks
+    rates = [block.drop_path.rate for block in blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3]), rates
+    model = tiny_mixer(drop_path=0.25)
+    image = tiny_images(1)
+    names = [f"blocks.{i}.{branch}" for i in range(2) for branch in ("mlp_tokens", "mlp_channels")]
+    whole, trained = dict.fromkeys(names), dict.fromkeys(names)
+    with torch.no_grad():
+        model(image, out=whole)
+        torch.manual_seed(0)
+        model.train()(image.expand(4000, -1, -1, -1), out=trained)
+        stream = trained["blocks.0.mlp_channels"]
+        assert torch.allclose(stream, whole["blocks.0.mlp_channels"]), "block 0 has rate 0"
+        block, kept = model.blocks[1], []
+        for name, branch in (("mlp_tokens", lambda x: block.mlp_tokens(block.norm1(x).mT).mT),
+                             ("mlp_channels", lambda x: block.mlp_channels(block.norm2(x)))):
+            added = trained[f"blocks.1.{name}"] - stream
+            kept.append(added.flatten(1).abs().amax(dim=1) > 1e-9)
+            expected = kept[-1][:, None, None] * branch(stream) / 0.75
+            error = (added - expected).abs().max()
+            assert error < 1e-12, f"{name}: neither 0 nor 4/3 of the branch, but {error:.1e} off"
+            stream = trained[f"blocks.1.{name}"]
+    shares = [(a & b).double().mean().item() for a in (kept[0], ~kept[0])
+              for b in (kept[1], ~kept[1])]
+    # independent masks; 0.03 is 3.8 standard errors
+    assert shares == pytest.approx([9 / 16, 3 / 16, 3 / 16, 1 / 16], abs=0.03), shares
+    mean = trained["blocks.1.mlp_tokens"].mean(dim=0) - whole["blocks.0.mlp_channels"][0]
+    branch = (whole["blocks.1.mlp_tokens"] - whole["blocks.0.mlp_channels"])[0]
+    ratio = (mean * branch).sum() / branch.square().sum()
+    assert abs(ratio - 1) < 0.04, f"on average {ratio:.3f} of the branch is added"  # 4.4 std errors
+
+
+def test_dropout_of_a_mixer_acts_after_gelu_and_second_layer_and_is_replayed_by_the_seed():
+    model = tiny_mixer(dropout=0.2, drop_path=0.3).train()
+    logits = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        logits.append(model(tiny_images()))
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+    shapes = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            assert module.p == 0.2
+            module.register_forward_hook(lambda module, inputs, y: shapes.append((*y.shape[1:],)))
+    model(tiny_images())
+    expected = [(12, 6), (12, 16), (16, 24), (16, 12)] * 2
+    assert shapes == expected, f"dropout acts on {shapes} instead of {expected}"
+
+
+MIXER_INIT_STD = {  # of the tensors of mixer_s16; those not named are zero or one
+    "google": {"stem.proj.weight": 768**-0.5, "blocks.0.mlp_tokens.fc1.weight": 196**-0.5,
+               "blocks.0.mlp_tokens.fc2.weight": 256**-0.5,
+               "blocks.0.mlp_channels.fc1.weight": 512**-0.5,
+               "blocks.0.mlp_channels.fc2.weight": 2048**-0.5},
+    "timm": {"stem.proj.weight": 768**-0.5, "blocks.0.mlp_tokens.fc1.weight": (2 / 452)**0.5,
+             "blocks.0.mlp_tokens.fc2.weight": (2 / 452)**0.5,
+             "blocks.0.mlp_channels.fc1.weight": (2 / 2560)**0.5,
+             "blocks.0.mlp_channels.fc2.weight": (2 / 2560)**0.5,
+             "blocks.0.mlp_tokens.fc1.bias": 1e-6, "blocks.0.mlp_tokens.fc2.bias": 1e-6,
+             "blocks.0.mlp_channels.fc1.bias": 1e-6, "blocks.0.mlp_channels.fc2.bias": 1e-6},
+}
+
+
+@pytest.mark.parametrize("init", MIXER_INIT_STD)
+def test_initial_mixer_weights_have_the_authors_spread(init):
+    torch.manual_seed(0)
+    model = mixer.build("mixer_s16", init=init, depth=1, head_bias=-10.0)
+    weights = model.state_dict()
+    assert (weights.pop("head.bias") == -10).all()
+    for name, weight in weights.items():
+        std = MIXER_INIT_STD[init].get(name, 0)
+        few = 0.2 if weight.numel() < 3000 else 0.02  # 196 values: a standard error of 5 %
+        assert abs(weight.std() - std) <= few * std, f"{name}: {weight.std():.2e}, not {std:.2e}"
+    weight = weights["blocks.0.mlp_channels.fc1.weight"]
+    largest, normal = weight.abs().max() / weight.std(), 2 / 0.8796  # cut at 2 of the uncut's std
+    limit = dict(google=normal, timm=3**0.5)[init]
+    assert abs(largest / limit - 1) < 0.01, f"reaches {largest:.3f} std instead of {limit:.3f}"
+    assert (model(torch.randn(2, 3, 224, 224)) == -10).all(), "a head of zero weight gives its bias"
+
+
+# gradients
+
+@pytest.mark.parametrize("overrides", [{}, dict(dropout=0.1, drop_path=0.1, gelu="exact"),
+                                       dict(init="timm", depth=1)])
+def test_every_mixer_parameter_gets_a_finite_gradient(overrides):
+    torch.manual_seed(0)
+    model = mixer.build("mixer_micro8", 10, 32, **overrides).double()
+    nn.init.normal_(model.head.weight)
+    F.cross_entropy(model(tiny_images(4, 32)), torch.arange(4)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{overrides}: no gradient for {key}"
+        assert parameter.grad.isfinite().all(), f"{overrides}: {key} has {parameter.grad}"
+        assert parameter.grad.any(), f"{overrides}: the gradient of {key} is zero"
+
+
+# promises
+
+def test_mixer_intermediates_are_named_shaped_and_free_of_side_effects():
+    model, images = tiny_mixer(), tiny_images()
+    assert model.intermediates == {
+        "stem": ("stem", 0), "blocks.0.mlp_tokens": ("token mlp", 1),
+        "blocks.0.mlp_channels": ("mlp", 1), "blocks.1.mlp_tokens": ("token mlp", 1),
+        "blocks.1.mlp_channels": ("mlp", 1), "pre_logits": ("representation", 1)}
+    out = dict.fromkeys(model.intermediates)
+    assert torch.equal(model(images, out=out), model(images))
+    for name, value in out.items():
+        shape = (2, 12) if name == "pre_logits" else (2, 16, 12)
+        assert value.shape == shape, f"{name} has shape {tuple(value.shape)} instead of {shape}"
+    assert torch.equal(model.head(out["pre_logits"]), model(images))
+    assert torch.equal(model.norm(out["blocks.1.mlp_channels"]).mean(dim=1), out["pre_logits"])
+    first = model.stem.proj(images)
+    assert torch.equal(out["stem"][:, 5], first[:, :, 1, 1]), "tokens are not the map by rows"
+    only = {"blocks.0.mlp_tokens": None}
+    model(images, out=only)
+    assert list(only) == ["blocks.0.mlp_tokens"]
+    assert torch.equal(only["blocks.0.mlp_tokens"], out["blocks.0.mlp_tokens"])
+    with pytest.raises(ValueError, match="intermediate 'blocks.2.mlp_tokens'; this model has stem"):
+        model(images, out={"blocks.2.mlp_tokens": None})
+
+
+def test_skipping_an_mlp_of_a_mixer_equals_one_whose_second_layer_is_zero():
+    images = tiny_images()
+    whole = tiny_mixer()(images)
+    for i in range(2):
+        for branch in ("mlp_tokens", "mlp_channels"):
+            name, model = f"blocks.{i}.{branch}", tiny_mixer()
+            out = dict.fromkeys(model.intermediates)
+            skipped = model(images, skip=name, out=out)
+            before = list(out)[list(out).index(name) - 1]
+            assert torch.equal(out[name], out[before]), f"{name} adds to {before}"
+            assert torch.equal(model(images), whole), f"skipping {name} once changed the model"
+            for parameter in model.get_submodule(name).fc2.parameters():
+                nn.init.zeros_(parameter)
+            assert torch.equal(skipped, model(images)), f"{name} skipped is not {name} of zeros"
+            effect = (skipped - whole).abs().max()
+            assert effect > 1e-3, f"skipping {name} changes the logits by {effect:.1e} only"
+    units = "blocks.0.mlp_tokens, blocks.0.mlp_channels, blocks.1.mlp_tokens, blocks.1.mlp_channels"
+    for name in ("stem", "blocks.0", "blocks.2.mlp_tokens", "pre_logits"):
+        with pytest.raises(ValueError, match=f"unit '{name}' to skip; this model has {units}$"):
+            model(images, skip=name)
+
+
+def test_a_mixer_compiles_into_one_graph():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = mixer.build("mixer_micro8", 10, 32, drop_path=0.1, depth=2)
+    nn.init.normal_(model.head.weight, std=0.02)
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(images).sum().backward()
+    model.eval()
+    arguments = dict(skip="blocks.1.mlp_tokens")
+    plain, graph = {"blocks.0.mlp_channels": None}, {"blocks.0.mlp_channels": None}
+    for ours, theirs in ((compiled(images), model(images)),
+                         (compiled(images, **arguments), model(images, **arguments)),
+                         (compiled(images, out=graph), model(images, out=plain)),
+                         (graph["blocks.0.mlp_channels"], plain["blocks.0.mlp_channels"])):
+        difference = (ours - theirs).abs().max()
+        assert difference < 1e-5, f"compiled and plain Mixer differ by {difference:.1e}"
+
+
+@pytest.mark.parametrize("name, arguments, message", [
+    ("mixer_sm16", {}, r"unknown model 'mixer_sm16', did you mean 'mixer_s16'\? known: mixer_\{m"),
+    ("vit_s16", {}, r"unknown model 'vit_s16'.* known: mixer_\{micro,ti,s,b,l\}P with any patch "),
+    ("mixer_s16", dict(tokens_mlp_dim=8),
+     "unknown argument of mixer_s16 'tokens_mlp_dim', did you mean 'token_mlp_dim'"),
+    ("mixer_s16", dict(heads=8), "unknown argument of mixer_s16 'heads'.* known: image_size, pat"),
+    ("mixer_s14", dict(image_size=225), "must be a multiple of patch_size, got 225 and 14"),
+    ("mixer_s16", dict(image_size=0), "must be a multiple of patch_size, got 0 and 16"),
+    ("mixer_s16", dict(token_mlp_dim=0),
+     "dim, depth, token_mlp_dim and mlp_dim must be at least 1, got 512, 8, 0, 2048"),
+    ("mixer_s16", dict(depth=-1), "must be at least 1, got 512, -1, 256, 2048"),
+    ("mixer_s16", dict(gelu="erf"), "gelu must be one of exact, tanh; got 'erf'"),
+    ("mixer_s16", dict(init="pycls"), "init must be one of google, timm; got 'pycls'"),
+    ("mixer_s16", dict(dropout=-0.1), "dropout must be at least 0 and less than 1, got -0.1"),
+    ("mixer_s16", dict(drop_path=1.0), "drop_path must be at least 0 and less than 1, got 1.0"),
+])
+def test_a_mixer_that_cannot_be_built_is_refused_in_one_line(name, arguments, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
+        mixer.build(name, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mixer_refuses_images_of_another_size():
+    with pytest.raises(ValueError, match=r"images \(3, 16, 16\), got \(3, 24, 24\); a Mixer's tok"):
+        tiny_mixer()(tiny_images(1, 24))
+
+
+@pytest.mark.parametrize("changes, overrides, message", [
+    (dict(head__bias=None), {}, "lacks 'head/bias'"),
+    (dict(pre_head_layer_norm__scale=None), {}, "lacks 'pre_head_layer_norm/scale'"),
+    (dict(stem__kernel=None), {}, "lacks 'stem/kernel'"),
+    (dict(MixerBlock_1__token_mixing__Dense_1__bias=None), {},
+     "lacks 'MixerBlock_1/token_mixing/Dense_1/bias'"),
+    (dict(MixerBlock_0__token_mixing__Dense_1__bias=None), {},
+     "lacks 'MixerBlock_0/token_mixing/Dense_1/bias'"),
+    (dict(MixerBlock_0__LayerNorm_0__scale=None), {},
+     "is no Mixer: no 'MixerBlock_0/LayerNorm_0/scale' behind any of .*params/img/"),
+    ({}, dict(patch_size=8),
+     r"'stem/kernel' has shape \(4, 4, 3, 12\) of float32, the model needs \(8, 8, 3, 12\)"),
+    ({}, dict(token_mlp_dim=8),
+     r"token_mixing/Dense_0/kernel' has shape \(16, 6\) of float32, the model needs \(16, 8\)"),
+    (dict(stem__bias=np.zeros(12, "V2")), {}, r"'stem/bias' has shape \(12,\) of \|V2, the model"),
+    ({}, dict(num_classes=7),
+     "has 5 classes, the model 7: build it with num_classes=5 or load with head=False"),
+    ({}, dict(depth=1), "has depth 2, the model 1: build it with depth=2"),
+    ({}, dict(depth=3), "has depth 2, the model 3: build it with depth=2"),
+    ({}, dict(image_size=32), "is for 16 tokens, the model for 64, and token MLPs cannot be "
+                              "resized: build it with image_size=16"),
+])
+def test_npz_files_that_do_not_fit_a_mixer_are_refused_in_one_line_and_change_nothing(
+        changes, overrides, message, tmp_path):
+    np.savez(tmp_path / "mixer.npz", **change(google_mixer_arrays(), **changes))
+    model = tiny_mixer(**overrides)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as error:
+        mixer.load_npz(model, tmp_path / "mixer.npz")
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_npz_files_of_a_mixer_that_are_damaged_are_refused_by_name(tmp_path):
+    path = tmp_path / "mixer.npz"
+    np.savez_compressed(path, **google_mixer_arrays())
+    whole = path.read_bytes()
+    broken = bytearray(whole)
+    broken[3000:3100] = bytes(100)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    array = (tmp_path / "array.npy").read_bytes()
+    for content in (b"", b"no archive", whole[:-100], bytes(broken), array):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(f"{path} is no readable .npz: ")) as error:
+            mixer.load_npz(tiny_mixer(), path)
+        assert "\n" not in str(error.value)
+    np.savez(path, evil=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match="is no readable .npz: .*allow_pickle=False"):
+        mixer.load_npz(tiny_mixer(), path)
+    with pytest.raises(FileNotFoundError, match="nowhere.npz"):
+        mixer.load_npz(tiny_mixer(), tmp_path / "nowhere.npz")
+    with pytest.raises(ValueError, match="load_npz fills a Mixer, got Linear"):
+        mixer.load_npz(nn.Linear(2, 2), path)
+
+
+def test_load_npz_can_leave_the_head_of_a_mixer(tmp_path):
+    arrays = google_mixer_arrays()
+    np.savez(tmp_path / "mixer.npz", **change(arrays, head__kernel=None))
+    model = tiny_mixer(num_classes=3)
+    head = model.head.weight.clone()
+    mixer.load_npz(model, tmp_path / "mixer.npz", head=False)
+    assert torch.equal(model.head.weight, head)
+    kernel = torch.from_numpy(arrays["MixerBlock_1/token_mixing/Dense_0/kernel"])
+    assert torch.equal(model.blocks[1].mlp_tokens.fc1.weight.float(), kernel.T)
+
+
+def test_mixer_main_prints_variants_and_refuses_an_unknown_one(capsys):
+    mixer.main(["mixer_s16", "mixer_b16", "--image-size", "384", "--num-classes", "10"])
+    lines = capsys.readouterr().out.splitlines()
+    # 576 instead of 196 tokens: 380·(2·256 + 1) more in each of 8 blocks; 990·513 fewer in the head
+    params = 18_528_264 + 8 * 380 * 513 - 990 * 513
+    assert len(lines) == 3 and lines[1].split()[:2] == ["mixer_s16", f"{params:,}"], lines
+    with pytest.raises(SystemExit):
+        mixer.main(["mixer_x16"])
+    assert "unknown model 'mixer_x16'" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------- sam.py
 
 def small_net(*, batch_norm=False, dropout=0.0, dtype=torch.float64):
@@ -1044,10 +1470,12 @@ def test_the_order_is_a_permutation_per_epoch_whatever_the_processes_and_the_sta
     assert len({data.key(0, 1), data.key(1, 0), data.key(0, 1, 0), data.key(0, 2)}) == 4
 
 
-def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path):
+@pytest.mark.parametrize("strong", [{}, dict(randaugment=(2, 9), randaugment_prob=0.5,
+                                             erasing=0.5)], ids=["plain", "strong"])
+def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path, strong):
     write_image_folder(tmp_path)
     make = lambda seed=0: data.load("folder", "train", data_dir=tmp_path, image_size=24,
-                                    augment="inception", seed=seed)
+                                    augment="inception", seed=seed, **strong)
     pairs = [[(0, 5), (0, 1)], [(1, 5), (0, 30)]]
     torch.manual_seed(7)
     before = torch.get_rng_state()
@@ -1226,6 +1654,35 @@ def test_inception_crops_cover_5_to_100_percent_at_aspects_between_3_4_and_4_3(t
         torch.zeros(3, 500, 375, dtype=torch.uint8)).shape == (3, 224, 224)
 
 
+def test_randaugment_and_random_erasing_act_as_often_and_as_much_as_asked():
+    torch.manual_seed(0)
+    line = torch.zeros(3, 65, 65, dtype=torch.uint8)
+    line[:, 32, 8:57] = 255
+    turns = {}
+    for magnitude in (3, 9):
+        steps = data.transforms("none", 65, 65, randaugment=(1, magnitude))
+        outputs = torch.stack([steps(line) for _ in range(800)]).float()
+        lit = ((outputs > 128) & (outputs == outputs.amax((1, 2, 3), keepdim=True))).all(1)
+        same = lit.flatten(1).sum(1) == 49  # turned by nearest neighbours: as many pixels, or so
+        turned = lit.flatten(1).sum(1).sub(49).abs().lt(8) & ~lit[:, 32, 8:57].all(1)
+        rows = lit[turned].any(2).sum(1)  # rows that the turned line spans
+        turns[magnitude] = math.degrees(math.asin((rows.max().item() - 1) / 49))
+        assert same.float().mean() > 0.4, "at least colour operations leave the line in its place"
+    assert abs(turns[3] - 9) < 2 and abs(turns[9] - 27) < 2, turns
+    noise = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    kept = {}
+    for probability in (0.0, 0.5, 1.0):
+        steps = data.transforms("none", 32, 32, randaugment=(2, 9), randaugment_prob=probability)
+        kept[probability] = sum(torch.equal(steps(noise), noise) for _ in range(400)) / 400
+    # one of 14 operations is the identity, and here one or two more change nothing
+    assert kept[0.0] == 1 and 0.24 < kept[0.5] < 0.40 and kept[1.0] < 0.06, kept
+    steps = data.transforms("none", 32, 32, erasing=0.25)
+    areas = torch.tensor([(steps(noise) == 128).all(0).float().mean() for _ in range(800)])
+    erased = areas[areas > 0.015]
+    assert abs(len(erased) / 800 - 0.25) < 0.05, f"{len(erased)} of 800 erased"
+    assert erased.min() < 0.05 and 0.25 < erased.max() < 0.36, (erased.min(), erased.max())
+
+
 def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):
     data.main([])
     assert "8,000 images of 12 classes" in capsys.readouterr().out
@@ -1360,21 +1817,71 @@ def test_recipes_hold_flags_only_and_table_8s_numbers():
     assert args.epochs * (1_281_167 // args.batch_size) == 93_600
     assert (origin["lr"] == "chen_vit" and origin["sam_rho"] == "command line"
             and origin["seed"] == "default")
-    for model, rho in {"vit_s32": 0.05, "vit_s16": 0.1, "vit_s14": 0.1,
-                       "vit_s8": 0.15, "vit_b32": 0.15, "vit_b16": 0.2}.items():
+    shared = dict(batch_size=4096, micro_batch=32, image_size=224, augment="inception", mixup=0)
+    for model, row in {
+            "resnet101x2": dict(epochs=90, lr=1.6, warmup_steps=5_000, lr_schedule="cosine",
+                                optimizer="sgd", momentum=0.9, nesterov=False, weight_decay=1e-3,
+                                dropout=None, drop_path=None, grad_clip=0, loss="softmax"),
+            "mixer_s8": dict(epochs=300, lr=3e-3, warmup_steps=10_000, lr_schedule="linear",
+                             optimizer="adamw", beta2=0.999, weight_decay=0.3, drop_path=0.1,
+                             dropout=None, grad_clip=1.0, loss="sigmoid")}.items():
+        args = train.settings(["--model", model])[0]
+        assert {k: getattr(args, k) for k in row | shared} == row | shared, args
+
+
+PARK = dict(optimizer="adamw", lr=1.25e-4, weight_decay=0.05, decay="all", lr_schedule="cosine",
+            warmup_epochs=5, epochs=305, randaugment=[2, 9], randaugment_prob=0.5,
+            label_smoothing=0.1, drop_path=0.1)
+
+
+@pytest.mark.parametrize("argv, row", [
+    ("--dataset cifar100 --model resnet50", dict(
+        batch_size=96, grad_clip=5, mixup=1.0, cutmix=0.8, erasing=0, augment="crop",
+        mean=[0.5071, 0.4867, 0.4408])),
+    ("--dataset cifar10 --model alter_resnet50 --msa-blocks 0 0 1 2", dict(
+        msa_blocks=[0, 0, 1, 2], qkv_bias=None)),
+    ("--dataset cifar100 --model torchvision:swin_t", dict(image_size=32)),
+    ("--dataset cifar100", dict(model="vit_ti2", qkv_bias=False, gelu="exact", init="timm")),
+    ("--model alter_resnet50", dict(dataset="imagenet", batch_size=128, grad_clip=0, mixup=0.8,
+                                    cutmix=1.0, erasing=0.25, mean=[0.485, 0.456, 0.406])),
+    ("--recipe park_imagenet_vit", dict(model="vit_ti16", gelu="exact", batch_size=128))])
+def test_the_second_papers_settings_are_those_of_its_appendix(argv, row):
+    args = train.settings(argv.split())[0]
+    assert {k: getattr(args, k) for k in PARK | row} == PARK | row, args
+
+
+def test_sam_rho_paper_is_table_9():
+    supervised = (
+        "resnet50 0.02 resnet101 0.05 resnet152 0.02 resnet50x2 0.05 resnet101x2 0.05 resnet152x2 "
+        "0.05 vit_s32 0.05 vit_s16 0.1 vit_s14 0.1 vit_s8 0.15 vit_b32 0.15 vit_b16 0.2 mixer_s32 "
+        "0.1 mixer_s16 0.15 mixer_s8 0.2 mixer_b32 0.35 mixer_b16 0.6 mixer_b8 0.6").split()
+    adversarial = ("resnet50 0.05 resnet101 0.05 resnet152 0.05 vit_s16 0.1 vit_b32 0.1 vit_b16 "
+                   "0.1 mixer_s16 0.05 mixer_b32 0.25 mixer_b16 0.25").split()
+    table = {"supervised": supervised, "adversarial": adversarial,
+             "strong augmentation": ["vit_b16", "0.05", "mixer_b16", "0.2"],
+             "supervised contrastive": ["vit_s16", "0.02", "vit_b16", "0.02"]}
+    table = {k: dict(zip(row[::2], map(float, row[1::2]))) for k, row in table.items()}
+    assert train.PAPER_RHO == table
+    for model, rho in table["supervised"].items():
         assert train.settings(["--model", model, "--sam-rho", "paper"])[0].sam_rho == rho
+    strong = "--mixup 0.5 --randaugment 2 10 --sam-rho paper --model".split()
+    for model, rho in table["strong augmentation"].items():
+        assert train.settings([*strong, model])[0].sam_rho == rho
 
 
-def test_flags_override_recipes_and_recipes_override_defaults():
+def test_flags_override_recipes_and_recipes_override_defaults(capsys):
     assert train.settings([])[0].recipe == "shapes" and train.settings([])[0].sam_rho > 0
     args, origin = train.settings(["--recipe", "chen_vit", "--lr", "0.1", "--model", "vit_s32"])
     assert ((args.lr, args.model, args.epochs) == (0.1, "vit_s32", 300)
             and origin["model"] == "command line")
-    assert train.settings(["--dataset", "cifar10"])[0].recipe == "none"
-    assert train.settings(["--dataset", "cifar10"])[0].augment == "crop"
+    assert train.settings(["--dataset", "folder"])[0].recipe == "none"
+    assert train.settings(["--dataset", "folder"])[0].augment == "inception"
+    assert train.settings(["--dataset", "shapes", "--model", "mixer_s16"])[0].recipe == "shapes"
     assert train.settings(["--dataset", "shapes"])[0].model == "vit_micro8"
     assert train.settings(["--data-dir", "x"])[0].dataset == "imagenet"
     assert train.settings(["--sam-rho", "0"])[0].out_dir == "out/shapes-vit_micro8-rho0-seed0"
+    assert train.main(["--dry-run", "--warmup-epochs", "2.5", "--device", "cpu"]) == 0
+    assert "after 437 steps" in capsys.readouterr().out  # 125 of the recipe, 2.5 × 125
 
 
 def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, monkeypatch):
@@ -1390,8 +1897,25 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
             (["--sam-rho", "paper"], "Table 9 has no row for vit_micro8"),
             (["--model", "vit_x16", "--dataset", "shapes"], "vit_x16"),
             (["--model", "resnet_50", "--dataset", "shapes"],
-             "unknown model 'resnet_50'; known: vit_"),
-            (["--model", "torchvision:resnet81", "--dataset", "shapes"], "near: resnet"),
+             "unknown model 'resnet_50', did you mean 'resnet50'? known: (pre)resnet{18,"),
+            (["--model", "regnety_2gf"], "--data-dir"),
+            (["--model", "regnety_2gf", "--dataset", "shapes"], "did you mean 'regnety_32gf'?"),
+            (["--model", "densenet", "--dataset", "shapes"],
+             "unknown model 'densenet', did you mean 'resnet50'? known: what --list-models prints"),
+            (["--model", "torchvision:resnet81", "--dataset", "shapes"], "did you mean 'resnet1"),
+            (["--model", "torchvision:vgg11", "--dataset", "shapes", "--dim", "8"],
+             "unexpected keyword argument 'dim'"),
+            (["--model", "resnet18", "--dataset", "shapes", "--dim", "8"],
+             "unknown argument of resnet18 'dim'; known: num_classes, depth, bottleneck, width,"),
+            (["--model", "alter_resnet50", "--dataset", "shapes", "--image-size", "48"],
+             "image sizes that work: 32 and 64; window sizes that work: 1, 2, 3, 6"),
+            (["--msa-blocks", "0", "1"], "argument --msa-blocks: expected 4 arguments"),
+            (["--depth", "2", "2"], "--depth 2 2: vit_micro8 takes one number"),
+            (["--model", "resnet18", "--dataset", "shapes", "--depth", "2"],
+             "--depth 2: resnet18 takes 4 numbers, one for each stage"),
+            (["--randaugment", "2", "15"], "--randaugment 2 15: the number of operations is"),
+            (["--erasing", "1.5"], "--erasing is 1.5; a probability"),
+            (["--reset-head"], "--reset-head is for training from the weights of --init-from"),
             (["--patch-size", "5"], "5"),
             (["--batch-size", "100"],
              "batch size 100 is not a multiple of micro-batch 32 × 1 devices = 32: use "
@@ -1567,12 +2091,25 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
     foreign = tiny(tmp_path / "from", "--init-from", tmp_path / "foreign.pth")
     assert "give --mean and --std" in refusal(capsys, *foreign)
     train_ok([*foreign, "--mean", "0.5", "--std", "0.5", "--lr", "0"])
-    assert "of another network: it lacks" in refusal(
-        capsys, *foreign, "--mean", "0.5", "--std", "0.5", "--depth", "3")
-    assert "head.weight is (12, 24)" in refusal(
-        capsys, "--eval-only", "--init-from", tmp_path / "foreign.pth", "--dataset", "folder",
-        "--data-dir", write_image_folder(tmp_path / "three"), *TINY, "--image-size", "32",
-        "--mean", "0.5", "--std", "0.5")
+    half = ["--mean", "0.5", "--std", "0.5"]
+    line = refusal(capsys, *foreign, *half, "--depth", "3", "--no-qkv-bias", "--mlp-dim", "8")
+    for words in ("does not fit this network, nothing was loaded; it lacks: ",
+                  "blocks.2.attn.proj.bias, blocks.2.attn.proj.weight, blocks.2.attn.qkv.weight … "
+                  "(11 in all)", "it has besides: blocks.0.attn.qkv.bias, blocks.1.attn.qkv.bias "
+                  "(2 in all)", "of another shape: blocks.0.mlp.fc1.weight (48, 24), here (8, 24), "
+                  "blocks.0.mlp.fc1.bias (48,), here (8,), ", "… (6 in all)"):
+        assert words in line, (words, line)
+    three = ["--dataset", "folder", "--data-dir", write_image_folder(tmp_path / "three", train=12),
+             *TINY, "--image-size", "32", "--init-from", tmp_path / "foreign.pth", *half]
+    line = refusal(capsys, "--eval-only", *three)
+    assert ("of another shape: head.weight (12, 24), here (3, 24), head.bias (12,), here (3,) (2 in"
+            " all); --reset-head starts with a new classifier") in line, line
+    state_3 = train_ok(list(map(str, [*three, "--reset-head", "--lr", "0", "--batch-size", "8",
+                                      "--micro-batch", "8", "--epochs", "1", "--workers", "0",
+                                      "--out-dir", tmp_path / "reset"])))
+    assert state_3["model"]["head.weight"].shape == (3, 24)
+    assert same_tensors({**state_3["model"], "head.weight": 0, "head.bias": 0},
+                        {**state["model"], "head.weight": 0, "head.bias": 0})
     larger = tiny(tmp_path / "larger",
                   "--image-size 48 --init-from", out / "ckpt.pt", "--max-steps 1")
     capsys.readouterr()
@@ -1628,7 +2165,9 @@ def test_evaluation_of_a_network_that_gives_nan_says_so():
     "--dtype bfloat16 --sam-rho 0.1", "--dtype float16 --sam-rho 0.1",
     "--optimizer sgd --lr 0.2 --nesterov --decay all --lr-schedule linear --lr-end 1e-5",
     "--sam-rho 0.5 --sam-adaptive --sam-steps 2 --pool gap --kernel-size 3 --gelu exact",
-    "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 --dropout 0.1"])
+    "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 --dropout 0.1",
+    "--randaugment 2 9 --randaugment-prob 0.5 --erasing 0.25 --mixup 1 --cutmix 0.8 "
+    "--warmup-epochs 1"])
 def test_other_settings_train(tmp_path, flags):
     """The loss falls, and a run cut by --max-steps goes on bit for bit."""
     root = write_image_folder(tmp_path / "images", train=32, val=8)  # classes differ in colour
@@ -1645,6 +2184,159 @@ def test_other_settings_train(tmp_path, flags):
     assert log_without_times(tmp_path / "whole")[-3:] == log_without_times(tmp_path / "cut")[-3:]
 
 
+FAMILIES = {  # a small network of each
+    "vit": "vit_micro8 --dim 24 --depth 2 --heads 2 --mlp-dim 48",
+    "vit with convolutional stem": "vit_micro8 --dim 24 --depth 1 --heads 2 --stem conv",
+    "pit": "pit_ti --patch-size 4 --stride 4 --depth 1 1 1 --heads 1 2 2 --head-dim 8",
+    "mixer": "mixer_micro8 --dim 24 --depth 2 --token-mlp-dim 8 --mlp-dim 48 --drop-path 0.1",
+    "resnet": "resnet18 --width 8 --zero-init --blur",
+    "x2": "resnet50x2 --width 8 --depth 1 1 1 1",
+    "preresnet": "preresnet50 --width 8 --depth 1 1 1 1 --drop-path 0.1",
+    "resnext": "resnext50_32x4d --depth 1 1 1 1 --groups 4 --width-per-group 16 --width 16",
+    "alternet": "alter_resnet18 --width 8 --head-dim 4",
+    "alternet, post-activation": "alter_resnet50 --width 8 --head-dim 4 --depth 1 2 2 2 "
+                                 "--no-pre-activation --window-size 2 --msa-blocks 0 1 0 1",
+    "regnety": "regnety_1gf",
+    "swin": "torchvision:swin_t --patch-size 4 --window-size 2 --dim 24 --depth 1 1 1 1 "
+            "--heads 1 2 2 4",
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_an_epoch_with_and_without_sam(tmp_path, family, monkeypatch):
+    monkeypatch.setitem(data.SHAPES_SPLITS, "val", (2**30, 60))
+    weights = []
+    for rho in ("0", "0.05"):
+        argv = (f"--model {FAMILIES[family]} --dataset shapes --train-fraction 96/8000 --sam-rho "
+                f"{rho} --batch-size 16 --micro-batch 8 --epochs 1 --warmup-steps 0 --device cpu "
+                f"--log-every 1 --out-dir {tmp_path / rho}")
+        state = train_ok(argv.split())
+        weights.append(state["model"])
+        log = [record for record in log_without_times(tmp_path / rho) if "loss" in record]
+        assert state["step"] == len(log) == 6 and not any(record["skipped"] for record in log)
+        assert all(math.isfinite(record["loss"]) for record in log), log
+    moved = [key for key, w in weights[0].items() if not torch.equal(w, weights[1][key])]
+    assert len(moved) > 0.5 * len(weights[0]), f"SAM moved {moved} only"
+
+
+def test_list_models_prints_every_row_of_the_papers(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert train.main(["--list-models"]) == 0
+    text = capsys.readouterr().out
+    rows = {}
+    for line in text.splitlines():
+        name, *cells = re.split("  +", line.strip())
+        rows[name, cells[0] if cells else ""] = cells[1:]
+    for name, pixels, expected in [
+            ("vit_s16", "224", ["1,000", "22,050,664", "4.60", "11.9", "Chen Table 7"]),
+            ("mixer_b8", "224", ["1,000", "64,864,168", "50.06", "47.5", "Chen Table 7"]),
+            ("resnet152x2", "224", ["1,000", "236,350,568", "45.81", "45.5", "Chen Table 7"]),
+            ("resnet200", "224", ["1,000", "64,673,832", "15.01", "32.4", "Xiao Table 2"]),
+            ("regnety_1gf", "232", ["1,000", "9,600,538", "1.05", "6.2", "Xiao Table 2"]),
+            ("regnety_4gf", "240", ["1,000", "22,694,080", "4.31", "15.1", "Xiao Table 2"]),
+            ("regnety_16gf", "256", ["1,000", "72,282,900", "15.46", "30.7", "Xiao Table 2"]),
+            ("regnety_32gf", "268", ["1,000", "128,552,446", "31.07", "46.2", "Xiao Table 2"]),
+            ("torchvision:swin_t", "32", ["100", "27,575,374", "1.43", "5.1",
+                                          "Park Fig. 1-10, C.4"]),
+            ("alter_resnet50 --msa-blocks 0 1 3 2", "32", [
+                "100", "34,062,538", "1.58", "4.6", "Park Fig. 12a"]),
+            ("timm:convit_tiny", "224", [
+                "1,000", "timm:convit_tiny: timm is not installed (pip install timm)",
+                "Park Fig. E.1"])]:
+        assert rows[name, pixels] == expected, (name, rows[name, pixels])
+    files = [*vit.NAMES, *mixer.NAMES, *resnet.NAMES, *alternet.NAMES]
+    missing = [name for name in files if not re.search(rf"^{name} ", text, re.M)]
+    assert not missing, f"without a row: {missing}"
+
+
+def test_flops_of_swin_count_its_attention():
+    """Of 16 tokens among each other in each window: two products of 16·C for every token."""
+    cost = {}
+    for window in (2, 4):
+        with torch.device("meta"):
+            model = train.build_model("torchvision:swin_t", 100, 32, window_size=window)
+        cost[window] = vit.complexity(model, 32)
+    tokens = [(32 * 32, 96, 2), (16 * 16, 192, 2), (8 * 8, 384, 6), (4 * 4, 768, 2)]
+    more = sum(2 * n * (16 - 4) * dim * depth for n, dim, depth in tokens)
+    assert cost[4]["macs"] - cost[2]["macs"] == more, cost
+    assert cost[4]["macs"] == 1_430_891_520 and cost[4]["acts"] == 5_087_332
+    with pytest.raises(NotImplementedError, match="cannot count multi_head_attention_forward"):
+        vit.complexity(train.build_model("torchvision:vit_b_16", 10, 32), 32)
+
+
+def test_torchvisions_resnet_has_the_intermediates_and_units_of_ours():
+    torch.manual_seed(0)
+    theirs = train.build_model("torchvision:resnet18", 10).double().eval()
+    ours = resnet.build("resnet18", 10).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    plain = torchvision.models.resnet18(num_classes=10).double().eval()
+    plain.load_state_dict(theirs.state_dict())
+    images = tiny_images(2, 64)
+    assert theirs.intermediates == ours.intermediates
+    out = [dict.fromkeys(ours.intermediates) for _ in range(2)]
+    assert torch.equal(theirs(images, out=out[0]), plain(images))
+    ours(images, out=out[1])
+    for name in out[0]:
+        difference = (out[0][name] - out[1][name]).abs().max()
+        assert difference < 1e-12, f"{name} differs by {difference:.1e}"
+    for skip in ("layer1.1", "layer3.0", "layer4.1"):
+        difference = (theirs(images, skip=skip) - ours(images, skip=skip)).abs().max()
+        changed = (theirs(images, skip=skip) - plain(images)).abs().max()
+        assert difference < 1e-12 < changed, f"{skip}: {difference:.1e}, {changed:.1e}"
+    bottlenecks = train.build_model("torchvision:resnext50_32x4d", 10).eval()
+    assert bottlenecks(torch.randn(1, 3, 64, 64), skip="layer2.0").isfinite().all()
+    with pytest.raises(ValueError, match="unknown unit 'stem' to skip; this model has layer1.0, l"):
+        theirs(images, skip="stem")
+
+
+def test_torchvisions_swin_has_the_intermediates_and_units_of_a_vit():
+    torch.manual_seed(0)
+    model = train.build_model("torchvision:swin_t", 10, 32, patch_size=2).double().eval()
+    images = tiny_images(2, 32)
+    kinds = list(model.intermediates.values())
+    assert kinds == [("stem", 0), *[("attention", 1), ("mlp", 1)] * 2, ("pooling", 2),
+                     *[("attention", 2), ("mlp", 2)] * 2, ("pooling", 3),
+                     *[("attention", 3), ("mlp", 3)] * 6, ("pooling", 4),
+                     *[("attention", 4), ("mlp", 4)] * 2, ("representation", 4)]
+    seen, hooks = {}, []
+
+    def watch(module, name, before):  # the stream is what goes into norm2, and comes out of a block
+        def keep(module, inputs, output):
+            seen[name] = inputs[0] if before else output
+        hooks.append(module.register_forward_hook(keep))
+
+    for name, (kind, _) in model.intermediates.items():
+        if kind == "attention":
+            watch(model.get_submodule(name.replace(".attn", ".norm2")), name, True)
+        elif kind == "mlp":
+            watch(model.get_submodule(name.removesuffix(".mlp")), name, False)
+        elif kind != "representation":
+            watch(model.features[0] if kind == "stem" else model.get_submodule(name), name, False)
+    watch(model.head, "pre_logits", True)
+    logits = model(images)
+    for hook in hooks:
+        hook.remove()
+    out = dict.fromkeys(model.intermediates)
+    assert torch.equal(model(images, out=out), logits) and seen.keys() == out.keys()
+    wrong = [name for name in out if not torch.equal(out[name], seen[name])]
+    assert not wrong, f"other values than the hooks saw: {wrong}"
+    assert out["stem"].shape == (2, 16, 16, 96) and out["features.2"].shape == (2, 8, 8, 192)
+    for skip in ("features.1.1.attn", "features.5.2.mlp"):
+        hook = model.get_submodule(skip).register_forward_hook(lambda m, i, output: 0 * output)
+        expected = model(images)
+        hook.remove()
+        assert torch.equal(model(images, skip=skip), expected)
+        assert not torch.equal(expected, logits), f"{skip} has no effect"
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    graph = {"features.3.0.attn": None}
+    compiled(images, out=graph, skip="features.1.0.mlp")
+    plain = {"features.3.0.attn": None}
+    model(images, out=plain, skip="features.1.0.mlp")
+    difference = (graph["features.3.0.attn"] - plain["features.3.0.attn"]).abs().max()
+    assert difference < 1e-12, f"compiled and plain Swin differ by {difference:.1e}"
+
+
 def test_networks_of_torchvision_train_and_load_their_state_dicts(tmp_path, capsys):
     out = tmp_path / "run"
     setup = ["--model", "torchvision:mobilenet_v3_small", "--device", "cpu", "--dataset", "shapes",
@@ -1654,11 +2346,11 @@ def test_networks_of_torchvision_train_and_load_their_state_dicts(tmp_path, caps
     published = train.build_model("torchvision:mobilenet_v3_small", 1000)
     assert state["model"].keys() == published.state_dict().keys()
     torch.save(published.state_dict(), tmp_path / "published.pth")
-    capsys.readouterr()
-    tuned = train_ok([*setup, "--lr", "0", "--init-from", str(tmp_path / "published.pth"),
-                      "--out-dir", str(tmp_path / "tuned"), "--mean", "0.485", "0.456", "0.406",
-                      "--std", "0.229", "0.224", "0.225"])
-    assert "classifier.3.weight is (1000, 1024), not (12, 1024): anew" in capsys.readouterr().out
+    start = ["--init-from", tmp_path / "published.pth"]
+    assert "classifier.3.weight (1000, 1024), here (12, 1024)" in refusal(capsys, *setup, *start)
+    tuned = train_ok([*setup, "--lr", "0", *map(str, start), "--reset-head", "--out-dir",
+                      str(tmp_path / "tuned")])
+    assert "is taken for one of torchvision's" in capsys.readouterr().out
     assert all(torch.equal(tuned["model"][k], p) for k, p in published.named_parameters()
                if not k.startswith("classifier.3"))
     assert tuned["settings"]["mean"] == [0.485, 0.456, 0.406]
@@ -1673,9 +2365,9 @@ def test_an_original_npz_is_evaluated_and_fine_tuned(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["val", "10"]
     three = [*sizes, "--data-dir", str(write_image_folder(tmp_path / "three", train=4, val=2))]
     assert "num_classes" in refusal(capsys, *three, "--eval-only")
+    assert "--reset-head starts with a new classifier" in refusal(capsys, *three)
     state = train_ok([*three, "--lr", "0", "--batch-size", "8", "--micro-batch", "8", "--epochs",
-                      "1", "--workers", "0", "--out-dir", str(tmp_path / "run")])
-    assert "the head starts anew" in capsys.readouterr().out
+                      "1", "--workers", "0", "--out-dir", str(tmp_path / "run"), "--reset-head"])
     network = vit.build("vit_ti4", 5, 16, dim=12, depth=2, heads=3, mlp_dim=24)
     vit.load_npz(network, tmp_path / "google.npz")
     assert all(torch.equal(state["model"][k], p) for k, p in network.named_parameters()
@@ -1881,14 +2573,37 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
 
 # ----------------------------------------------------------------------------------- the repository
 
-@pytest.mark.parametrize("name", ["vit", "sam", "data"])
+TRAINS_ALONE = """
+import torch
+from {name} import build
+model = build({variant!r}, 10, 32)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
+for step in range(5):
+    loss = torch.nn.functional.cross_entropy(model(images), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(loss.item())
+"""
+
+
+@pytest.mark.parametrize("name", ["vit", "mixer", "resnet", "alternet", "sam", "data"])
 def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
     shutil.copy(HERE / f"{name}.py", tmp_path)
     argv = [f"{name}.py"] + {"sam": ["--seeds", "1", "--steps", "20"]}.get(name, [])
+    variant = dict(vit="vit_micro8", mixer="mixer_micro8", resnet="resnet18",
+                   alternet="alter_resnet18").get(name)
+    if variant:  # its table, and then five steps on random data
+        code = f"import runpy; runpy.run_path({argv[0]!r}, run_name='__main__')"
+        argv = ["-c", code + TRAINS_ALONE.format(name=name, variant=variant)]
     result = subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True,
                             timeout=120)
     assert (result.returncode == 0 and len(result.stdout.splitlines()) > 3
             and not result.stderr), result
+    if variant:
+        losses = [float(line) for line in result.stdout.splitlines()[-5:]]
+        assert losses[-1] < losses[0], losses
     siblings = {p.stem for p in HERE.glob("*.py")}
     imported = {line.split()[1].split(".")[0]
                 for line in (HERE / f"{name}.py").read_text().splitlines()

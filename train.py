@@ -119,10 +119,10 @@ PAPER_RHO = {
 
 DEFAULT_MODEL = {"shapes": "vit_micro8", "cifar10": "vit_ti2", "cifar100": "vit_ti2",
                  "imagenet": "vit_s16", "folder": "vit_s16"}
-MODEL_FLAGS = ("patch_size", "dim", "depth", "heads", "head_dim", "mlp_dim", "token_mlp_dim", "pool",
-               "stem", "kernel_size", "qkv_bias", "gelu", "width", "groups", "width_per_group",
-               "pre_activation", "blur", "msa_blocks", "window_size", "dropout", "drop_path",
-               "head_bias", "init", "zero_init")
+MODEL_FLAGS = ("patch_size", "stride", "dim", "depth", "heads", "head_dim", "mlp_dim", "token_mlp_dim",
+               "pool", "stem", "kernel_size", "qkv_bias", "gelu", "width", "groups",
+               "width_per_group", "pre_activation", "blur", "msa_blocks", "window_size", "dropout",
+               "drop_path", "head_bias", "init", "zero_init")
 # Where a run computes and what becomes of it: may differ when it is resumed, all else may not.
 FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "out_dir", "resume",
               "dry_run", "list_models", "eval_only", "eval_split", "max_steps", "save_every"}
@@ -185,9 +185,10 @@ def make_parser():
 
     add = parser.add_argument_group("network (default: as the model's name says)").add_argument
     add("--patch-size", type=int, help="side of a patch in pixels")
+    add("--stride", type=int, help="PiT: pixels from patch to patch (1 up to 64 pixels, else 8)")
     add("--dim", type=int, help="width of the residual stream")
-    add("--depth", type=int, nargs="+", help="number of blocks, ResNet, AlterNet, PiT: per stage")
-    add("--heads", type=int, nargs="+", help="attention heads, AlterNet, PiT: per stage")
+    add("--depth", type=int, nargs="+", help="blocks; ResNet, AlterNet, PiT, Swin: of each stage")
+    add("--heads", type=int, nargs="+", help="attention heads; AlterNet, PiT, Swin: of each stage")
     add("--head-dim", type=int, help="channels of a head")
     add("--mlp-dim", type=int, help="hidden width of the MLP, in Mixer of the channel MLP")
     add("--token-mlp-dim", type=int, help="Mixer: hidden width of the token MLP")
@@ -354,6 +355,14 @@ def check(args):
     if args.randaugment[0] < 0 or not 0 <= args.randaugment[1] <= 10:
         raise UserError(f"--randaugment {' '.join(map(str, args.randaugment))}: the number of "
                         "operations is at least 0, their magnitude from 0 to 10")
+    per_stage = ("resnet", "preresnet", "resnext", "alter", "swin")
+    stages = 4 if family(args.model) in per_stage else 3 if family(args.model) == "pit" else 1
+    for name in ("depth", "heads"):
+        value = getattr(args, name)
+        if value is not None and len(value) != stages:
+            raise UserError(f"--{name} {' '.join(map(str, value))}: {args.model} takes "
+                            + (f"{stages} numbers, one for each stage" if stages > 1 else
+                               "one number"))
     if not (len(args.mean) in (1, 3) and len(args.std) in (1, 3) and min(args.std) > 0
             and all(map(math.isfinite, args.mean + args.std))):
         raise UserError(f"--mean {args.mean} --std {args.std}: give one number or three to each, "
@@ -384,10 +393,13 @@ REGNETY = {
     "16gf": ((2, 7, 18, 2), (168, 336, 896, 2128), 56),
     "32gf": ((2, 7, 20, 2), (216, 432, 1152, 2808), 72),
 }
-SWIN = {  # torchvision's rows, for patches and windows of other sizes than its functions build
-    "swin_t": dict(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24]),
-    "swin_s": dict(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24]),
-    "swin_b": dict(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32]),
+SWIN = {  # what torchvision's functions of these names pass to its class
+    "swin_t": dict(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
+                   stochastic_depth_prob=0.2),
+    "swin_s": dict(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24],
+                   stochastic_depth_prob=0.3),
+    "swin_b": dict(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32],
+                   stochastic_depth_prob=0.5),
 }
 PUBLISHED_BY_TORCHVISION = ("resnet", "resnext", "swin", "torchvision")
 FILES = {"vit": vit, "pit": vit, "mixer": mixer, "resnet": resnet, "preresnet": resnet,
@@ -463,23 +475,25 @@ class SwinWithUnits(torchvision.models.SwinTransformer):
         return self.head(vit.record(out, "pre_logits", x))
 
 
-def build_torchvision(name, num_classes, image_size, drop_path=None, **overrides):
-    if drop_path is not None:
-        overrides["stochastic_depth_prob"] = drop_path
-    if name in SWIN and (image_size <= 64 or {"patch_size", "window_size"} & overrides.keys()):
-        patch, window = (1, 4) if image_size <= 64 else (4, 7)
-        sizes = dict(patch_size=[overrides.pop("patch_size", patch)] * 2,
-                     window_size=[overrides.pop("window_size", window)] * 2)
-        return SwinWithUnits(num_classes=num_classes, **SWIN[name], **sizes, **overrides)
+def build_torchvision(name, num_classes, image_size, **overrides):
+    if "drop_path" in overrides:
+        overrides["stochastic_depth_prob"] = overrides.pop("drop_path")
+    if name in SWIN:  # by its class: the functions fix patches and windows (Park A.1: 1 and 4)
+        row = SWIN[name] | dict(zip(("patch_size", "window_size"), ([1, 1], [4, 4])
+                                    if image_size <= 64 else ([4, 4], [7, 7])))
+        for ours, theirs in (("dim", "embed_dim"), ("depth", "depths"), ("heads", "num_heads")):
+            row |= {theirs: overrides.pop(ours)} if ours in overrides else {}
+        for size in {"patch_size", "window_size"} & overrides.keys():
+            row[size] = [overrides.pop(size)] * 2
+        return SwinWithUnits(num_classes=num_classes, **row | overrides)
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
-        raise vit.unknown("torchvision model", name, known, ", ".join(known))
+        raise vit.unknown("torchvision model", name, known, "torchvision.models.list_models()")
     if name.startswith("vit_"):
         overrides["image_size"] = image_size
     network = torchvision.models.get_model(name, num_classes=num_classes, **overrides)
-    for kind in (ResNetWithUnits, SwinWithUnits):
-        if type(network) is kind.__base__ and not name.startswith("swin_v2"):
-            network.__class__ = kind  # the same layers, with more that a caller can ask for
+    if type(network) is torchvision.models.ResNet:
+        network.__class__ = ResNetWithUnits  # the same layers, of which a caller can ask more
     return network
 
 
