@@ -22,7 +22,6 @@ B batch, C channels, H W map, n windows, w window side, N = w², H heads, d head
 import argparse
 import difflib
 import inspect
-import re
 
 import torch
 from torch import nn

@@ -515,6 +515,34 @@ def test_pit_intermediates_have_a_point_after_each_pooling():
     assert list(points) == [name for name in model.intermediates if "attn" not in name]
 
 
+@pytest.mark.parametrize("name, units", [
+    ("vit", ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]),
+    ("pit", ["transformers.0.blocks.0.attn", "transformers.2.blocks.0.mlp"])])
+def test_skipping_a_unit_of_a_vit_equals_one_whose_last_layer_is_zero(name, units):
+    def make():
+        torch.manual_seed(0)
+        return tiny_vit() if name == "vit" else vit.build(
+            "pit_ti", 5, 16, patch_size=4, stride=4, depth=(1, 1, 1)).double().eval()
+
+    images = tiny_images()
+    whole = make()(images)
+    for unit in units:
+        model = make()
+        out = dict.fromkeys(model.intermediates)
+        skipped = model(images, skip=unit, out=out)
+        assert torch.equal(model(images), whole), f"skipping {unit} once changed the model"
+        last = "proj" if unit.endswith("attn") else "fc2"
+        for parameter in model.get_submodule(f"{unit}.{last}").parameters():
+            nn.init.zeros_(parameter)
+        zeroed = dict.fromkeys(model.intermediates)
+        assert torch.equal(skipped, model(images, out=zeroed)), unit
+        assert torch.equal(out[unit], zeroed[unit]), unit
+        effect = (skipped - whole).abs().max()
+        assert effect > 1e-3, f"skipping {unit} changes the logits by {effect:.1e} only"
+    with pytest.raises(ValueError, match=f"unit 'stem' to skip; this model has {units[0]}, "):
+        model(images, skip="stem")
+
+
 @pytest.mark.parametrize("name, overrides", [
     ("vit_micro8", dict(kernel_size=3, stem="conv", drop_path=0.1, depth=2)),
     ("pit_ti", dict(patch_size=4, stride=4, depth=(1, 1, 1)))])
@@ -526,8 +554,14 @@ def test_vit_compiles_into_one_graph(name, overrides):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(images).sum().backward()
     model.eval()
-    difference = (compiled(images) - model(images)).abs().max()
-    assert difference < 1e-5, f"compiled and plain {name} differ by {difference:.1e}"
+    skip = next(unit for unit in model.intermediates if unit.endswith(".mlp"))
+    plain, graph = {"pre_logits": None}, {"pre_logits": None}
+    for ours, theirs in ((compiled(images), model(images)),
+                         (compiled(images, out=graph, skip=skip),
+                          model(images, out=plain, skip=skip)),
+                         (graph["pre_logits"], plain["pre_logits"])):
+        difference = (ours - theirs).abs().max()
+        assert difference < 1e-5, f"compiled and plain {name} differ by {difference:.1e}"
 
 
 @pytest.mark.parametrize("name, arguments, message", [
@@ -2217,6 +2251,41 @@ def test_every_family_trains_an_epoch_with_and_without_sam(tmp_path, family, mon
         assert all(math.isfinite(record["loss"]) for record in log), log
     moved = [key for key, w in weights[0].items() if not torch.equal(w, weights[1][key])]
     assert len(moved) > 0.5 * len(weights[0]), f"SAM moved {moved} only"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_in_the_forms_that_users_need(family):
+    """Finite gradients, bf16, channels last, export, a batch of one, other classes and sizes."""
+    torch.manual_seed(0)
+    args = train.make_parser().parse_args(["--model", *FAMILIES[family].split()])
+    model = train.build_model(args.model, 7, 32, **train.knobs(args))
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():  # a head that starts at zero hides the rest
+            nn.init.normal_(parameter, std=0.02)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    for precision in (torch.float32, torch.bfloat16):
+        model.zero_grad()
+        with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+        wrong = [name for name, p in model.named_parameters()
+                 if p.grad is None or not p.grad.isfinite().all()]
+        assert not wrong, f"{precision}: no finite gradient for {wrong}"
+    model.eval()
+    plain = model(images)
+    last = images.contiguous(memory_format=torch.channels_last)
+    forms = {"one by one": torch.cat([model(image[None]) for image in images]),
+             "exported": torch.export.export(model, (images,)).module()(images),
+             "channels last": copy.deepcopy(model).to(memory_format=torch.channels_last)(last)}
+    with torch.autocast("cpu", torch.bfloat16):
+        forms["bfloat16"] = model(images).float()
+    for form, logits in forms.items():
+        error = ((logits - plain).norm() / plain.norm()).item()
+        assert error < (0.1 if form == "bfloat16" else 1e-5), f"{form}: {error:.1e}"
+    try:
+        assert model(torch.randn(1, 3, 40, 40)).shape == (1, 7)
+    except ValueError as error:
+        assert re.search("built for images|windows of . do not divide", str(error)), error
 
 
 def test_list_models_prints_every_row_of_the_papers(capsys, monkeypatch):

@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.models import regnet, swin_transformer
+from torchvision.models import regnet
 from torchvision.transforms import v2
 from tqdm import tqdm
 
