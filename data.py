@@ -21,6 +21,7 @@ Choices:
 Shape letters: N images, m of a micro-batch, H height, W width.
 """
 import argparse
+import io
 import os
 import signal
 import time
@@ -410,33 +411,38 @@ class ImageFolder(Dataset):
 
     def read(self, i):
         path = self.root / os.fsdecode(self.names[i])
-        try:
-            return self.decode(path)
-        except OSError as error:
-            if error.errno is not None:
-                raise DataError(f"{show(path)} cannot be read: {error.strerror}") from None
-        except (SyntaxError, ValueError, Image.DecompressionBombError):
-            pass  # whatever PIL makes of damaged bytes
-        # What can be decoded of a truncated file, the rest grey, rather than
-        # the end of a run of days.
-        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
-        try:
-            image = self.decode(path)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            raise DataError(f"{show(path)} is not an image that can be decoded: "
-                            "replace or remove it") from None
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = before
-        self.notes.append(f"{show(path)} is truncated: used as far as it can be decoded, "
-                          "the rest is grey")
-        return image
+        return read_image(path, show(path), self.notes)
 
-    @staticmethod
-    def decode(path):
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+
+def decode(source):
+    """Encoded image, a path or bytes, to uint8 (3, H, W): upright by EXIF, RGB whatever the file
+    has, 16 bits cut to their upper 8. OSError, SyntaxError, ValueError, DecompressionBombError of
+    PIL for what it cannot decode."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def read_image(source, name, notes):
+    """decode, but of a truncated file what can be decoded, the rest grey, which is added to notes:
+    rather than the end of a run of days. DataError, by name, where nothing can be decoded."""
+    damage = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+    try:
+        return decode(source)
+    except damage as error:  # whatever PIL makes of damaged bytes
+        if getattr(error, "errno", None) is not None:
+            raise DataError(f"{name} cannot be read: {error.strerror}") from None
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+    try:
+        image = decode(source)
+    except damage:
+        raise DataError(f"{name} is not an image that can be decoded: replace or remove "
+                        "it") from None
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    notes.append(f"{name} is truncated: used as far as it can be decoded, the rest is grey")
+    return image
 
 
 def show(path):
