@@ -1865,19 +1865,18 @@ def test_recipes_hold_flags_only_and_table_8s_numbers():
 
 PARK = dict(optimizer="adamw", lr=1.25e-4, weight_decay=0.05, decay="all", lr_schedule="cosine",
             warmup_epochs=5, epochs=305, randaugment=[2, 9], randaugment_prob=0.5,
-            label_smoothing=0.1, drop_path=0.1)
+            mixup=1.0, cutmix=0.8, erasing=0.25, label_smoothing=0.1, drop_path=0.1)
 
 
 @pytest.mark.parametrize("argv, row", [
     ("--dataset cifar100 --model resnet50", dict(
-        batch_size=96, grad_clip=5, mixup=1.0, cutmix=0.8, erasing=0, augment="crop",
-        mean=[0.5071, 0.4867, 0.4408])),
+        batch_size=96, grad_clip=5, augment="crop", mean=[0.5071, 0.4867, 0.4408])),
     ("--dataset cifar10 --model alter_resnet50 --msa-blocks 0 0 1 2", dict(
         msa_blocks=[0, 0, 1, 2], qkv_bias=None)),
     ("--dataset cifar100 --model torchvision:swin_t", dict(image_size=32)),
     ("--dataset cifar100", dict(model="vit_ti2", qkv_bias=False, gelu="exact", init="timm")),
-    ("--model alter_resnet50", dict(dataset="imagenet", batch_size=128, grad_clip=0, mixup=0.8,
-                                    cutmix=1.0, erasing=0.25, mean=[0.485, 0.456, 0.406])),
+    ("--model alter_resnet50", dict(dataset="imagenet", batch_size=128, grad_clip=0,
+                                    mean=[0.485, 0.456, 0.406])),
     ("--recipe park_imagenet_vit", dict(model="vit_ti16", gelu="exact", batch_size=128))])
 def test_the_second_papers_settings_are_those_of_its_appendix(argv, row):
     args = train.settings(argv.split())[0]
