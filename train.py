@@ -958,20 +958,59 @@ def print_table(tell, results):
 
 # ---------------------------------------------------------------------------------------------- run
 
-def run(args, origin):
-    # ---- processes and device
+def start_processes(device):
+    """Joins torchrun's processes, if it started this one, and takes this one's device: a value of
+    --device -> torch.device, number of processes, number of them on this machine."""
     world, local, on_machine = (int(os.environ.get(name, default)) for name, default in (
         ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    device = torch.device(args.device)
-    if args.device == "cuda":
-        if on_machine > torch.cuda.device_count():
-            raise UserError(f"{on_machine} processes for {torch.cuda.device_count()} CUDA devices: "
-                            f"use --nproc_per_node={torch.cuda.device_count()}")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # gloo beside NCCL, so that what the host agrees on does not wait for the device
-        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    if device != "cuda":
+        return torch.device(device), world, on_machine
+    if on_machine > torch.cuda.device_count():
+        raise UserError(f"{on_machine} processes for {torch.cuda.device_count()} CUDA devices: "
+                        f"use --nproc_per_node={torch.cuda.device_count()}")
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device, world, on_machine
+
+
+def starting_network(args, origin, num_classes, device, tell):
+    """The network of --model with the weights of --init-from, if that is given, behind its
+    normalisation, on the device; args.mean and args.std become what was used."""
+    torch.manual_seed(args.seed)
+    try:
+        network = build_model(args.model, num_classes, args.image_size, **knobs(args))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{args.model}: {error}") from None
+    if args.init_from:
+        # A run that goes on has all it needs in its checkpoint.
+        ckpt = Path(args.out_dir) / "ckpt.pt"
+        own = args.resume and not args.eval_only and ckpt.exists()
+        start = (ckpt, "model") if own else (args.init_from, args.weights)
+        normalisation = on_main(lambda: load_weights(network, *start, args.reset_head and not own))
+        if origin["mean"] == origin["std"] == "command line":
+            normalisation = args.mean, args.std
+        if normalisation is None and family(args.model) in PUBLISHED_BY_TORCHVISION:
+            normalisation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+            tell(f"{args.init_from} is taken for one of torchvision's: inputs are normalised by "
+                 "ImageNet's mean and standard deviation; --mean and --std set others")
+        if normalisation is None:
+            raise UserError(f"{args.init_from} does not say how its inputs were normalised: give "
+                            "--mean and --std (torchvision's: 0.485 0.456 0.406, "
+                            "0.229 0.224 0.225)")
+        args.mean, args.std = normalisation
+    precision = torch.float64 if args.dtype == "float64" else torch.float32
+    bare = assemble(network, args.mean, args.std).to(device, precision)
+    if dist.is_initialized():
+        for tensor in network.state_dict().values():  # only the first process has read --init-from
+            dist.broadcast(tensor, src=0)
+    return bare
+
+
+def run(args, origin):
+    device, world, on_machine = start_processes(args.device)
     main_process = rank() == 0
     tell = say if main_process else lambda text="": None
     chosen = [f"recipe    {args.recipe}"] + [
@@ -997,7 +1036,7 @@ def run(args, origin):
         return dataset
 
     try:
-        if args.download and local == 0:  # one process of a machine fetches, the others find
+        if args.download and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine fetches, the others find
             load("train", "none")
         if args.download and dist.is_initialized():
             dist.barrier()
@@ -1032,33 +1071,9 @@ def run(args, origin):
     pin_memory = args.device == "cuda"
 
     # ---- model
-    torch.manual_seed(args.seed)
-    try:
-        network = build_model(args.model, num_classes, args.image_size, **knobs(args))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{args.model}: {error}") from None
+    bare = starting_network(args, origin, num_classes, device, tell)
+    network = bare.network
     folder = RunFolder(args.out_dir)
-    if args.init_from:
-        # A run that goes on has all it needs in its checkpoint.
-        own = args.resume and not args.eval_only and (folder.path / "ckpt.pt").exists()
-        start = (folder.path / "ckpt.pt", "model") if own else (args.init_from, args.weights)
-        normalisation = on_main(lambda: load_weights(network, *start, args.reset_head and not own))
-        if "default" not in (origin["mean"], origin["std"]):
-            normalisation = args.mean, args.std
-        if normalisation is None and family(args.model) in PUBLISHED_BY_TORCHVISION:
-            normalisation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-            tell(f"{args.init_from} is taken for one of torchvision's: inputs are normalised by "
-                 "ImageNet's mean and standard deviation; --mean and --std set others")
-        if normalisation is None:
-            raise UserError(f"{args.init_from} does not say how its inputs were normalised: give "
-                            "--mean and --std (torchvision's: 0.485 0.456 0.406, "
-                            "0.229 0.224 0.225)")
-        args.mean, args.std = normalisation
-    precision = torch.float64 if args.dtype == "float64" else torch.float32
-    bare = assemble(network, args.mean, args.std).to(device, precision)
-    if dist.is_initialized():
-        for tensor in network.state_dict().values():  # only the first process has read --init-from
-            dist.broadcast(tensor, src=0)
     half = args.dtype in ("bfloat16", "float16")
     autocast = torch.autocast(device.type, getattr(torch, args.dtype)) if half else nullcontext()
 
@@ -1096,7 +1111,7 @@ def run(args, origin):
         with warnings.catch_warnings():  # 2.15 renames broadcast_buffers, 2.11 lacks the new name
             warnings.simplefilter("ignore", FutureWarning)
             model = DistributedDataParallel(
-                model, device_ids=[local] if args.device == "cuda" else None,
+                model, device_ids=[device] if args.device == "cuda" else None,
                 broadcast_buffers=False, gradient_as_bucket_view=True)
     params = [p for p in network.parameters() if p.requires_grad]
     decayed, kept = decay_groups(network, args.decay)
