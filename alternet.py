@@ -163,7 +163,7 @@ class WindowAttention(nn.Module):
         x = x.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B·n, N, C)
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B·n, N, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B·n, H, N, d) each
-        bias = self.rel_pos_bias.flatten()[self.index].to(q.dtype)  # (N, N)
+        bias = self.rel_pos_bias.flatten()[self.index]  # (N, N)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         x = self.proj(x.transpose(1, 2).flatten(2))  # (B·n, N, C)
         x = x.unflatten(1, (self.window_size, -1)).unflatten(0, (-1, *grid)).transpose(2, 3)
@@ -235,9 +235,9 @@ def check_windows(image_size, stem, msa_blocks, window_size):
     multiples = [step * i for i in range(1, image_size // step + 2 * window_size)]
     below = [size for size in multiples if size < image_size and fits(size, window_size)][-1:]
     above = [size for size in multiples if size > image_size and fits(size, window_size)][:1]
-    windows = [str(size) for size in range(1, min(sides) + 1) if fits(image_size, size)]
-    raise ValueError(f"windows of {window_size} do not divide the maps of a {image_size}×"
-                     f"{image_size} image, {', '.join(map(str, sides))} a side, with attention in "
+    windows = [str(size) for size in range(1, max(sides) + 1) if fits(image_size, size)]
+    raise ValueError(f"windows of {window_size} do not divide the maps of images of {image_size} "
+                     f"pixels a side, {', '.join(map(str, sides))}, with attention in "
                      f"{' '.join(map(str, msa_blocks))} of their blocks; image sizes that work: "
                      f"{' and '.join(map(str, below + above))}; window sizes that work: "
                      f"{', '.join(windows)}")
@@ -268,9 +268,10 @@ class AlterNet(nn.Module):
         if len(msa_blocks) != 4 or any(not 0 <= m <= n // 2 for m, n in zip(msa_blocks, depth)):
             raise ValueError("msa_blocks needs four numbers, each at most half of its stage's "
                              f"blocks {tuple(depth)}; got {tuple(msa_blocks)}")
-        if len(heads) != 4 or min(*heads, head_dim, window_size) < 1:
-            raise ValueError("heads needs four numbers, and they, head_dim and window_size must be "
-                             f"at least 1; got {heads}, {head_dim}, {window_size}")
+        if len(heads) != 4 or min(*heads, head_dim, window_size, image_size) < 1:
+            raise ValueError("heads needs four numbers, and they, head_dim, window_size and "
+                             "image_size must be at least 1; got "
+                             f"{heads}, {head_dim}, {window_size}, {image_size}")
         check_windows(image_size, stem, msa_blocks, window_size)
         self.stem, self.pre_activation = stem, pre_activation
         self.msa_blocks, self.window_size = msa_blocks, window_size
@@ -280,7 +281,7 @@ class AlterNet(nn.Module):
         kind, more = BasicBlock, {}
         if bottleneck:
             kind, more = Bottleneck, dict(groups=groups, width_per_group=width_per_group)
-        dim, rates = width, iter([drop_path * i / max(sum(depth) - 1, 1) for i in range(sum(depth))])
+        dim, rates = width, iter([drop_path * i / (sum(depth) - 1) for i in range(sum(depth))])
         for i, (blocks, msa) in enumerate(zip(depth, msa_blocks)):
             stage = nn.Sequential()
             for j in range(blocks):
@@ -307,9 +308,9 @@ class AlterNet(nn.Module):
         from 1, the stem is 0."""
         names = {"stem": ("stem", 0)}
         for i, stage in enumerate(self.stages, 1):
-            names |= {f"layer{i}.{j}": (
-                "attention" if isinstance(block, AttentionBlock) else "conv", i)
-                for j, block in enumerate(stage)}
+            for j, block in enumerate(stage):
+                kind = "attention" if isinstance(block, AttentionBlock) else "conv"
+                names[f"layer{i}.{j}"] = (kind, i)
         return names | {"pre_logits": ("representation", 4)}
 
     def forward(self, x, out=None, skip=None):

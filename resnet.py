@@ -12,7 +12,8 @@ pre-activation ResNets (1603.05027), with 3×3 stems for CIFAR.
   & Kim hold attention to be a trainable form of (Fig. 3a, Appendix B). The map keeps its size: the
   last row and column are repeated.
 - init="torchvision": convolutions N(0, 2/fan_out); "torch": torch's default, as in Park & Kim's
-  code and here in preresnet. zero_init: the last scale of each branch starts at 0 (1706.02677).
+  code and here in preresnet. zero_init: the last scale of each branch starts at 0 (1706.02677), or
+  its last convolution where the scale is before it, which no gradient would reach.
 State-dict keys are torchvision's; pre-activation ResNets have a final "norm" and no stem "bn1".
 
     python resnet.py                             parameters, MACs, activations of the variants (6 s)
@@ -179,8 +180,9 @@ def init_weights(model, init, zero_init):
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and init == "torchvision":
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if isinstance(module, (BasicBlock, Bottleneck)) and zero_init:
-            nn.init.zeros_((module.bn3 if module.expansion == 4 else module.bn2).weight)
+    for block in (block for stage in model.stages for block in stage if zero_init):
+        conv, norm = ("conv3", "bn3") if isinstance(block, Bottleneck) else ("conv2", "bn2")
+        nn.init.zeros_(block.get_submodule(conv if block.pre_activation else norm).weight)
 
 
 class ResNet(nn.Module):
@@ -210,7 +212,7 @@ class ResNet(nn.Module):
         kind, more = BasicBlock, {}
         if bottleneck:
             kind, more = Bottleneck, dict(groups=groups, width_per_group=width_per_group)
-        dim, rates = width, iter([drop_path * i / max(sum(depth) - 1, 1) for i in range(sum(depth))])
+        dim, rates = width, iter([drop_path * i / (sum(depth) - 1) for i in range(sum(depth))])
         for i, blocks in enumerate(depth):
             stage = nn.Sequential()
             for j in range(blocks):

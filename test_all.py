@@ -6,6 +6,7 @@ the code under test; what must hold between processes runs under torchrun with g
 import copy
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -1098,6 +1099,892 @@ def test_mixer_main_prints_variants_and_refuses_an_unknown_one(capsys):
     with pytest.raises(SystemExit):
         mixer.main(["mixer_x16"])
     assert "unknown model 'mixer_x16'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- resnet.py
+
+RESNET_TINY = dict(num_classes=5, width=8, depth=(1, 2, 1, 1), stem="cifar")
+RESNET_COST = [  # name, arguments, parameters, MACs, MACs + bias additions, activations
+    ("resnet50", {}, 25_557_032, 4_089_184_256, 4_089_185_256, 11_315_688),
+    ("resnet101", {}, 44_549_160, 7_801_405_440, 7_801_406_440, 16_433_640),
+    ("resnet152", {}, 60_192_808, 11_513_626_624, 11_513_627_624, 22_755_816),
+    ("resnet200", {}, 64_673_832, None, None, None),
+    ("resnet50x2", {}, 98_004_072, 16_116_613_120, 16_116_614_120, 22_630_376),
+    ("resnet101x2", {}, 173_868_136, 30_965_497_856, 30_965_498_856, 32_866_280),
+    ("resnet152x2", {}, 236_350_568, 45_814_382_592, 45_814_383_592, 45_510_632),
+    ("resnext50_32x4d", {}, 25_028_904, 4_230_479_872, 4_230_480_872, 14_602_216),
+    ("preresnet50", {}, 25_549_352, 4_089_184_256, 4_089_185_256, 11_315_688),
+    ("resnet50", CIFAR, 23_705_252, 1_298_014_208, 1_298_014_308, 3_432_548),
+    ("resnet18", CIFAR, 11_220_132, 555_468_800, 555_468_900, 614_500),
+    ("resnet101", CIFAR, 42_697_380, 2_510_168_064, 2_510_168_164, 5_103_716),
+    ("resnext50_32x4d", CIFAR, 23_177_124, 1_344_151_552, 1_344_151_652, 4_505_700),
+    ("preresnet50", CIFAR, 23_697_572, 1_298_014_208, 1_298_014_308, 3_432_548),
+]
+CHEN_TABLE_7_RESNETS = {  # M parameters, truncated, not rounded
+    "resnet50": 25, "resnet101": 44, "resnet152": 60, "resnet50x2": 98, "resnet101x2": 173,
+    "resnet152x2": 236}
+XIAO_TABLE_2 = {  # GFLOPs, M parameters, M activations as printed
+    "resnet50": (4.1, 25.6, 11.3), "resnet101": (7.8, 44.5, 16.4), "resnet152": (11.5, 60.2, 22.8),
+    "resnet200": (15.0, 64.7, 32.3)}
+RESNET_FORMS = {
+    "basic": dict(bottleneck=False),
+    "bottleneck": dict(),
+    "ResNeXt": dict(groups=4, width_per_group=32),
+    "pre-activation basic": dict(bottleneck=False, pre_activation=True),
+    "pre-activation bottleneck": dict(pre_activation=True),
+    "pre-activation ResNeXt": dict(pre_activation=True, groups=4, width_per_group=32),
+}
+
+
+def randomise(model):
+    """The model in float64, with random norms and statistics, so that all shows in the logits."""
+    torch.manual_seed(0)
+    for key, tensor in model.double().state_dict().items():
+        if key.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point() and tensor.ndim == 1:
+            tensor += 0.2 * torch.randn_like(tensor)
+        elif key.endswith("rel_pos_bias"):
+            tensor.normal_()
+    return model.eval()
+
+
+def tiny_resnet(**overrides):
+    torch.manual_seed(0)
+    return randomise(resnet.ResNet(**{**RESNET_TINY, **overrides}))
+
+
+def below(weights, prefix):
+    """The entries of a state dict under prefix, which is cut off."""
+    return {key.removeprefix(prefix): value for key, value in weights.items()
+            if key.startswith(prefix)}
+
+
+def norm_by_hand(w, x, training):
+    mean, var = w["running_mean"], w["running_var"]
+    if training:
+        mean, var = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)
+    mean, var, scale, shift = (v[:, None, None] for v in (mean, var, w["weight"], w["bias"]))
+    return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+
+def window_attention_by_hand(w, x, *, heads, window):
+    """One window, head and query at a time, from the state dict w of a WindowAttention."""
+    channels = w["proj.weight"].shape[1]
+    each, mixed = channels // heads, x.new_zeros(len(x), channels, *x.shape[2:])
+    q, k, v = torch.einsum("bchw,dc->bdhw", x, w["qkv.weight"]).split(channels, dim=1)
+    for top in range(0, x.shape[2], window):
+        for left in range(0, x.shape[3], window):
+            keys = [(i, j) for i in range(window) for j in range(window)]
+            for head in range(heads):
+                part = slice(head * each, (head + 1) * each)
+                for row, column in keys:
+                    query = q[:, part, top + row, left + column]
+                    scores = torch.stack([
+                        (query * k[:, part, top + i, left + j]).sum(dim=1) / math.sqrt(each)
+                        + w["rel_pos_bias"][i - row + window - 1, j - column + window - 1]
+                        for i, j in keys])
+                    weights = scores.exp() / scores.exp().sum(dim=0)  # (keys, B)
+                    mixed[:, part, top + row, left + column] = sum(
+                        weight[:, None] * v[:, part, top + i, left + j]
+                        for weight, (i, j) in zip(weights, keys))
+    return torch.einsum("bdhw,cd->bchw", mixed, w["proj.weight"]) + w["proj.bias"][:, None, None]
+
+
+def block_by_hand(w, x, stride, pre, *, training=False, scale=1.0, heads=None, window=None):
+    """A block of ResNet or AlterNet from its state dict w; scale multiplies the residual branch."""
+    norm = lambda key, y: norm_by_hand(below(w, f"{key}."), y, training)
+    if "attn.qkv.weight" in w:
+        gelu = lambda u: u / 2 * (1 + torch.erf(u / math.sqrt(2)))
+        attn = lambda y: window_attention_by_hand(below(w, "attn."), y, heads=heads, window=window)
+        if pre:
+            return x + scale * attn(norm("bn2", F.conv2d(gelu(norm("bn1", x)), w["conv1.weight"])))
+        return x + scale * norm("bn2", attn(gelu(norm("bn1", F.conv2d(x, w["conv1.weight"])))))
+
+    last = 3 if "conv3.weight" in w else 2
+    strided = last - 1  # of a bottleneck the second convolution, of a basic block the first
+
+    def conv(i, y):
+        kernel = w[f"conv{i}.weight"]
+        return F.conv2d(y, kernel, stride=stride if i == strided else 1,
+                        padding=kernel.shape[-1] // 2, groups=y.shape[1] // kernel.shape[1])
+
+    branch, shortcut = x, x
+    for i in range(1, last + 1):
+        if pre:
+            branch = norm(f"bn{i}", branch).clamp(min=0)
+            if i == 1 and "downsample.0.weight" in w:
+                shortcut = F.conv2d(branch, w["downsample.0.weight"], stride=stride)
+            branch = conv(i, branch)
+        else:
+            branch = norm(f"bn{i}", conv(i, branch))
+            branch = branch.clamp(min=0) if i < last else branch
+    if pre:
+        return shortcut + scale * branch
+    if "downsample.0.weight" in w:
+        shortcut = norm("downsample.1", F.conv2d(x, w["downsample.0.weight"], stride=stride))
+    return (shortcut + scale * branch).clamp(min=0)
+
+
+def network_by_hand(w, x, pre, *, training=False, blur=False, heads=(None,) * 4, window=None):
+    """Logits of a ResNet or an AlterNet by its equations, from its state dict w."""
+    kernel = w["conv1.weight"]
+    x = F.conv2d(x, kernel, stride=2 if kernel.shape[-1] == 7 else 1, padding=kernel.shape[-1] // 2)
+    if not pre:
+        x = norm_by_hand(below(w, "bn1."), x, training).clamp(min=0)
+    if kernel.shape[-1] == 7:
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+    for i in range(4):
+        stage = below(w, f"layer{i + 1}.")
+        for j in range(1 + max(int(key.split(".")[0]) for key in stage)):
+            x = block_by_hand(below(stage, f"{j}."), x, 2 if i and j == 0 else 1, pre,
+                              training=training, heads=heads[i], window=window)
+        x = blur_by_hand(x) if blur else x
+    if pre:
+        x = norm_by_hand(below(w, "norm."), x, training).clamp(min=0)
+    return x.mean(dim=(2, 3)) @ w["fc.weight"].T + w["fc.bias"]
+
+
+def blur_by_hand(x):
+    """Mean of four pixels; what is missing at the border is taken from the border."""
+    height, width, result = x.shape[2], x.shape[3], torch.zeros_like(x)
+    for row in range(height):
+        for column in range(width):
+            for i in (row, min(row + 1, height - 1)):
+                for j in (column, min(column + 1, width - 1)):
+                    result[:, :, row, column] += x[:, :, i, j] / 4
+    return result
+
+
+# golden numbers
+
+@pytest.mark.parametrize("name, arguments, params, macs, macs_with_bias, acts", RESNET_COST, ids=[
+    f"{name}-{arguments.get('image_size', 224)}" for name, arguments, *_ in RESNET_COST])
+def test_resnet_parameters_macs_and_activations_are_the_counted_ones(
+        name, arguments, params, macs, macs_with_bias, acts):
+    with torch.device("meta"):
+        model = resnet.build(name, **arguments)
+    cost = resnet.complexity(model, arguments.get("image_size", 224))
+    expected = dict(params=params, macs=macs, macs_with_bias=macs_with_bias, acts=acts)
+    for what, number in expected.items():
+        assert number in (cost[what], None), f"{name}: {what} {cost[what]:,} instead of {number:,}"
+    if name in CHEN_TABLE_7_RESNETS and not arguments:
+        millions = CHEN_TABLE_7_RESNETS[name]
+        assert params // 10**6 == millions, f"{name}: {params:,}, Table 7 has {millions} M"
+    if name in XIAO_TABLE_2 and not arguments:
+        gflops, millions, acts_printed = XIAO_TABLE_2[name]
+        assert round(cost["macs_with_bias"] / 1e9, 1) == gflops, f"{name}: {cost}, not {gflops} GF"
+        assert round(params / 1e6, 1) == millions, f"{name}: Table 2 has {millions} M parameters"
+        assert abs(cost["acts"] / 1e6 - acts_printed) < 0.1, f"{name}: {cost}, not {acts_printed} M"
+
+
+# oracles
+
+@pytest.mark.parametrize("name, image_size", [
+    ("resnet18", 224), ("resnet18", 32), ("resnet50", 224), ("resnext50_32x4d", 224)])
+def test_a_resnet_is_torchvisions_in_logits_gradients_and_statistics(name, image_size):
+    published = getattr(torchvision.models, name)(num_classes=10)
+    if image_size == 32:  # torchvision has no CIFAR stem
+        published.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        published.maxpool = nn.Identity()
+    randomise(published)
+    with torch.device("meta"):
+        model = resnet.build(name, 10, image_size)
+    model = model.to_empty(device="cpu").double()
+    assert list(model.state_dict()) == list(published.state_dict())
+    model.load_state_dict(published.state_dict(), strict=True)
+    images = tiny_images(2, 40 if image_size == 224 else 16)
+    for training in (False, True):
+        results = []
+        for network in (published.train(training), model.train(training)):
+            network.zero_grad()
+            logits = network(images)
+            F.cross_entropy(logits, torch.arange(2)).backward()
+            gradients = {f"gradient of {key}": p.grad for key, p in network.named_parameters()}
+            results.append({"logits": logits} | gradients | dict(network.named_buffers()))
+        expected, ours = results
+        for what, value in expected.items():
+            error, size = (ours[what] - value).abs().max(), value.abs().max()
+            assert error <= 1e-10 * size, (f"{name}, training {training}: {what} differs by "
+                                           f"{error:.1e} of {size:.1e}")
+
+
+@pytest.mark.parametrize("form", RESNET_FORMS)
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_a_resnet_follows_the_equations_written_out(form, stem):
+    model = tiny_resnet(**RESNET_FORMS[form], stem=stem)
+    images, pre = tiny_images(3, 40)[..., :36], model.pre_activation
+    for training in (False, True):
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
+        with torch.no_grad():
+            result = model.train(training)(images)
+        expected = network_by_hand(weights, images, pre, training=training)
+        difference, size = (result - expected).abs().max(), expected.abs().max()
+        assert difference < 1e-12 * size, (f"{form}, training {training}: logits differ by "
+                                           f"{difference:.1e}, they reach {size:.2f}")
+    keys = model.state_dict()
+    assert ("norm.weight" in keys, "bn1.weight" in keys) == (pre, not pre)
+    assert ("layer1.0.downsample.0.weight" in keys) == ("basic" not in form), "no need, or needed"
+    assert ("layer2.0.downsample.1.weight" in keys) == (not pre), "a bare 1×1 convolution"
+
+
+def test_blur_is_the_mean_of_four_pixels_at_each_stage_end_without_parameters():
+    x = tiny_images(2, 5)[..., :4]
+    difference = (resnet.blur2x2(x) - blur_by_hand(x)).abs().max()
+    assert difference < 1e-15, f"2×2 means differ by {difference:.1e}"
+    flat = torch.full((1, 2, 3, 3), 0.7)
+    assert (resnet.blur2x2(flat) - flat).abs().max() < 1e-7, "a constant changes at the border"
+    assert torch.equal(resnet.blur2x2(x[..., :1, :1]), x[..., :1, :1]), "one pixel changes"
+
+    for form in ("bottleneck", "pre-activation basic"):
+        plain, model = (tiny_resnet(**RESNET_FORMS[form], blur=blur) for blur in (False, True))
+        model.load_state_dict(plain.state_dict(), strict=True)
+        assert list(model.state_dict()) == list(plain.state_dict())
+        images, out = tiny_images(), dict.fromkeys(model.intermediates)
+        logits = model(images, out=out)
+        expected = network_by_hand(model.state_dict(), images, model.pre_activation, blur=True)
+        difference = (logits - expected).abs().max()
+        assert difference < 1e-12, f"{form}: blurred, logits differ by {difference:.1e}"
+        effect = (logits - plain(images)).abs().max()
+        assert effect > 1e-3, f"{form}: blurring changes the logits by {effect:.1e} only"
+        for i, j in enumerate((0, 1, 0, 0), 1):
+            difference = (out[f"layer{i}.blur"] - blur_by_hand(out[f"layer{i}.{j}"])).abs().max()
+            assert difference < 1e-13, f"{form}: stage {i} ends {difference:.1e} off a blur"
+
+
+# mathematics
+
+def test_stochastic_depth_of_a_resnet_rises_linearly_and_drops_branches_of_samples():
+    for name in ("resnet18", "preresnet18"):
+        model = resnet.build(name, 10, 32, width=8, drop_path=0.7)
+        rates = [block.drop_path.rate for stage in model.stages for block in stage]
+        assert rates == pytest.approx([i / 10 for i in range(8)]), f"{name}: {rates}"
+    for form, more in RESNET_FORMS.items():
+        block = tiny_resnet(**more, drop_path=0.5).layer2[0]
+        x = torch.randn(32, 8 if "basic" in form else 32, 4, 4, dtype=torch.float64)
+        assert block.drop_path.rate == 1 / 8
+        block.drop_path.rate = 0.4
+        block.drop_path.train()
+        torch.manual_seed(0)
+        with torch.no_grad():
+            result = block(x)
+        without, kept = (block_by_hand(block.state_dict(), x, 2, block.pre_activation, scale=scale)
+                         for scale in (0, 1 / 0.6))
+        distances = [(result - expected).flatten(1).abs().amax(dim=1)
+                     for expected in (without, kept)]
+        nearest = torch.minimum(*distances).max()
+        assert nearest < 1e-12, f"{form}: neither the shortcut nor 1/0.6 branch: {nearest:.1e} off"
+        dropped = (distances[0] < 1e-12).sum().item()
+        assert 4 <= dropped <= 22, f"{form}: {dropped} of 32 samples dropped at a rate of 0.4"
+
+
+@pytest.mark.parametrize("form", RESNET_FORMS)
+def test_zero_init_makes_a_resnet_a_chain_of_shortcuts(form):
+    torch.manual_seed(0)
+    overrides = {**RESNET_TINY, **RESNET_FORMS[form]}
+    model = resnet.ResNet(**overrides, zero_init=True).double()
+    out = dict.fromkeys(model.intermediates)
+    model(tiny_images(), out=out)  # in training mode, as the first step
+    x, usual = out["stem"], resnet.ResNet(**overrides).double()
+    for name, stride in (("layer1.0", 1), ("layer2.0", 2), ("layer2.1", 1), ("layer3.0", 2),
+                         ("layer4.0", 2)):
+        shortcut = partial(block_by_hand, x=x, stride=stride, pre=model.pre_activation,
+                           training=True, scale=0)
+        added = out[name] - shortcut(model.get_submodule(name).state_dict())
+        assert added.abs().max() < 1e-12, f"{form}: {name} adds {added.abs().max():.1e}"
+        block = usual.get_submodule(name)
+        added = block(x) - shortcut(block.state_dict())
+        assert added.abs().max() > 1e-3, f"{form}: {name} adds nothing without zero_init"
+        x = out[name]
+
+
+@pytest.mark.parametrize("form", RESNET_FORMS)
+def test_branches_of_zero_init_learn(form):
+    torch.manual_seed(0)
+    model = resnet.ResNet(**RESNET_TINY, **RESNET_FORMS[form], zero_init=True).double()
+    F.cross_entropy(model(tiny_images(4)), torch.arange(4)).backward()
+    for i, stage in enumerate(model.stages, 1):
+        for j, block in enumerate(stage):
+            largest = max(p.grad.abs().max() for key, p in block.named_parameters()
+                          if key.endswith("weight") and "downsample" not in key)
+            assert largest > 1e-6, f"{form}: no weight of the branch of layer{i}.{j} has a gradient"
+
+
+@pytest.mark.parametrize("form", RESNET_FORMS)
+@pytest.mark.parametrize("init", ["torchvision", "torch"])
+def test_initial_resnet_weights_have_the_named_spread(form, init):
+    torch.manual_seed(0)
+    model = resnet.ResNet(**RESNET_FORMS[form], width=32, depth=(1, 1, 1, 1), init=init)
+    seen = 0
+    for key, weight in model.state_dict().items():
+        few = 3 / weight.numel()**0.5  # 4 to 6 standard errors, of a normal or a uniform sample
+        if weight.ndim == 4:
+            out, fan_in = weight.shape[0], weight[0].numel()
+            pixels = weight[0, 0].numel()
+            torchvisions = init == "torchvision"
+            std = (2 / (out * pixels))**0.5 if torchvisions else UNIFORM * fan_in**-0.5
+            assert abs(weight.std() / std - 1) < few, f"{key}: {weight.std():.4f}, not {std:.4f}"
+            reach = weight.abs().max() / weight.std()
+            assert (reach > 3) == torchvisions, f"{key}: normal or uniform? Reaches {reach:.2f} std"
+            seen += 1
+        elif key.startswith("fc."):
+            std = UNIFORM * model.fc.in_features**-0.5  # torch's default for both
+            assert abs(weight.std() / std - 1) < max(few, 0.02), f"{key}: {weight.std():.4f}"
+        elif weight.is_floating_point():
+            constant = 1 if key.endswith(("weight", "running_var")) else 0
+            assert (weight == constant).all(), f"{key} is not {constant}"
+    assert seen == 1 + (8 + 3 if "basic" in form else 12 + 4), f"{seen} convolutions"
+
+
+# gradients
+
+@pytest.mark.parametrize("name, overrides", [
+    ("resnet18", {}), ("resnet50", dict(blur=True, drop_path=0.1)), ("resnext50_32x4d", {}),
+    ("preresnet18", dict(stem="imagenet")), ("preresnet50", dict(drop_path=0.1, blur=True)),
+    ("preresnet50", dict(groups=2, width_per_group=32)), ("resnet50x2", {})])
+def test_every_resnet_parameter_gets_a_finite_gradient(name, overrides):
+    torch.manual_seed(0)
+    width = 16 if name.endswith("x2") else 32 if name.startswith("resnext") else 8
+    model = resnet.build(name, 10, 32, **{"width": width, "depth": (1, 2, 1, 1), **overrides})
+    F.cross_entropy(model.double()(tiny_images(4, 32)), torch.arange(4)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{name} {overrides}: no gradient for {key}"
+        assert parameter.grad.isfinite().all(), f"{name} {overrides}: {key} has {parameter.grad}"
+        assert parameter.grad.any(), f"{name} {overrides}: the gradient of {key} is zero"
+
+
+# promises
+
+def test_names_of_resnets_give_the_depth_width_order_and_stem():
+    depths = {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3), "50": (3, 4, 6, 3), "101": (3, 4, 23, 3),
+              "152": (3, 8, 36, 3), "200": (3, 24, 36, 3)}  # He et al., Table 1
+    with torch.device("meta"):
+        for name in [*resnet.NAMES, "resnet18x2", "preresnet50x2"]:
+            model = resnet.build(name)
+            size = re.search(r"\d+", name)[0]
+            assert tuple(len(stage) for stage in model.stages) == depths[size], name
+            x2, wide = 1 + name.endswith("x2"), 1 if size in ("18", "34") else 4
+            assert model.conv1.weight.shape == (64 * x2, 3, 7, 7), name
+            assert model.fc.weight.shape == (1000, 512 * x2 * wide), name
+            assert model.pre_activation == name.startswith("pre"), name
+            shape = (128, 4, 3, 3) if name.startswith("resnext") else (64 * x2, 64 * x2, 3, 3)
+            assert model.layer1[0].conv2.weight.shape == shape, f"{name}: {shape}"
+        for image_size, kernel, side in ((32, 3, 32), (64, 3, 64), (65, 7, 17), (224, 7, 56)):
+            for name in ("resnet18", "preresnet18"):
+                model, out = resnet.build(name, 10, image_size), {"stem": None, "layer4.1": None}
+                model(torch.empty(2, 3, image_size, image_size), out=out)
+                assert model.conv1.kernel_size == (kernel, kernel), f"{name} at {image_size}"
+                assert out["stem"].shape == (2, 64, side, side), f"{image_size}: {out['stem']}"
+                last = math.ceil(side / 8)
+                assert out["layer4.1"].shape == (2, 512, last, last), f"{image_size}"
+        assert resnet.build("resnet50", image_size=32, stem="imagenet").conv1.kernel_size == (7, 7)
+        assert resnet.build("resnet50x2", width=64).fc.in_features == 2048
+    for name, uniform in (("resnet18", False), ("preresnet18", True)):
+        weight = resnet.build(name, 10, 32).conv1.weight
+        assert (weight.abs().max() <= 27**-0.5) == uniform, f"{name}: reaches {weight.abs().max()}"
+
+
+@pytest.mark.parametrize("form", ["bottleneck", "pre-activation basic"])
+def test_resnet_intermediates_are_named_shaped_and_free_of_side_effects(form):
+    model, images = tiny_resnet(**RESNET_FORMS[form], stem="imagenet"), tiny_images(2, 64)[..., :40]
+    assert model.intermediates == {
+        "stem": ("stem", 0), "layer1.0": ("conv", 1), "layer2.0": ("conv", 2),
+        "layer2.1": ("conv", 2), "layer3.0": ("conv", 3), "layer4.0": ("conv", 4),
+        "pre_logits": ("representation", 4)}
+    blurred = list(tiny_resnet(blur=True).intermediates.items())
+    assert blurred[1:6] == [("layer1.0", ("conv", 1)), ("layer1.blur", ("pooling", 1)),
+                            ("layer2.0", ("conv", 2)), ("layer2.1", ("conv", 2)),
+                            ("layer2.blur", ("pooling", 2))]
+    assert len(blurred) == 7 + 4
+    whole = model(images)
+    out, passed = dict.fromkeys(model.intermediates), {}
+    for name in list(out)[1:-1]:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, y, name=name: passed.update({name: y.clone()}))
+    assert torch.equal(model(images, out=out), whole)
+    for name, y in passed.items():
+        assert torch.equal(out[name], y), f"{name} was changed after it was recorded"
+    wide = 1 if "basic" in form else 4
+    shapes = {"stem": (8, 16, 10), "layer1.0": (8 * wide, 16, 10), "layer2.0": (16 * wide, 8, 5),
+              "layer2.1": (16 * wide, 8, 5), "layer3.0": (32 * wide, 4, 3),
+              "layer4.0": (64 * wide, 2, 2), "pre_logits": (64 * wide,)}
+    for name, value in out.items():
+        assert value.shape == (2, *shapes[name]), f"{name}: {tuple(value.shape)}, {shapes[name]}"
+    stem = F.conv2d(images, model.conv1.weight, stride=2, padding=3)
+    stem = stem if model.pre_activation else model.bn1(stem).relu()
+    assert torch.equal(out["stem"], F.max_pool2d(stem, 3, stride=2, padding=1))
+    assert torch.equal(model.fc(out["pre_logits"]), whole)
+    only = {"layer2.0": None}
+    model(images, out=only)
+    assert list(only) == ["layer2.0"] and torch.equal(only["layer2.0"], out["layer2.0"])
+    with pytest.raises(ValueError, match="unknown intermediate 'layer1.blur'; this model has stem"):
+        model(images, out={"layer1.blur": None})
+
+
+@pytest.mark.parametrize("form", RESNET_FORMS)
+def test_skipping_a_block_of_a_resnet_equals_one_whose_kernel_is_the_identity(form):
+    images = tiny_images()
+    whole = tiny_resnet(**RESNET_FORMS[form])(images)
+    units = ["layer1.0", "layer2.0", "layer2.1", "layer3.0", "layer4.0"]
+    for name in units:
+        model = tiny_resnet(**RESNET_FORMS[form])
+        skipped = model(images, skip=name)
+        assert torch.equal(model(images), whole), f"skipping {name} once changed the model"
+        conv = model.get_submodule(name).conv2
+        nn.init.dirac_(conv.weight, conv.groups)
+        difference = (skipped - model(images)).abs().max()
+        assert difference < 1e-12, f"{name} skipped is {difference:.1e} off the identity kernel"
+        effect = (skipped - whole).abs().max()
+        assert effect > 1e-4, f"skipping {name} changes the logits by {effect:.1e} only"
+    for name in ("stem", "layer1.1", "layer5.0", "layer1", "pre_logits"):
+        with pytest.raises(ValueError, match=f"unit '{name}' to skip; .* has {', '.join(units)}$"):
+            model(images, skip=name)
+
+
+def test_a_resnet_compiles_into_one_graph():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = resnet.build("resnet18", 10, 32, width=8, depth=(1, 1, 1, 1), drop_path=0.1, blur=True)
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(images).sum().backward()
+    model.eval()
+    plain, graph = {"layer3.0": None}, {"layer3.0": None}
+    for ours, theirs in ((compiled(images, out=graph, skip="layer2.0"),
+                          model(images, out=plain, skip="layer2.0")),
+                         (graph["layer3.0"], plain["layer3.0"])):
+        difference = (ours - theirs).abs().max()
+        assert difference < 1e-4, f"compiled and plain ResNet differ by {difference:.1e}"
+
+
+@pytest.mark.parametrize("name, arguments, message", [
+    ("resnet51", {}, r"unknown model 'resnet51', did you mean 'resnet.*'\? known: \(pre\)resne"),
+    ("resnet50x3", {}, r"unknown model 'resnet50x3', did you mean 'resnet50x2'\? .* also with x2"),
+    ("resnext50_32x8d", {}, "did you mean 'resnext50_32x4d'.* at the end, resnext50_32x4d$"),
+    ("preresnext50_32x4d", {}, "unknown model 'preresnext50_32x4d'"),
+    ("vgg", {}, "unknown model 'vgg'; known: "),
+    ("resnet50", dict(droppath=0.1), "argument of resnet50 'droppath', did you mean 'drop_path'"),
+    ("preresnet18", dict(heads=8), "unknown argument of preresnet18 'heads'.* known: num_classes"),
+    ("resnet18", dict(groups=32), "groups and width_per_group are for bottlenecks"),
+    ("resnet34", dict(width_per_group=32), "groups and width_per_group are for bottlenecks"),
+    ("resnet50", dict(depth=(3, 4, 6)), r"blocks of four stages, got \(3, 4, 6\)"),
+    ("resnet50", dict(depth=(3, 4, 6, 0)), r"blocks of four stages, got \(3, 4, 6, 0\)"),
+    ("resnet50", dict(width=0), "must be at least 1, .* a multiple of 64; got 0, 1, 64"),
+    ("resnet50", dict(groups=0), "must be at least 1, .* a multiple of 64; got 64, 0, 64"),
+    ("resnet50", dict(width_per_group=-4), "must be at least 1, .* of 64; got 64, 1, -4"),
+    ("resnext50_32x4d", dict(width=24), "width times width_per_group a multiple of 64; got 24, 32"),
+    ("resnet50", dict(stem="patch"), "stem must be one of imagenet, cifar; got 'patch'"),
+    ("resnet50", dict(init="timm"), "init must be one of torchvision, torch; got 'timm'"),
+    ("resnet50", dict(drop_path=1.0), "drop_path must be at least 0 and less than 1, got 1.0"),
+])
+def test_a_resnet_that_cannot_be_built_is_refused_in_one_line(name, arguments, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
+        resnet.build(name, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_resnet_main_prints_variants_and_refuses_an_unknown_one(capsys):
+    resnet.main(["resnet50", "resnet18", "--image-size", "32", "--num-classes", "100"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "parameters GMACs with bias M activations".split()
+    assert lines[1:] == [["resnet50", "23,705,252", "1.298", "1.298", "3.433"],
+                         ["resnet18", "11,220,132", "0.555", "0.555", "0.615"]], lines
+    for argv, message in ((["resnet51"], "unknown model 'resnet51'"), (["--image"], "--image")):
+        with pytest.raises(SystemExit):
+            resnet.main(argv)
+        assert message in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------- alternet.py
+
+ALTERNET_COST = [  # image size, attention blocks, parameters, MACs, MACs + bias additions, acts
+    (32, (0, 0, 0, 0), 28_160_164, 1_369_317_376, 1_369_317_476, 3_481_700),  # Fig. 12a
+    (32, (0, 0, 0, 1), 30_258_389, 1_403_658_240, 1_403_691_108, 3_577_956),
+    (32, (0, 0, 0, 2), 32_356_614, 1_437_999_104, 1_438_064_740, 3_674_212),
+    (32, (0, 0, 1, 2), 32_881_463, 1_473_126_400, 1_473_257_572, 3_866_724),
+    (32, (0, 1, 1, 2), 33_012_840, 1_509_826_560, 1_510_088_804, 4_251_748),
+    (32, (0, 1, 2, 2), 33_537_689, 1_544_953_856, 1_545_281_636, 4_444_260),
+    (32, (0, 1, 3, 2), 34_062_538, 1_580_081_152, 1_580_474_468, 4_636_772),
+    (32, None, 33_012_840, 1_509_826_560, 1_510_088_804, 4_251_748),  # Fig. 11
+    (224, None, 35_915_038, 5_012_623_360, 5_013_828_584, 15_469_320),  # Fig. D.5
+]
+ALTERNET_TINY = dict(image_size=16, num_classes=5, width=8, depth=(1, 3, 2, 2),
+                     msa_blocks=(0, 1, 1, 1), window_size=2, heads=(1, 2, 3, 2), head_dim=5,
+                     stem="cifar")
+ALTERNET_FORMS = {
+    "pre-activation bottleneck": dict(),
+    "pre-activation basic": dict(bottleneck=False),
+    "pre-activation ResNeXt": dict(groups=4, width_per_group=32),
+    "post-activation bottleneck": dict(pre_activation=False),
+    "post-activation basic": dict(pre_activation=False, bottleneck=False),
+    "post-activation ResNeXt": dict(pre_activation=False, groups=4, width_per_group=32),
+}
+
+
+def tiny_alternet(**overrides):
+    torch.manual_seed(0)
+    return randomise(alternet.AlterNet(**{**ALTERNET_TINY, **overrides}))
+
+
+def sides_of_the_stages(image_size, stem):
+    """By running convolutions of the kernels, strides and paddings of a ResNet."""
+    x, kernel = torch.empty(1, 1, image_size, image_size, device="meta"), (1, 1, 3, 3)
+    if stem == "imagenet":
+        x = F.conv2d(x, torch.empty(1, 1, 7, 7, device="meta"), stride=2, padding=3)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+    sides = [x.shape[-1]]
+    for _ in range(3):
+        x = F.conv2d(x, torch.empty(kernel, device="meta"), stride=2, padding=1)
+        sides.append(x.shape[-1])
+    return sides
+
+
+# golden numbers
+
+@pytest.mark.parametrize("image_size, msa_blocks, params, macs, macs_with_bias, acts",
+                         ALTERNET_COST)
+def test_alternet_parameters_macs_and_activations_are_the_counted_ones(
+        image_size, msa_blocks, params, macs, macs_with_bias, acts):
+    overrides = {} if msa_blocks is None else dict(msa_blocks=msa_blocks)
+    with torch.device("meta"):
+        model = alternet.build("alter_resnet50", 100 if image_size == 32 else 1000, image_size,
+                               **overrides)
+    cost = alternet.complexity(model, image_size)
+    expected = dict(params=params, macs=macs, macs_with_bias=macs_with_bias, acts=acts)
+    assert cost == expected, f"{msa_blocks} at {image_size}: counted {cost}, expected {expected}"
+
+
+@pytest.mark.parametrize("name, image_size, overrides, rows", [  # C convolution, A attention
+    ("alter_resnet50", 32, {}, "CCC CCCA CCCCCA CACA"),  # Fig. 11
+    ("alter_resnet50", 64, {}, "CCC CCCA CCCCCA CACA"),
+    ("alter_resnet50", 224, {}, "CCC CCCA CACACA CACA"),  # Fig. D.5
+    ("alter_resnet50", 32, dict(msa_blocks=(0, 0, 0, 0)), "CCC CCCC CCCCCC CCCC"),
+    ("alter_resnet50", 32, dict(msa_blocks=(0, 0, 0, 1)), "CCC CCCC CCCCCC CCCA"),
+    ("alter_resnet50", 32, dict(msa_blocks=(0, 1, 2, 2)), "CCC CCCA CCCACA CACA"),
+    ("alter_resnet50", 32, dict(msa_blocks=[1, 2, 3, 2]), "CCA CACA CACACA CACA"),
+    ("alter_resnet18", 32, {}, "CC CA CA CA"), ("alter_resnet18", 224, {}, "CC CA CA CA"),
+    ("alter_resnet34", 224, {}, "CCC CCCA CACACA CACA"),
+    ("alter_resnet101", 224, {}, f"CCC CCCA {'C' * 17}CACACA CACA"),
+    ("alter_resnet152", 32, {}, f"CCC {'C' * 7}A {'C' * 35}A CACA"),
+    ("alter_resnet50", 224, dict(depth=(1, 1, 3, 5)), "C C CCA CCACA"),
+])
+def test_stages_of_an_alternet_end_in_pairs_of_convolution_and_attention(
+        name, image_size, overrides, rows):
+    with torch.device("meta"):
+        model = alternet.build(name, 10, image_size, drop_path=0.1, **overrides)
+    letters = {"conv": "C", "attention": "A"}
+    named = ["".join(letters[kind] for kind, stage in model.intermediates.values()
+                     if stage == i and kind in letters) for i in (1, 2, 3, 4)]
+    built = ["".join("A" if hasattr(block, "attn") else "C" for block in stage)
+             for stage in model.stages]
+    assert named == built == rows.split(), f"{built}, named {named}"
+    for i, (stage, heads) in enumerate(zip(model.stages, (3, 6, 12, 24))):
+        for block in stage:
+            if hasattr(block, "attn"):
+                side = 7 if image_size == 224 else 4
+                width, inner = 64 * 2**i, 64 * heads
+                dim = model.fc.in_features * 2**i // 8
+                shapes = {key: tuple(p.shape) for key, p in block.state_dict().items()
+                          if p.ndim > 1 or key == "attn.proj.bias"}
+                assert shapes == {
+                    "conv1.weight": (width, dim, 1, 1), "attn.qkv.weight": (3 * inner, width),
+                    "attn.proj.weight": (dim, inner), "attn.proj.bias": (dim,),
+                    "attn.rel_pos_bias": (2 * side - 1, 2 * side - 1)}, f"stage {i + 1}: {shapes}"
+                assert block.attn.heads == heads
+    rates = [block.drop_path.rate for stage in model.stages for block in stage]
+    expected = [0.1 * i / (len(rates) - 1) for i in range(len(rates))]
+    assert rates == pytest.approx(expected), f"stochastic depth {rates}"
+
+
+# oracles
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_window_attention_is_the_softmax_over_the_pixels_of_the_window(window):
+    torch.manual_seed(0)
+    layer = alternet.WindowAttention(6, 7, heads=3, head_dim=5, window_size=window).double()
+    nn.init.normal_(layer.rel_pos_bias)
+    assert list(layer.state_dict()) == ["rel_pos_bias", "qkv.weight", "proj.weight", "proj.bias"]
+    x = torch.randn(2, 6, 2 * window, 3 * window, dtype=torch.float64)
+    result = layer(x)
+    expected = window_attention_by_hand(layer.state_dict(), x, heads=3, window=window)
+    difference, size = (result - expected).abs().max(), expected.abs().max()
+    assert difference < 1e-12, f"window {window}: differs by {difference:.1e} of {size:.2f}"
+
+    changed = x.clone()
+    changed[:, :, window:, 2 * window:] += 1  # one window of six
+    effect = (layer(changed) - result).abs().amax(dim=(0, 1))
+    assert effect[window:, 2 * window:].min() > 1e-3, "a window sees its own pixels"
+    effect[window:, 2 * window:] = 0
+    assert effect.max() == 0, f"another window changes by {effect.max():.1e}"
+
+
+@pytest.mark.parametrize("form", ALTERNET_FORMS)
+def test_an_alternet_follows_the_equations_written_out(form):
+    for overrides in (dict(), dict(stem="imagenet", image_size=64)):
+        model = tiny_alternet(**{**ALTERNET_FORMS[form], **overrides})
+        images = tiny_images(2, 128)[..., :64] if overrides else tiny_images(3)
+        for training in (False, True):
+            weights = {key: value.clone() for key, value in model.state_dict().items()}
+            with torch.no_grad():
+                result = model.train(training)(images)
+            expected = network_by_hand(weights, images, model.pre_activation, training=training,
+                                       heads=(1, 2, 3, 2), window=2)
+            difference, size = (result - expected).abs().max(), expected.abs().max()
+            assert difference < 1e-12 * size, (f"{form}, {model.stem}, training {training}: logits "
+                                               f"differ by {difference:.1e}, they reach {size:.2f}")
+
+
+# mathematics
+
+def test_stochastic_depth_of_an_attention_block_drops_it_for_some_samples():
+    for form in ("pre-activation bottleneck", "post-activation bottleneck"):
+        block = tiny_alternet(**ALTERNET_FORMS[form], drop_path=0.7).layer2[2]
+        assert block.drop_path.rate == pytest.approx(0.3)
+        block.drop_path.train()
+        x = torch.randn(32, 64, 2, 2, dtype=torch.float64)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            result = block(x)
+        kept = block_by_hand(block.state_dict(), x, 1, block.pre_activation, scale=1 / 0.7,
+                             heads=2, window=2)
+        distances = [(result - expected).flatten(1).abs().amax(dim=1) for expected in (x, kept)]
+        nearest = torch.minimum(*distances).max()
+        assert nearest < 1e-12, f"{form}: neither x nor x + branch/0.7: {nearest:.1e} off"
+        dropped = (distances[0] == 0).sum().item()
+        assert 2 <= dropped <= 18, f"{form}: {dropped} of 32 samples dropped at a rate of 0.3"
+
+
+def test_initial_alternet_weights_are_torchs_and_its_position_biases_small():
+    torch.manual_seed(0)
+    weights = alternet.build("alter_resnet50", depth=(2, 2, 2, 2), msa_blocks=(1, 1, 1, 1),
+                             width=32).state_dict()
+    biases = torch.cat([value.flatten() for key, value in weights.items()
+                        if key.endswith("rel_pos_bias")])
+    assert len(biases) == 4 * 13**2
+    assert abs(biases.std() / 0.02 - 1) < 0.1, f"{biases.std():.4f} instead of 0.02"  # 3.7 errors
+    assert biases.abs().max() > 2.5 * 0.02, "normal, not uniform"
+    for key, weight in weights.items():
+        if weight.ndim > 1 and not key.endswith("rel_pos_bias"):
+            bound = weight[0].numel() ** -0.5
+            few = 3 / weight.numel()**0.5
+            assert abs(weight.std() / (UNIFORM * bound) - 1) < few, f"{key}: {weight.std():.4f}"
+            assert weight.abs().max() <= bound, f"{key} reaches {weight.abs().max():.4f}"
+
+
+# gradients
+
+@pytest.mark.parametrize("form", ALTERNET_FORMS)
+def test_every_alternet_parameter_gets_a_finite_gradient(form):
+    torch.manual_seed(0)
+    model = alternet.build("alter_resnet50", 10, 32, width=8, depth=(1, 2, 2, 2), drop_path=0.1,
+                           **ALTERNET_FORMS[form])
+    F.cross_entropy(model.double()(tiny_images(4, 32)), torch.arange(4)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{form}: no gradient for {key}"
+        assert parameter.grad.isfinite().all(), f"{form}: {key} has {parameter.grad}"
+        assert parameter.grad.any(), f"{form}: the gradient of {key} is zero"
+
+
+# promises
+
+def test_what_the_model_files_repeat_is_word_for_word_the_same():
+    differ = {"Block", "build", "check_images", "load_npz", "main"}  # each file's own
+    sources = {}
+    for module in (vit, mixer, resnet, alternet):
+        for name, thing in vars(module).items():
+            if getattr(thing, "__module__", None) == module.__name__ and name not in differ:
+                sources.setdefault(name, {})[module.__name__] = inspect.getsource(thing)
+    copies = {name: files for name, files in sources.items() if len(files) > 1}
+    for name, files in copies.items():
+        (first, source), *others = files.items()
+        for other, text in others:
+            assert text == source, f"{name} of {other}.py is not that of {first}.py"
+    in_all = {name for name, files in copies.items() if len(files) == 4}
+    assert in_all == {"record", "check_names", "DropPath", "check_choices", "check_rates",
+                      "unknown", "Counter", "complexity"}, f"in all four: {in_all}"
+    in_some = copies.keys() - in_all
+    assert in_some == {"Mlp", "lecun_normal_", "projection", "spatial", "BasicBlock", "Bottleneck",
+                       "check_widths"}, f"in two or three: {in_some}"
+
+
+@pytest.mark.parametrize("image_size, overrides, message", [
+    (40, {}, "windows of 4 .* maps of images of 40 pixels a side, 40, 20, 10, 5, with attention in "
+             "0 1 1 1 of their blocks; image sizes that work: 32 and 64; window sizes that work: "
+             "1, 5$"),
+    (36, dict(msa_blocks=(0, 0, 0, 1)), "36, 18, 9, 5, with attention in 0 0 0 1 of"),
+    (60, dict(msa_blocks=(1, 0, 0, 0), window_size=7),
+     "window sizes that work: 1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60$"),
+    (60, dict(window_size=8, msa_blocks=(1, 1, 0, 0)), "image sizes that work: 48 and 64;"),
+    (32, dict(window_size=32), "image sizes that work: 256; window sizes that work: 1, 2, 4$"),
+    (96, {}, "24, 12, 6, 3, .* work: 224; window sizes that work: 1, 3$"),
+    (225, {}, "57, 29, 15, 8, .* work: 224 and 448; window sizes that work: 1$"),
+    (224, dict(window_size=4), "56, 28, 14, 7, .* 128 and 256; window sizes .*: 1, 7$"),
+    (250, dict(window_size=6, msa_blocks=(0, 0, 1, 0)), "image sizes that work: 192 and 288;"),
+])
+def test_a_window_error_names_the_nearest_sizes_that_work_and_they_do(
+        image_size, overrides, message):
+    stem, step = ("cifar", 8) if image_size <= 64 else ("imagenet", 32)
+    window = overrides.get("window_size", 4 if stem == "cifar" else 7)
+    msa_blocks = overrides.get("msa_blocks", (0, 1, 1, 1))
+    fits = lambda image_size, window: not any(
+        side % window for side, blocks in zip(sides_of_the_stages(image_size, stem), msa_blocks)
+        if blocks)
+    with pytest.raises(ValueError, match=message) as error:
+        alternet.build("alter_resnet18", 10, image_size, width=4, **overrides)
+    assert "\n" not in str(error.value)
+    images, windows = re.search("image sizes that work: (.*); window sizes that work: (.*)$",
+                                str(error.value)).groups()
+    images, windows = [int(i) for i in images.split(" and ")], [int(w) for w in windows.split(", ")]
+    for size, side in [*((size, window) for size in images), *((image_size, w) for w in windows)]:
+        assert fits(size, side), f"windows of {side} at {size}: {sides_of_the_stages(size, stem)}"
+        with torch.device("meta"):
+            model = alternet.build("alter_resnet18", 10, size, width=4, stem=stem, window_size=side,
+                                   msa_blocks=msa_blocks)
+            assert model(torch.empty(2, 3, size, size)).shape == (2, 10)
+    steps = range(step, 2 * max(images), step)
+    nearest = ([size for size in steps if size < image_size and fits(size, window)][-1:]
+               + [size for size in steps if size > image_size and fits(size, window)][:1])
+    assert images == nearest, f"{images} named, nearest are {nearest}"
+    expected = [side for side in range(1, image_size + 1) if fits(image_size, side)]
+    assert windows == expected, f"windows {windows} named, {expected} work"
+
+
+def test_an_alternet_takes_images_of_other_sizes_that_windows_divide():
+    model = alternet.build("alter_resnet18", 10, 32, width=4).double().eval()
+    out = {"layer2.1": None, "layer4.1": None}
+    assert model(tiny_images(2, 64)[..., :32], out=out).shape == (2, 10)
+    assert (out["layer2.1"].shape, out["layer4.1"].shape) == ((2, 8, 32, 16), (2, 32, 8, 4))
+    for images in (tiny_images(2, 40)[..., :32], tiny_images(2, 40)[..., :32].mT):
+        with pytest.raises(ValueError, match="windows of 4 do not divide .*work: 32 and 64;"):
+            model(images)
+    odd = alternet.build("alter_resnet18", 10, 225, width=4, window_size=8, msa_blocks=(0, 0, 0, 1))
+    assert odd.double()(tiny_images(2, 225)).shape == (2, 10), "8×8 at the end: sides round up"
+    free = alternet.build("alter_resnet18", 10, 33, width=4, msa_blocks=(0, 0, 0, 0)).double()
+    assert free(tiny_images(2, 37)).shape == (2, 10), "nothing to divide without attention"
+    single = model.float()(tiny_images(2, 32).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(tiny_images(2, 32).float())
+    difference = (half - single).abs().max()
+    assert half.dtype == torch.bfloat16 and difference < 0.05, f"differs by {difference:.1e}"
+
+
+@pytest.mark.parametrize("form", ["pre-activation bottleneck", "post-activation basic"])
+def test_alternet_intermediates_are_named_shaped_and_free_of_side_effects(form):
+    model, images = tiny_alternet(**ALTERNET_FORMS[form]), tiny_images()
+    assert model.intermediates == {
+        "stem": ("stem", 0), "layer1.0": ("conv", 1), "layer2.0": ("conv", 2),
+        "layer2.1": ("conv", 2), "layer2.2": ("attention", 2), "layer3.0": ("conv", 3),
+        "layer3.1": ("attention", 3), "layer4.0": ("conv", 4), "layer4.1": ("attention", 4),
+        "pre_logits": ("representation", 4)}
+    whole = model(images)
+    out, passed = dict.fromkeys(model.intermediates), {}
+    for name in list(out)[1:-1]:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, y, name=name: passed.update({name: y.clone()}))
+    assert torch.equal(model(images, out=out), whole)
+    for name, y in passed.items():
+        assert torch.equal(out[name], y), f"{name} was changed after it was recorded"
+    wide = 1 if "basic" in form else 4
+    for name, value in out.items():
+        stage = int(name[5]) if name.startswith("layer") else 1
+        shape = (2, 8 * wide * 2**(stage - 1), *[16 // 2**(stage - 1)] * 2)
+        shape = dict(stem=(2, 8, 16, 16), pre_logits=(2, 64 * wide)).get(name, shape)
+        assert value.shape == shape, f"{name} has shape {tuple(value.shape)} instead of {shape}"
+    stem = F.conv2d(images, model.conv1.weight, padding=1)
+    assert torch.equal(out["stem"], stem if model.pre_activation else model.bn1(stem).relu())
+    assert torch.equal(model.fc(out["pre_logits"]), whole)
+    only = {"layer2.2": None}
+    model(images, out=only)
+    assert list(only) == ["layer2.2"] and torch.equal(only["layer2.2"], out["layer2.2"])
+    with pytest.raises(ValueError, match="unknown intermediate 'layer2.3'; this model has stem"):
+        model(images, out={"layer2.3": None})
+
+
+@pytest.mark.parametrize("form", ALTERNET_FORMS)
+def test_skipping_a_block_of_an_alternet_equals_identity_kernels_and_attention_of_zeros(form):
+    images = tiny_images()
+    whole = tiny_alternet(**ALTERNET_FORMS[form])(images)
+    units = ("layer1.0, layer2.0, layer2.1, layer2.2, layer3.0, layer3.1, layer4.0, "
+             "layer4.1").split(", ")
+    for name in units:
+        model = tiny_alternet(**ALTERNET_FORMS[form])
+        skipped, block = model(images, skip=name), model.get_submodule(name)
+        assert torch.equal(model(images), whole), f"skipping {name} once changed the model"
+        if name in ("layer2.2", "layer3.1", "layer4.1"):
+            for parameter in (block.attn.proj if model.pre_activation else block.bn2).parameters():
+                nn.init.zeros_(parameter)
+        else:
+            nn.init.dirac_(block.conv2.weight, block.conv2.groups)
+        difference = (skipped - model(images)).abs().max()
+        assert difference < 1e-12, f"{form}: {name} skipped is {difference:.1e} off"
+        effect = (skipped - whole).abs().max()
+        assert effect > 1e-4, f"skipping {name} changes the logits by {effect:.1e} only"
+    for name in ("stem", "layer2.2.attn", "layer1.1", "pre_logits"):
+        with pytest.raises(ValueError, match=f"unit '{name}' to skip; .* has {', '.join(units)}$"):
+            model(images, skip=name)
+
+
+def test_an_alternet_compiles_into_one_graph():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = alternet.build("alter_resnet18", 10, 32, width=8, depth=(1, 1, 1, 2), drop_path=0.1)
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(images).sum().backward()
+    model.eval()
+    plain, graph = {"layer3.0": None}, {"layer3.0": None}
+    for ours, theirs in ((compiled(images, out=graph, skip="layer4.1"),
+                          model(images, out=plain, skip="layer4.1")),
+                         (graph["layer3.0"], plain["layer3.0"])):
+        difference = (ours - theirs).abs().max()
+        assert difference < 1e-4, f"compiled and plain AlterNet differ by {difference:.1e}"
+
+
+@pytest.mark.parametrize("name, arguments, message", [
+    ("alter_resnet5", {}, r"unknown model 'alter_resnet5', did you mean 'alter_resnet50'\? know"),
+    ("resnet50", {}, "unknown model 'resnet50', did you mean 'alter_resnet50'.*, alter_resnet152$"),
+    ("50", {}, "unknown model '50'; known: alter_resnet18, alter_resnet34, alter_resnet50, alt"),
+    ("alter_resnet50", dict(msa_block=(0, 0, 0, 0)),
+     "unknown argument of alter_resnet50 'msa_block', did you mean 'msa_blocks'"),
+    ("alter_resnet50", dict(blur=True), "unknown argument of alter_resnet50 'blur'"),
+    ("alter_resnet50", dict(msa_blocks=(2, 1, 3, 2)),
+     r"each at most half of its stage's blocks \(3, 4, 6, 4\); got \(2, 1, 3, 2\)"),
+    ("alter_resnet50", dict(msa_blocks=(0, 1, 3, -1)), r"msa_blocks .*; got \(0, 1, 3, -1\)"),
+    ("alter_resnet50", dict(msa_blocks=[0, 1, 3]), r"needs four numbers, .*; got \(0, 1, 3\)"),
+    ("alter_resnet18", dict(msa_blocks=(0, 0, 0, 2)), r"blocks \(2, 2, 2, 2\); got \(0, 0, 0, 2\)"),
+    ("alter_resnet50", dict(heads=(3, 6, 12)), r"heads needs four .* got \(3, 6, 12\), 64, 7, 224"),
+    ("alter_resnet50", dict(heads=(3, 0, 12, 24)), r"at least 1; got \(3, 0, 12, 24\), 64, 7, 224"),
+    ("alter_resnet50", dict(head_dim=0), r"at least 1; got \(3, 6, 12, 24\), 0, 7, 224"),
+    ("alter_resnet50", dict(window_size=0), r"at least 1; got \(3, 6, 12, 24\), 64, 0, 224"),
+    ("alter_resnet50", dict(depth=(3, 4, 6)), r"blocks of four stages, got \(3, 4, 6\)"),
+    ("alter_resnet34", dict(groups=32, width_per_group=4), "are for bottlenecks"),
+    ("alter_resnet50", dict(width=0), "must be at least 1, .* a multiple of 64; got 0, 1, 64"),
+    ("alter_resnet50", dict(stem="conv"), "stem must be one of imagenet, cifar; got 'conv'"),
+    ("alter_resnet50", dict(drop_path=1.0), "must be at least 0 and less than 1, got 1.0"),
+    ("alter_resnet50", dict(image_size=32, stem="imagenet"), "8, 4, 2, 1, .* work: 128;"),
+])
+def test_an_alternet_that_cannot_be_built_is_refused_in_one_line(name, arguments, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
+        alternet.build(name, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_alternet_main_prints_variants_with_attention_where_told_and_refuses_what_does_not_fit(
+        capsys):
+    for more, row in (("", ["33,012,840", "1.510", "1.510", "4.252"]),
+                      (" --msa-blocks 0 0 0 1", ["30,258,389", "1.404", "1.404", "3.578"])):
+        alternet.main(f"alter_resnet50 --image-size 32 --num-classes 100{more}".split())
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert lines[1:] == [["alter_resnet50", *row]], lines
+    alternet.main("alter_resnet18 --image-size 64 --window-size 8".split())
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    for argv, message in (("alter_resnet49", "unknown model 'alter_resnet49'"),
+                          ("alter_resnet50 --msa-blocks 2 1 1 2", "got (2, 1, 1, 2)"),
+                          ("alter_resnet50 --msa-blocks 0 1 1", "expected 4 arguments"),
+                          ("--window-size 5", "image sizes that work: 160 and 320;")):
+        with pytest.raises(SystemExit):
+            alternet.main(argv.split())
+        assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------- sam.py

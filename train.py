@@ -706,8 +706,11 @@ class RunningStatistics:
 
 
 @torch.no_grad()
-def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=None):
-    """Accuracy and calibration over a loader, every image counted once over all processes.
+def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=None,
+             restrict_logits=None):
+    """Accuracy and calibration over a loader, every image counted once over all processes. Labels
+    are (m,), or (m, K) where any of a row is right and -1 fills it up; restrict_logits: indices of
+    the only classes that are predicted.
 
     -> dict: images; top1, top5 in percent; nll, mean cross-entropy in nats; ece, the expected
     calibration error in percent: over `bins` equal bins (lo, hi] of the top probability, the mean
@@ -722,9 +725,15 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
         with autocast:
             logits = model(to_float(x, model))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]
-        sums += torch.stack([torch.ones_like(y).sum(), hits[:, 0].sum(), hits.sum(),
-                             F.cross_entropy(logits, y, reduction="sum")]).to(sums)
+        if restrict_logits is not None:
+            others = torch.ones(logits.shape[1], dtype=torch.bool)
+            others[restrict_logits] = False
+            logits = logits.masked_fill(others.to(device), -math.inf)
+        y = y.view(len(y), -1)
+        hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices[:, :, None] == y[:, None]).any(2)
+        log_p = logits.log_softmax(1).gather(1, y.clamp(min=0)).masked_fill(y < 0, -math.inf)
+        sums += torch.stack([torch.ones_like(y[:, 0]).sum(), hits[:, 0].sum(), hits.any(1).sum(),
+                             -log_p.logsumexp(1).sum()]).to(sums)
         confidence = logits.softmax(1).amax(1).to(sums).nan_to_num(0)  # the NLL is NaN then
         index = (torch.ceil(confidence * bins) - 1).clamp(0, bins - 1).long()
         by_bin[0].index_add_(0, index, hits[:, 0].to(sums))
