@@ -25,13 +25,14 @@ import io
 import os
 import signal
 import time
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile, ImageOps
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
@@ -304,7 +305,10 @@ class DataError(Exception):
 class Dataset(torch.utils.data.Dataset):
     """What all data sets share. A subclass sets `labels` (N,) int64 and `classes` (names) and
     defines `read(i) -> uint8 (3, H, W)`; `transform` (of torchvision v2, or None) makes
-    that (3, size, size)."""
+    that (3, size, size). For benchmarks, see there: labels may be (N, K), and `restrict_logits`
+    the only classes that a prediction is chosen from (sorted indices, None: all)."""
+
+    notice = restrict_logits = None
 
     def __init__(self, labels, classes, transform, seed):
         self.labels, self.classes, self.transform, self.seed = labels, classes, transform, seed
@@ -360,7 +364,20 @@ class InMemory(Dataset):
         return self.pixels[where] if self.transform is None else super().images(where, pairs)
 
 
-class ImageFolder(Dataset):
+class ImageFiles(Dataset):
+    """Images in files, `names` below the folder `root`, decoded when they are read."""
+
+    def __init__(self, root, names, labels, classes, transform, seed=0):
+        super().__init__(torch.as_tensor(labels, dtype=torch.int64), list(classes), transform, seed)
+        # bytes in one block: a million Python strings would be copied by each worker
+        self.root, self.names = Path(root), np.array([os.fsencode(name) for name in names])
+
+    def read(self, i):
+        path = self.root / os.fsdecode(self.names[i])
+        return read_image(path, show(path), self.notes)
+
+
+class ImageFolder(ImageFiles):
     """`root` holds one folder for each class, with images (JPEG, PNG, WebP, GIF) at any depth
     below it.
 
@@ -372,8 +389,8 @@ class ImageFolder(Dataset):
     EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
     def __init__(self, root, transform, seed=0, classes=None):
-        self.root, self.notice = Path(root), None
-        if not self.root.is_dir():
+        root = Path(root)
+        if not root.is_dir():
             raise DataError(f"{show(root)} is no folder")
         folders = sorted(e.name for e in os.scandir(root)
                          if e.is_dir() and not e.name.startswith("."))
@@ -387,31 +404,25 @@ class ImageFolder(Dataset):
         names, labels, odd = [], [], []
         for folder in folders:
             if folder not in number:
-                raise DataError(f"{show(self.root / folder)} is a class that the training folder "
+                raise DataError(f"{show(root / folder)} is a class that the training folder "
                                 "does not have: add it there, or remove it here")
             found = len(names)
-            for where, below, files in os.walk(self.root / folder, followlinks=True):
+            for where, below, files in os.walk(root / folder, followlinks=True):
                 below.sort()
+                inside = os.path.relpath(where, root)
                 for file in sorted(files):
-                    path = os.path.join(where, file)
                     if file.lower().endswith(self.EXTENSIONS):
-                        names.append(os.fsencode(os.path.relpath(path, root)))
+                        names.append(os.fsencode(os.path.join(inside, file)))
                         labels.append(number[folder])
                     elif not file.startswith("."):
-                        odd.append(path)
+                        odd.append(os.path.join(where, file))
             if len(names) == found:
-                raise DataError(f"{show(self.root / folder)} holds no image "
+                raise DataError(f"{show(root / folder)} holds no image "
                                 f"({' '.join(self.EXTENSIONS)}): fill the folder or remove it")
         if odd:
             self.notice = f"left out, no image: {show(odd[0])}" + (
                 f" and {len(odd) - 1:,} more" if odd[1:] else "")
-        super().__init__(torch.tensor(labels), list(classes), transform, seed)
-        # bytes in one block: a million Python strings would be copied by each worker
-        self.names = np.array(names)
-
-    def read(self, i):
-        path = self.root / os.fsdecode(self.names[i])
-        return read_image(path, show(path), self.notes)
+        super().__init__(root, names, labels, classes, transform, seed)
 
 
 def decode(source):
@@ -450,9 +461,64 @@ def show(path):
     return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
 
 
+def read_mat(path):
+    """The numeric arrays of a MATLAB 5 file, {name: values, 1-D}: for Flowers-102's lists, which
+    torchvision reads with scipy. Raises DataError for anything else."""
+    types = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
+
+    def elements(raw):  # their (type, content): each is a tag, the content, and zeros up to 8 bytes
+        start = 0
+        while start < len(raw):
+            kind, size = np.frombuffer(raw, "<u4", 2, start).tolist()
+            first, small = start + 8, kind >> 16  # so many bytes, up to 4, follow in the tag itself
+            if small:
+                kind, size, first = kind & 0xFFFF, small, start + 4
+            content = raw[first:first + size]
+            if len(content) < size:
+                raise ValueError("cut short")
+            start += 8 + (0 if small else size if kind == 15 else size + -size % 8)
+            yield from elements(zlib.decompress(content)) if kind == 15 else [(kind, content)]
+
+    raw, arrays = Path(path).read_bytes(), {}
+    try:
+        if raw[:10] != b"MATLAB 5.0" or raw[126:128] != b"IM":  # IM: little-endian
+            raise ValueError("another format")
+        for _, matrix in elements(raw[128:]):
+            _flags, _shape, (_, name), (kind, values) = elements(matrix)
+            arrays[name.decode()] = np.frombuffer(values, types[kind])
+    except (ValueError, KeyError, zlib.error):
+        raise DataError(f"{show(path)} is not a MATLAB 5 file of numbers: replace it") from None
+    return arrays
+
+
+def flowers102(folder, split):
+    """Names of images, labels and classes of Oxford Flowers-102. As all who transfer to it, Chen et
+    al. (Table 6) train on its train and val together, 2,040 images, and report its test, 6,149."""
+    labels, sets = read_mat(folder / "imagelabels.mat"), read_mat(folder / "setid.mat")
+    parts = ("trnid", "valid") if split == "train" else ("tstid",)
+    numbers = np.concatenate([sets[part] for part in parts]).astype(np.int64)
+    names = [f"image_{number:05d}.jpg" for number in numbers]
+    return names, labels["labels"].astype(np.int64)[numbers - 1] - 1, Flowers102.classes
+
+
+def pets(folder, split):
+    """Likewise of Oxford-IIIT Pets: trainval, 3,680 images, and test, 3,669."""
+    file = folder / "annotations" / ("trainval.txt" if split == "train" else "test.txt")
+    # a line: name, breed from 1, cat or dog, breed among these
+    lines = [line.split() for line in file.read_text().splitlines() if line[:1] not in ("", "#")]
+    labels = np.array([int(line[1]) - 1 for line in lines])
+    breeds = {label: line[0].rpartition("_")[0] for label, line in zip(labels.tolist(), lines)}
+    return [f"{line[0]}.jpg" for line in lines], labels, [breeds[i] for i in range(len(breeds))]
+
+
+OXFORD = {  # torchvision's class, which downloads; reader; folder; that of images; archives
+    "flowers102": (Flowers102, flowers102, "flowers-102", "jpg",
+                   "102flowers.tgz, imagelabels.mat and setid.mat"),
+    "pets": (OxfordIIITPet, pets, "oxford-iiit-pet", "images",
+             "images.tar.gz and annotations.tar.gz")}
 SHAPES_SPLITS = {  # first index, images
     "train": (0, 8_000), "val": (2 ** 30, 2_000), "test": (2 ** 31, 10_000)}
-DATASETS = ("shapes", "imagenet", "folder", "cifar10", "cifar100")
+DATASETS = ("shapes", "imagenet", "imagenet21k", "folder", "cifar10", "cifar100", *OXFORD)
 AUGMENTATIONS = ("inception", "crop", "none")
 
 
@@ -488,11 +554,14 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
          classes=None, **more):
     """One split of a data set.
 
-    name: one of DATASETS. "imagenet" and "folder" are data_dir/train and data_dir/val
-        with class folders.
-    split: "train", "val" or "test"; where only two exist, "test" is "val".
-    data_dir: for cifar, the folder that holds (or, with download, will hold) the published
-        archive's folder.
+    name: one of DATASETS. "imagenet", "imagenet21k" and "folder" are data_dir/train and
+        data_dir/val with class folders. ImageNet-21k comes without validation images, and with
+        19,167 to 21,841 classes: they are the folders in train/; val/ is ImageNet's, whose images
+        then find their classes by name, or what was moved there out of train/.
+    split: "train", "val" or "test"; where only two exist, "test" is "val". The "train" of
+        flowers102 and pets is all but their test set.
+    data_dir: for the others, the folder that holds (or, with download, will hold) the published
+        archive's folder: cifar-10-batches-py, cifar-100-python, flowers-102, oxford-iiit-pet.
     classes: the training split's class names, for the validation split of a folder.
     augment, more: arguments of transforms.
     Returns a Dataset. Raises DataError, one line that says what is missing and
@@ -503,8 +572,13 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
         pixels, labels = shapes(np.arange(first, first + n), size=image_size)
         return InMemory(pixels, labels, list(SHAPES_CLASSES),
                         transforms(augment, image_size, image_size, **more), seed)
-    if name in ("imagenet", "folder"):
+    if name in ("imagenet", "imagenet21k", "folder"):
         root = Path(data_dir) / ("train" if split == "train" else "val")
+        val = Path(data_dir) / "val"  # 21k's is asked for before the millions of train/ are listed
+        if name == "imagenet21k" and (Path(data_dir) / "train").is_dir() and not val.is_dir():
+            raise DataError(f"imagenet21k: {show(val)} is no folder, and the release has no "
+                            "validation images: link ImageNet's val/ there, or move a few images "
+                            "of each class from train/ into it")
         if not root.is_dir():
             raise DataError(f"{name}: {show(root)} is no folder; --data-dir names the folder that "
                             "holds train/ and val/, each with one folder of images for each class")
@@ -522,6 +596,27 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
         pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return InMemory(pixels, torch.tensor(source.targets), source.classes,
                         transforms(augment, image_size, 32, **more), seed)
+    if name in OXFORD:
+        source, read, folder, below, archives = OXFORD[name]
+        folder = Path(data_dir) / folder
+        try:
+            if download:
+                source(data_dir, download=True)
+        except ImportError:
+            pass  # scipy, which torchvision wants when the files are there
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{name}: download into {show(folder)} failed ({error})") from None
+        try:
+            names, labels, classes = read(folder, split)
+            lost = set(names) - set(os.listdir(folder / below))
+            wrong = folder / below / min(lost) if lost else None
+        except (OSError, ValueError, LookupError) as error:
+            wrong = getattr(error, "filename", None) or folder
+        if wrong:
+            raise DataError(f"{name}: {show(wrong)} is missing or damaged; unpack {archives} in "
+                            f"{show(folder)}, or let --download fetch them")
+        return ImageFiles(folder / below, names, labels, classes,
+                          transforms(augment, image_size, **more), seed)
     raise DataError(f"unknown data set {name!r}; known: {' '.join(DATASETS)}")
 
 

@@ -14,8 +14,10 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 
 from contextlib import nullcontext
 from fractions import Fraction
@@ -1715,6 +1717,131 @@ def test_randaugment_and_random_erasing_act_as_often_and_as_much_as_asked():
     erased = areas[areas > 0.015]
     assert abs(len(erased) / 800 - 0.25) < 0.05, f"{len(erased)} of 800 erased"
     assert erased.min() < 0.05 and 0.25 < erased.max() < 0.36, (erased.min(), erased.max())
+
+
+def write_grey(path, value, size=16):
+    """A JPEG that is of one grey, so that reading it tells which file it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (value,) * 3).save(path, "JPEG")
+
+
+def greys(dataset):
+    """(grey, label or row of labels) of each image, as the loader gives them."""
+    return [(round(image.float().mean().item()), label.tolist())
+            for x, y in data.batches(data.evaluation_loader(dataset, 64)) for image, label in
+            zip(x, y)]
+
+
+def write_mat(path, compress, **arrays):
+    """A MATLAB 5 file, byte by byte as The MathWorks' "MAT-File Format" has it."""
+    def element(kind, content):
+        if 0 < len(content) <= 4:  # the small form
+            return struct.pack("<HH4s", kind, len(content), content)
+        return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
+    file = b"MATLAB 5.0 MAT-file, Platform: GLNX86".ljust(124) + struct.pack("<H2s", 0x100, b"IM")
+    for name, values in arrays.items():
+        kind, mx = {"uint8": (2, 9), "uint16": (4, 11), "float64": (9, 6)}[values.dtype.name]
+        matrix = element(14, element(6, struct.pack("<II", mx, 0)) + element(
+            5, struct.pack("<ii", 1, len(values))) + element(1, name.encode()) + element(
+            kind, values.tobytes()))
+        packed = zlib.compress(matrix)
+        file += struct.pack("<II", 15, len(packed)) + packed if compress else matrix
+    path.write_bytes(file)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_matlab_files_are_read_without_scipy(tmp_path, compress):
+    rng = np.random.default_rng(0)
+    arrays = dict(labels=rng.integers(1, 103, 1001).astype(np.uint8), x=np.array([7], np.uint16),
+                  a_long_name=rng.integers(1, 9000, 3).astype(np.uint16), d=rng.normal(size=5))
+    write_mat(tmp_path / "a.mat", compress, **arrays)
+    read = data.read_mat(tmp_path / "a.mat")
+    assert read.keys() == arrays.keys()
+    assert all(np.array_equal(read[name], arrays[name]) for name in arrays)
+    whole = (tmp_path / "a.mat").read_bytes()
+    for wrong in (b"", whole[:-20], whole.replace(b"5.0", b"7.3", 1), whole[:126] + b"MI",
+                  whole[:140] + b"\xff" * 60):
+        (tmp_path / "b.mat").write_bytes(wrong)
+        with pytest.raises(data.DataError, match="b.mat is not a MATLAB 5 file"):
+            data.read_mat(tmp_path / "b.mat")
+
+
+def test_flowers_are_read_from_their_published_files(tmp_path, monkeypatch):
+    folder = tmp_path / "flowers-102"
+    def load(split="train", **more):
+        return data.load("flowers102", split, data_dir=tmp_path, image_size=16, **more)
+    with pytest.raises(data.DataError, match="imagelabels.mat is missing .* unpack 102flowers.tgz"):
+        load()
+
+    def fetch(root, download):
+        assert root == tmp_path and download
+        folder.mkdir()
+        write_mat(folder / "setid.mat", True, trnid=np.array([2, 5], np.uint16),
+                  valid=np.array([1], np.uint16), tstid=np.array([6, 3, 4], np.uint16))
+        write_mat(folder / "imagelabels.mat", True,
+                  labels=np.array([77, 77, 1, 102, 50, 50], np.uint8))
+        for number in range(1, 7):
+            write_grey(folder / "jpg" / f"image_{number:05d}.jpg", 10 * number)
+        raise ImportError("scipy")  # as torchvision's class does then
+    monkeypatch.setitem(data.OXFORD, "flowers102", (fetch, *data.OXFORD["flowers102"][1:]))
+    # train is train and val; labels count from 0
+    train_set = load(download=True)
+    assert greys(train_set) == [(20, 76), (50, 49), (10, 76)]
+    assert greys(load("val")) == greys(load("test")) == [(60, 49), (30, 0), (40, 101)]
+    assert len(train_set.classes) == 102 and train_set.classes[0] == "pink primrose"
+    assert all_batches(load(augment="inception"), [[(0, 0), (1, 2)]])[0][0].shape == (2, 3, 16, 16)
+    (folder / "jpg/image_00003.jpg").unlink()
+    with pytest.raises(data.DataError, match="jpg/image_00003.jpg is missing"):
+        load("test")
+    (folder / "setid.mat").write_bytes(b"<html>404")
+    with pytest.raises(data.DataError, match="setid.mat is not a MATLAB 5 file"):
+        load()
+
+
+def test_pets_are_read_from_their_published_files(tmp_path, monkeypatch):
+    folder = tmp_path / "oxford-iiit-pet"
+    def load(split="train", **more):
+        return data.load("pets", split, data_dir=tmp_path, image_size=16, **more)
+
+    def fail(root, download):
+        raise OSError("no network")
+    with monkeypatch.context() as patch:
+        patch.setitem(data.OXFORD, "pets", (fail, *data.OXFORD["pets"][1:]))
+        with pytest.raises(data.DataError, match="oxford-iiit-pet failed .no network"):
+            load(download=True)
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "annotations/trainval.txt").write_text(
+        "Abyssinian_100 1 1 1\nAbyssinian_101 1 1 1\nBengal_7 3 1 2\namerican_bulldog_12 2 2 1\n")
+    with pytest.raises(data.DataError, match="oxford-iiit-pet/images is missing"):
+        load()
+    for i, name in enumerate(("Abyssinian_100", "Abyssinian_101", "Bengal_7", "american_bulldog_12",
+                              "Bengal_8")):
+        write_grey(folder / "images" / f"{name}.jpg", 10 * i)
+    assert greys(load()) == [(0, 0), (10, 0), (20, 2), (30, 1)]
+    assert load().classes == ["Abyssinian", "american_bulldog", "Bengal"]
+    with pytest.raises(data.DataError, match="annotations/test.txt is missing .* images.tar.gz"):
+        load("test")
+    (folder / "annotations/test.txt").write_text("Bengal_8\n")
+    with pytest.raises(data.DataError, match="oxford-iiit-pet is missing or damaged"):
+        load("test")
+
+
+def test_imagenet21k_is_told_what_to_do_about_its_missing_validation_images(tmp_path):
+    def load(split, classes=None):
+        return data.load("imagenet21k", split, data_dir=tmp_path / "21k", image_size=16,
+                         classes=classes)
+    with pytest.raises(data.DataError, match="21k/train is no folder; --data-dir names"):
+        load("train")
+    for i, name in enumerate(("n00004475", "n01440764", "n01443537")):
+        write_grey(tmp_path / "21k/train" / name / f"{name}_1.JPEG", 10 * i)
+    for split in ("train", "val"):  # train as well: before 14 million files are listed
+        with pytest.raises(data.DataError, match="21k/val is no folder.* link ImageNet's val/"):
+            load(split)
+    write_grey(tmp_path / "imagenet/val/n01443537/ILSVRC2012_val_00000001.JPEG", 99)
+    (tmp_path / "21k/val").symlink_to(tmp_path / "imagenet/val")
+    train_set = load("train")
+    assert greys(train_set) == [(0, 0), (10, 1), (20, 2)]
+    assert greys(load("val", train_set.classes)) == [(99, 2)]
 
 
 def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):
