@@ -22,7 +22,9 @@ Shape letters: N images, m of a micro-batch, H height, W width.
 """
 import argparse
 import io
+import json
 import os
+import re
 import signal
 import time
 import zlib
@@ -645,6 +647,149 @@ def subset(labels, fraction, seed=0):
             len(members[c]), generator=torch.Generator().manual_seed(key(seed, c, 2)))
         chosen.append(members[c][order[:n]])
     return torch.cat(chosen).sort().values
+
+
+# --------------------------------------------------------------------------- published benchmarks
+
+# AlexNet's errors in percent, means over the severities (Hendrycks & Dietterich 2019, Table 1; more
+# digits from the code of Hendrycks' AugMix). A corruption's CE is the mean error over the severities
+# divided by AlexNet's, mCE the mean CE of these 15.
+ALEXNET_ERRORS = {
+    "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640,
+    "defocus_blur": 81.9880, "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360,
+    "snow": 86.6816, "frost": 82.6572, "fog": 81.9324, "brightness": 56.4592, "contrast": 85.3204,
+    "elastic_transform": 64.6056, "pixelate": 71.7840, "jpeg_compression": 60.6500}
+# With four extra ones, the 19 whose mean accuracy, over all severities, Chen et al. report (§4.2).
+CORRUPTIONS = (*ALEXNET_ERRORS, "speckle_noise", "gaussian_blur", "spatter", "saturate")
+SEVERITIES = (1, 2, 3, 4, 5)
+
+BENCHMARKS = {  # looked for in data_dir, or else beside it; images; what it should be
+    "real": ("real.json", 50_000, "50,000 lists of labels, from google-research/reassessed-imagenet"
+             ", for the images of val/, ILSVRC2012_val_00000001.JPEG to …50000"),
+    "v2": ("imagenetv2-matched-frequency-format-val", 10_000,
+           "folders 0 to 999, from imagenetv2-matched-frequency.tar.gz"),
+    "r": ("imagenet-r", 30_000, "200 folders named n01443537 and so on, from imagenet-r.tar"),
+    "c": ("imagenet-c", 50_000, "CORRUPTION/SEVERITY/CLASS/*.JPEG, from noise.tar, blur.tar, "
+          "weather.tar, digital.tar and extra.tar, unpacked there"),
+    "cifar10-c": ("CIFAR-10-C", 10_000, "CORRUPTION.npy and labels.npy, from CIFAR-10-C.tar"),
+    "cifar100-c": ("CIFAR-100-C", 10_000, "CORRUPTION.npy and labels.npy, from CIFAR-100-C.tar"),
+}
+
+
+def _check_condition(corruption, severity, known):
+    if corruption not in known:
+        raise DataError(f"unknown corruption {corruption!r}; known: {' '.join(known)}")
+    if severity not in SEVERITIES:
+        raise DataError(f"severity {severity!r} of {corruption}; it must be 1, 2, 3, 4 or 5")
+
+
+def _part(name, data_dir, corruption, severity):
+    """Path of one condition of a benchmark."""
+    if name not in BENCHMARKS:
+        raise DataError(f"unknown benchmark {name!r}; known: {' '.join(BENCHMARKS)}")
+    entry, _, layout = BENCHMARKS[name]
+    if name not in ("real", "v2", "r"):
+        _check_condition(corruption, severity, CORRUPTIONS)
+        entry += f"/{corruption}/{severity}" if name == "c" else f"/{corruption}.npy"
+    places = Path(data_dir) / entry, Path(data_dir).absolute().parent / entry
+    for path in places:
+        if path.exists():
+            return path
+    raise DataError(f"{name}: there is neither {show(places[0])} nor {show(places[1])}; expected: "
+                    f"{layout}")
+
+
+def conditions(name, data_dir, corruptions=CORRUPTIONS):
+    """What a benchmark consists of: (corruption, severity), one after the other, or just
+    (None, None). Raises DataError if one is missing: better now than after hours of evaluation."""
+    pairs = [(None, None)] if name in ("real", "v2", "r") else [
+        (corruption, severity) for corruption in corruptions for severity in SEVERITIES]
+    for pair in pairs:
+        _part(name, data_dir, *pair)
+    return pairs
+
+
+def benchmark(name, corruption=None, severity=None, *, data_dir, image_size, classes):
+    """One condition of a published benchmark, from its files as they are distributed.
+
+    name: one of BENCHMARKS: ImageNet-ReaL, -V2 (matched frequency), -R, -C, CIFAR-10-C, -100-C.
+    corruption, severity: as `conditions` gives them.
+    classes: names of the model's outputs; for real, v2 and r ImageNet's 1,000 WordNet ids, sorted,
+        since so these benchmarks number or name theirs.
+    Returns a Dataset with labels in terms of `classes`, and a notice if images are missing. The
+    prediction is the largest logit, of those in `restrict_logits` if that is not None (r: of 200).
+    real's labels are (N, K): any of a row is right; -1 fills it up; images without a label are left
+    out. So for every benchmark
+        right = (prediction[:, None] == labels.view(len(labels), -1)).any(1)
+    Images are resized and cropped as in `load`; those of c, where that was done before they were
+    corrupted, only resized, unless image_size is their 224. Raises DataError.
+    """
+    path = _part(name, data_dir, corruption, severity)
+    _, published, layout = BENCHMARKS[name]
+    if name in ("real", "v2", "r") and not (
+            len(classes) == 1000 and list(classes) == sorted(classes)
+            and all(re.fullmatch(r"n\d{8}", wnid) for wnid in classes)):
+        raise DataError(f"{name} needs a model of ImageNet's 1,000 classes, with the names of its "
+                        "training folders, n01440764 to n15075141; this one's "
+                        f"{len(classes):,} classes begin with {classes[0]}")
+    try:
+        if name == "real":
+            dataset = _real(path, load("imagenet", "val", data_dir=data_dir, image_size=image_size,
+                                       classes=classes))
+        elif name in ("cifar10-c", "cifar100-c"):
+            dataset = _cifar_c(path, severity, classes, transforms("none", image_size, 32))
+        else:
+            transform = transforms("none", image_size) if name != "c" else v2.Compose(
+                [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
+            # The folders of v2 are numbers: sorted as names, 10 would come before 2.
+            numbering = [str(i) for i in range(1000)] if name == "v2" else classes
+            dataset = ImageFolder(path, transform, classes=numbering)
+            dataset.classes, found = list(classes), dataset.labels.unique()
+            if len(found) != {"v2": 1000, "r": 200}.get(name, len(found)):
+                raise DataError(f"{show(path)} has {len(found):,} class folders")
+            dataset.restrict_logits = found if name == "r" else None
+    except DataError as error:
+        raise DataError(f"{name}: {error}; expected: {layout}") from None
+    if len(dataset.labels) != published:
+        short = f"{name}: {len(dataset.labels):,} images instead of the published {published:,}"
+        dataset.notice = f"{dataset.notice}; {short}" if dataset.notice else short
+    return dataset
+
+
+def _real(path, dataset):
+    """`dataset` with ReaL's labels: the file's first list is of the image number 1, and so on."""
+    found = [re.search(rb"val_(\d{8})", os.path.basename(name)) for name in dataset.names]
+    if None in found:
+        odd = dataset.root / os.fsdecode(dataset.names[found.index(None)])
+        raise DataError(f"{show(odd)} has no number in its name")
+    try:
+        answers = json.loads(path.read_bytes())
+        rows = [torch.tensor(answers[int(match[1]) - 1], dtype=torch.int64) for match in found]
+        dataset.labels = torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1)
+        return dataset.restrict((dataset.labels >= 0).any(1))
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError):
+        raise DataError(f"{show(path)} is damaged") from None
+
+
+def _cifar_c(path, severity, classes, transform):
+    """One of the five blocks, severity after severity, of a corruption's file."""
+    arrays = []
+    for file in (path, path.with_name("labels.npy")):
+        try:
+            arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
+        except (OSError, ValueError, EOFError):
+            raise DataError(f"{show(file)} is missing or damaged") from None
+    pixels, labels = arrays
+    n = len(pixels) // 5
+    if (pixels.dtype != np.uint8 or pixels.shape != (5 * n, 32, 32, 3) or labels.shape != (5 * n,)
+            or not 0 <= labels.min() <= labels.max() < len(classes)):
+        raise DataError(f"{show(path)} has {pixels.dtype} {pixels.shape}, its labels.npy "
+                        f"{labels.shape} up to {labels.max()}; needed are uint8 (5·n, 32, 32, 3) "
+                        f"and (5·n,) below {len(classes)}")
+    block = slice((severity - 1) * n, severity * n)
+    pixels = np.ascontiguousarray(pixels[block].transpose(0, 3, 1, 2))
+    return InMemory(torch.from_numpy(pixels), torch.from_numpy(labels[block].astype(np.int64)),
+                    list(classes), transform)
 
 
 def main(argv=None):

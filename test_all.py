@@ -1844,6 +1844,146 @@ def test_imagenet21k_is_told_what_to_do_about_its_missing_validation_images(tmp_
     assert greys(load("val", train_set.classes)) == [(99, 2)]
 
 
+def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
+    wnids = [f"n{i:08d}" for i in range(10_000, 11_000)]
+    root = tmp_path / "imagenet"
+    def read(name, classes=wnids):
+        assert data.conditions(name, root) == [(None, None)]
+        return data.benchmark(name, data_dir=root, image_size=16, classes=classes)
+    for name in ("v2", "r", "real"):
+        with pytest.raises(data.DataError, match=(
+                f"{name}: there is neither .*imagenet/{data.BENCHMARKS[name][0]} nor .*expected")):
+            data.conditions(name, root)
+
+    # v2: folder 10 sorts before folder 2 and is class 10
+    v2 = root / data.BENCHMARKS["v2"][0]
+    write_grey(v2 / "0/a.jpeg", 0)
+    for c in range(1, 1000):
+        if c % 4 == 0:
+            write_grey(v2 / f"{c}/a.jpeg", c // 4)
+        else:
+            (v2 / str(c)).mkdir()
+            shutil.copy(v2 / f"{c - c % 4}/a.jpeg", v2 / str(c))
+    dataset = read("v2")
+    assert "1,000 images instead of the published 10,000" in dataset.notice
+    assert dataset.classes == wnids and dataset.restrict_logits is None
+    seen = greys(dataset)
+    assert len(seen) == 1000 and all(abs(grey - label // 4) <= 1 for grey, label in seen)
+    (v2 / "999").rename(v2 / "1000")
+    with pytest.raises(data.DataError, match="val/1000 is a class.*expected: folders 0 to 999"):
+        read("v2")
+    shutil.rmtree(v2 / "1000")
+    with pytest.raises(data.DataError, match="has 999 class folders; expected: folders 0 to 999"):
+        read("v2")
+
+    # r: 200 of the classes, beside the data folder
+    for i in range(0, 1000, 5):
+        write_grey(tmp_path / "imagenet-r" / wnids[i] / "art_0.jpg", i // 5)
+    (tmp_path / "imagenet-r/README.txt").write_text("as in the archive")
+    dataset = read("r")
+    assert dataset.restrict_logits.tolist() == list(range(0, 1000, 5))
+    assert all(abs(grey - label // 5) <= 1 for grey, label in greys(dataset))
+    shutil.rmtree(tmp_path / "imagenet-r" / wnids[0])
+    with pytest.raises(data.DataError, match="imagenet-r has 199 class folders; expected: 200"):
+        read("r")
+
+    # real: by the number in the file's name, not by the folder's place
+    answers = {1: [], 2: [5], 3: [7, 2, 9], 4: [0], 5: []}
+    (root / "real.json").write_text(json.dumps(list(answers.values())))
+    for number, c in ((3, 0), (5, 1), (1, 2), (4, 3), (2, 999)):
+        write_grey(root / "val" / wnids[c] / f"ILSVRC2012_val_{number:08d}.JPEG", number)
+    dataset = read("real")
+    assert greys(dataset) == [(3, [7, 2, 9]), (4, [0, -1, -1]), (2, [5, -1, -1])], greys(dataset)
+    labels = torch.stack([y for x, ys in data.batches(data.evaluation_loader(dataset, 2))
+                          for y in ys])
+    right = (torch.tensor([2, 5, 5])[:, None] == labels.view(len(labels), -1)).any(1)
+    assert right.tolist() == [True, False, True], "the rule of benchmark's docstring"
+    for damage in ("[", "[[1], 2, 3, 4, 5]", "[[1], [2]]", '{"a": 1}'):
+        (root / "real.json").write_text(damage)
+        with pytest.raises(data.DataError, match="real.json is damaged; expected: 50,000 lists"):
+            read("real")
+    write_grey(root / "val" / wnids[0] / "renamed.JPEG", 0)
+    with pytest.raises(data.DataError, match="renamed.JPEG has no number in its name"):
+        read("real")
+    for classes in (wnids[:999], wnids[::-1], wnids[:999] + ["zebra"]):
+        for name in ("v2", "r", "real"):
+            with pytest.raises(data.DataError, match=f"{name} needs a model of ImageNet's 1,000"):
+                read(name, classes)
+
+
+def test_imagenet_c_is_read_as_it_is_unpacked(tmp_path):
+    assert len(data.ALEXNET_ERRORS) == 15 and len(set(data.CORRUPTIONS)) == 19
+    # Hendrycks & Dietterich, Table 1, as printed
+    printed = (88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8,
+               60.7)
+    assert max(abs(a - b) for a, b in zip(printed, data.ALEXNET_ERRORS.values())) < 0.0501
+    rng, root = np.random.default_rng(0), tmp_path / "imagenet-c"
+    for i, corruption in enumerate(data.CORRUPTIONS):
+        for severity in range(1, 6):
+            write_grey(root / corruption / str(severity) / "bee/1.JPEG", 10 * i + severity, 224)
+    file = root / "fog/3/ant/2.JPEG"
+    file.parent.mkdir()
+    Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)).save(file)
+    read = partial(data.benchmark, "c", data_dir=tmp_path, image_size=224, classes=["ant", "bee"])
+    pairs = data.conditions("c", tmp_path)
+    assert len(pairs) == 95 and pairs[:6] == [
+        *(("gaussian_noise", s) for s in (1, 2, 3, 4, 5)), ("shot_noise", 1)]
+    for corruption, severity in pairs[::7]:
+        grey = 10 * data.CORRUPTIONS.index(corruption) + severity
+        assert greys(read(corruption, severity))[-1] == (grey, 1)
+    x, _ = all_batches(read("fog", 3), [[(0, 0)]])[0]
+    assert np.array_equal(x[0].permute(1, 2, 0), np.asarray(Image.open(file))), "not resized"
+    x, _ = all_batches(read("fog", 3, image_size=160), [[(0, 0), (0, 1)]])[0]
+    assert x.shape == (2, 3, 160, 160)
+    with pytest.raises(data.DataError, match="fog/3/ant is a class that .*expected: CORRUPTION"):
+        read("fog", 3, classes=["bee"])
+    for wrong, message in ((("rain", 1), "unknown corruption 'rain'; known: gaussian_noise"),
+                           (("fog", 6), "severity 6 of fog; it must be 1"),
+                           (("fog", None), "severity None")):
+        with pytest.raises(data.DataError, match=message):
+            read(*wrong)
+    with pytest.raises(data.DataError, match="unknown benchmark 'd'; known: real v2"):
+        data.conditions("d", tmp_path)
+    shutil.rmtree(root / "spatter/4")
+    with pytest.raises(data.DataError, match="imagenet-c/spatter/4 nor .*expected: .*extra.tar"):
+        data.conditions("c", tmp_path)
+    assert len(data.conditions("c", tmp_path, data.ALEXNET_ERRORS)) == 75, "enough for the mCE"
+
+
+def test_cifar_c_is_read_severity_by_severity(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "CIFAR-10-C"
+    folder.mkdir()
+    pixels = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)  # published: 50,000
+    labels = np.tile(rng.integers(0, 10, 4), 5).astype(np.uint8)
+    np.save(folder / "fog.npy", pixels)
+    np.save(folder / "labels.npy", labels)
+    read = partial(data.benchmark, "cifar10-c", data_dir=tmp_path, image_size=32,
+                   classes=list("abcdefghij"))
+    for severity in (1, 3, 5):
+        (x, y), = all_batches(read("fog", severity), [[(0, i) for i in range(4)]])
+        block = slice(4 * severity - 4, 4 * severity)
+        assert np.array_equal(x.permute(0, 2, 3, 1), pixels[block])
+        assert y.tolist() == labels[block].tolist() and y.dtype == torch.int64
+    assert all_batches(read("fog", 1, image_size=48), [[(0, 0)]])[0][0].shape == (1, 3, 48, 48)
+    assert "4 images instead of the published 10,000" in read("fog", 1).notice
+    assert data.conditions("cifar10-c", tmp_path, ["fog"]) == [("fog", s) for s in (1, 2, 3, 4, 5)]
+    with pytest.raises(data.DataError, match="CIFAR-10-C/gaussian_noise.npy nor .*CIFAR-10-C.tar"):
+        data.conditions("cifar10-c", tmp_path)
+    with pytest.raises(data.DataError, match="below 3; expected"):
+        read("fog", 1, classes=["a", "b", "c"])
+    for wrong in (pixels[:19], pixels.astype(np.int64), pixels.reshape(20, -1), pixels[:15]):
+        np.save(folder / "fog.npy", wrong)
+        with pytest.raises(data.DataError, match="fog.npy has .* needed are uint8"):
+            read("fog", 1)
+    (folder / "fog.npy").write_bytes(pickle.dumps(pixels))  # not to be unpickled
+    with pytest.raises(data.DataError, match="fog.npy is missing or damaged; expected: CORRUPTION"):
+        read("fog", 1)
+    np.save(folder / "fog.npy", pixels)
+    (folder / "labels.npy").unlink()
+    with pytest.raises(data.DataError, match="labels.npy is missing or damaged"):
+        read("fog", 1)
+
+
 def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):
     data.main([])
     assert "8,000 images of 12 classes" in capsys.readouterr().out
