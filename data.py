@@ -3,6 +3,8 @@
 Chen et al. 2021 (arXiv 2106.01548): ImageNet with "Inception-style" preprocessing (Table 8),
 class-balanced fractions (§5.1). `shapes` is built in: 12 silhouettes at 32×32, nothing downloaded,
 made so that a linear model fails, a small ResNet solves it and a small ViT is in between.
+Published benchmarks of robustness are read from their files by `benchmark`; `Corrupted`, c-lite, is
+ours and needs none.
 
 Choices:
 - A loader yields micro-batches, (uint8 images (m, 3, H, W), int64 labels (m,)); float conversion
@@ -33,7 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageEnhance, ImageFile, ImageFilter, ImageOps
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet
 from torchvision.transforms import v2
 from torchvision.utils import save_image
@@ -790,6 +792,72 @@ def _cifar_c(path, severity, classes, transform):
     pixels = np.ascontiguousarray(pixels[block].transpose(0, 3, 1, 2))
     return InMemory(torch.from_numpy(pixels), torch.from_numpy(labels[block].astype(np.int64)),
                     list(classes), transform)
+
+
+# ------------------------------------------------------------------------------------------- c-lite
+
+# Corruptions without a download, for any data set. They are ours, not the published benchmark, and
+# numbers of theirs can't be compared with those of ImageNet-C or CIFAR-C: hence the prefix. Levels
+# are about CIFAR-C's, for small images; lengths grow with the image. All is done in integers, or by
+# PIL with factors that are exact in binary, so that every machine makes the same images, as far as
+# their PIL (for blur) and JPEG codec agree.
+
+def _jpeg(picture, quality):
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return Image.open(file)
+
+
+C_LITE = {  # level at each severity; what it makes of a PIL image (of noise: see corrupt)
+    "lite_noise": ((10, 15, 20, 25, 30), None),     # standard deviation, of 255
+    "lite_impulses": ((10, 20, 30, 50, 70), None),  # values set to 0 or 255, of 1,000
+    "lite_blur": ((0.5, 0.75, 1, 1.25, 1.5),        # σ, pixels of an image of 32
+                  lambda p, v: p.filter(ImageFilter.GaussianBlur(v * min(p.size) / 32))),
+    "lite_pixelate": ((28, 24, 20, 16, 12),         # pixels left of 32
+                      lambda p, v: p.resize([-(-side * v // 32) for side in p.size],
+                                            Image.Resampling.BOX).resize(
+                                                p.size, Image.Resampling.NEAREST)),
+    "lite_jpeg": ((80, 60, 40, 25, 15), _jpeg),
+    "lite_brightness": ((1.25, 1.5, 1.75, 2, 2.5),
+                        lambda p, v: ImageEnhance.Brightness(p).enhance(v)),
+    "lite_contrast": ((0.75, 0.625, 0.5, 0.375, 0.25),
+                      lambda p, v: ImageEnhance.Contrast(p).enhance(v)),
+    "lite_saturation": ((0.75, 0.5, 0.25, 0.125, 0), lambda p, v: ImageEnhance.Color(p).enhance(v)),
+}
+
+
+def corrupt(image, corruption, severity, seed=0, index=0):
+    """uint8 (3, H, W), corrupted: a pure function of its arguments; index, the image's number in
+    its data set, gives it noise of its own. Raises DataError for what C_LITE does not have."""
+    _check_condition(corruption, severity, C_LITE)
+    levels, change = C_LITE[corruption]
+    level = levels[severity - 1]
+    if change:
+        return v2.functional.pil_to_tensor(change(v2.functional.to_pil_image(image), level))
+    x = image.numpy().astype(np.int64)
+    draws = _bits(np.array([key(seed, index, 3)], np.uint64), 0, 3 * x.size).reshape(*x.shape, 3)
+    if corruption == "lite_noise":  # sums of 12 16-bit integers, of standard deviation 2^16
+        x += level * (draws.view(np.uint16).sum(-1, dtype=np.int64) - 6 * 65535) + 2 ** 15 >> 16
+    else:
+        hit = draws[..., 0] % np.uint64(1000) < level
+        x[hit] = draws[hit, 1] % np.uint64(2) * np.uint64(255)
+    return torch.from_numpy(x.clip(0, 255).astype(np.uint8))
+
+
+class Corrupted(Dataset):
+    """`dataset` with a corruption of C_LITE after its own transform: as many images, labels and
+    classes, in the same order. Raises DataError for an unknown corruption or severity."""
+
+    def __init__(self, dataset, corruption, severity, seed=0):
+        _check_condition(corruption, severity, C_LITE)
+        super().__init__(dataset.labels, dataset.classes, None, seed)
+        self.dataset, self.corruption, self.severity = dataset, corruption, severity
+        self.indices, self.restrict_logits = dataset.indices, dataset.restrict_logits
+
+    def images(self, where, pairs):
+        self.dataset.notes = self.notes
+        return torch.stack([corrupt(image, self.corruption, self.severity, self.seed, i)
+                            for i, image in zip(where.tolist(), self.dataset.images(where, pairs))])
 
 
 def main(argv=None):

@@ -1984,6 +1984,66 @@ def test_cifar_c_is_read_severity_by_severity(tmp_path):
         read("fog", 1)
 
 
+def test_c_lite_does_what_its_table_says():
+    images, _ = data.shapes(range(24))
+    assert not data.C_LITE.keys() & set(data.CORRUPTIONS), "none is taken for a published one"
+    for corruption, (levels, _) in data.C_LITE.items():
+        damage = [torch.stack([data.corrupt(x, corruption, severity, 0, i) - x.float()
+                               for i, x in enumerate(images)]).square().mean().sqrt().item()
+                  for severity in (1, 2, 3, 4, 5)]
+        assert len(levels) == 5 and 2 < damage[0], (corruption, damage)
+        assert all(a < b for a, b in zip(damage, damage[1:])), (corruption, damage)
+    flat = torch.full((3, 128, 128), 128, dtype=torch.uint8)
+    noise = data.corrupt(flat, "lite_noise", 3) - 128.0
+    assert abs(noise.mean()) < 0.4 and abs(noise.std() - 20) < 0.4, (noise.mean(), noise.std())
+    assert abs((noise / noise.std()).pow(4).mean() - 2.9) < 0.1, "12 uniform numbers: 3 - 6 / 60"
+    hit = data.corrupt(flat, "lite_impulses", 5)
+    assert abs((hit != 128).float().mean() - 0.07) < 0.005
+    assert set(hit.unique().tolist()) == {0, 128, 255}
+    dot = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    dot[:, 16, 16] = 255
+    blurred = data.corrupt(dot, "lite_blur", 5)[0].double()
+    spread = (blurred.sum(0) * (torch.arange(32) - 16) ** 2).sum() / blurred.sum()
+    assert abs(spread.sqrt() - 1.5) < 0.15, spread
+    assert len(data.corrupt(images[0], "lite_pixelate", 5)[0].unique(dim=0)) <= 12
+    x = images[1].numpy().astype(int)
+    grey = np.array(Image.fromarray(images[1].permute(1, 2, 0).numpy()).convert("L")).astype(int)
+    for corruption, oracle in (
+            ("lite_brightness", x * 3 // 2), ("lite_saturation", np.trunc((x + grey) / 2)),
+            ("lite_contrast", np.trunc(x * 0.625 + 0.375 * int(grey.mean() + 0.5)))):
+        found = data.corrupt(images[1], corruption, 2)
+        assert np.array_equal(found, oracle.clip(0, 255)), corruption
+
+
+def test_c_lite_is_a_function_of_image_corruption_severity_seed_and_index():
+    golden = {"lite_noise": "6e2fdd66e2a9c61a", "lite_impulses": "ce54c679d73cc887"}
+    images, labels = data.shapes(range(48))
+    dataset = data.InMemory(images, labels, list(data.SHAPES_CLASSES))
+    pairs = [[(0, i) for i in range(j, j + 6)] for j in range(0, 48, 6)]
+    for corruption in data.C_LITE:
+        corrupted = data.Corrupted(dataset, corruption, 3)
+        alone = torch.cat([x for x, _ in all_batches(corrupted, pairs)])
+        if corruption in ("lite_noise", "lite_jpeg"):
+            by_workers = all_batches(corrupted, pairs[::-1], workers=2)[::-1]
+            assert torch.equal(alone, torch.cat([x for x, _ in by_workers])), corruption
+            assert torch.equal(labels, torch.cat([y for _, y in by_workers]))
+        if corruption in golden:
+            digest = hashlib.sha256(alone.numpy().tobytes()).hexdigest()[:16]
+            assert digest == golden[corruption], (corruption, digest)
+            other = data.Corrupted(dataset, corruption, 3, seed=1)
+            assert not torch.equal(alone[:6], all_batches(other, pairs[:1])[0][0])
+            assert not torch.equal(*(data.corrupt(images[0], corruption, 3, 0, i) for i in (0, 1)))
+    part = copy.copy(dataset).restrict(torch.tensor([40, 7]))  # an image keeps its noise in a part
+    (x, y), = all_batches(data.Corrupted(part, "lite_noise", 3), [[(0, 0), (0, 1)]])
+    whole = data.Corrupted(dataset, "lite_noise", 3)
+    assert torch.equal(x, all_batches(whole, [[(5, 40), (5, 7)]])[0][0]) and y.tolist() == [4, 7]
+    for wrong, message in ((("lite_noise", 0), "severity 0 of lite_noise; it must be 1"),
+                           (("lite_noise", 6), "severity 6"),
+                           (("fog", 1), "unknown corruption 'fog'; known: lite_noise")):
+        with pytest.raises(data.DataError, match=message):
+            data.Corrupted(dataset, *wrong)
+
+
 def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):
     data.main([])
     assert "8,000 images of 12 classes" in capsys.readouterr().out
