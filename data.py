@@ -3,6 +3,8 @@
 Chen et al. 2021 (arXiv 2106.01548): ImageNet with "Inception-style" preprocessing (Table 8),
 class-balanced fractions (§5.1). `shapes` is built in: 12 silhouettes at 32×32, nothing downloaded,
 made so that a linear model fails, a small ResNet solves it and a small ViT is in between.
+Published benchmarks of robustness are read from their files by `benchmark`; `Corrupted`, c-lite, is
+ours and needs none.
 
 Choices:
 - A loader yields micro-batches, (uint8 images (m, 3, H, W), int64 labels (m,)); float conversion
@@ -22,16 +24,19 @@ Shape letters: N images, m of a micro-batch, H height, W width.
 """
 import argparse
 import io
+import json
 import os
+import re
 import signal
 import time
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
-from torchvision.datasets import CIFAR10, CIFAR100
+from PIL import Image, ImageEnhance, ImageFile, ImageFilter, ImageOps
+from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
@@ -304,7 +309,10 @@ class DataError(Exception):
 class Dataset(torch.utils.data.Dataset):
     """What all data sets share. A subclass sets `labels` (N,) int64 and `classes` (names) and
     defines `read(i) -> uint8 (3, H, W)`; `transform` (of torchvision v2, or None) makes
-    that (3, size, size)."""
+    that (3, size, size). For benchmarks, see there: labels may be (N, K), and `restrict_logits`
+    the only classes that a prediction is chosen from (sorted indices, None: all)."""
+
+    notice = restrict_logits = None
 
     def __init__(self, labels, classes, transform, seed):
         self.labels, self.classes, self.transform, self.seed = labels, classes, transform, seed
@@ -360,7 +368,20 @@ class InMemory(Dataset):
         return self.pixels[where] if self.transform is None else super().images(where, pairs)
 
 
-class ImageFolder(Dataset):
+class ImageFiles(Dataset):
+    """Images in files, `names` below the folder `root`, decoded when they are read."""
+
+    def __init__(self, root, names, labels, classes, transform, seed=0):
+        super().__init__(torch.as_tensor(labels, dtype=torch.int64), list(classes), transform, seed)
+        # bytes in one block: a million Python strings would be copied by each worker
+        self.root, self.names = Path(root), np.array([os.fsencode(name) for name in names])
+
+    def read(self, i):
+        path = self.root / os.fsdecode(self.names[i])
+        return read_image(path, show(path), self.notes)
+
+
+class ImageFolder(ImageFiles):
     """`root` holds one folder for each class, with images (JPEG, PNG, WebP, GIF) at any depth
     below it.
 
@@ -372,8 +393,8 @@ class ImageFolder(Dataset):
     EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
     def __init__(self, root, transform, seed=0, classes=None):
-        self.root, self.notice = Path(root), None
-        if not self.root.is_dir():
+        root = Path(root)
+        if not root.is_dir():
             raise DataError(f"{show(root)} is no folder")
         folders = sorted(e.name for e in os.scandir(root)
                          if e.is_dir() and not e.name.startswith("."))
@@ -387,31 +408,25 @@ class ImageFolder(Dataset):
         names, labels, odd = [], [], []
         for folder in folders:
             if folder not in number:
-                raise DataError(f"{show(self.root / folder)} is a class that the training folder "
+                raise DataError(f"{show(root / folder)} is a class that the training folder "
                                 "does not have: add it there, or remove it here")
             found = len(names)
-            for where, below, files in os.walk(self.root / folder, followlinks=True):
+            for where, below, files in os.walk(root / folder, followlinks=True):
                 below.sort()
+                inside = os.path.relpath(where, root)
                 for file in sorted(files):
-                    path = os.path.join(where, file)
                     if file.lower().endswith(self.EXTENSIONS):
-                        names.append(os.fsencode(os.path.relpath(path, root)))
+                        names.append(os.fsencode(os.path.join(inside, file)))
                         labels.append(number[folder])
                     elif not file.startswith("."):
-                        odd.append(path)
+                        odd.append(os.path.join(where, file))
             if len(names) == found:
-                raise DataError(f"{show(self.root / folder)} holds no image "
+                raise DataError(f"{show(root / folder)} holds no image "
                                 f"({' '.join(self.EXTENSIONS)}): fill the folder or remove it")
         if odd:
             self.notice = f"left out, no image: {show(odd[0])}" + (
                 f" and {len(odd) - 1:,} more" if odd[1:] else "")
-        super().__init__(torch.tensor(labels), list(classes), transform, seed)
-        # bytes in one block: a million Python strings would be copied by each worker
-        self.names = np.array(names)
-
-    def read(self, i):
-        path = self.root / os.fsdecode(self.names[i])
-        return read_image(path, show(path), self.notes)
+        super().__init__(root, names, labels, classes, transform, seed)
 
 
 def decode(source):
@@ -450,9 +465,64 @@ def show(path):
     return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
 
 
+def read_mat(path):
+    """The numeric arrays of a MATLAB 5 file, {name: values, 1-D}: for Flowers-102's lists, which
+    torchvision reads with scipy. Raises DataError for anything else."""
+    types = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
+
+    def elements(raw):  # their (type, content): each is a tag, the content, and zeros up to 8 bytes
+        start = 0
+        while start < len(raw):
+            kind, size = np.frombuffer(raw, "<u4", 2, start).tolist()
+            first, small = start + 8, kind >> 16  # so many bytes, up to 4, follow in the tag itself
+            if small:
+                kind, size, first = kind & 0xFFFF, small, start + 4
+            content = raw[first:first + size]
+            if len(content) < size:
+                raise ValueError("cut short")
+            start += 8 + (0 if small else size if kind == 15 else size + -size % 8)
+            yield from elements(zlib.decompress(content)) if kind == 15 else [(kind, content)]
+
+    raw, arrays = Path(path).read_bytes(), {}
+    try:
+        if raw[:10] != b"MATLAB 5.0" or raw[126:128] != b"IM":  # IM: little-endian
+            raise ValueError("another format")
+        for _, matrix in elements(raw[128:]):
+            _flags, _shape, (_, name), (kind, values) = elements(matrix)
+            arrays[name.decode()] = np.frombuffer(values, types[kind])
+    except (ValueError, KeyError, zlib.error):
+        raise DataError(f"{show(path)} is not a MATLAB 5 file of numbers: replace it") from None
+    return arrays
+
+
+def flowers102(folder, split):
+    """Names of images, labels and classes of Oxford Flowers-102. As all who transfer to it, Chen et
+    al. (Table 6) train on its train and val together, 2,040 images, and report its test, 6,149."""
+    labels, sets = read_mat(folder / "imagelabels.mat"), read_mat(folder / "setid.mat")
+    parts = ("trnid", "valid") if split == "train" else ("tstid",)
+    numbers = np.concatenate([sets[part] for part in parts]).astype(np.int64)
+    names = [f"image_{number:05d}.jpg" for number in numbers]
+    return names, labels["labels"].astype(np.int64)[numbers - 1] - 1, Flowers102.classes
+
+
+def pets(folder, split):
+    """Likewise of Oxford-IIIT Pets: trainval, 3,680 images, and test, 3,669."""
+    file = folder / "annotations" / ("trainval.txt" if split == "train" else "test.txt")
+    # a line: name, breed from 1, cat or dog, breed among these
+    lines = [line.split() for line in file.read_text().splitlines() if line[:1] not in ("", "#")]
+    labels = np.array([int(line[1]) - 1 for line in lines])
+    breeds = {label: line[0].rpartition("_")[0] for label, line in zip(labels.tolist(), lines)}
+    return [f"{line[0]}.jpg" for line in lines], labels, [breeds[i] for i in range(len(breeds))]
+
+
+OXFORD = {  # torchvision's class, which downloads; reader; folder; that of images; archives
+    "flowers102": (Flowers102, flowers102, "flowers-102", "jpg",
+                   "102flowers.tgz, imagelabels.mat and setid.mat"),
+    "pets": (OxfordIIITPet, pets, "oxford-iiit-pet", "images",
+             "images.tar.gz and annotations.tar.gz")}
 SHAPES_SPLITS = {  # first index, images
     "train": (0, 8_000), "val": (2 ** 30, 2_000), "test": (2 ** 31, 10_000)}
-DATASETS = ("shapes", "imagenet", "folder", "cifar10", "cifar100")
+DATASETS = ("shapes", "imagenet", "imagenet21k", "folder", "cifar10", "cifar100", *OXFORD)
 AUGMENTATIONS = ("inception", "crop", "none")
 
 
@@ -488,11 +558,14 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
          classes=None, **more):
     """One split of a data set.
 
-    name: one of DATASETS. "imagenet" and "folder" are data_dir/train and data_dir/val
-        with class folders.
-    split: "train", "val" or "test"; where only two exist, "test" is "val".
-    data_dir: for cifar, the folder that holds (or, with download, will hold) the published
-        archive's folder.
+    name: one of DATASETS. "imagenet", "imagenet21k" and "folder" are data_dir/train and
+        data_dir/val with class folders. ImageNet-21k comes without validation images, and with
+        19,167 to 21,841 classes: they are the folders in train/; val/ is ImageNet's, whose images
+        then find their classes by name, or what was moved there out of train/.
+    split: "train", "val" or "test"; where only two exist, "test" is "val". The "train" of
+        flowers102 and pets is all but their test set.
+    data_dir: for the others, the folder that holds (or, with download, will hold) the published
+        archive's folder: cifar-10-batches-py, cifar-100-python, flowers-102, oxford-iiit-pet.
     classes: the training split's class names, for the validation split of a folder.
     augment, more: arguments of transforms.
     Returns a Dataset. Raises DataError, one line that says what is missing and
@@ -503,8 +576,13 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
         pixels, labels = shapes(np.arange(first, first + n), size=image_size)
         return InMemory(pixels, labels, list(SHAPES_CLASSES),
                         transforms(augment, image_size, image_size, **more), seed)
-    if name in ("imagenet", "folder"):
+    if name in ("imagenet", "imagenet21k", "folder"):
         root = Path(data_dir) / ("train" if split == "train" else "val")
+        val = Path(data_dir) / "val"  # 21k's is asked for before the millions of train/ are listed
+        if name == "imagenet21k" and (Path(data_dir) / "train").is_dir() and not val.is_dir():
+            raise DataError(f"imagenet21k: {show(val)} is no folder, and the release has no "
+                            "validation images: link ImageNet's val/ there, or move a few images "
+                            "of each class from train/ into it")
         if not root.is_dir():
             raise DataError(f"{name}: {show(root)} is no folder; --data-dir names the folder that "
                             "holds train/ and val/, each with one folder of images for each class")
@@ -522,6 +600,27 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
         pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return InMemory(pixels, torch.tensor(source.targets), source.classes,
                         transforms(augment, image_size, 32, **more), seed)
+    if name in OXFORD:
+        source, read, folder, below, archives = OXFORD[name]
+        folder = Path(data_dir) / folder
+        try:
+            if download:
+                source(data_dir, download=True)
+        except ImportError:
+            pass  # scipy, which torchvision wants when the files are there
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{name}: download into {show(folder)} failed ({error})") from None
+        try:
+            names, labels, classes = read(folder, split)
+            lost = set(names) - set(os.listdir(folder / below))
+            wrong = folder / below / min(lost) if lost else None
+        except (OSError, ValueError, LookupError) as error:
+            wrong = getattr(error, "filename", None) or folder
+        if wrong:
+            raise DataError(f"{name}: {show(wrong)} is missing or damaged; unpack {archives} in "
+                            f"{show(folder)}, or let --download fetch them")
+        return ImageFiles(folder / below, names, labels, classes,
+                          transforms(augment, image_size, **more), seed)
     raise DataError(f"unknown data set {name!r}; known: {' '.join(DATASETS)}")
 
 
@@ -550,6 +649,215 @@ def subset(labels, fraction, seed=0):
             len(members[c]), generator=torch.Generator().manual_seed(key(seed, c, 2)))
         chosen.append(members[c][order[:n]])
     return torch.cat(chosen).sort().values
+
+
+# --------------------------------------------------------------------------- published benchmarks
+
+# AlexNet's errors in percent, means over the severities (Hendrycks & Dietterich 2019, Table 1; more
+# digits from the code of Hendrycks' AugMix). A corruption's CE is the mean error over the severities
+# divided by AlexNet's, mCE the mean CE of these 15.
+ALEXNET_ERRORS = {
+    "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640,
+    "defocus_blur": 81.9880, "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360,
+    "snow": 86.6816, "frost": 82.6572, "fog": 81.9324, "brightness": 56.4592, "contrast": 85.3204,
+    "elastic_transform": 64.6056, "pixelate": 71.7840, "jpeg_compression": 60.6500}
+# With four extra ones, the 19 whose mean accuracy, over all severities, Chen et al. report (§4.2).
+CORRUPTIONS = (*ALEXNET_ERRORS, "speckle_noise", "gaussian_blur", "spatter", "saturate")
+SEVERITIES = (1, 2, 3, 4, 5)
+
+BENCHMARKS = {  # looked for in data_dir, or else beside it; images; what it should be
+    "real": ("real.json", 50_000, "50,000 lists of labels, from google-research/reassessed-imagenet"
+             ", for the images of val/, ILSVRC2012_val_00000001.JPEG to …50000"),
+    "v2": ("imagenetv2-matched-frequency-format-val", 10_000,
+           "folders 0 to 999, from imagenetv2-matched-frequency.tar.gz"),
+    "r": ("imagenet-r", 30_000, "200 folders named n01443537 and so on, from imagenet-r.tar"),
+    "c": ("imagenet-c", 50_000, "CORRUPTION/SEVERITY/CLASS/*.JPEG, from noise.tar, blur.tar, "
+          "weather.tar, digital.tar and extra.tar, unpacked there"),
+    "cifar10-c": ("CIFAR-10-C", 10_000, "CORRUPTION.npy and labels.npy, from CIFAR-10-C.tar"),
+    "cifar100-c": ("CIFAR-100-C", 10_000, "CORRUPTION.npy and labels.npy, from CIFAR-100-C.tar"),
+}
+
+
+def _check_condition(corruption, severity, known):
+    if corruption not in known:
+        raise DataError(f"unknown corruption {corruption!r}; known: {' '.join(known)}")
+    if severity not in SEVERITIES:
+        raise DataError(f"severity {severity!r} of {corruption}; it must be 1, 2, 3, 4 or 5")
+
+
+def _part(name, data_dir, corruption, severity):
+    """Path of one condition of a benchmark."""
+    if name not in BENCHMARKS:
+        raise DataError(f"unknown benchmark {name!r}; known: {' '.join(BENCHMARKS)}")
+    entry, _, layout = BENCHMARKS[name]
+    if name not in ("real", "v2", "r"):
+        _check_condition(corruption, severity, CORRUPTIONS)
+        entry += f"/{corruption}/{severity}" if name == "c" else f"/{corruption}.npy"
+    places = Path(data_dir) / entry, Path(data_dir).absolute().parent / entry
+    for path in places:
+        if path.exists():
+            return path
+    raise DataError(f"{name}: there is neither {show(places[0])} nor {show(places[1])}; expected: "
+                    f"{layout}")
+
+
+def conditions(name, data_dir, corruptions=CORRUPTIONS):
+    """What a benchmark consists of: (corruption, severity), one after the other, or just
+    (None, None). Raises DataError if one is missing: better now than after hours of evaluation."""
+    pairs = [(None, None)] if name in ("real", "v2", "r") else [
+        (corruption, severity) for corruption in corruptions for severity in SEVERITIES]
+    for pair in pairs:
+        _part(name, data_dir, *pair)
+    return pairs
+
+
+def benchmark(name, corruption=None, severity=None, *, data_dir, image_size, classes):
+    """One condition of a published benchmark, from its files as they are distributed.
+
+    name: one of BENCHMARKS: ImageNet-ReaL, -V2 (matched frequency), -R, -C, CIFAR-10-C, -100-C.
+    corruption, severity: as `conditions` gives them.
+    classes: names of the model's outputs; for real, v2 and r ImageNet's 1,000 WordNet ids, sorted,
+        since so these benchmarks number or name theirs.
+    Returns a Dataset with labels in terms of `classes`, and a notice if images are missing. The
+    prediction is the largest logit, of those in `restrict_logits` if that is not None (r: of 200).
+    real's labels are (N, K): any of a row is right; -1 fills it up; images without a label are left
+    out. So for every benchmark
+        right = (prediction[:, None] == labels.view(len(labels), -1)).any(1)
+    Images are resized and cropped as in `load`; those of c, where that was done before they were
+    corrupted, only resized, unless image_size is their 224. Raises DataError.
+    """
+    path = _part(name, data_dir, corruption, severity)
+    _, published, layout = BENCHMARKS[name]
+    if name in ("real", "v2", "r") and not (
+            len(classes) == 1000 and list(classes) == sorted(classes)
+            and all(re.fullmatch(r"n\d{8}", wnid) for wnid in classes)):
+        raise DataError(f"{name} needs a model of ImageNet's 1,000 classes, with the names of its "
+                        "training folders, n01440764 to n15075141; this one's "
+                        f"{len(classes):,} classes begin with {classes[0]}")
+    try:
+        if name == "real":
+            dataset = _real(path, load("imagenet", "val", data_dir=data_dir, image_size=image_size,
+                                       classes=classes))
+        elif name in ("cifar10-c", "cifar100-c"):
+            dataset = _cifar_c(path, severity, classes, transforms("none", image_size, 32))
+        else:
+            transform = transforms("none", image_size) if name != "c" else v2.Compose(
+                [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
+            # The folders of v2 are numbers: sorted as names, 10 would come before 2.
+            numbering = [str(i) for i in range(1000)] if name == "v2" else classes
+            dataset = ImageFolder(path, transform, classes=numbering)
+            dataset.classes, found = list(classes), dataset.labels.unique()
+            if len(found) != {"v2": 1000, "r": 200}.get(name, len(found)):
+                raise DataError(f"{show(path)} has {len(found):,} class folders")
+            dataset.restrict_logits = found if name == "r" else None
+    except DataError as error:
+        raise DataError(f"{name}: {error}; expected: {layout}") from None
+    if len(dataset.labels) != published:
+        short = f"{name}: {len(dataset.labels):,} images instead of the published {published:,}"
+        dataset.notice = f"{dataset.notice}; {short}" if dataset.notice else short
+    return dataset
+
+
+def _real(path, dataset):
+    """`dataset` with ReaL's labels: the file's first list is of the image number 1, and so on."""
+    found = [re.search(rb"val_(\d{8})", os.path.basename(name)) for name in dataset.names]
+    if None in found:
+        odd = dataset.root / os.fsdecode(dataset.names[found.index(None)])
+        raise DataError(f"{show(odd)} has no number in its name")
+    try:
+        answers = json.loads(path.read_bytes())
+        rows = [torch.tensor(answers[int(match[1]) - 1], dtype=torch.int64) for match in found]
+        dataset.labels = torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1)
+        return dataset.restrict((dataset.labels >= 0).any(1))
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError):
+        raise DataError(f"{show(path)} is damaged") from None
+
+
+def _cifar_c(path, severity, classes, transform):
+    """One of the five blocks, severity after severity, of a corruption's file."""
+    arrays = []
+    for file in (path, path.with_name("labels.npy")):
+        try:
+            arrays.append(np.load(file, mmap_mode="r", allow_pickle=False))
+        except (OSError, ValueError, EOFError):
+            raise DataError(f"{show(file)} is missing or damaged") from None
+    pixels, labels = arrays
+    n = len(pixels) // 5
+    if (pixels.dtype != np.uint8 or pixels.shape != (5 * n, 32, 32, 3) or labels.shape != (5 * n,)
+            or not 0 <= labels.min() <= labels.max() < len(classes)):
+        raise DataError(f"{show(path)} has {pixels.dtype} {pixels.shape}, its labels.npy "
+                        f"{labels.shape} up to {labels.max()}; needed are uint8 (5·n, 32, 32, 3) "
+                        f"and (5·n,) below {len(classes)}")
+    block = slice((severity - 1) * n, severity * n)
+    pixels = np.ascontiguousarray(pixels[block].transpose(0, 3, 1, 2))
+    return InMemory(torch.from_numpy(pixels), torch.from_numpy(labels[block].astype(np.int64)),
+                    list(classes), transform)
+
+
+# ------------------------------------------------------------------------------------------- c-lite
+
+# Corruptions without a download, for any data set. They are ours, not the published benchmark, and
+# numbers of theirs can't be compared with those of ImageNet-C or CIFAR-C: hence the prefix. Levels
+# are about CIFAR-C's, for small images; lengths grow with the image. All is done in integers, or by
+# PIL with factors that are exact in binary, so that every machine makes the same images, as far as
+# their PIL (for blur) and JPEG codec agree.
+
+def _jpeg(picture, quality):
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return Image.open(file)
+
+
+C_LITE = {  # level at each severity; what it makes of a PIL image (of noise: see corrupt)
+    "lite_noise": ((10, 15, 20, 25, 30), None),     # standard deviation, of 255
+    "lite_impulses": ((10, 20, 30, 50, 70), None),  # values set to 0 or 255, of 1,000
+    "lite_blur": ((0.5, 0.75, 1, 1.25, 1.5),        # σ, pixels of an image of 32
+                  lambda p, v: p.filter(ImageFilter.GaussianBlur(v * min(p.size) / 32))),
+    "lite_pixelate": ((28, 24, 20, 16, 12),         # pixels left of 32
+                      lambda p, v: p.resize([-(-side * v // 32) for side in p.size],
+                                            Image.Resampling.BOX).resize(
+                                                p.size, Image.Resampling.NEAREST)),
+    "lite_jpeg": ((80, 60, 40, 25, 15), _jpeg),
+    "lite_brightness": ((1.25, 1.5, 1.75, 2, 2.5),
+                        lambda p, v: ImageEnhance.Brightness(p).enhance(v)),
+    "lite_contrast": ((0.75, 0.625, 0.5, 0.375, 0.25),
+                      lambda p, v: ImageEnhance.Contrast(p).enhance(v)),
+    "lite_saturation": ((0.75, 0.5, 0.25, 0.125, 0), lambda p, v: ImageEnhance.Color(p).enhance(v)),
+}
+
+
+def corrupt(image, corruption, severity, seed=0, index=0):
+    """uint8 (3, H, W), corrupted: a pure function of its arguments; index, the image's number in
+    its data set, gives it noise of its own. Raises DataError for what C_LITE does not have."""
+    _check_condition(corruption, severity, C_LITE)
+    levels, change = C_LITE[corruption]
+    level = levels[severity - 1]
+    if change:
+        return v2.functional.pil_to_tensor(change(v2.functional.to_pil_image(image), level))
+    x = image.numpy().astype(np.int64)
+    draws = _bits(np.array([key(seed, index, 3)], np.uint64), 0, 3 * x.size).reshape(*x.shape, 3)
+    if corruption == "lite_noise":  # sums of 12 16-bit integers, of standard deviation 2^16
+        x += level * (draws.view(np.uint16).sum(-1, dtype=np.int64) - 6 * 65535) + 2 ** 15 >> 16
+    else:
+        hit = draws[..., 0] % np.uint64(1000) < level
+        x[hit] = draws[hit, 1] % np.uint64(2) * np.uint64(255)
+    return torch.from_numpy(x.clip(0, 255).astype(np.uint8))
+
+
+class Corrupted(Dataset):
+    """`dataset` with a corruption of C_LITE after its own transform: as many images, labels and
+    classes, in the same order. Raises DataError for an unknown corruption or severity."""
+
+    def __init__(self, dataset, corruption, severity, seed=0):
+        _check_condition(corruption, severity, C_LITE)
+        super().__init__(dataset.labels, dataset.classes, None, seed)
+        self.dataset, self.corruption, self.severity = dataset, corruption, severity
+        self.indices, self.restrict_logits = dataset.indices, dataset.restrict_logits
+
+    def images(self, where, pairs):
+        self.dataset.notes = self.notes
+        return torch.stack([corrupt(image, self.corruption, self.severity, self.seed, i)
+                            for i, image in zip(where.tolist(), self.dataset.images(where, pairs))])
 
 
 def main(argv=None):

@@ -15,8 +15,10 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 
 from contextlib import nullcontext
 from fractions import Fraction
@@ -2602,6 +2604,331 @@ def test_randaugment_and_random_erasing_act_as_often_and_as_much_as_asked():
     erased = areas[areas > 0.015]
     assert abs(len(erased) / 800 - 0.25) < 0.05, f"{len(erased)} of 800 erased"
     assert erased.min() < 0.05 and 0.25 < erased.max() < 0.36, (erased.min(), erased.max())
+
+
+def write_grey(path, value, size=16):
+    """A JPEG that is of one grey, so that reading it tells which file it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (value,) * 3).save(path, "JPEG")
+
+
+def greys(dataset):
+    """(grey, label or row of labels) of each image, as the loader gives them."""
+    return [(round(image.float().mean().item()), label.tolist())
+            for x, y in data.batches(data.evaluation_loader(dataset, 64)) for image, label in
+            zip(x, y)]
+
+
+def write_mat(path, compress, **arrays):
+    """A MATLAB 5 file, byte by byte as The MathWorks' "MAT-File Format" has it."""
+    def element(kind, content):
+        if 0 < len(content) <= 4:  # the small form
+            return struct.pack("<HH4s", kind, len(content), content)
+        return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
+    file = b"MATLAB 5.0 MAT-file, Platform: GLNX86".ljust(124) + struct.pack("<H2s", 0x100, b"IM")
+    for name, values in arrays.items():
+        kind, mx = {"uint8": (2, 9), "uint16": (4, 11), "float64": (9, 6)}[values.dtype.name]
+        matrix = element(14, element(6, struct.pack("<II", mx, 0)) + element(
+            5, struct.pack("<ii", 1, len(values))) + element(1, name.encode()) + element(
+            kind, values.tobytes()))
+        packed = zlib.compress(matrix)
+        file += struct.pack("<II", 15, len(packed)) + packed if compress else matrix
+    path.write_bytes(file)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_matlab_files_are_read_without_scipy(tmp_path, compress):
+    rng = np.random.default_rng(0)
+    arrays = dict(labels=rng.integers(1, 103, 1001).astype(np.uint8), x=np.array([7], np.uint16),
+                  a_long_name=rng.integers(1, 9000, 3).astype(np.uint16), d=rng.normal(size=5))
+    write_mat(tmp_path / "a.mat", compress, **arrays)
+    read = data.read_mat(tmp_path / "a.mat")
+    assert read.keys() == arrays.keys()
+    assert all(np.array_equal(read[name], arrays[name]) for name in arrays)
+    whole = (tmp_path / "a.mat").read_bytes()
+    for wrong in (b"", whole[:-20], whole.replace(b"5.0", b"7.3", 1), whole[:126] + b"MI",
+                  whole[:140] + b"\xff" * 60):
+        (tmp_path / "b.mat").write_bytes(wrong)
+        with pytest.raises(data.DataError, match="b.mat is not a MATLAB 5 file"):
+            data.read_mat(tmp_path / "b.mat")
+
+
+def test_flowers_are_read_from_their_published_files(tmp_path, monkeypatch):
+    folder = tmp_path / "flowers-102"
+    def load(split="train", **more):
+        return data.load("flowers102", split, data_dir=tmp_path, image_size=16, **more)
+    with pytest.raises(data.DataError, match="imagelabels.mat is missing .* unpack 102flowers.tgz"):
+        load()
+
+    def fetch(root, download):
+        assert root == tmp_path and download
+        folder.mkdir()
+        write_mat(folder / "setid.mat", True, trnid=np.array([2, 5], np.uint16),
+                  valid=np.array([1], np.uint16), tstid=np.array([6, 3, 4], np.uint16))
+        write_mat(folder / "imagelabels.mat", True,
+                  labels=np.array([77, 77, 1, 102, 50, 50], np.uint8))
+        for number in range(1, 7):
+            write_grey(folder / "jpg" / f"image_{number:05d}.jpg", 10 * number)
+        raise ImportError("scipy")  # as torchvision's class does then
+    monkeypatch.setitem(data.OXFORD, "flowers102", (fetch, *data.OXFORD["flowers102"][1:]))
+    # train is train and val; labels count from 0
+    train_set = load(download=True)
+    assert greys(train_set) == [(20, 76), (50, 49), (10, 76)]
+    assert greys(load("val")) == greys(load("test")) == [(60, 49), (30, 0), (40, 101)]
+    assert len(train_set.classes) == 102 and train_set.classes[0] == "pink primrose"
+    assert all_batches(load(augment="inception"), [[(0, 0), (1, 2)]])[0][0].shape == (2, 3, 16, 16)
+    (folder / "jpg/image_00003.jpg").unlink()
+    with pytest.raises(data.DataError, match="jpg/image_00003.jpg is missing"):
+        load("test")
+    (folder / "setid.mat").write_bytes(b"<html>404")
+    with pytest.raises(data.DataError, match="setid.mat is not a MATLAB 5 file"):
+        load()
+
+
+def test_pets_are_read_from_their_published_files(tmp_path, monkeypatch):
+    folder = tmp_path / "oxford-iiit-pet"
+    def load(split="train", **more):
+        return data.load("pets", split, data_dir=tmp_path, image_size=16, **more)
+
+    def fail(root, download):
+        raise OSError("no network")
+    with monkeypatch.context() as patch:
+        patch.setitem(data.OXFORD, "pets", (fail, *data.OXFORD["pets"][1:]))
+        with pytest.raises(data.DataError, match="oxford-iiit-pet failed .no network"):
+            load(download=True)
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "annotations/trainval.txt").write_text(
+        "Abyssinian_100 1 1 1\nAbyssinian_101 1 1 1\nBengal_7 3 1 2\namerican_bulldog_12 2 2 1\n")
+    with pytest.raises(data.DataError, match="oxford-iiit-pet/images is missing"):
+        load()
+    for i, name in enumerate(("Abyssinian_100", "Abyssinian_101", "Bengal_7", "american_bulldog_12",
+                              "Bengal_8")):
+        write_grey(folder / "images" / f"{name}.jpg", 10 * i)
+    assert greys(load()) == [(0, 0), (10, 0), (20, 2), (30, 1)]
+    assert load().classes == ["Abyssinian", "american_bulldog", "Bengal"]
+    with pytest.raises(data.DataError, match="annotations/test.txt is missing .* images.tar.gz"):
+        load("test")
+    (folder / "annotations/test.txt").write_text("Bengal_8\n")
+    with pytest.raises(data.DataError, match="oxford-iiit-pet is missing or damaged"):
+        load("test")
+
+
+def test_imagenet21k_is_told_what_to_do_about_its_missing_validation_images(tmp_path):
+    def load(split, classes=None):
+        return data.load("imagenet21k", split, data_dir=tmp_path / "21k", image_size=16,
+                         classes=classes)
+    with pytest.raises(data.DataError, match="21k/train is no folder; --data-dir names"):
+        load("train")
+    for i, name in enumerate(("n00004475", "n01440764", "n01443537")):
+        write_grey(tmp_path / "21k/train" / name / f"{name}_1.JPEG", 10 * i)
+    for split in ("train", "val"):  # train as well: before 14 million files are listed
+        with pytest.raises(data.DataError, match="21k/val is no folder.* link ImageNet's val/"):
+            load(split)
+    write_grey(tmp_path / "imagenet/val/n01443537/ILSVRC2012_val_00000001.JPEG", 99)
+    (tmp_path / "21k/val").symlink_to(tmp_path / "imagenet/val")
+    train_set = load("train")
+    assert greys(train_set) == [(0, 0), (10, 1), (20, 2)]
+    assert greys(load("val", train_set.classes)) == [(99, 2)]
+
+
+def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
+    wnids = [f"n{i:08d}" for i in range(10_000, 11_000)]
+    root = tmp_path / "imagenet"
+    def read(name, classes=wnids):
+        assert data.conditions(name, root) == [(None, None)]
+        return data.benchmark(name, data_dir=root, image_size=16, classes=classes)
+    for name in ("v2", "r", "real"):
+        with pytest.raises(data.DataError, match=(
+                f"{name}: there is neither .*imagenet/{data.BENCHMARKS[name][0]} nor .*expected")):
+            data.conditions(name, root)
+
+    # v2: folder 10 sorts before folder 2 and is class 10
+    v2 = root / data.BENCHMARKS["v2"][0]
+    write_grey(v2 / "0/a.jpeg", 0)
+    for c in range(1, 1000):
+        if c % 4 == 0:
+            write_grey(v2 / f"{c}/a.jpeg", c // 4)
+        else:
+            (v2 / str(c)).mkdir()
+            shutil.copy(v2 / f"{c - c % 4}/a.jpeg", v2 / str(c))
+    dataset = read("v2")
+    assert "1,000 images instead of the published 10,000" in dataset.notice
+    assert dataset.classes == wnids and dataset.restrict_logits is None
+    seen = greys(dataset)
+    assert len(seen) == 1000 and all(abs(grey - label // 4) <= 1 for grey, label in seen)
+    (v2 / "999").rename(v2 / "1000")
+    with pytest.raises(data.DataError, match="val/1000 is a class.*expected: folders 0 to 999"):
+        read("v2")
+    shutil.rmtree(v2 / "1000")
+    with pytest.raises(data.DataError, match="has 999 class folders; expected: folders 0 to 999"):
+        read("v2")
+
+    # r: 200 of the classes, beside the data folder
+    for i in range(0, 1000, 5):
+        write_grey(tmp_path / "imagenet-r" / wnids[i] / "art_0.jpg", i // 5)
+    (tmp_path / "imagenet-r/README.txt").write_text("as in the archive")
+    dataset = read("r")
+    assert dataset.restrict_logits.tolist() == list(range(0, 1000, 5))
+    assert all(abs(grey - label // 5) <= 1 for grey, label in greys(dataset))
+    shutil.rmtree(tmp_path / "imagenet-r" / wnids[0])
+    with pytest.raises(data.DataError, match="imagenet-r has 199 class folders; expected: 200"):
+        read("r")
+
+    # real: by the number in the file's name, not by the folder's place
+    answers = {1: [], 2: [5], 3: [7, 2, 9], 4: [0], 5: []}
+    (root / "real.json").write_text(json.dumps(list(answers.values())))
+    for number, c in ((3, 0), (5, 1), (1, 2), (4, 3), (2, 999)):
+        write_grey(root / "val" / wnids[c] / f"ILSVRC2012_val_{number:08d}.JPEG", number)
+    dataset = read("real")
+    assert greys(dataset) == [(3, [7, 2, 9]), (4, [0, -1, -1]), (2, [5, -1, -1])], greys(dataset)
+    labels = torch.stack([y for x, ys in data.batches(data.evaluation_loader(dataset, 2))
+                          for y in ys])
+    right = (torch.tensor([2, 5, 5])[:, None] == labels.view(len(labels), -1)).any(1)
+    assert right.tolist() == [True, False, True], "the rule of benchmark's docstring"
+    for damage in ("[", "[[1], 2, 3, 4, 5]", "[[1], [2]]", '{"a": 1}'):
+        (root / "real.json").write_text(damage)
+        with pytest.raises(data.DataError, match="real.json is damaged; expected: 50,000 lists"):
+            read("real")
+    write_grey(root / "val" / wnids[0] / "renamed.JPEG", 0)
+    with pytest.raises(data.DataError, match="renamed.JPEG has no number in its name"):
+        read("real")
+    for classes in (wnids[:999], wnids[::-1], wnids[:999] + ["zebra"]):
+        for name in ("v2", "r", "real"):
+            with pytest.raises(data.DataError, match=f"{name} needs a model of ImageNet's 1,000"):
+                read(name, classes)
+
+
+def test_imagenet_c_is_read_as_it_is_unpacked(tmp_path):
+    assert len(data.ALEXNET_ERRORS) == 15 and len(set(data.CORRUPTIONS)) == 19
+    # Hendrycks & Dietterich, Table 1, as printed
+    printed = (88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8,
+               60.7)
+    assert max(abs(a - b) for a, b in zip(printed, data.ALEXNET_ERRORS.values())) < 0.0501
+    rng, root = np.random.default_rng(0), tmp_path / "imagenet-c"
+    for i, corruption in enumerate(data.CORRUPTIONS):
+        for severity in range(1, 6):
+            write_grey(root / corruption / str(severity) / "bee/1.JPEG", 10 * i + severity, 224)
+    file = root / "fog/3/ant/2.JPEG"
+    file.parent.mkdir()
+    Image.fromarray(rng.integers(0, 256, (224, 224, 3), dtype=np.uint8)).save(file)
+    read = partial(data.benchmark, "c", data_dir=tmp_path, image_size=224, classes=["ant", "bee"])
+    pairs = data.conditions("c", tmp_path)
+    assert len(pairs) == 95 and pairs[:6] == [
+        *(("gaussian_noise", s) for s in (1, 2, 3, 4, 5)), ("shot_noise", 1)]
+    for corruption, severity in pairs[::7]:
+        grey = 10 * data.CORRUPTIONS.index(corruption) + severity
+        assert greys(read(corruption, severity))[-1] == (grey, 1)
+    x, _ = all_batches(read("fog", 3), [[(0, 0)]])[0]
+    assert np.array_equal(x[0].permute(1, 2, 0), np.asarray(Image.open(file))), "not resized"
+    x, _ = all_batches(read("fog", 3, image_size=160), [[(0, 0), (0, 1)]])[0]
+    assert x.shape == (2, 3, 160, 160)
+    with pytest.raises(data.DataError, match="fog/3/ant is a class that .*expected: CORRUPTION"):
+        read("fog", 3, classes=["bee"])
+    for wrong, message in ((("rain", 1), "unknown corruption 'rain'; known: gaussian_noise"),
+                           (("fog", 6), "severity 6 of fog; it must be 1"),
+                           (("fog", None), "severity None")):
+        with pytest.raises(data.DataError, match=message):
+            read(*wrong)
+    with pytest.raises(data.DataError, match="unknown benchmark 'd'; known: real v2"):
+        data.conditions("d", tmp_path)
+    shutil.rmtree(root / "spatter/4")
+    with pytest.raises(data.DataError, match="imagenet-c/spatter/4 nor .*expected: .*extra.tar"):
+        data.conditions("c", tmp_path)
+    assert len(data.conditions("c", tmp_path, data.ALEXNET_ERRORS)) == 75, "enough for the mCE"
+
+
+def test_cifar_c_is_read_severity_by_severity(tmp_path):
+    rng, folder = np.random.default_rng(0), tmp_path / "CIFAR-10-C"
+    folder.mkdir()
+    pixels = rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)  # published: 50,000
+    labels = np.tile(rng.integers(0, 10, 4), 5).astype(np.uint8)
+    np.save(folder / "fog.npy", pixels)
+    np.save(folder / "labels.npy", labels)
+    read = partial(data.benchmark, "cifar10-c", data_dir=tmp_path, image_size=32,
+                   classes=list("abcdefghij"))
+    for severity in (1, 3, 5):
+        (x, y), = all_batches(read("fog", severity), [[(0, i) for i in range(4)]])
+        block = slice(4 * severity - 4, 4 * severity)
+        assert np.array_equal(x.permute(0, 2, 3, 1), pixels[block])
+        assert y.tolist() == labels[block].tolist() and y.dtype == torch.int64
+    assert all_batches(read("fog", 1, image_size=48), [[(0, 0)]])[0][0].shape == (1, 3, 48, 48)
+    assert "4 images instead of the published 10,000" in read("fog", 1).notice
+    assert data.conditions("cifar10-c", tmp_path, ["fog"]) == [("fog", s) for s in (1, 2, 3, 4, 5)]
+    with pytest.raises(data.DataError, match="CIFAR-10-C/gaussian_noise.npy nor .*CIFAR-10-C.tar"):
+        data.conditions("cifar10-c", tmp_path)
+    with pytest.raises(data.DataError, match="below 3; expected"):
+        read("fog", 1, classes=["a", "b", "c"])
+    for wrong in (pixels[:19], pixels.astype(np.int64), pixels.reshape(20, -1), pixels[:15]):
+        np.save(folder / "fog.npy", wrong)
+        with pytest.raises(data.DataError, match="fog.npy has .* needed are uint8"):
+            read("fog", 1)
+    (folder / "fog.npy").write_bytes(pickle.dumps(pixels))  # not to be unpickled
+    with pytest.raises(data.DataError, match="fog.npy is missing or damaged; expected: CORRUPTION"):
+        read("fog", 1)
+    np.save(folder / "fog.npy", pixels)
+    (folder / "labels.npy").unlink()
+    with pytest.raises(data.DataError, match="labels.npy is missing or damaged"):
+        read("fog", 1)
+
+
+def test_c_lite_does_what_its_table_says():
+    images, _ = data.shapes(range(24))
+    assert not data.C_LITE.keys() & set(data.CORRUPTIONS), "none is taken for a published one"
+    for corruption, (levels, _) in data.C_LITE.items():
+        damage = [torch.stack([data.corrupt(x, corruption, severity, 0, i) - x.float()
+                               for i, x in enumerate(images)]).square().mean().sqrt().item()
+                  for severity in (1, 2, 3, 4, 5)]
+        assert len(levels) == 5 and 2 < damage[0], (corruption, damage)
+        assert all(a < b for a, b in zip(damage, damage[1:])), (corruption, damage)
+    flat = torch.full((3, 128, 128), 128, dtype=torch.uint8)
+    noise = data.corrupt(flat, "lite_noise", 3) - 128.0
+    assert abs(noise.mean()) < 0.4 and abs(noise.std() - 20) < 0.4, (noise.mean(), noise.std())
+    assert abs((noise / noise.std()).pow(4).mean() - 2.9) < 0.1, "12 uniform numbers: 3 - 6 / 60"
+    hit = data.corrupt(flat, "lite_impulses", 5)
+    assert abs((hit != 128).float().mean() - 0.07) < 0.005
+    assert set(hit.unique().tolist()) == {0, 128, 255}
+    dot = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    dot[:, 16, 16] = 255
+    blurred = data.corrupt(dot, "lite_blur", 5)[0].double()
+    spread = (blurred.sum(0) * (torch.arange(32) - 16) ** 2).sum() / blurred.sum()
+    assert abs(spread.sqrt() - 1.5) < 0.15, spread
+    assert len(data.corrupt(images[0], "lite_pixelate", 5)[0].unique(dim=0)) <= 12
+    x = images[1].numpy().astype(int)
+    grey = np.array(Image.fromarray(images[1].permute(1, 2, 0).numpy()).convert("L")).astype(int)
+    for corruption, oracle in (
+            ("lite_brightness", x * 3 // 2), ("lite_saturation", np.trunc((x + grey) / 2)),
+            ("lite_contrast", np.trunc(x * 0.625 + 0.375 * int(grey.mean() + 0.5)))):
+        found = data.corrupt(images[1], corruption, 2)
+        assert np.array_equal(found, oracle.clip(0, 255)), corruption
+
+
+def test_c_lite_is_a_function_of_image_corruption_severity_seed_and_index():
+    golden = {"lite_noise": "6e2fdd66e2a9c61a", "lite_impulses": "ce54c679d73cc887"}
+    images, labels = data.shapes(range(48))
+    dataset = data.InMemory(images, labels, list(data.SHAPES_CLASSES))
+    pairs = [[(0, i) for i in range(j, j + 6)] for j in range(0, 48, 6)]
+    for corruption in data.C_LITE:
+        corrupted = data.Corrupted(dataset, corruption, 3)
+        alone = torch.cat([x for x, _ in all_batches(corrupted, pairs)])
+        if corruption in ("lite_noise", "lite_jpeg"):
+            by_workers = all_batches(corrupted, pairs[::-1], workers=2)[::-1]
+            assert torch.equal(alone, torch.cat([x for x, _ in by_workers])), corruption
+            assert torch.equal(labels, torch.cat([y for _, y in by_workers]))
+        if corruption in golden:
+            digest = hashlib.sha256(alone.numpy().tobytes()).hexdigest()[:16]
+            assert digest == golden[corruption], (corruption, digest)
+            other = data.Corrupted(dataset, corruption, 3, seed=1)
+            assert not torch.equal(alone[:6], all_batches(other, pairs[:1])[0][0])
+            assert not torch.equal(*(data.corrupt(images[0], corruption, 3, 0, i) for i in (0, 1)))
+    part = copy.copy(dataset).restrict(torch.tensor([40, 7]))  # an image keeps its noise in a part
+    (x, y), = all_batches(data.Corrupted(part, "lite_noise", 3), [[(0, 0), (0, 1)]])
+    whole = data.Corrupted(dataset, "lite_noise", 3)
+    assert torch.equal(x, all_batches(whole, [[(5, 40), (5, 7)]])[0][0]) and y.tolist() == [4, 7]
+    for wrong, message in ((("lite_noise", 0), "severity 0 of lite_noise; it must be 1"),
+                           (("lite_noise", 6), "severity 6"),
+                           (("fog", 1), "unknown corruption 'fog'; known: lite_noise")):
+        with pytest.raises(data.DataError, match=message):
+            data.Corrupted(dataset, *wrong)
 
 
 def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):

@@ -118,8 +118,8 @@ PAPER_RHO = {
     "supervised contrastive": {"vit_s16": 0.02, "vit_b16": 0.02},
 }
 
-DEFAULT_MODEL = {"shapes": "vit_micro8", "cifar10": "vit_ti2", "cifar100": "vit_ti2",
-                 "imagenet": "vit_s16", "folder": "vit_s16"}
+DEFAULT_MODEL = dict.fromkeys(data.DATASETS, "vit_s16") | {
+    "shapes": "vit_micro8", "cifar10": "vit_ti2", "cifar100": "vit_ti2"}
 MODEL_FLAGS = ("patch_size", "stride", "dim", "depth", "heads", "head_dim", "mlp_dim",
                "token_mlp_dim", "pool", "stem", "kernel_size", "qkv_bias", "gelu", "width",
                "groups", "width_per_group", "pre_activation", "blur", "msa_blocks", "window_size",
@@ -169,8 +169,10 @@ def make_parser():
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=data.DATASETS, help="folder: any with train/, val/ of class folders")
-    add("--data-dir", default="", help="default: $IMAGENET_DIR, else data/imagenet; CIFAR: data")
-    add("--download", action=on_off, default=False, help="fetch CIFAR if it is missing")
+    add("--data-dir", default="", help="default: $IMAGENET_DIR, else data/imagenet; "
+        "data/imagenet21k; for CIFAR, Flowers and Pets data")
+    add("--download", action=on_off, default=False, help="fetch CIFAR, Flowers or Pets if "
+        "it is missing")
     add("--image-size", type=int, default=0, help="0: 32 for shapes and CIFAR, else 224 (Table 8)")
     add("--augment", choices=data.AUGMENTATIONS, help="default: inception for folders (Table 8), "
         "crop for CIFAR, none for shapes")
@@ -306,8 +308,9 @@ def settings(argv=None):
     args.image_size = args.image_size or (32 if in_memory else 224)
     args.augment = args.augment or {"shapes": "none", "cifar10": "crop", "cifar100": "crop"}.get(
         args.dataset, "inception")
-    args.data_dir = args.data_dir or (
-        "data" if in_memory else os.environ.get("IMAGENET_DIR") or "data/imagenet")
+    imagenet = os.environ.get("IMAGENET_DIR") or "data/imagenet"
+    args.data_dir = args.data_dir or {"imagenet": imagenet, "folder": imagenet,
+                                      "imagenet21k": "data/imagenet21k"}.get(args.dataset, "data")
     args.sam_rho = resolve_rho(args)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else
                                   "mps" if torch.backends.mps.is_available() else "cpu")
