@@ -168,7 +168,8 @@ def make_parser():
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=data.DATASETS, help="folder: any with train/, val/ of class folders")
-    add("--data-dir", default="", help="default: $IMAGENET_DIR, else data/imagenet; CIFAR: data")
+    add("--data-dir", default="", help="a folder, or a file of python data.py pack; default: "
+        "$IMAGENET_DIR, else data/imagenet; CIFAR: data")
     add("--download", action=on_off, default=False, help="fetch CIFAR if it is missing")
     add("--image-size", type=int, default=0, help="0: 32 for shapes and CIFAR, else 224 (Table 8)")
     add("--augment", choices=data.AUGMENTATIONS, help="default: inception for folders (Table 8), "
