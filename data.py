@@ -20,14 +20,18 @@ Choices:
 
     python data.py                    sizes and speed of `shapes` (10 s)
     python data.py sheet              contact sheet of `shapes` as shapes.png
+    python data.py pack --data-dir FOLDER --out FILE      one file of a million images, see Pack
 Shape letters: N images, m of a micro-batch, H height, W width.
 """
 import argparse
+import fcntl
 import io
 import json
 import os
 import re
+import shlex
 import signal
+import struct
 import time
 import zlib
 from fractions import Fraction
@@ -39,6 +43,7 @@ from PIL import Image, ImageEnhance, ImageFile, ImageFilter, ImageOps
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet
 from torchvision.transforms import v2
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 
 # ---- shapes: a data set without a download -------------------------------------------------------
@@ -520,6 +525,189 @@ OXFORD = {  # torchvision's class, which downloads; reader; folder; that of imag
                    "102flowers.tgz, imagelabels.mat and setid.mat"),
     "pets": (OxfordIIITPet, pets, "oxford-iiit-pet", "images",
              "images.tar.gz and annotations.tar.gz")}
+
+
+class EncodedFolder(ImageFolder):
+    """What the workers of pack do: a batch is, instead of images, their encoded bytes end to end
+    (uint8) and the length and checksum of each, int64 (m, 2)."""
+    short_side = 0
+
+    def images(self, where, pairs):
+        parts = [self.encoded(i) for i in where.tolist()]
+        table = torch.tensor([(len(part), zlib.crc32(part)) for part in parts])
+        return torch.from_numpy(np.frombuffer(bytearray().join(parts), np.uint8)), table
+
+    def encoded(self, i):
+        path, notes = self.root / os.fsdecode(self.names[i]), []
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{show(path)} cannot be read: {error.strerror}") from None
+        if self.short_side:
+            image = read_image(content, show(path), notes)
+            self.notes += notes
+            if not notes and min(image.shape[1:]) > self.short_side:
+                image = v2.functional.resize(image, self.short_side, antialias=True)
+                file = io.BytesIO()
+                v2.functional.to_pil_image(image).save(file, "JPEG", quality=95, subsampling=0)
+                content = file.getvalue()
+        return content
+
+
+def pack(data_dir, out, short_side=0, workers=0):
+    """Makes the file `out` of data_dir/train and data_dir/val, or of class folders in data_dir
+    itself. Stopped at any moment it leaves `out` whole or absent; called again it starts anew.
+
+    short_side: an image with a longer one is decoded, resized to it (bilinear, antialiased) and
+        encoded as JPEG (quality 95, chroma not subsampled). The others, and truncated ones, keep
+        their bytes, as all do with 0.
+    Returns the `splits` of Pack's format. Raises DataError, and OSError for what cannot be listed
+    or written.
+    """
+    temporary = Path(f"{out}.partial")
+    with open(temporary, "ab") as file:  # not emptied before it is known to be ours
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, ends with us
+        except (BlockingIOError, PermissionError):
+            raise DataError(f"{show(temporary)} is being written by another process") from None
+        try:
+            if os.path.lexists(out):
+                raise DataError(f"{show(out)} exists: remove it, or choose another --out")
+            file.seek(0)  # what a killed process has left
+            file.truncate()
+            splits = write_pack(file, Path(data_dir), short_side, workers)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, out)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    return splits
+
+
+PACK_END = struct.Struct("<QQI12s")
+PACK_MAGIC = b"image pack 1"
+
+
+def write_pack(file, data_dir, short_side, workers):
+    """Images, index and end of a packed file."""
+    there = [split for split in ("train", "val") if (data_dir / split).is_dir()]
+    folders, classes = {}, None  # all that is wrong with them is said before the first image
+    for split in ("train", "val") if "train" in there else there or ("",):
+        if not (data_dir / split).is_dir():
+            raise DataError(f"{show(data_dir / split)} is no folder; --data-dir names the folder "
+                            "that holds train/ and val/, or class folders")
+        folder = folders[split] = EncodedFolder(data_dir / split, None, classes=classes)
+        folder.short_side, classes = short_side, folder.classes
+        if folder.notice:
+            print(folder.notice)
+    tables, labels, splits = [np.zeros((1, 2), np.int64)], [], {}
+    with tqdm(total=sum(map(len, folders.values())), unit=" images", disable=None) as bar:
+        for split, folder in folders.items():
+            # labels by the split's own classes, for validation data without training data
+            own, numbers = np.unique(folder.labels.numpy(), return_inverse=True)
+            splits[split] = dict(images=len(folder), classes=[folder.classes[c] for c in own])
+            labels.append(numbers)
+            for (content, table), _ in batches(evaluation_loader(folder, 8, workers), bar.write):
+                file.write(content.numpy())
+                tables.append(table.numpy())
+                bar.update(len(table))
+    lengths, checksums = np.concatenate(tables).T
+    names = np.concatenate([folder.names for folder in folders.values()])
+    file.write(bytes(-file.tell() % 8))
+    index = b"".join([
+        lengths.cumsum().astype("<u8"), np.append(0, np.char.str_len(names).cumsum()).astype("<u8"),
+        checksums[1:].astype("<u4"), np.concatenate(labels).astype("<u4"), *names.tolist(),
+        json.dumps(splits).encode(), struct.pack("<QQ", file.tell(), len(names))])
+    file.write(index + struct.pack("<I12s", zlib.crc32(index), PACK_MAGIC))
+    return splits
+
+
+def read_index(path):
+    """Opens a packed file and checks its index -> its "file" and "size"; "version", which differs
+    between files; "splits", "names" and the four arrays, all but splits mapped into memory."""
+    try:
+        file = open(path, "rb")
+        content = np.asarray(np.memmap(file, mode="r"))
+    except OSError as error:
+        raise DataError(f"{show(path)} cannot be read: {error.strerror}") from None
+    except ValueError:  # numpy's for an empty file
+        content = np.zeros(0, np.uint8)
+    end = content[-PACK_END.size:].tobytes().rjust(PACK_END.size)
+    start, n, version, magic = PACK_END.unpack(end)
+    if magic != PACK_MAGIC or zlib.crc32(content[start:-16]) != version:
+        raise DataError(f"{show(path)} is no packed file of images, or a damaged one: copy it "
+                        "again, or make it again by python data.py pack")
+    index = dict(file=file, size=len(content), version=version)
+    for name, kind, count in (("offsets", "<u8", n + 1), ("name_offsets", "<u8", n + 1),
+                              ("checksums", "<u4", n), ("labels", "<u4", n)):
+        index[name] = np.frombuffer(content, kind, count, start)
+        start += index[name].nbytes
+    names, splits = np.split(content[start:-PACK_END.size], [int(index["name_offsets"][-1])])
+    return index | dict(names=names, splits=json.loads(splits.tobytes()))
+
+
+class Pack(Dataset):
+    """A split of a packed file: the images of a folder, in its order, with its classes.
+
+    The file, little-endian, of the N images of all splits:
+        images  encoded, back to back; zeros up to a multiple of 8 bytes
+        index   uint64 (N + 1,): image i is bytes [offsets[i], offsets[i + 1]) of the file
+                uint64 (N + 1,): likewise its name, counted from the first one
+                uint32 (N,): CRC-32 of its bytes
+                uint32 (N,): its label, into the classes of its split
+                names, class/file, back to back
+                JSON: {split: {"images": number, "classes": [name, …]}} in the images' order
+        end     uint64 start of the index, uint64 N, uint32 CRC-32 of all from that start to here,
+                b"image pack 1"
+    Splits are "train" and "val"; or "val"; or "", one folder, which stands for all but "train".
+    The index is mapped into memory; an image is read at its offset, which from a cold disk is twice
+    as fast as through the map, and a disk's failure then is an error and no SIGBUS.
+    Raises DataError for a file that is no pack or damaged, a split that it lacks, a class that is
+    not in `classes`; and, when it is read, for an image whose checksum differs.
+    """
+
+    def __init__(self, path, split, transform, seed=0, classes=None):
+        self.path, self.index = Path(path), None
+        index = read_index(path)
+        splits, self.version = index["splits"], index["version"]
+        self.split = "" if "" in splits and split != "train" else split
+        if self.split not in splits:
+            raise DataError(f"{show(path)} holds no {split} images: pack a folder that holds "
+                            "train/ and val/")
+        own, order = splits[self.split]["classes"], list(splits)
+        self.first = sum(splits[s]["images"] for s in order[:order.index(self.split)])
+        number = {name: i for i, name in enumerate(own if classes is None else classes)}
+        for name in sorted(set(own) - number.keys()):
+            raise DataError(f"{show(path)}: {show(os.path.join(self.split, name))} is a class that "
+                            "the training images do not have: pack a folder without it")
+        labels = index["labels"][self.first:self.first + splits[self.split]["images"]]
+        labels = torch.tensor([number[name] for name in own])[labels.astype(np.int64)]
+        super().__init__(labels, list(number), transform, seed)
+
+    def __getstate__(self):  # a worker that gets a copy opens the file itself
+        return self.__dict__ | {"index": None}
+
+    def read(self, i):
+        self.index = index = self.index or read_index(self.path)
+        file, i = index["file"].fileno(), self.first + i
+        # a map of more than the file now has would be SIGBUS
+        if index["version"] != self.version or os.fstat(file).st_size != index["size"]:
+            raise DataError(f"{show(self.path)} has changed while in use: start again")
+        start, stop = index["name_offsets"][i:i + 2]
+        name = os.path.join(self.split, os.fsdecode(index["names"][start:stop].tobytes()))
+        name = f"{show(self.path)}: {show(name)}"
+        start, stop = index["offsets"][i:i + 2].tolist()
+        try:
+            content = os.pread(file, stop - start, start)
+        except OSError as error:
+            raise DataError(f"{name} cannot be read: {error.strerror}") from None
+        if zlib.crc32(content) != index["checksums"][i]:
+            raise DataError(f"{name} is damaged, its checksum is wrong: copy or make the "
+                            "file again")
+        return read_image(content, name, self.notes)
+
+
 SHAPES_SPLITS = {  # first index, images
     "train": (0, 8_000), "val": (2 ** 30, 2_000), "test": (2 ** 31, 10_000)}
 DATASETS = ("shapes", "imagenet", "imagenet21k", "folder", "cifar10", "cifar100", *OXFORD)
@@ -559,7 +747,7 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
     """One split of a data set.
 
     name: one of DATASETS. "imagenet", "imagenet21k" and "folder" are data_dir/train and
-        data_dir/val with class folders. ImageNet-21k comes without validation images, and with
+        data_dir/val with class folders, or the file data_dir that `pack` made of them. ImageNet-21k comes without validation images, and with
         19,167 to 21,841 classes: they are the folders in train/; val/ is ImageNet's, whose images
         then find their classes by name, or what was moved there out of train/.
     split: "train", "val" or "test"; where only two exist, "test" is "val". The "train" of
@@ -577,6 +765,9 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
         return InMemory(pixels, labels, list(SHAPES_CLASSES),
                         transforms(augment, image_size, image_size, **more), seed)
     if name in ("imagenet", "imagenet21k", "folder"):
+        if os.path.isfile(data_dir):
+            return Pack(data_dir, "train" if split == "train" else "val",
+                        transforms(augment, image_size, **more), seed, classes)
         root = Path(data_dir) / ("train" if split == "train" else "val")
         val = Path(data_dir) / "val"  # 21k's is asked for before the millions of train/ are listed
         if name == "imagenet21k" and (Path(data_dir) / "train").is_dir() and not val.is_dir():
@@ -585,7 +776,8 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
                             "of each class from train/ into it")
         if not root.is_dir():
             raise DataError(f"{name}: {show(root)} is no folder; --data-dir names the folder that "
-                            "holds train/ and val/, each with one folder of images for each class")
+                            "holds train/ and val/, each with one folder of images for each class, "
+                            "or a file that python data.py pack made of it")
         return ImageFolder(root, transforms(augment, image_size, **more), seed, classes)
     if name in ("cifar10", "cifar100"):
         source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
@@ -860,20 +1052,56 @@ class Corrupted(Dataset):
                             for i, image in zip(where.tolist(), self.dataset.images(where, pairs))])
 
 
+def pack_command(parser, args):
+    out, started = show(args.out), time.perf_counter()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # tidied up as after Ctrl-C
+    try:
+        splits = pack(args.data_dir, args.out, args.short_side, args.workers)
+    except DataError as error:
+        parser.exit(2, f"data.py: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"data.py: {show(error.filename or args.out)}: {error.strerror}\n")
+    except KeyboardInterrupt:
+        left = "whole" if os.path.exists(args.out) else "not written; the same command starts anew"
+        parser.exit(130, f"data.py: interrupted: {out} is {left}\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    seconds, n = time.perf_counter() - started, sum(s["images"] for s in splits.values())
+    classes = max(len(s["classes"]) for s in splits.values())
+    print(f"{out}: {n:,} images of {classes:,} classes, {os.path.getsize(args.out):,} bytes, in "
+          f"{seconds:,.1f} s ({n / seconds:,.0f} images/s)")
+    print("to train from it:" if "train" in splits else "to evaluate on it:",
+          f"python train.py --data-dir {shlex.quote(out)}" + " --dataset folder" * (classes != 1000)
+          + " --eval-only --init-from CHECKPOINT" * ("train" not in splits))
+
+
 def main(argv=None):
+    usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
     parser = argparse.ArgumentParser(allow_abbrev=False, description=(
-        "The built-in data set: its sizes and the speed at which it is drawn, or a contact sheet."))
-    parser.add_argument("what", nargs="?", choices=("sizes", "sheet"), default="sizes",
+        "The built-in data set: its sizes and the speed at which it is drawn, or a contact sheet. "
+        "pack: one file of an image folder, to train from by --data-dir FILE."))
+    parser.add_argument("what", nargs="?", choices=("sizes", "sheet", "pack"), default="sizes",
                         help="default: sizes")
     parser.add_argument("--split", choices=SHAPES_SPLITS, default="val",
                         help="split that the sheet shows")
     parser.add_argument("--size", type=int, default=32, help="side of an image in pixels")
     parser.add_argument("--columns", type=int, default=10, help="images of each class on the sheet")
-    parser.add_argument("--out", default="shapes.png", help="file of the sheet")
+    parser.add_argument("--out", help="file to write; default: shapes.png for the sheet")
+    parser.add_argument("--data-dir", help="to pack: holds train/ and val/, or class folders")
+    parser.add_argument("--short-side", type=int, default=0, help="pack what is larger at this "
+                        "size, as JPEG of quality 95; 0: every image as it is")
+    parser.add_argument("--workers", type=int, default=len(usable), help="processes that pack; "
+                        "default: one for each core")
     args = parser.parse_args(argv)
-    for name in ("size", "columns"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    for name, least in (("size", 1), ("columns", 1), ("short_side", 0), ("workers", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
+                         f"least {least}")
+    if args.what == "pack":
+        if not args.data_dir or not args.out:
+            parser.error("pack needs --data-dir and --out")
+        return pack_command(parser, args)
+    args.out = args.out or "shapes.png"
     if args.what == "sheet":
         first, n = SHAPES_SPLITS[args.split][0], len(SHAPES_CLASSES) * args.columns
         images, labels = shapes(np.arange(first, first + n), size=args.size)

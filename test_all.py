@@ -33,6 +33,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
+from torchvision.transforms import v2
 
 import alternet
 import data
@@ -2500,6 +2501,196 @@ def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
         load("val", good.classes)
 
 
+def packed(root, *more):
+    """The file that the command makes of a folder, beside it."""
+    out = Path(f"{root}.pack")
+    data.main(["pack", "--data-dir", str(root), "--out", str(out), "--workers", "0", *more])
+    return out
+
+
+def test_a_packed_file_gives_the_images_of_its_folder_bit_for_bit(tmp_path, capsys):
+    root = write_image_folder(tmp_path / "images", train=5, val=3)
+    shutil.rmtree(root / "val/ant")  # validation images alone are numbered anew
+    odd = [b"two  words.jpeg", b"line\nbreak.jpg"] + [b"\xff.jpg"] * (sys.platform == "linux")
+    for name in odd:
+        shutil.copy(root / "train/ant/ant_3.JPEG", os.fsencode(root / "train/bee") + b"/" + name)
+    os.truncate(root / "train/cat/cat_4.JPEG", (root / "train/cat/cat_4.JPEG").stat().st_size // 2)
+    (root / "train/ant/notes.txt").write_text("no image")
+    out, val = packed(root, "--workers", "2"), packed(root / "val")
+    printed = capsys.readouterr().out
+    assert ("ant/notes.txt" in printed and f"python train.py --data-dir {out}" in printed
+            and f": {21 + len(odd)} images of 3 classes" in printed and "--eval-only" in printed)
+    for file, split, classes in ((out, "train", None), (out, "val", ["ant", "bee", "cat"]),
+                                 (val, "val", ["ant", "bee", "cat"]), (val, "test", None)):
+        for more in ({}, dict(augment="inception", randaugment=(1, 9))):
+            load = lambda where: data.load("imagenet", split, data_dir=where, image_size=24,
+                                           seed=3, classes=classes, **more)
+            folder = load(root)
+            pairs = [[(e, i), (1, 0)] for e in (0, 1) for i in range(len(folder))]
+            expected = all_batches(folder, pairs)
+            for pack, workers in ((load(file), 0), (load(file), 2),
+                                  (pickle.loads(pickle.dumps(load(file))), 0)):
+                told = []
+                got = [*data.batches(data.loader(pack, pairs, workers), told.append)]
+                assert (pack.classes == folder.classes and len(pack) == len(folder)
+                        and torch.equal(pack.labels, folder.labels)
+                        and all(map(same_tensors, expected, got)) and len(expected) == len(got))
+                assert len(told) == (split == "train"), told
+                assert not told or f"{out}: train/cat/cat_4.JPEG is truncated" in told[0]
+    for file, split, classes, words in (
+            (val, "train", None, "val.pack holds no train images: pack a folder"),
+            (out, "val", ["ant", "bee"], "images.pack: val/cat is a class that the training")):
+        with pytest.raises(data.DataError, match=words):
+            data.load("folder", split, data_dir=file, image_size=24, classes=classes)
+
+
+def test_packing_at_a_short_side_bounds_it_and_leaves_small_images_alone(tmp_path):
+    root = write_image_folder(tmp_path / "images", train=6, val=1)
+    out, small = packed(root, "--short-side", "60"), 0
+    folder, pack = data.ImageFolder(root / "train", None), data.Pack(out, "train", None)
+    for i, name in enumerate(folder.names.tolist()):
+        before, after = folder.read(i), pack.read(i)
+        if min(before.shape[1:]) <= 60:
+            small += (folder.root / os.fsdecode(name)).read_bytes() in out.read_bytes()
+        else:
+            before = v2.functional.resize(before, 60, antialias=True)
+            assert before.shape == after.shape and min(after.shape[1:]) == 60
+            assert (after.float() - before.float()).abs().mean() < 4  # of noise, JPEG's worst
+    assert small == sum(min(folder.read(i).shape[1:]) <= 60 for i in range(18)) and 0 < small < 18
+    (root / "val/ant/ant_0.JPEG").write_bytes(b"no image")
+    with pytest.raises(data.DataError, match="val/ant/ant_0.JPEG is not an image"):
+        data.pack(root, tmp_path / "other", 60, 1)
+
+
+PACKED = ["train/a/0.png", "train/a/1.png", "train/b/0.png", "val/b/0.png"]
+
+
+def tiny_pack(tmp_path):
+    """A pack of a hundred bytes an image, and its training images."""
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(PACKED):
+        (tmp_path / "tiny" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 255, (3 + i, 4, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "tiny" / name)
+    out = packed(tmp_path / "tiny")
+    return out, [data.Pack(out, "train", None).read(i) for i in range(3)]
+
+
+def test_a_pack_cut_anywhere_or_with_any_byte_changed_is_refused_or_right(tmp_path):
+    out, images = tiny_pack(tmp_path)
+    whole, rng, said = out.read_bytes(), np.random.default_rng(1), set()
+
+    def damaged(content):
+        """How many images are named in an error, while the others are right; None: refused."""
+        out.unlink()  # a file that is overwritten instead is flushed to disk
+        out.write_bytes(content)
+        try:
+            pack = data.Pack(out, "train", None)
+        except data.DataError as error:
+            return said.add(str(error))
+        assert pack.labels.tolist() == [0, 0, 1] and pack.classes == ["a", "b"]
+        count = 0
+        for i, image in enumerate(images):
+            try:
+                assert torch.equal(pack.read(i), image)
+            except data.DataError as error:
+                assert f"{out}: {PACKED[i]} is damaged, its checksum" in str(error)
+                count += 1
+        return count
+
+    start = int.from_bytes(whole[-32:-24], "little")
+    for place in range(len(whole)):
+        assert damaged(whole[:place]) is damaged(whole[place + 1:]) is None, place
+        count = damaged(whole[:place] + bytes([whole[place] ^ 1 << rng.integers(8)])
+                        + whole[place + 1:])
+        assert count is None if place >= start else count in (0, 1), (place, count)
+    assert damaged(b"hello" * 99) is damaged(whole + b"\n") is None and damaged(whole) == 0
+    assert len(said) == 1 and "tiny.pack is no packed file of images, or a damaged" in said.pop()
+    cut, replaced = data.Pack(out, "train", None), data.Pack(out, "train", None)
+    cut.read(0)
+    os.truncate(out, 10)
+    out.unlink()
+    data.pack(tmp_path / "tiny/train", out)
+    for pack in (cut, replaced):
+        with pytest.raises(data.DataError, match="tiny.pack has changed while in use"):
+            pack.read(2)
+
+
+def test_opening_a_pack_reads_its_index_only_which_is_as_the_format_says(tmp_path):
+    out, images = tiny_pack(tmp_path)
+    whole = out.read_bytes()
+    start, n = np.frombuffer(whole[-32:-16], "<u8").tolist()
+    assert n == 4 and start % 8 == 0
+    offsets, ends = np.frombuffer(whole[start:start + 80], "<u8").reshape(2, 5).tolist()
+    labels = np.frombuffer(whole[start + 96:start + 112], "<u4").tolist()
+    names, splits = np.split(np.frombuffer(whole[start + 112:-32], np.uint8), [ends[-1]])
+    assert labels == [0, 0, 1, 0] and names.tobytes() == b"a/0.pnga/1.pngb/0.pngb/0.png"
+    assert json.loads(splits.tobytes()) == {"train": {"images": 3, "classes": ["a", "b"]},
+                                            "val": {"images": 1, "classes": ["b"]}}
+    for name, first, last in zip(PACKED, offsets, offsets[1:]):
+        assert whole[first:last] == (tmp_path / "tiny" / name).read_bytes()
+    index = whole[start:-32] + np.array([2 ** 40, n], "<u8").tobytes()
+    with open(out, "r+b") as file:  # the index behind a hole of a tebibyte
+        file.seek(2 ** 40)
+        file.write(index + zlib.crc32(index).to_bytes(4, "little") + whole[-12:])
+    assert torch.equal(data.Pack(out, "train", None).read(2), images[2])
+
+
+def test_what_cannot_be_packed_is_one_line_and_leaves_no_file(tmp_path, capsys, monkeypatch):
+    root, out = write_image_folder(tmp_path / "images", train=2, val=1), tmp_path / "file"
+
+    def refused(*argv, left=()):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            data.main(["pack", "--data-dir", str(root), "--out", str(out), "--workers", "0", *argv])
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and line.startswith("data.py: "), line
+        assert sorted(os.listdir(tmp_path)) == sorted(["images", *left])
+        return line
+
+    assert "no/where is no folder; --data-dir names the" in refused("--data-dir", "no/where")
+    assert "/proc/nothing.partial: No such file" in refused("--out", "/proc/nothing")
+    (root / "train/empty").mkdir()
+    assert "train/empty holds no image" in refused()
+    (root / "train/empty").rmdir()
+    (root / "val/cat/dead.jpg").symlink_to("nowhere")
+    assert "val/cat/dead.jpg cannot be read: No such file" in refused()
+    (root / "val/cat/dead.jpg").unlink()
+    full = lambda number: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    for event, words in ((full, "file: No space left on device"),
+                         (lambda number: signal.raise_signal(signal.SIGINT), "is not written; the"),
+                         (lambda number: signal.raise_signal(signal.SIGTERM), "data.py: interrup")):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", event)
+            assert words in refused()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, 2); print(); input()"
+    with subprocess.Popen([sys.executable, "-c", hold, f"{out}.partial"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert "is being written by another process" in refused(left=["file.partial"])
+        other.communicate(b"\n")
+    data.pack(root, out)
+    before = out.read_bytes()
+    assert "file exists: remove it" in refused(left=["file"]) and out.read_bytes() == before
+
+
+def test_a_process_killed_while_packing_leaves_no_file_and_the_next_one_makes_it(tmp_path):
+    """Killed at an image that is a pipe into which nobody writes."""
+    root, out = write_image_folder(tmp_path / "images", train=2, val=1), tmp_path / "images.pack"
+    pipe = root / "val/bee/pipe.jpg"
+    os.mkfifo(pipe)
+    process = subprocess.Popen([sys.executable, HERE / "data.py", "pack", "--data-dir", root,
+                                "--out", out, "--workers", "0"])
+    writer = os.open(pipe, os.O_WRONLY)  # waits for the reader
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    os.close(writer)
+    pipe.unlink()
+    assert not out.exists() and Path(f"{out}.partial").exists()
+    data.pack(root, out)
+    assert len(data.Pack(out, "val", None)) == 3 and not Path(f"{out}.partial").exists()
+
+
 def test_validation_labels_follow_the_training_folders_numbers(tmp_path):
     write_image_folder(tmp_path)
     shutil.rmtree(tmp_path / "val/ant")
@@ -3429,6 +3620,22 @@ def test_other_settings_train(tmp_path, flags):
     for part in ("model", "ema", "optimizer", "scaler", "step", "best"):
         assert same_tensors(whole[part], resumed[part]), part
     assert log_without_times(tmp_path / "whole")[-3:] == log_without_times(tmp_path / "cut")[-3:]
+
+
+def test_a_run_from_a_packed_file_is_the_run_from_its_folder_bit_for_bit(tmp_path):
+    root = write_image_folder(tmp_path / "images", train=8, val=3)
+    out = packed(root)
+    flags = ("--batch-size 8 --micro-batch 4 --epochs 3 --image-size 16 --workers 1 "
+             "--train-fraction 3/4 --warmup-steps 2 --data-dir")
+    setup = "--dataset folder --log-every 1"
+    whole = train_ok(tiny(tmp_path / "whole", flags, root, dataset=setup))
+    train_ok(tiny(tmp_path / "pack", flags, out, "--max-steps 4", dataset=setup))
+    resumed = train_ok(tiny(tmp_path / "pack", flags, out, "--resume", dataset=setup))
+    for part in ("model", "optimizer", "step", "best", "final", "classes"):
+        assert same_tensors(whole[part], resumed[part]), part
+    logs = [[r for r in log_without_times(tmp_path / run) if "loss" in r]
+            for run in ("whole", "pack")]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
 
 
 FAMILIES = {  # a small network of each

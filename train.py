@@ -169,8 +169,8 @@ def make_parser():
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=data.DATASETS, help="folder: any with train/, val/ of class folders")
-    add("--data-dir", default="", help="default: $IMAGENET_DIR, else data/imagenet; "
-        "data/imagenet21k; for CIFAR, Flowers and Pets data")
+    add("--data-dir", default="", help="a folder, or a file of python data.py pack; default: "
+        "$IMAGENET_DIR, else data/imagenet; data/imagenet21k; for CIFAR, Flowers and Pets data")
     add("--download", action=on_off, default=False, help="fetch CIFAR, Flowers or Pets if "
         "it is missing")
     add("--image-size", type=int, default=0, help="0: 32 for shapes and CIFAR, else 224 (Table 8)")
