@@ -845,9 +845,9 @@ def subset(labels, fraction, seed=0):
 
 # --------------------------------------------------------------------------- published benchmarks
 
-# AlexNet's errors in percent, means over the severities (Hendrycks & Dietterich 2019, Table 1; more
-# digits from the code of Hendrycks' AugMix). A corruption's CE is the mean error over the severities
-# divided by AlexNet's, mCE the mean CE of these 15.
+# AlexNet's errors in percent, means over the severities (Hendrycks & Dietterich 2019, Table 1, with
+# the digits of Hendrycks' code). A corruption's CE is the mean error over the severities divided by
+# AlexNet's, mCE the mean CE of these 15.
 ALEXNET_ERRORS = {
     "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640,
     "defocus_blur": 81.9880, "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360,
