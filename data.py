@@ -27,6 +27,7 @@ import argparse
 import fcntl
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -35,6 +36,7 @@ import struct
 import time
 import zlib
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -712,15 +714,60 @@ SHAPES_SPLITS = {  # first index, images
     "train": (0, 8_000), "val": (2 ** 30, 2_000), "test": (2 ** 31, 10_000)}
 DATASETS = ("shapes", "imagenet", "imagenet21k", "folder", "cifar10", "cifar100", *OXFORD)
 AUGMENTATIONS = ("inception", "crop", "none")
+AUTOAUGMENTS = ("none", *(policy.value for policy in v2.AutoAugmentPolicy))
 
 
-def transforms(augment, size, native=None, randaugment=(0, 0), randaugment_prob=1.0, erasing=0.0):
+def _affine(image, shear=(0.0, 0.0), translate=(0, 0)):
+    degrees = [math.degrees(math.atan(s)) for s in shear]
+    return v2.functional.affine(image, angle=0, translate=list(translate), scale=1, shear=degrees,
+                                fill=128)
+
+
+def _cutout(image, half_side):
+    row, column = (int(torch.randint(side, ())) for side in image.shape[1:])
+    top, left = max(row - half_side, 0), max(column - half_side, 0)
+    image = image.clone()
+    image[:, top:row + half_side, left:column + half_side] = 128
+    return image
+
+
+GOOGLE_OPERATIONS = {  # what big_vision does to an image at a strength of magnitude / 10, and a sign
+    "AutoContrast": lambda x, m, sign: v2.functional.autocontrast(x),
+    "Equalize": lambda x, m, sign: v2.functional.equalize(x),
+    "Invert": lambda x, m, sign: v2.functional.invert(x),
+    "Rotate": lambda x, m, sign: v2.functional.rotate(x, 30 * m * sign, fill=128),
+    "Posterize": lambda x, m, sign: v2.functional.posterize(x, min(int(4 * m), 8)),
+    "Solarize": lambda x, m, sign: torch.where(x.int() < int(256 * m), x, 255 - x),
+    "SolarizeAdd": lambda x, m, sign: torch.where(x < 128, (x.int() + int(110 * m)).clamp(max=255),
+                                                  x).to(torch.uint8),
+    "Color": lambda x, m, sign: v2.functional.adjust_saturation(x, 1.8 * m + 0.1),
+    "Contrast": lambda x, m, sign: v2.functional.adjust_contrast(x, 1.8 * m + 0.1),
+    "Brightness": lambda x, m, sign: v2.functional.adjust_brightness(x, 1.8 * m + 0.1),
+    "Sharpness": lambda x, m, sign: v2.functional.adjust_sharpness(x, 1.8 * m + 0.1),
+    "ShearX": lambda x, m, sign: _affine(x, shear=(0.3 * m * sign, 0.0)),
+    "ShearY": lambda x, m, sign: _affine(x, shear=(0.0, 0.3 * m * sign)),
+    "TranslateX": lambda x, m, sign: _affine(x, translate=(round(100 * m * sign), 0)),
+    "TranslateY": lambda x, m, sign: _affine(x, translate=(0, round(100 * m * sign))),
+    "Cutout": lambda x, m, sign: _cutout(x, int(40 * m)),
+}
+
+
+def google_randaugment(image, magnitude):
+    """One operation of Chen et al.'s RandAugment (E.3), as in their group's public code: 16 of
+    them, twice torchvision's strength at 10 and without an upper end, lengths in pixels."""
+    change = list(GOOGLE_OPERATIONS.values())[int(torch.randint(len(GOOGLE_OPERATIONS), ()))]
+    return change(image, magnitude / 10, 1 - 2 * int(torch.randint(2, ())))
+
+
+def transforms(augment, size, native=None, autoaugment="none", randaugment=(0, 0),
+               randaugment_prob=1.0, randaugment_of="torchvision", erasing=0.0):
     """torchvision v2 transforms on uint8 (3, H, W). augment: "inception" (random resized crop and
     flip), "crop" (padding by an eighth, random crop, flip; of square images), "none" (also for
     evaluation: resize, centre crop). native: the side of images that are all square and of one
-    size; None is returned where nothing is to be done to them. Then RandAugment (1909.13719):
-    operations, each applied with a probability, magnitude 0 to 10 of torchvision's ranges; and
-    random erasing (1708.04896) of 2 to 33 % of the area, to grey, with a probability."""
+    size; None is returned where nothing is to be done to them. Then AutoAugment (1805.09501) by
+    torchvision's policy of that name; RandAugment (1909.13719): operations, each applied with a
+    probability, and magnitude, 0 to 10 of torchvision's ranges or google_randaugment's; and random
+    erasing (1708.04896) of 2 to 33 % of the area, to grey, with a probability."""
     resize = [] if native == size else [v2.Resize(size, antialias=True)]
     if augment == "inception":
         steps = [v2.RandomResizedCrop(size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3),
@@ -735,9 +782,13 @@ def transforms(augment, size, native=None, randaugment=(0, 0), randaugment_prob=
         steps = resize
     else:
         steps = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+    if autoaugment != "none":
+        steps += [v2.AutoAugment(v2.AutoAugmentPolicy(autoaugment), fill=128)]
     operations, magnitude = randaugment
-    steps += [v2.RandomApply([v2.RandAugment(1, magnitude, num_magnitude_bins=11, fill=128)],
-                             randaugment_prob) for _ in range(operations)]
+    if operations:
+        change = (partial(google_randaugment, magnitude=magnitude) if randaugment_of == "google"
+                  else v2.RandAugment(1, magnitude, num_magnitude_bins=11, fill=128))
+        steps += [v2.RandomApply([change], randaugment_prob)] * operations
     steps += [v2.RandomErasing(erasing, value=128)] if erasing else []
     return v2.Compose(steps) if steps else None
 

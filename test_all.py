@@ -3122,6 +3122,41 @@ def test_c_lite_is_a_function_of_image_corruption_severity_seed_and_index():
             data.Corrupted(dataset, *wrong)
 
 
+def test_googles_randaugment_does_at_15_what_its_ranges_say():
+    """Chen et al. E.3: 15 on a scale of 10: 45°, shear 0.45, 150 pixels, factors of 2.8."""
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (3, 401, 401), dtype=torch.uint8)
+    at_15 = {name: change(x, 1.5, 1) for name, change in data.GOOGLE_OPERATIONS.items()}
+    assert len(at_15) == 16 and all(y.shape == x.shape and y.dtype == x.dtype
+                                    for y in at_15.values())
+    grey = lambda *shape: torch.full(shape, 128, dtype=torch.uint8)
+    assert torch.equal(at_15["TranslateX"], torch.cat([grey(3, 401, 150), x[:, :, :251]], 2))
+    assert torch.equal(at_15["TranslateY"], torch.cat([grey(3, 150, 401), x[:, :251]], 1))
+    assert torch.equal(at_15["Posterize"], x // 4 * 4), "6 bits stay"
+    assert torch.equal(at_15["Solarize"], x), "no pixel is 384 or more"
+    assert torch.equal(data.GOOGLE_OPERATIONS["Solarize"](x, 0.5, 1),
+                       torch.where(x < 128, x, 255 - x))
+    assert torch.equal(at_15["SolarizeAdd"], torch.where(x < 128, (x.int() + 165).clamp(max=255), x))
+    brighter = (x.double() * 2.8).clamp(max=255)
+    assert (at_15["Brightness"].double() - brighter).abs().max() <= 1
+    cut = (at_15["Cutout"] != x).any(0)
+    rows, columns = (cut.any(d).nonzero().flatten() for d in (1, 0))
+    sides = [len(rows), len(columns)]
+    assert all(60 <= side <= 120 for side in sides), f"a square of {sides} instead of 120"
+    assert (at_15["Cutout"][:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] == 128).all()
+    line = torch.zeros(3, 401, 401, dtype=torch.uint8)
+    line[:, 200, 100:301] = 255
+    for name, slope in (("Rotate", 1.0), ("ShearY", 0.45)):
+        lit = (data.GOOGLE_OPERATIONS[name](line, 1.5, 1)[0] == 255).nonzero().double()
+        found = lit - lit.mean(0)
+        found = (found[:, 0] * found[:, 1]).sum() / (found[:, 1] ** 2).sum()
+        assert abs(abs(found) - slope) < 0.02, f"{name}: a slope of {found:.3f}, not {slope}"
+    steps = data.transforms("none", 401, 401, randaugment=(2, 15), randaugment_of="google")
+    assert sum(torch.equal(steps(x), x) for _ in range(20)) <= 3, "all operations are applied"
+    chosen = data.transforms("none", 401, 401, autoaugment="imagenet")
+    assert sum(torch.equal(chosen(x), x) for _ in range(20)) <= 10
+
+
 def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):
     data.main([])
     assert "8,000 images of 12 classes" in capsys.readouterr().out
@@ -3302,7 +3337,8 @@ def test_sam_rho_paper_is_table_9():
     assert train.PAPER_RHO == table
     for model, rho in table["supervised"].items():
         assert train.settings(["--model", model, "--sam-rho", "paper"])[0].sam_rho == rho
-    strong = "--mixup 0.5 --randaugment 2 10 --sam-rho paper --model".split()
+    strong = ("--mixup 0.5 --randaugment 2 15 --randaugment-of google --sam-rho paper "
+              "--model").split()
     for model, rho in table["strong augmentation"].items():
         assert train.settings([*strong, model])[0].sam_rho == rho
 

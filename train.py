@@ -177,12 +177,18 @@ def make_parser():
     add("--augment", choices=data.AUGMENTATIONS, help="default: inception for folders (Table 8), "
         "crop for CIFAR, none for shapes")
     add("--train-fraction", default="1", help="class-balanced part, as 1/10 or 0.1 (§5.1)")
+    add("--autoaugment", choices=data.AUTOAUGMENTS, default="none", help="torchvision's policy of "
+        "that name, after it (Xiao §5.4: imagenet; theirs has a few other entries)")
     add("--randaugment", type=int, nargs=2, default=[0, 9], metavar=("OPS", "MAGNITUDE"),
-        help="RandAugment after it: operations, magnitude from 0 to 10 (Park A.1: 2 9)")
-    add("--randaugment-prob", type=float, default=1.0, help="of each operation (Park A.1: 0.5)")
+        help="RandAugment after these (Chen E.3: 2 15 of google; Park A.1: 2 9 of torchvision)")
+    add("--randaugment-of", choices=("torchvision", "google"), default="torchvision", help="whose "
+        "operations: magnitudes 0 to 10; or those of Chen et al.'s group, which go on beyond 10")
+    add("--randaugment-prob", type=float, default=1.0, help="of each operation (Chen: 1, Park: 0.5)")
     add("--erasing", type=float, default=0.0, help="probability of random erasing (Park A.1: 0.25)")
-    add("--mixup", type=float, default=0.0, help="α of Beta(α, α), within micro-batches (E.3: 0.5)")
-    add("--cutmix", type=float, default=0.0, help="α likewise; with mixup, half of them each")
+    add("--mixup", type=float, default=0.0, help="α of Beta(α, α); one λ for a micro-batch, each "
+        "image with the one before it (Chen E.3: 0.5; Park A.1: 1; Xiao §5.4: 0.8)")
+    add("--cutmix", type=float, default=0.0, help="α likewise (Park: 0.8; Xiao: 1); with mixup, "
+        "each micro-batch takes one of the two, at even odds")
     add("--mean", type=float, nargs="+", default=[0.5], help="of pixels in [0, 1]: 1 number or 3")
     add("--std", type=float, nargs="+", default=[0.5], help="likewise")
 
@@ -356,9 +362,11 @@ def check(args):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; a probability is "
                             "at least 0 and at most 1")
-    if args.randaugment[0] < 0 or not 0 <= args.randaugment[1] <= 10:
+    most = {"torchvision": 10, "google": 30}[args.randaugment_of]
+    if args.randaugment[0] < 0 or not 0 <= args.randaugment[1] <= most:
         raise UserError(f"--randaugment {' '.join(map(str, args.randaugment))}: the number of "
-                        "operations is at least 0, their magnitude from 0 to 10")
+                        f"operations is at least 0, their magnitude from 0 to {most}"
+                        + "; --randaugment-of google goes on to 30" * (most == 10))
     per_stage = ("resnet", "preresnet", "resnext", "alter", "swin")
     stages = 4 if family(args.model) in per_stage else 3 if family(args.model) == "pit" else 1
     for name in ("depth", "heads"):
@@ -1057,8 +1065,8 @@ def run(args, origin):
             val_set = load(args.eval_split, "none", classes=saved.get("classes"))
             num_classes = len(val_set.classes)
         else:
-            train_set = load("train", args.augment, randaugment=args.randaugment,
-                             randaugment_prob=args.randaugment_prob, erasing=args.erasing)
+            train_set = load("train", args.augment, **{name: getattr(args, name) for name in (
+                "autoaugment", "randaugment", "randaugment_prob", "randaugment_of", "erasing")})
             val_set = load("val", "none", classes=train_set.classes)
             whole, num_classes = len(train_set), len(train_set.classes)
     except data.DataError as error:
