@@ -156,7 +156,7 @@ def robustness(args, rest):
     """Accuracy of checkpoints on held-out images and on benchmarks of natural and of synthetic
     change (Chen et al. Table 2, 5; Park & Kim Fig. 12b, E.1). Returns what the JSON holds under
     "results". Whatever benchmark is not there is named, with where it was looked for."""
-    chosen, summaries = networks(args.checkpoint, rest), {}
+    chosen, summaries, told = networks(args.checkpoint, rest), {}, set()
     first = chosen[0][0]
     device, world, on_machine = train.start_processes(first.device)
     tell = train.say if train.rank() == 0 else lambda text="": None
@@ -196,8 +196,9 @@ def robustness(args, rest):
             except data.DataError as error:
                 tell(f"missing   {error}")
                 continue
-            if dataset.notice:
-                tell(f"{part}: {dataset.notice}")
+            if dataset.notice and dataset.notice not in told:
+                told.add(dataset.notice)
+                tell(dataset.notice)
             workers = settings.workers
             if workers is None:
                 workers = 0 if isinstance(dataset, data.InMemory) else min(

@@ -6,6 +6,7 @@ the code under test; what must hold between processes runs under torchrun with g
 import copy
 import fcntl
 import hashlib
+import importlib.util
 import inspect
 import json
 import math
@@ -36,6 +37,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 import alternet
+import analyze
 import data
 import mixer
 import resnet
@@ -4094,6 +4096,153 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
     whole = sent["sam of the whole batch"]
     assert whole["other"] - sent["sam, all"]["other"] == whole["gradients"], (
         "only --sam-sync sends the first gradient too")
+
+
+# --------------------------------------------------------------------------------------- analyze.py
+
+@pytest.fixture
+def short_shapes(monkeypatch):
+    """60 validation images, 8 of test, two corruptions of c-lite."""
+    monkeypatch.setitem(data.SHAPES_SPLITS, "val", (2**30, 60))
+    monkeypatch.setitem(data.SHAPES_SPLITS, "test", (2**31, 8))
+    for name in list(data.C_LITE)[2:]:
+        monkeypatch.delitem(data.C_LITE, name)
+
+
+def analyze_refusal(capsys, *argv):
+    capsys.readouterr()
+    assert analyze.main([str(a) for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("analyze.py: "), error
+    return error
+
+
+def test_evaluation_takes_several_right_answers_and_a_choice_of_classes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 6)).double()
+    x = torch.randint(0, 256, (40, 3, 2, 2), dtype=torch.uint8)
+    answers = torch.tensor([[i % 6, (i + 1) % 6 if i % 3 else -1] for i in range(40)])
+    dataset = data.InMemory(x, answers, list(range(6)))
+    chosen = torch.tensor([0, 2, 3])
+    for restrict in (None, chosen):
+        got = train.evaluate(model, data.evaluation_loader(dataset, 7), torch.device("cpu"),
+                             restrict_logits=restrict)
+        right = top5 = nll = 0
+        for image, row in zip(x, answers.tolist()):
+            z = (model[1].weight @ (image.double() / 255).flatten() + model[1].bias).tolist()
+            z = {k: v for k, v in enumerate(z) if restrict is None or k in restrict}
+            order = sorted(z, key=lambda k: -z[k])
+            right += order[0] in row
+            top5 += bool(set(order[:5]) & set(row))
+            p = sum(math.exp(v) for k, v in z.items() if k in row)
+            nll -= math.log(p / sum(map(math.exp, z.values()))) if p else -math.inf
+        assert got["top1"] == 2.5 * right, (restrict, got, right)
+        assert restrict is not None or got["top5"] == 2.5 * top5
+        assert got["nll"] == nll / 40 or abs(got["nll"] - nll / 40) < 1e-12, (got, nll / 40)
+
+
+def test_mean_corruption_accuracy_and_mce_follow_their_formulas():
+    rng = np.random.default_rng(0)
+    top1 = {(c, s): rng.uniform(0, 100) for c in data.CORRUPTIONS for s in data.SEVERITIES}
+    parts = {"val": 70.0, "c-lite/lite_blur/1": 30.0, "c-lite/lite_blur/2": 10.0,
+             **{f"c/{c}/{s}": value for (c, s), value in top1.items()}}
+    summary = analyze.robustness_summary(parts)
+    assert summary["val"] == 70 and summary["c-lite"] == 20
+    assert abs(summary["c"] - sum(top1.values()) / 95) < 1e-9
+    ce = [sum(100 - top1[c, s] for s in range(1, 6)) / (5 * alexnet)
+          for c, alexnet in data.ALEXNET_ERRORS.items()]
+    assert len(ce) == 15 and abs(summary["mCE"] - 100 * sum(ce) / 15) < 1e-9
+    as_bad = {f"c/{c}/{s}": 100 - data.ALEXNET_ERRORS.get(c, 50)
+              for c in data.CORRUPTIONS for s in data.SEVERITIES}
+    assert abs(analyze.robustness_summary(as_bad)["mCE"] - 100) < 1e-9, "AlexNet's own mCE"
+    assert "mCE" not in analyze.robustness_summary(as_bad, imagenet=False)
+
+
+def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
+        tmp_path, capsys, monkeypatch, short_shapes):
+    monkeypatch.chdir(tmp_path)
+    runs = [tmp_path / name for name in ("a", "b")]
+    for seed, run in enumerate(runs):
+        train_ok(tiny(run, f"--max-steps 3 --seed {seed}"))
+    command = ["robustness", "--device", "cpu", "--workers", "0", "--out-dir",
+               str(tmp_path / "out"), "--benchmarks", "val", "c-lite", "r", "--checkpoint"]
+    one = str(runs[0] / "ckpt.pt")
+    capsys.readouterr()
+    assert analyze.main([*command, one]) == 0
+    text = capsys.readouterr().out
+    assert text.count("missing   r: there is neither data/imagenet-r nor ") == 1, text
+    assert "11 parts, 0 done before" in text, text
+    saved = json.loads((tmp_path / "out/robustness.json").read_text())
+    (name, parts), = saved["results"].items()
+    assert name.startswith(f"{one} (") and len(parts) == 11
+    model = train.assemble(train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2,
+                                             mlp_dim=48), [0.5], [0.5])
+    train.load_weights(model.network, one)
+    for part, dataset in (("val", data.load("shapes", "val", image_size=32)),
+                          ("c-lite/lite_noise/5", data.Corrupted(
+                              data.load("shapes", "val", image_size=32), "lite_noise", 5))):
+        loader = data.evaluation_loader(dataset, 256)
+        assert parts[part] == train.evaluate(model, loader, torch.device("cpu")), part
+    mean = sum(parts[p]["top1"] for p in parts if p != "val") / 10
+    row = next(line for line in text.splitlines() if line.startswith(f"{name} "))
+    assert [float(v) for v in row[len(name):].split()] == [
+        round(parts["val"]["top1"], 2), pytest.approx(mean, abs=0.006)], row
+
+    # killed in the middle: what is there is not done again, whatever is in it
+    parts["val"]["top1"], kept = 12.5, dict(list(parts.items())[:7])
+    saved["results"][name] = kept
+    (tmp_path / "out/robustness.json").write_text(json.dumps(saved))
+    assert analyze.main([*command, one, str(runs[1] / "ckpt.pt")]) == 0
+    text = capsys.readouterr().out
+    assert "11 parts, 7 done before" in text and "11 parts, 0 done before" in text, text
+    again = json.loads((tmp_path / "out/robustness.json").read_text())["results"]
+    assert again[name] == parts and len(again) == 2
+    assert (tmp_path / "out/robustness.png").exists() == (
+        importlib.util.find_spec("matplotlib") is not None)
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert analyze.main([*command, one]) == 0
+    assert "matplotlib is not installed (pip install matplotlib)" in capsys.readouterr().out
+    assert "was made with other settings (eval_split val → test)" in analyze_refusal(
+        capsys, *command, one, "--eval-split", "test")
+    (tmp_path / "out/robustness.json").write_text('{"results": {')
+    assert "robustness.json is damaged: remove it" in analyze_refusal(capsys, *command, one)
+
+
+def test_mistakes_in_an_analysis_get_one_line_that_helps(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.pt").write_text("hello")
+    for argv, words in [
+            ([], "the following arguments are required: SUBCOMMAND"),
+            (["robustnes"], "invalid choice: 'robustnes'"),
+            (["robustness"], "needs --checkpoint RUN/ckpt.pt, or --model NAME --init-from FILE"),
+            (["robustness", "--checkpoint", "no.pt"], "no.pt: No such file"),
+            (["robustness", "--checkpoint", "text.pt"], "text.pt is no checkpoint"),
+            (["robustness", "--checkpoint", "text.pt", "--benchmarks", "imagenet"],
+             "invalid choice: 'imagenet'"),
+            (["robustness", "--checkpoint", "text.pt", "--data-dri", "x"],
+             "unknown flag --data-dri; did you mean --data-dir")]:
+        line = analyze_refusal(capsys, *argv)
+        assert words in line, (argv, line)
+
+
+def test_an_analysis_on_two_processes_gives_the_numbers_of_one(tmp_path, capsys):
+    train_ok(tiny(tmp_path / "run", "--max-steps 3"))
+    command = ["robustness", "--device", "cpu", "--benchmarks", "val", "--checkpoint",
+               str(tmp_path / "run/ckpt.pt"), "--out-dir"]
+    assert analyze.main([*command, str(tmp_path / "one")]) == 0
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         str(HERE / "analyze.py"), *command, str(tmp_path / "two")], capture_output=True, text=True,
+        timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("results   ") == 1, result.stdout
+    one, two = (json.loads((tmp_path / name / "robustness.json").read_text())["results"]
+                for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    (one,), (two,) = one.values(), two.values()
+    for key, value in one["val"].items():
+        assert abs(value - two["val"][key]) < 1e-6, (key, value, two["val"][key])
 
 
 # ----------------------------------------------------------------------------------- the repository
