@@ -993,7 +993,7 @@ def run(args, origin):
                             augment=augment, seed=args.seed, download=args.download, **more)
         if getattr(dataset, "notice", None):
             tell(dataset.notice)
-        return dataset
+        return dataset.to(device)
 
     try:
         if args.download and local == 0:  # one process of a machine fetches, the others find
@@ -1021,7 +1021,7 @@ def run(args, origin):
         labels = train_set.labels[train_set.indices]
         sample = data.subset(labels, min(1.0, len(val_set) / len(labels)))
         train_sample = copy.copy(train_set).restrict(sample)
-        train_sample.transform = val_set.transform
+        train_sample.transform, train_sample.padding = val_set.transform, 0
     in_memory = isinstance(val_set, data.InMemory) and (args.eval_only or not train_set.transform)
     usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
     cores = len(usable) // on_machine
