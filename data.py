@@ -21,6 +21,7 @@ Choices:
     python data.py                    sizes and speed of `shapes` (10 s)
     python data.py sheet              contact sheet of `shapes` as shapes.png
     python data.py pack --data-dir FOLDER --out FILE      one file of a million images, see Pack
+    python data.py bench              speed of loading beside torchvision's reference (1 min)
 Shape letters: N images, m of a micro-batch, H height, W width.
 """
 import argparse
@@ -29,10 +30,12 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import signal
 import struct
+import tempfile
 import time
 import zlib
 from fractions import Fraction
@@ -40,8 +43,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
-from PIL import Image, ImageEnhance, ImageFile, ImageFilter, ImageOps
+import torch.nn.functional as F
+import torchvision
+from PIL import features, Image, ImageEnhance, ImageFile, ImageFilter, ImageOps
+from torchvision import transforms as v1
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet
 from torchvision.transforms import v2
 from torchvision.utils import save_image
@@ -225,16 +232,25 @@ def shapes(indices, seed=0, size=32):
 
 # ----------------------------------------------------------------------------------- keys and order
 
-def key(*numbers: int) -> int:
-    """A 63-bit seed that depends on every one of the integers and on their order
-    (splitmix64 of each in turn)."""
-    mask, state = 2 ** 64 - 1, 0
+def keys(*numbers):
+    """63-bit seeds that depend on every one of the numbers and on their order (splitmix64 of each
+    in turn). numbers: integers or integer arrays (N,). -> uint64 (N,)."""
+    state = np.zeros(1, dtype=np.uint64)
     for number in numbers:
-        state = (state ^ (number & mask)) + 0x9E3779B97F4A7C15 & mask
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & mask
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & mask
-        state ^= state >> 31
-    return state >> 1
+        if isinstance(number, int):
+            number = np.array([number % 2 ** 64], dtype=np.uint64)
+        state = _mix((state ^ number.astype(np.uint64)) + _GOLDEN)
+    return state >> np.uint64(1)
+
+
+def key(*numbers: int) -> int:
+    """keys, of integers alone."""
+    return int(keys(*numbers)[0])
+
+
+def uniforms(seeds, n):
+    """Numbers uniform in [0, 1) from uint64 seeds (N,): float64 (N, n)."""
+    return (_bits(seeds, 0, n) >> np.uint64(11)) * 2.0 ** -53
 
 
 class TrainOrder(torch.utils.data.Sampler):
@@ -269,6 +285,8 @@ class TrainOrder(torch.utils.data.Sampler):
 def loader(dataset, order, workers=0, pin_memory=False):
     """DataLoader of whole (micro-)batches; `order` yields lists of (epoch, index).
     Iterate by `batches`."""
+    if dataset.on_device:  # nothing to prepare or to send, and no worker may touch a CUDA tensor
+        workers, pin_memory = 0, False
     # A generator of its own: a loader draws a seed, which would move the run's random state.
     return torch.utils.data.DataLoader(
         dataset, sampler=order, batch_size=None, num_workers=workers, generator=torch.Generator(),
@@ -315,11 +333,14 @@ class DataError(Exception):
 
 class Dataset(torch.utils.data.Dataset):
     """What all data sets share. A subclass sets `labels` (N,) int64 and `classes` (names) and
-    defines `read(i) -> uint8 (3, H, W)`; `transform` (of torchvision v2, or None) makes
-    that (3, size, size). For benchmarks, see there: labels may be (N, K), and `restrict_logits`
-    the only classes that a prediction is chosen from (sorted indices, None: all)."""
+    defines `read(i, box) -> uint8 (3, H, W)`, see decode; `transform` (of `transforms`, or None)
+    makes that (3, size, size). For benchmarks, see there: labels may be (N, K), and
+    `restrict_logits` the only classes that a prediction is chosen from (sorted indices, None:
+    all)."""
 
     notice = restrict_logits = None
+    on_device = False  # whether batches come from an accelerator's memory
+    padding = 0        # see InMemory
 
     def __init__(self, labels, classes, transform, seed):
         self.labels, self.classes, self.transform, self.seed = labels, classes, transform, seed
@@ -344,35 +365,77 @@ class Dataset(torch.utils.data.Dataset):
         except DataError as error:
             return error
 
+    def to(self, device):
+        """Puts the images where their batches are wanted, if they can live there; returns self."""
+        return self
+
     def images(self, where, pairs):
-        images, generator = [], torch.default_generator
+        crop, seeds = self.transform, self.seeds(pairs)
+        if not isinstance(crop, InceptionCrop):
+            return self.one_by_one(crop, map(self.read, where.tolist()), seeds)
+        images = (crop.finish(numbers, self.read(i, partial(crop.box, numbers)))
+                  for i, numbers in zip(where.tolist(), uniforms(seeds, crop.NUMBERS).tolist()))
+        return self.one_by_one(crop.then, images, seeds)
+
+    def seeds(self, pairs):
+        epochs, indices = np.array(pairs).T
+        return keys(self.seed, epochs, indices, 1)
+
+    @staticmethod
+    def one_by_one(transform, images, seeds):
+        """Stacks uint8 (3, H, W) images after a transform of torchvision's, or None. Those draw
+        from the default generator: seeded for each image, so that whichever process or worker
+        makes it, it is the same."""
+        if transform is None:
+            return torch.stack(list(images))
+        generator, made = torch.default_generator, []
         state = generator.get_state()
         try:
-            for i, (epoch, index) in zip(where.tolist(), pairs):
-                image = self.read(i)
-                if self.transform is not None:
-                    # torchvision's transforms draw from the default generator: seeded for each
-                    # image, so that whichever process or worker makes it, it is the same.
-                    generator.manual_seed(key(self.seed, epoch, index, 1))
-                    image = self.transform(image)
-                images.append(image)
+            for image, seed in zip(images, seeds.tolist()):
+                generator.manual_seed(seed)
+                made.append(transform(image))
         finally:
             generator.set_state(state)
-        return torch.stack(images)
+        return torch.stack(made)
 
 
 class InMemory(Dataset):
-    """Images that fit into memory: `pixels` is uint8 (N, 3, H, W)."""
+    """Images that fit into memory: `pixels` is uint8 (N, 3, H, W).
 
-    def __init__(self, pixels, labels, classes, transform=None, seed=0):
+    padding: if not 0, each micro-batch is augmented at once, where the pixels are: every image is
+    padded by as many black pixels, cropped to H×W at one of the (2·padding + 1)² places and flipped
+    or not, all equally likely. v2 on a batch would draw one place for all its images.
+    """
+
+    def __init__(self, pixels, labels, classes, transform=None, seed=0, padding=0):
         super().__init__(labels, classes, transform, seed)
-        self.pixels = pixels
+        self.pixels, self.padding = pixels, padding
 
-    def read(self, i):
-        return self.pixels[i]
+    def to(self, device):
+        # What is transformed image by image stays with the workers, on the CPU.
+        if self.transform is None and torch.device(device).type != "cpu":
+            self.pixels, self.on_device = self.pixels.to(device), True
+        return self
 
     def images(self, where, pairs):
-        return self.pixels[where] if self.transform is None else super().images(where, pairs)
+        images = self.pixels.index_select(0, where.to(self.pixels.device))
+        if self.padding:
+            images = self.crop_and_flip(images, self.seeds(pairs))
+        if self.transform is not None:
+            images = self.one_by_one(self.transform, images, self.seeds(pairs))
+        return images
+
+    def crop_and_flip(self, images, seeds):
+        m, _, height, width = images.shape
+        # drawn on the CPU whatever the device, so that the images are the same on all
+        numbers = uniforms(seeds, 3) * (2 * self.padding + 1, 2 * self.padding + 1, 2)
+        numbers = torch.from_numpy(numbers.astype(np.int64)).to(images.device, non_blocking=True)
+        top, left, flip = numbers.T
+        images = F.pad(images, [self.padding] * 4)
+        images = torch.cat([images, images.flip(3)])
+        # all windows of all images, a view: (2 m, 3, 2 padding + 1, 2 padding + 1, H, W)
+        windows = images.unfold(2, height, 1).unfold(3, width, 1)
+        return windows[torch.arange(m, device=images.device) + m * flip, :, top, left]
 
 
 class ImageFiles(Dataset):
@@ -383,9 +446,9 @@ class ImageFiles(Dataset):
         # bytes in one block: a million Python strings would be copied by each worker
         self.root, self.names = Path(root), np.array([os.fsencode(name) for name in names])
 
-    def read(self, i):
+    def read(self, i, box=None):
         path = self.root / os.fsdecode(self.names[i])
-        return read_image(path, show(path), self.notes)
+        return read_image(path, show(path), self.notes, box)
 
 
 class ImageFolder(ImageFiles):
@@ -436,28 +499,35 @@ class ImageFolder(ImageFiles):
         super().__init__(root, names, labels, classes, transform, seed)
 
 
-def decode(source):
+def decode(source, box=None):
     """Encoded image, a path or bytes, to uint8 (3, H, W): upright by EXIF, RGB whatever the file
-    has, 16 bits cut to their upper 8. OSError, SyntaxError, ValueError, DecompressionBombError of
-    PIL for what it cannot decode."""
+    has, 16 bits cut to their upper 8. box: a function of (height, width) that says which part
+    alone is wanted, as (top, left, height, width). OSError, SyntaxError, ValueError,
+    DecompressionBombError of PIL for what it cannot decode."""
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return v2.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+        ImageOps.exif_transpose(image, in_place=True)  # without copying all pixels, as below
+        if box is not None:
+            top, left, height, width = box(image.height, image.width)
+            image = image.crop((left, top, left + width, top + height))
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
-def read_image(source, name, notes):
+def read_image(source, name, notes, box=None):
     """decode, but of a truncated file what can be decoded, the rest grey, which is added to notes:
     rather than the end of a run of days. DataError, by name, where nothing can be decoded."""
     damage = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
     try:
-        return decode(source)
+        return decode(source, box)
     except damage as error:  # whatever PIL makes of damaged bytes
         if getattr(error, "errno", None) is not None:
             raise DataError(f"{name} cannot be read: {error.strerror}") from None
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
     try:
-        image = decode(source)
+        image = decode(source, box)
     except damage:
         raise DataError(f"{name} is not an image that can be decoded: replace or remove "
                         "it") from None
@@ -691,7 +761,7 @@ class Pack(Dataset):
     def __getstate__(self):  # a worker that gets a copy opens the file itself
         return self.__dict__ | {"index": None}
 
-    def read(self, i):
+    def read(self, i, box=None):
         self.index = index = self.index or read_index(self.path)
         file, i = index["file"].fileno(), self.first + i
         # a map of more than the file now has would be SIGBUS
@@ -708,7 +778,7 @@ class Pack(Dataset):
         if zlib.crc32(content) != index["checksums"][i]:
             raise DataError(f"{name} is damaged, its checksum is wrong: copy the file again, or "
                             "make it again by python data.py pack")
-        return read_image(content, name, self.notes)
+        return read_image(content, name, self.notes, box)
 
 
 SHAPES_SPLITS = {  # first index, images
@@ -716,6 +786,46 @@ SHAPES_SPLITS = {  # first index, images
 DATASETS = ("shapes", "imagenet", "imagenet21k", "folder", "cifar10", "cifar100", *OXFORD)
 AUGMENTATIONS = ("inception", "crop", "none")
 AUTOAUGMENTS = ("none", *(policy.value for policy in v2.AutoAugmentPolicy))
+
+
+class InceptionCrop:
+    """A crop of 5 to 100 % of the area at an aspect of 3/4 to 4/3, resized to (size, size),
+    bilinear without antialiasing, and flipped or not: uint8 (3, H, W) to (3, size, size). `then`:
+    what follows, or None.
+
+    In distribution v2.RandomResizedCrop and v2.RandomHorizontalFlip, whose time would be a tenth of
+    an ImageNet JPEG's. In parts, for who can decode the box alone: box, finish, then.
+    """
+    NUMBERS = 23  # in [0, 1), that an image takes: place, flip, ten tries of area and aspect
+
+    def __init__(self, size, then=None):
+        self.size, self.then = size, then
+
+    def __call__(self, image):
+        numbers = torch.rand(self.NUMBERS, dtype=torch.float64).tolist()
+        top, left, height, width = self.box(numbers, *image.shape[1:])
+        image = self.finish(numbers, image[:, top:top + height, left:left + width])
+        return image if self.then is None else self.then(image)
+
+    def box(self, numbers, height, width):
+        """The crop of an image of this size: (top, left, height, width)."""
+        top, left, _, *tries = numbers
+        for area, aspect in zip(tries[::2], tries[1::2]):
+            area, aspect = height * width * (0.05 + 0.95 * area), 3 / 4 * (16 / 9) ** aspect
+            h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+            if 0 < h <= height and 0 < w <= width:
+                break
+        else:  # a long image: of its middle as much as the aspect allows
+            h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+            top = left = 0.5
+        return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+
+    def finish(self, numbers, image):
+        # A decoded image is (H, W, 3) in memory. torch's uint8 kernel takes that as it is only if
+        # the strides of the batch of one say so too; image[None] would be copied first.
+        image = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+        image = F.interpolate(image, (self.size, self.size), mode="bilinear")[0].contiguous()
+        return image.flip(2) if numbers[2] < 0.5 else image
 
 
 def _affine(image, shear=(0.0, 0.0), translate=(0, 0)):
@@ -771,9 +881,7 @@ def transforms(augment, size, native=None, autoaugment="none", randaugment=(0, 0
     erasing (1708.04896) of 2 to 33 % of the area, to grey, with a probability."""
     resize = [] if native == size else [v2.Resize(size, antialias=True)]
     if augment == "inception":
-        steps = [v2.RandomResizedCrop(size, scale=(0.05, 1.0), ratio=(3 / 4, 4 / 3),
-                                      antialias=False),
-                 v2.RandomHorizontalFlip()]
+        steps = []
     elif augment == "crop":
         side = native or size
         steps = [] if native else [v2.Resize(side, antialias=True), v2.CenterCrop(side)]
@@ -791,7 +899,8 @@ def transforms(augment, size, native=None, autoaugment="none", randaugment=(0, 0
                   else v2.RandAugment(1, magnitude, num_magnitude_bins=11, fill=128))
         steps += [v2.RandomApply([change], randaugment_prob)] * operations
     steps += [v2.RandomErasing(erasing, value=128)] if erasing else []
-    return v2.Compose(steps) if steps else None
+    steps = v2.Compose(steps) if steps else None
+    return InceptionCrop(size, steps) if augment == "inception" else steps
 
 
 def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, download=False,
@@ -799,9 +908,10 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
     """One split of a data set.
 
     name: one of DATASETS. "imagenet", "imagenet21k" and "folder" are data_dir/train and
-        data_dir/val with class folders, or the file data_dir that `pack` made of them. ImageNet-21k comes without validation images, and with
-        19,167 to 21,841 classes: they are the folders in train/; val/ is ImageNet's, whose images
-        then find their classes by name, or what was moved there out of train/.
+        data_dir/val with class folders, or the file data_dir that `pack` made of them.
+        ImageNet-21k comes without validation images, and with 19,167 to 21,841 classes: they are
+        the folders in train/; val/ is ImageNet's, whose images then find their classes by name, or
+        what was moved there out of train/.
     split: "train", "val" or "test"; where only two exist, "test" is "val". The "train" of
         flowers102 and pets is all but their test set.
     data_dir: for the others, the folder that holds (or, with download, will hold) the published
@@ -811,11 +921,16 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
     Returns a Dataset. Raises DataError, one line that says what is missing and
     where it was looked for.
     """
+    def in_memory(pixels, labels, classes):
+        native = pixels.shape[3]
+        padding = native // 8 if augment == "crop" else 0  # what is done to whole micro-batches
+        steps = transforms("none" if padding else augment, image_size, native, **more)
+        return InMemory(pixels, labels, classes, steps, seed, padding)
+
     if name == "shapes":
         first, n = SHAPES_SPLITS[split]
-        pixels, labels = shapes(np.arange(first, first + n), size=image_size)
-        return InMemory(pixels, labels, list(SHAPES_CLASSES),
-                        transforms(augment, image_size, image_size, **more), seed)
+        return in_memory(*shapes(np.arange(first, first + n), size=image_size),
+                         list(SHAPES_CLASSES))
     if name in ("imagenet", "imagenet21k", "folder"):
         if os.path.isfile(data_dir):
             return Pack(data_dir, "train" if split == "train" else "val",
@@ -842,8 +957,7 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
         except OSError as error:
             raise DataError(f"{name}: download of {source.url} failed ({error})") from None
         pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-        return InMemory(pixels, torch.tensor(source.targets), source.classes,
-                        transforms(augment, image_size, 32, **more), seed)
+        return in_memory(pixels, torch.tensor(source.targets), source.classes)
     if name in OXFORD:
         source, read, folder, below, archives = OXFORD[name]
         folder = Path(data_dir) / folder
@@ -1127,13 +1241,109 @@ def pack_command(parser, args):
           + " --eval-only --init-from CHECKPOINT" * ("train" not in splits))
 
 
+# --------------------------------------------------------------------------------------- the speed
+
+def photographs(folder, n):
+    """Writes n images of 500×375 as JPEG and as PNG: noise with a photograph's spectrum, amplitude
+    over frequency^1.2, which gives JPEGs of 104 kB, about ImageNet's mean. -> their two folders."""
+    rng, roots = np.random.default_rng(0), [Path(folder) / kind for kind in ("JPEG", "PNG")]
+    frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500))
+    frequency[0, 0] = np.inf
+    for root in roots:
+        (root / "class").mkdir(parents=True)
+    for i in range(n):
+        real, imaginary = rng.normal(size=(2, 3, *frequency.shape)) / frequency ** 1.2
+        planes = np.fft.irfft2(real + 1j * imaginary, (375, 500))
+        light, red, blue = planes / planes.std((1, 2), keepdims=True)
+        pixels = [light * 60 + red * 25, light * 60 - (red + blue) * 10, light * 60 + blue * 25]
+        image = Image.fromarray((np.stack(pixels, 2) + 115).clip(0, 255).astype(np.uint8))
+        for root in roots:
+            image.save(root / "class" / f"{i}.{root.name.lower()}", quality=90)
+    return roots
+
+
+def bench(folder=None, rounds=30, tell=print):
+    """Images per second of one process with one thread. Image files to training crops: by the
+    defaults of torchvision's references/classification, and here. Images of CIFAR's size, padded,
+    cropped and flipped: by v2 one by one, and here in batches. folder: as for ImageFolder; default:
+    made images."""
+    rng, threads, spent = np.random.default_rng(0), torch.get_num_threads(), {}
+
+    def clocked(name, step):
+        def run(*args):
+            started = time.perf_counter()
+            result = step(*args)
+            spent.setdefault(name, []).append(1000 * (time.perf_counter() - started))
+            return result
+        return run
+
+    def race(n, **streams):
+        seconds = {name: [] for name in streams}
+        for _ in range(rounds + 1):  # in turns, the first to warm up
+            for name, stream in streams.items():
+                started = time.perf_counter()
+                if next(stream)[0].is_cuda:
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - started)
+        slowest = next(iter(seconds))
+        for name in streams:
+            own = np.array(seconds[name][1:])
+            low, speed, high = np.quantile(n / own, (0.25, 0.5, 0.75))
+            least, ratio, most = np.quantile(seconds[slowest][1:] / own, (0.25, 0.5, 0.75))
+            tell(f"  {name:12}{speed:7,.0f} images/s ({low:,.0f} to {high:,.0f}), "
+                 f"ratio {ratio:.2f} ({least:.2f} to {most:.2f})")
+        if spent:
+            tell("  ms per image: " + ", ".join(
+                f"{name} {np.median(times):.2f}" for name, times in spent.items()))
+            spent.clear()
+
+    cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    cpu = re.search("model name.*: (.*)", cpuinfo)
+    tell(f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, load "
+         f"{os.getloadavg()[0]:.1f}; torch {torch.__version__}, torchvision "
+         f"{torchvision.__version__}, Pillow {PIL.__version__}, libjpeg-turbo "
+         f"{features.version('libjpeg_turbo')}; 1 process, 1 thread; medians (and quartiles) of "
+         f"{rounds} batches of each, taken in turns")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as made:
+        for root in [Path(folder)] if folder else photographs(made, 32):
+            files = ImageFolder(root, InceptionCrop(224))
+            order = rng.integers(len(files), size=(rounds + 1, 32))
+            paths = {i: root / os.fsdecode(files.names[i]) for i in order.flatten().tolist()}
+            size = np.mean([path.stat().st_size for path in paths.values()]) / 1000
+            tell(f"{show(root.name)}: files of {size:.0f} kB to crops of 224×224, 32 in a batch")
+            steps = v1.Compose([clocked(name, step) for name, step in (
+                ("decode", lambda i: Image.open(paths[i]).convert("RGB")),
+                ("crop", v1.RandomResizedCrop(224)), ("flip", v1.RandomHorizontalFlip()),
+                ("tensor", v1.PILToTensor()), ("float", v1.ConvertImageDtype(torch.float)),
+                ("normalize", v1.Normalize([0.5] * 3, [0.5] * 3)))])
+            reference = torch.utils.data.DataLoader(
+                range(len(files)), 32, sampler=order.flatten().tolist(),
+                collate_fn=lambda batch: (torch.stack([steps(i) for i in batch]), None))
+            files.read = clocked("here decode and crop", files.read)
+            files.transform.finish = clocked("resize and flip", files.transform.finish)
+            pairs = [[(0, i) for i in batch] for batch in order.tolist()]
+            race(32, reference=iter(reference), here=batches(loader(files, pairs), tell))
+    tell("3×32×32 in memory: padded, cropped and flipped, 96 in a batch")
+    pixels, labels = torch.zeros(5000, 3, 32, 32, dtype=torch.uint8), torch.zeros(5000)
+    pairs = [[(0, i) for i in batch]
+             for batch in rng.integers(5000, size=(rounds + 1, 96)).tolist()]
+    sets = {"one by one": InMemory(pixels, labels, [], transforms("crop", 32, 32)),
+            "here": InMemory(pixels, labels, [], padding=4)}
+    if torch.cuda.is_available():
+        sets["on the GPU"] = InMemory(pixels, labels, [], padding=4).to("cuda")
+    race(96, **{name: batches(loader(dataset, pairs)) for name, dataset in sets.items()})
+    torch.set_num_threads(threads)
+
+
 def main(argv=None):
     usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
     parser = argparse.ArgumentParser(allow_abbrev=False, description=(
         "The built-in data set: its sizes and the speed at which it is drawn, or a contact sheet. "
-        "pack: one file of an image folder, to train from by --data-dir FILE."))
-    parser.add_argument("what", nargs="?", choices=("sizes", "sheet", "pack"), default="sizes",
-                        help="default: sizes")
+        "pack: one file of an image folder, to train from by --data-dir FILE. bench: the speed of "
+        "loading images."))
+    parser.add_argument("what", nargs="?", choices=("sizes", "sheet", "pack", "bench"),
+                        default="sizes", help="default: sizes")
     parser.add_argument("--split", choices=SHAPES_SPLITS, default="val",
                         help="split that the sheet shows")
     parser.add_argument("--size", type=int, default=32, help="side of an image in pixels")
@@ -1144,8 +1354,12 @@ def main(argv=None):
                         "size, as JPEG of quality 95; 0: every image as it is")
     parser.add_argument("--workers", type=int, default=len(usable), help="processes that pack; "
                         "default: one for each core")
+    parser.add_argument("--images", help="bench: folder with a folder of images for each class "
+                        "(default: made images of ImageNet's typical size)")
+    parser.add_argument("--rounds", type=int, default=30, help="bench: batches of each pipeline")
     args = parser.parse_args(argv)
-    for name, least in (("size", 1), ("columns", 1), ("short_side", 0), ("workers", 0)):
+    for name, least in (("size", 1), ("columns", 1), ("short_side", 0), ("workers", 0),
+                        ("rounds", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
                          f"least {least}")
@@ -1153,6 +1367,11 @@ def main(argv=None):
         if not args.data_dir or not args.out:
             parser.error("pack needs --data-dir and --out")
         return pack_command(parser, args)
+    if args.what == "bench":
+        try:
+            return bench(args.images, args.rounds)
+        except DataError as error:
+            parser.error(f"--images: {error}")
     args.out = args.out or "shapes.png"
     if args.what == "sheet":
         first, n = SHAPES_SPLITS[args.split][0], len(SHAPES_CLASSES) * args.columns

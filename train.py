@@ -1053,10 +1053,11 @@ def run(args, origin):
                             augment=augment, seed=args.seed, download=args.download, **more)
         if getattr(dataset, "notice", None):
             tell(dataset.notice)
-        return dataset
+        return dataset.to(device)
 
     try:
-        if args.download and os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a machine fetches, the others find
+        # One process of a machine fetches, the others find.
+        if args.download and os.environ.get("LOCAL_RANK", "0") == "0":
             load("train", "none")
         if args.download and dist.is_initialized():
             dist.barrier()
@@ -1081,7 +1082,7 @@ def run(args, origin):
         labels = train_set.labels[train_set.indices]
         sample = data.subset(labels, min(1.0, len(val_set) / len(labels)))
         train_sample = copy.copy(train_set).restrict(sample)
-        train_sample.transform = val_set.transform
+        train_sample.transform, train_sample.padding = val_set.transform, 0
     in_memory = isinstance(val_set, data.InMemory) and (args.eval_only or not train_set.transform)
     usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
     cores = len(usable) // on_machine
