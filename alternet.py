@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-RESNET = {  # alter_resnet{key}; He et al. (1512.03385), Table 1, but the last stage's blocks are even
+RESNET = {  # alter_resnet{key}; He et al. (1512.03385), Table 1, the last stage made even
     "18": dict(depth=(2, 2, 2, 2), bottleneck=False),
     "34": dict(depth=(3, 4, 6, 4), bottleneck=False),
     "50": dict(depth=(3, 4, 6, 4)),
@@ -244,7 +244,7 @@ def check_windows(image_size, stem, msa_blocks, window_size):
 
 
 class AlterNet(nn.Module):
-    """Images (B, 3, H, W) to logits (B, num_classes); the defaults are Alter-ResNet-50 for ImageNet.
+    """Images (B, 3, H, W) to logits (B, num_classes); defaults: Alter-ResNet-50 for ImageNet.
     H and W are image_size or any other size whose maps the windows divide.
 
     depth            blocks of the four stages

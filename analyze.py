@@ -1,9 +1,9 @@
 """Tables and figures of the three papers from trained networks: a function and a subcommand each.
 
-    python analyze.py robustness --checkpoint RUN/ckpt.pt --data-dir IMAGENET --benchmarks val real v2 r c
-                                      Chen et al. (arXiv 2106.01548) Table 2; Park & Kim Fig. 12b, E.1
-    python analyze.py robustness --checkpoint A/ckpt.pt B/ckpt.pt --benchmarks val c-lite
-                                      the same without a download, with corruptions of our own
+    python analyze.py robustness --checkpoint RUN/ckpt.pt --data-dir IMAGENET \\
+        --benchmarks val real v2 r c        Chen et al. (arXiv 2106.01548) Table 2, 5
+    python analyze.py robustness --checkpoint A/ckpt.pt B/ckpt.pt      several; Park & Kim
+        (2202.06709) Fig. 12b, E.1; by default on corruptions of our own, without a download
     torchrun --nproc_per_node=8 analyze.py …      on many devices: the same numbers
 
 A subcommand prints a table, writes OUT/SUBCOMMAND.json (numbers, settings, versions, command line)

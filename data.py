@@ -842,7 +842,7 @@ def _cutout(image, half_side):
     return image
 
 
-GOOGLE_OPERATIONS = {  # what big_vision does to an image at a strength of magnitude / 10, and a sign
+GOOGLE_OPERATIONS = {  # what big_vision does to an image; m: magnitude / 10; sign: 1 or -1
     "AutoContrast": lambda x, m, sign: v2.functional.autocontrast(x),
     "Equalize": lambda x, m, sign: v2.functional.equalize(x),
     "Invert": lambda x, m, sign: v2.functional.invert(x),

@@ -32,7 +32,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-RESNET = {  # (pre)resnet{key}(x2); He et al. (1512.03385), Table 1; 200: 1603.05027 and Xiao Table 2
+RESNET = {  # (pre)resnet{key}(x2); He et al. (1512.03385), Table 1; 200: 1603.05027
     "18": dict(depth=(2, 2, 2, 2), bottleneck=False),
     "34": dict(depth=(3, 4, 6, 3), bottleneck=False),
     "50": dict(depth=(3, 4, 6, 3)),
@@ -279,8 +279,8 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
     elif name == "resnext50_32x4d":
         row = dict(RESNET["50"], groups=32, width_per_group=4)
     else:
-        raise unknown("model", name, NAMES, f"(pre)resnet{{{','.join(RESNET)}}} also with x2 at the "
-                      "end, resnext50_32x4d")
+        raise unknown("model", name, NAMES, f"(pre)resnet{{{','.join(RESNET)}}} also with x2 at "
+                      "the end, resnext50_32x4d")
     arguments = list(inspect.signature(ResNet).parameters)
     for override in overrides:
         if override not in arguments:

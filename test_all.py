@@ -3138,7 +3138,8 @@ def test_googles_randaugment_does_at_15_what_its_ranges_say():
     assert torch.equal(at_15["Solarize"], x), "no pixel is 384 or more"
     assert torch.equal(data.GOOGLE_OPERATIONS["Solarize"](x, 0.5, 1),
                        torch.where(x < 128, x, 255 - x))
-    assert torch.equal(at_15["SolarizeAdd"], torch.where(x < 128, (x.int() + 165).clamp(max=255), x))
+    added = (x.int() + 165).clamp(max=255)
+    assert torch.equal(at_15["SolarizeAdd"].int(), torch.where(x < 128, added, x.int()))
     brighter = (x.double() * 2.8).clamp(max=255)
     assert (at_15["Brightness"].double() - brighter).abs().max() <= 1
     cut = (at_15["Cutout"] != x).any(0)

@@ -183,7 +183,7 @@ def make_parser():
         help="RandAugment after these (Chen E.3: 2 15 of google; Park A.1: 2 9 of torchvision)")
     add("--randaugment-of", choices=("torchvision", "google"), default="torchvision", help="whose "
         "operations: magnitudes 0 to 10; or those of Chen et al.'s group, which go on beyond 10")
-    add("--randaugment-prob", type=float, default=1.0, help="of each operation (Chen: 1, Park: 0.5)")
+    add("--randaugment-prob", type=float, default=1.0, help="of each operation (Park: 0.5)")
     add("--erasing", type=float, default=0.0, help="probability of random erasing (Park A.1: 0.25)")
     add("--mixup", type=float, default=0.0, help="α of Beta(α, α); one λ for a micro-batch, each "
         "image with the one before it (Chen E.3: 0.5; Park A.1: 1; Xiao §5.4: 0.8)")
@@ -360,8 +360,8 @@ def check(args):
                             "least 0 and below 1")
     for name in ("randaugment_prob", "erasing"):
         if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; a probability is "
-                            "at least 0 and at most 1")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; a probability "
+                            "is at least 0 and at most 1")
     most = {"torchvision": 10, "google": 30}[args.randaugment_of]
     if args.randaugment[0] < 0 or not 0 <= args.randaugment[1] <= most:
         raise UserError(f"--randaugment {' '.join(map(str, args.randaugment))}: the number of "
@@ -741,7 +741,8 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
             others[restrict_logits] = False
             logits = logits.masked_fill(others.to(device), -math.inf)
         y = y.view(len(y), -1)
-        hits = (logits.topk(min(5, logits.shape[1]), dim=1).indices[:, :, None] == y[:, None]).any(2)
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = (best[:, :, None] == y[:, None]).any(2)
         log_p = logits.log_softmax(1).gather(1, y.clamp(min=0)).masked_fill(y < 0, -math.inf)
         sums += torch.stack([torch.ones_like(y[:, 0]).sum(), hits[:, 0].sum(), hits.any(1).sum(),
                              -log_p.logsumexp(1).sum()]).to(sums)
