@@ -9,6 +9,8 @@ Choices:
   and normalisation happen on the device. The unit that a worker prepares is one micro-batch.
 - Which images form step t and how image i of epoch e is augmented depends on (seed, e, i) alone:
   not on workers, processes or interruptions. The incomplete last batch of an epoch is dropped.
+- Data sets that fit into memory live on the device. There a micro-batch is padded, cropped and
+  flipped at once (InMemory). Of a JPEG, training decodes only the rows down to its crop (decode).
 - Evaluation takes every image exactly once, split over the processes by stride.
 - Inception-style is a crop of 5-100 % of the area (not torchvision's 8 %), aspect 3/4-4/3, bilinear
   without antialiasing, and a flip, as in the authors' public code. Evaluation resizes the short
@@ -18,7 +20,7 @@ Choices:
 
     python data.py                    sizes and speed of `shapes` (10 s)
     python data.py sheet              contact sheet of `shapes` as shapes.png
-    python data.py bench              speed of loading beside torchvision's reference (1 min)
+    python data.py bench              speed of loading, against torchvision's reference (30 s)
 Shape letters: N images, m of a micro-batch, H height, W width.
 """
 import argparse
@@ -484,14 +486,14 @@ class ImageFolder(Dataset):
 def decode(source, box=None):
     """Encoded image, a path or bytes, to uint8 (3, H, W): upright by EXIF, RGB whatever the file
     has, 16 bits cut to their upper 8. box: a function of (height, width) that says which part
-    alone is wanted, as (top, left, height, width). OSError, SyntaxError, ValueError,
-    DecompressionBombError of PIL for what it cannot decode."""
+    alone is wanted, as (top, left, height, width); its pixels are the same. OSError, SyntaxError,
+    ValueError, DecompressionBombError of PIL for what it cannot decode."""
     encoded, part = source if isinstance(source, bytes) else Path(source).read_bytes(), None
     at = jpeg_height(encoded) if box is not None else None
     if at is not None:
-        # A JPEG is decoded from its top. Below the box nothing is wanted, so its header is made to
-        # say that it ends there: the same pixels for 9/10 of the time. The row after the box stays:
-        # the last row of an image is the only one whose colours are not smoothed with the next's.
+        # A JPEG is decoded from its top. Its header is made to say that it ends below the box, and
+        # libjpeg skips the rest: for training crops 9/10 of the time. One row more than the box is
+        # kept, because a row's colours may be smoothed with those of the next, where there is one.
         rows, columns = struct.unpack_from(">HH", encoded, at)
         part = box(rows, columns)
         rows = min(rows, part[0] + part[2] + 1)
@@ -499,7 +501,7 @@ def decode(source, box=None):
     with Image.open(io.BytesIO(encoded)) as image:
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        ImageOps.exif_transpose(image, in_place=True)  # without copying all pixels, as below
+        ImageOps.exif_transpose(image, in_place=True)  # this way, no copy if there is nothing to do
         if box is not None:
             top, left, height, width = part or box(image.height, image.width)
             image = image.crop((left, top, left + width, top + height))
@@ -594,12 +596,13 @@ class InceptionCrop:
 
 
 def transforms(augment, size, native=None, randaugment=(0, 0), randaugment_prob=1.0, erasing=0.0):
-    """torchvision v2 transforms on uint8 (3, H, W). augment: "inception" (random resized crop and
-    flip), "crop" (padding by an eighth, random crop, flip; of square images), "none" (also for
-    evaluation: resize, centre crop). native: the side of images that are all square and of one
-    size; None is returned where nothing is to be done to them. Then RandAugment (1909.13719):
-    operations, each applied with a probability, magnitude 0 to 10 of torchvision's ranges; and
-    random erasing (1708.04896) of 2 to 33 % of the area, to grey, with a probability."""
+    """torchvision v2 transforms on uint8 (3, H, W). augment: "inception" (an InceptionCrop), "crop"
+    (padding by an eighth, random crop, flip; of square images; `load` has InMemory do it instead),
+    "none" (also for evaluation: resize, centre crop). native: the side of images that are all
+    square and of one size; None is returned where nothing is to be done to them. Then RandAugment
+    (1909.13719): operations, each applied with a probability, magnitude 0 to 10 of torchvision's
+    ranges; and random erasing (1708.04896) of 2 to 33 % of the area, to grey, with a
+    probability."""
     resize = [] if native == size else [v2.Resize(size, antialias=True)]
     if augment == "inception":
         steps = []
@@ -636,7 +639,7 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
     """
     def in_memory(pixels, labels, classes):
         native = pixels.shape[3]
-        padding = native // 8 if augment == "crop" else 0  # what is done to whole micro-batches
+        padding = native // 8 if augment == "crop" else 0  # done to whole micro-batches instead
         steps = transforms("none" if padding else augment, image_size, native, **more)
         return InMemory(pixels, labels, classes, steps, seed, padding)
 
