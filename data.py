@@ -11,6 +11,8 @@ Choices:
   and normalisation happen on the device. The unit that a worker prepares is one micro-batch.
 - Which images form step t and how image i of epoch e is augmented depends on (seed, e, i) alone:
   not on workers, processes or interruptions. The incomplete last batch of an epoch is dropped.
+- Data sets that fit into memory live on the device. There a micro-batch is padded, cropped and
+  flipped at once (InMemory). Of a JPEG, training decodes only the rows down to its crop (decode).
 - Evaluation takes every image exactly once, split over the processes by stride.
 - Inception-style is a crop of 5-100 % of the area (not torchvision's 8 %), aspect 3/4-4/3, bilinear
   without antialiasing, and a flip, as in the authors' public code. Evaluation resizes the short
@@ -21,7 +23,7 @@ Choices:
     python data.py                    sizes and speed of `shapes` (10 s)
     python data.py sheet              contact sheet of `shapes` as shapes.png
     python data.py pack --data-dir FOLDER --out FILE      one file of a million images, see Pack
-    python data.py bench              speed of loading beside torchvision's reference (1 min)
+    python data.py bench              speed of loading, against torchvision's reference (30 s)
 Shape letters: N images, m of a micro-batch, H height, W width.
 """
 import argparse
@@ -507,7 +509,7 @@ def decode(source, box=None):
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        ImageOps.exif_transpose(image, in_place=True)  # without copying all pixels, as below
+        ImageOps.exif_transpose(image, in_place=True)  # this way, no copy if there is nothing to do
         if box is not None:
             top, left, height, width = box(image.height, image.width)
             image = image.crop((left, top, left + width, top + height))
@@ -872,13 +874,14 @@ def google_randaugment(image, magnitude):
 
 def transforms(augment, size, native=None, autoaugment="none", randaugment=(0, 0),
                randaugment_prob=1.0, randaugment_of="torchvision", erasing=0.0):
-    """torchvision v2 transforms on uint8 (3, H, W). augment: "inception" (random resized crop and
-    flip), "crop" (padding by an eighth, random crop, flip; of square images), "none" (also for
-    evaluation: resize, centre crop). native: the side of images that are all square and of one
-    size; None is returned where nothing is to be done to them. Then AutoAugment (1805.09501) by
-    torchvision's policy of that name; RandAugment (1909.13719): operations, each applied with a
-    probability, and magnitude, 0 to 10 of torchvision's ranges or google_randaugment's; and random
-    erasing (1708.04896) of 2 to 33 % of the area, to grey, with a probability."""
+    """torchvision v2 transforms on uint8 (3, H, W). augment: "inception" (an InceptionCrop), "crop"
+    (padding by an eighth, random crop, flip; of square images; `load` has InMemory do it instead),
+    "none" (also for evaluation: resize, centre crop). native: the side of images that are all
+    square and of one size; None is returned where nothing is to be done to them. Then AutoAugment
+    (1805.09501) by torchvision's policy of that name; RandAugment (1909.13719): operations, each
+    applied with a probability, and magnitude, 0 to 10 of torchvision's ranges or those of
+    google_randaugment; and random erasing (1708.04896) of 2 to 33 % of the area, to grey, with a
+    probability."""
     resize = [] if native == size else [v2.Resize(size, antialias=True)]
     if augment == "inception":
         steps = []
@@ -923,7 +926,7 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
     """
     def in_memory(pixels, labels, classes):
         native = pixels.shape[3]
-        padding = native // 8 if augment == "crop" else 0  # what is done to whole micro-batches
+        padding = native // 8 if augment == "crop" else 0  # done to whole micro-batches instead
         steps = transforms("none" if padding else augment, image_size, native, **more)
         return InMemory(pixels, labels, classes, steps, seed, padding)
 

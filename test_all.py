@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -2394,6 +2395,9 @@ def test_the_order_is_a_permutation_per_epoch_whatever_the_processes_and_the_sta
                 == shares[0][2 * step:2 * step + 2] + shares[1][2 * step:2 * step + 2])
     assert order(start=4) == whole[16:]
     assert len({data.key(0, 1), data.key(1, 0), data.key(0, 1, 0), data.key(0, 2)}) == 4
+    assert data.key(0, 1) == 313702574736366215  # as of the first runs: they stay reproducible
+    assert data.keys(-1, np.array([0, 2 ** 40]), np.array([3, 9])).tolist() == [
+        data.key(2 ** 64 - 1, 0, 3), data.key(-1, 2 ** 40, 9)]
 
 
 @pytest.mark.parametrize("strong", [{}, dict(randaugment=(2, 9), randaugment_prob=0.5,
@@ -2768,6 +2772,91 @@ def test_inception_crops_cover_5_to_100_percent_at_aspects_between_3_4_and_4_3(t
     assert 150 < flips < 250, flips
     assert data.transforms("none", 224)(
         torch.zeros(3, 500, 375, dtype=torch.uint8)).shape == (3, 224, 224)
+
+
+def test_a_box_of_an_image_is_decoded_to_the_pixels_it_has_in_the_whole():
+    rng, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112] = 6
+    kinds = [("JPEG", mode, dict(subsampling=s, progressive=p, restart_marker_rows=r))
+             for mode in ("RGB", "L", "CMYK") for s in (0, 1, 2) for p in (0, 1) for r in (0, 1)]
+    kinds += [("JPEG", "RGB", dict(exif=exif)), ("PNG", "P", {}), ("PNG", "L", {})]
+    for kind, mode, options in kinds:
+        pixels, file = rng.integers(0, 256, (*rng.integers(20, 120, 2), 3)), io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(file, kind, **options)
+        encoded = file.getvalue()
+        whole = data.decode(encoded)
+        for _ in range(10):
+            (top, bottom), (left, right) = (
+                sorted(rng.choice(n + 1, 2, False)) for n in whole.shape[1:])
+            part = data.decode(encoded, lambda *size: size == whole.shape[1:] and (
+                top, left, bottom - top, right - left))
+            assert torch.equal(part, whole[:, top:bottom, left:right]), (kind, mode, options)
+
+
+def test_inception_crops_are_distributed_and_resized_as_torchvisions():
+    reference = data.v2.RandomResizedCrop(24, scale=(0.05, 1.0), antialias=False)
+    crop, n = data.InceptionCrop(24), 3000
+    numbers = data.uniforms(data.keys(np.arange(n)), crop.NUMBERS).tolist()
+    torch.manual_seed(0)
+    for height, width in ((375, 500), (64, 64), (300, 90)):
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+        ours = np.array([crop.box(u, height, width) for u in numbers])
+        theirs = np.array([list(reference.make_params([image]).values()) for _ in range(n)])
+        for a, b in zip(*((*x.T, x[:, 2] * x[:, 3], x[:, 3] / x[:, 2]) for x in (ours, theirs))):
+            at = np.concatenate([a, b])  # two-sample Kolmogorov-Smirnov, p = 0.001
+            a, b = (np.searchsorted(np.sort(x), at, "right") / n for x in (a, b))
+            assert abs(a - b).max() < 1.95 * (2 / n) ** 0.5, (height, width, abs(a - b).max())
+        for u, (top, left, h, w) in list(zip(numbers, ours))[:20]:
+            truth = data.v2.functional.resized_crop(image, top, left, h, w, [24, 24],
+                                                    antialias=False)
+            out = crop.finish(u, image[:, top:top + h, left:left + w])
+            assert out.is_contiguous() and torch.equal(out.flip(2) if u[2] < 0.5 else out, truth)
+    assert crop.box([0.9] * 23, 20, 2000) == (0, 987, 20, 27), "no try fits: the middle"
+    assert crop.box([1 - 2 ** -53] * 2 + [0.5] * 21, 99, 99)[0] == 99 - crop.box(
+        [0.5] * 23, 99, 99)[2], "the last row is reached"
+
+
+def test_batches_in_memory_are_padded_cropped_and_flipped_as_by_torchvision():
+    image = torch.randint(1, 256, (3, 32, 32), dtype=torch.uint8)
+    windows = F.pad(image, (4,) * 4).unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)
+    windows = torch.cat([windows.flatten(0, 1), windows.flatten(0, 1).flip(3)])  # (162, 3, 32, 32)
+    number = {w.numpy().tobytes(): i for i, w in enumerate(windows)}
+    dataset = data.InMemory(image.expand(100, 3, 32, 32), torch.arange(100), [], padding=4)
+    ours = np.bincount([number[x.numpy().tobytes()] for epoch in range(162)
+                        for x in dataset[[(epoch, i) for i in range(100)]][0]], minlength=162)
+    chi2 = ((ours - 100) ** 2 / 100).sum()
+    assert chi2 < 161 + 4 * (2 * 161) ** 0.5, f"16,200 images, 162 equally likely outcomes: {chi2}"
+    v2 = data.transforms("crop", 32, 32)
+    assert {number[v2(image).numpy().tobytes()] for _ in range(4000)} == set(range(162))
+
+
+@pytest.mark.parametrize("more", [{}, dict(randaugment=(2, 9), erasing=0.5)], ids=["plain", "more"])
+def test_augmentation_in_memory_depends_on_seed_epoch_and_image_only(more):
+    def make(seed=0):
+        steps = data.transforms("none", 32, 32, **more)
+        return data.InMemory(*data.shapes(range(30)), [], steps, seed, padding=4)
+
+    def run(rank=0, world=1, start=0, seed=0, workers=0):
+        order = data.TrainOrder(30, 8, 4, 5, start, 6, rank, world)
+        return [x for x, _ in all_batches(make(seed), order, workers)]
+    whole = run()
+    for again, truth in ((run(workers=2), whole), (run(start=2), whole[4:]),
+                         (run(0, 2), whole[::2]), (run(1, 2), whole[1::2])):
+        assert len(again) == len(truth) and all(map(torch.equal, again, truth))
+    assert not any(map(torch.equal, run(seed=1), whole))
+    x, again = make()[[(0, 3), (1, 3), (0, 4)]][0], make()[[(0, 4), (0, 3)]][0]
+    assert torch.equal(x[[2, 0]], again) and not torch.equal(x[0], x[1]), "another epoch, another"
+    if torch.cuda.is_available():
+        assert torch.equal(x, make().to("cuda")[[(0, 3), (1, 3), (0, 4)]][0].cpu())
+
+
+def test_the_bench_compares_the_pipelines(tmp_path, capsys):
+    jpegs, pngs = data.photographs(tmp_path, 2)
+    assert [Image.open(f).size for f in pngs.rglob("*.png")] == [(500, 375)] * 2
+    assert 80e3 < (jpegs / "class/0.jpeg").stat().st_size < 130e3
+    data.main(["bench", "--rounds", "1", "--images", str(jpegs)])
+    out = capsys.readouterr().out
+    assert out.count("ratio") >= 4 and "normalize" in out and "resize and flip" in out, out
 
 
 def test_randaugment_and_random_erasing_act_as_often_and_as_much_as_asked():
