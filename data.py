@@ -504,18 +504,41 @@ class ImageFolder(ImageFiles):
 def decode(source, box=None):
     """Encoded image, a path or bytes, to uint8 (3, H, W): upright by EXIF, RGB whatever the file
     has, 16 bits cut to their upper 8. box: a function of (height, width) that says which part
-    alone is wanted, as (top, left, height, width). OSError, SyntaxError, ValueError,
-    DecompressionBombError of PIL for what it cannot decode."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    alone is wanted, as (top, left, height, width); its pixels are the same. OSError, SyntaxError,
+    ValueError, DecompressionBombError of PIL for what it cannot decode."""
+    encoded, part = source if isinstance(source, bytes) else Path(source).read_bytes(), None
+    at = jpeg_height(encoded) if box is not None else None
+    if at is not None:
+        # A JPEG is decoded from its top. Its header is made to say that it ends below the box, and
+        # libjpeg skips the rest: for training crops 9/10 of the time. One row more than the box is
+        # kept, because a row's colours may be smoothed with those of the next, where there is one.
+        rows, columns = struct.unpack_from(">HH", encoded, at)
+        part = box(rows, columns)
+        rows = min(rows, part[0] + part[2] + 1)
+        encoded = b"".join((encoded[:at], struct.pack(">H", rows), encoded[at + 2:]))
+    with Image.open(io.BytesIO(encoded)) as image:
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         ImageOps.exif_transpose(image, in_place=True)  # this way, no copy if there is nothing to do
         if box is not None:
-            top, left, height, width = box(image.height, image.width)
+            top, left, height, width = part or box(image.height, image.width)
             image = image.crop((left, top, left + width, top + height))
         image = image if image.mode == "RGB" else image.convert("RGB")
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+def jpeg_height(encoded):
+    """Where a JPEG's header states its height, two bytes before those of the width. None for other
+    files, and where EXIF or XMP data may say that the image lies on its side."""
+    at = 2 if encoded.startswith(b"\xff\xd8\xff") else len(encoded)
+    while at + 9 <= len(encoded) and encoded[at] == 0xFF:
+        marker, length = struct.unpack_from(">xBH", encoded, at)
+        if marker in (0xC0, 0xC1, 0xC2):    # baseline, extended, progressive (ITU-T T.81, B.2.2)
+            return at + 5 if encoded[at + 5:at + 7] != b"\0\0" else None  # 0: stated at the end
+        if marker < 0xC4 or marker in (0xE1, 0xFF):
+            return None
+        at += 2 + length
 
 
 def read_image(source, name, notes, box=None):

@@ -2775,6 +2775,8 @@ def test_inception_crops_cover_5_to_100_percent_at_aspects_between_3_4_and_4_3(t
 
 
 def test_a_box_of_an_image_is_decoded_to_the_pixels_it_has_in_the_whole():
+    """JPEGs of all subsamplings and modes, with restarts, progressive, are cut below the box; with
+    EXIF they are not, nor are other formats."""
     rng, exif = np.random.default_rng(0), Image.Exif()
     exif[0x0112] = 6
     kinds = [("JPEG", mode, dict(subsampling=s, progressive=p, restart_marker_rows=r))
@@ -2784,13 +2786,16 @@ def test_a_box_of_an_image_is_decoded_to_the_pixels_it_has_in_the_whole():
         pixels, file = rng.integers(0, 256, (*rng.integers(20, 120, 2), 3)), io.BytesIO()
         Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(file, kind, **options)
         encoded = file.getvalue()
-        whole = data.decode(encoded)
+        whole, cut = data.decode(encoded), kind == "JPEG" and "exif" not in options
+        assert (data.jpeg_height(encoded) is not None) == cut
         for _ in range(10):
             (top, bottom), (left, right) = (
                 sorted(rng.choice(n + 1, 2, False)) for n in whole.shape[1:])
             part = data.decode(encoded, lambda *size: size == whole.shape[1:] and (
                 top, left, bottom - top, right - left))
             assert torch.equal(part, whole[:, top:bottom, left:right]), (kind, mode, options)
+    for broken in (b"", b"\xff\xd8\xff", b"\xff\xd8\xff\xc0", b"\xff\xd8" * 9):
+        assert data.jpeg_height(broken) is None
 
 
 def test_inception_crops_are_distributed_and_resized_as_torchvisions():
