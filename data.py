@@ -766,8 +766,8 @@ class Pack(Dataset):
     """
 
     def __init__(self, path, split, transform, seed=0, classes=None):
-        self.path, self.index = Path(path), None
-        index = read_index(path)
+        self.path = self.root = Path(path)
+        self.index, index = None, read_index(path)
         splits, self.version = index["splits"], index["version"]
         self.split = "" if "" in splits and split != "train" else split
         if self.split not in splits:
@@ -782,6 +782,14 @@ class Pack(Dataset):
         labels = index["labels"][self.first:self.first + splits[self.split]["images"]]
         labels = torch.tensor([number[name] for name in own])[labels.astype(np.int64)]
         super().__init__(labels, list(number), transform, seed)
+
+    @property
+    def names(self):
+        """As of ImageFiles: class/file of each image, in bytes."""
+        index = read_index(self.path)
+        starts = index["name_offsets"][self.first:self.first + len(self.labels) + 1].tolist()
+        names = index["names"].tobytes()
+        return np.array([names[a:b] for a, b in zip(starts, starts[1:])])
 
     def __getstate__(self):  # a worker that gets a copy opens the file itself
         return self.__dict__ | {"index": None}
