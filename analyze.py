@@ -37,43 +37,41 @@ BENCHMARKS = ("val", "real", "v2", "r", "c", "c-lite")
 # ------------------------------------------------------------------------------------------- common
 
 class Results:
-    """OUT/NAME.json. `parts` is {network: {part: numbers}}, what is finished; `put` adds to it and
-    writes the file. Only the first process writes; all know the same."""
+    """OUT/NAME.json. `parts` is {network: {part: numbers}}, what is finished, and `settings` what
+    decided them, {network: {flag: value}}; `put` adds to them and writes the file. Only the first
+    process reads and writes; all know the same."""
 
-    def __init__(self, folder, name, settings):
-        self.path, self.settings = Path(folder) / f"{name}.json", settings
-        self.parts = train.on_main(self.read)
+    def __init__(self, folder, name):
+        self.path = Path(folder) / f"{name}.json"
+        self.parts, self.settings = train.on_main(self.read)
+        train.on_main(self.write)  # now, not after an hour, it shows whether that is possible
 
     def read(self):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             before = json.loads(self.path.read_bytes())
-            settings, parts = before["settings"], before["results"]
+            return before["results"], before["settings"]
         except FileNotFoundError:
-            return {}
+            return {}, {}
         except OSError as error:
             raise UserError(f"--out-dir {self.path.parent}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{self.path} is damaged: remove it, or choose another "
                             "--out-dir") from None
-        differ = [f"{key} {settings.get(key)} → {value}" for key, value in self.settings.items()
-                  if settings.get(key) != value]
-        if differ:
-            raise UserError(f"{self.path} was made with other settings ({', '.join(differ)}): "
-                            "choose another --out-dir")
-        return parts
+
+    def write(self):
+        versions = dict(torch=torch.__version__, torchvision=torchvision.__version__,
+                        python=sys.version.split()[0])
+        text = train.to_json(dict(results=self.parts, settings=self.settings, versions=versions,
+                                  command=sys.argv), indent=1)
+        try:
+            train.write_file(self.path, lambda file: file.write(text))
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def put(self, network, part, numbers):
         self.parts.setdefault(network, {})[part] = numbers
-        if train.rank() == 0:
-            versions = dict(torch=torch.__version__, torchvision=torchvision.__version__,
-                            python=sys.version.split()[0])
-            text = json.dumps(dict(results=self.parts, settings=self.settings, versions=versions,
-                                   command=sys.argv), indent=1, ensure_ascii=False)
-            try:
-                train.write_file(self.path, lambda file: file.write(text.encode()))
-            except OSError as error:
-                raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
+        train.on_main(self.write)
 
 
 def fingerprint(path):
@@ -85,10 +83,30 @@ def fingerprint(path):
         raise UserError(f"{path}: {error.strerror}") from None
 
 
+# Settings of train.py that decide a network's numbers; others, as of its training, do not.
+DECIDES = ("dataset", "data_dir", "eval_split", "image_size", "model", "dtype", "weights", "mean",
+           "std", *train.MODEL_FLAGS)
+
+
 def networks(checkpoints, rest):
     """(settings, {flag: who set it}) of each checkpoint, or of --model with --init-from."""
-    files = [["--init-from", str(path)] for path in checkpoints] or [[]]
-    return [train.settings(["--eval-only", *rest, *file]) for file in files]
+    files = [["--init-from", f"{path}/ckpt.pt" if os.path.isdir(path) else path]
+             for path in checkpoints] or [[]]
+    chosen = [train.settings(["--eval-only", *rest, *file]) for file in files]
+    for name in ("download", "dry_run", "list_models", "resume"):
+        if chosen[0][1][name] == "command line":
+            raise UserError(f"--{name.replace('_', '-')} is for train.py; an analysis goes on by "
+                            "itself when it is started again")
+    return chosen
+
+
+def label(settings):
+    """A network's name among results: its file, and a mark of that and of what decides numbers."""
+    decides = {name: getattr(settings, name) for name in DECIDES}
+    decides |= dict(data_dir=os.path.abspath(settings.data_dir), file=settings.init_from,
+                    content=train.on_main(lambda: fingerprint(settings.init_from)))
+    mark = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{settings.init_from} ({mark})", decides
 
 
 def figure(path, draw):
@@ -116,13 +134,15 @@ def robustness_parts(benchmark, args, classes):
 
     @functools.cache
     def held_out():
-        return data.load(args.dataset, args.eval_split, download=args.download, **common)
+        return data.load(args.dataset, args.eval_split, **common)
 
+    if benchmark in ("val", "c-lite"):
+        held_out()  # if it is missing, now
     if benchmark == "val":
         return [("val", held_out)]
     if benchmark == "c-lite":
         return [(f"c-lite/{corruption}/{severity}",
-                 lambda c=corruption, s=severity: data.Corrupted(held_out(), c, s, args.seed))
+                 lambda c=corruption, s=severity: data.Corrupted(held_out(), c, s))
                 for corruption in data.C_LITE for severity in data.SEVERITIES]
     name = f"{args.dataset}-c" if benchmark == "c" and "cifar" in args.dataset else benchmark
     return [("/".join([benchmark, corruption, str(severity)] if corruption else [benchmark]),
@@ -160,12 +180,10 @@ def robustness(args, rest):
     first = chosen[0][0]
     device, world, on_machine = train.start_processes(first.device)
     tell = train.say if train.rank() == 0 else lambda text="": None
-    results = Results(args.out_dir or Path(first.init_from).parent, "robustness", {
-        name: getattr(first, name) for name in ("dataset", "eval_split", "image_size", "dtype",
-                                                "weights", "seed")})
+    results = Results(args.out_dir or Path(first.init_from).parent, "robustness")
     for settings, origin in chosen:
-        mark = train.on_main(lambda: fingerprint(settings.init_from))
-        name = f"{settings.init_from} ({mark})"
+        name, results_of = label(settings)
+        results.settings[name] = results_of
         saved = {} if settings.init_from.endswith(".npz") else train.read_checkpoint(
             settings.init_from)
         classes, todo = saved.get("classes"), []
@@ -201,18 +219,23 @@ def robustness(args, rest):
                 tell(dataset.notice)
             workers = settings.workers
             if workers is None:
-                workers = 0 if isinstance(dataset, data.InMemory) else min(
-                    8, max(1, len(os.sched_getaffinity(0)) // on_machine))
+                workers = 0 if isinstance(dataset, data.InMemory) else max(1, min(
+                    8, data.usable_cores() // on_machine))
             loader = data.evaluation_loader(dataset, 256, workers, train.rank(), world,
                                             device.type == "cuda")
             results.put(name, part, train.evaluate(model, loader, device, autocast,
                                                    restrict_logits=dataset.restrict_logits))
         done = results.parts.get(name, {})
-        wanted = {part: done[part]["top1"] for part, _ in todo if part in done}
+        lacking = dict.fromkeys(part.split("/")[0] for part, _ in todo if part not in done)
+        for benchmark in lacking:
+            tell(f"missing   {benchmark}: parts of it, so it has no number")
+        wanted = {part: done[part]["top1"] for part, _ in todo if part.split("/")[0] not in lacking}
         summaries[name] = robustness_summary(wanted, "cifar" not in settings.dataset)
+    if not any(summaries.values()):
+        raise UserError("nothing could be evaluated: the lines above say what is missing where")
     if train.rank() == 0:
         print_robustness(summaries)
-        if any({"val"} < summary.keys() & {"val", "c", "c-lite"} for summary in summaries.values()):
+        if any("val" in s and ("c" in s or "c-lite" in s) for s in summaries.values()):
             figure(results.path.with_suffix(".png"), lambda axes: draw_robustness(axes, summaries))
         train.say(f"results   {results.path}")
     return results.parts
@@ -278,8 +301,9 @@ def main(argv=None):
     owns_group = not dist.is_initialized()
     try:
         args, rest = make_parser().parse_known_args(argv)
-        if not args.checkpoint and "--init-from" not in rest:
-            raise UserError(f"{args.command} needs --checkpoint RUN/ckpt.pt, or --model NAME "
+        foreign = any(word.split("=")[0] == "--init-from" for word in rest)
+        if bool(args.checkpoint) == foreign:
+            raise UserError(f"{args.command} needs either --checkpoint RUN/ckpt.pt or --model NAME "
                             "--init-from FILE")
         args.function(args, rest)
         status = 0

@@ -49,7 +49,7 @@ import PIL
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import features, Image, ImageEnhance, ImageFile, ImageFilter, ImageOps
+from PIL import features, Image, ImageEnhance, ImageFile, ImageFilter
 from torchvision import transforms as v1
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet
 from torchvision.transforms import v2
@@ -501,6 +501,12 @@ class ImageFolder(ImageFiles):
         super().__init__(root, names, labels, classes, transform, seed)
 
 
+UPRIGHT = dict(zip(range(2, 9), (  # what undoes an EXIF orientation
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90)))
+
+
 def decode(source, box=None):
     """Encoded image, a path or bytes, to uint8 (3, H, W): upright by EXIF, RGB whatever the file
     has, 16 bits cut to their upper 8. box: a function of (height, width) that says which part
@@ -519,7 +525,9 @@ def decode(source, box=None):
     with Image.open(io.BytesIO(encoded)) as image:
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        ImageOps.exif_transpose(image, in_place=True)  # this way, no copy if there is nothing to do
+        image.load()  # a PNG's EXIF may follow its pixels
+        turn = UPRIGHT.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose fails on odd EXIF
+        image = image if turn is None else image.transpose(turn)
         if box is not None:
             top, left, height, width = part or box(image.height, image.width)
             image = image.crop((left, top, left + width, top + height))
@@ -668,6 +676,8 @@ def pack(data_dir, out, short_side=0, workers=0):
         except (BlockingIOError, PermissionError):
             raise DataError(f"{show(temporary)} is being written by another process") from None
         try:
+            if os.path.isdir(out):
+                raise DataError(f"{show(out)} is a folder: --out is the name of a file")
             if os.path.lexists(out):
                 raise DataError(f"{show(out)} exists: remove it, or choose another --out")
             file.seek(0)  # what a killed process has left
@@ -955,6 +965,11 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
     Returns a Dataset. Raises DataError, one line that says what is missing and
     where it was looked for.
     """
+    if split not in SHAPES_SPLITS:
+        raise DataError(f"unknown split {split!r}; known: {' '.join(SHAPES_SPLITS)}")
+    if data_dir is None and name != "shapes":
+        raise DataError(f"{name} needs data_dir, the folder of its files")
+
     def in_memory(pixels, labels, classes):
         native = pixels.shape[3]
         padding = native // 8 if augment == "crop" else 0  # done to whole micro-batches instead
@@ -1370,8 +1385,11 @@ def bench(folder=None, rounds=30, tell=print):
     torch.set_num_threads(threads)
 
 
+def usable_cores():
+    return len(getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0))
+
+
 def main(argv=None):
-    usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
     parser = argparse.ArgumentParser(allow_abbrev=False, description=(
         "The built-in data set: its sizes and the speed at which it is drawn, or a contact sheet. "
         "pack: one file of an image folder, to train from by --data-dir FILE. bench: the speed of "
@@ -1386,7 +1404,7 @@ def main(argv=None):
     parser.add_argument("--data-dir", help="to pack: holds train/ and val/, or class folders")
     parser.add_argument("--short-side", type=int, default=0, help="pack what is larger at this "
                         "size, as JPEG of quality 95; 0: every image as it is")
-    parser.add_argument("--workers", type=int, default=len(usable), help="processes that pack; "
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes that pack; "
                         "default: one for each core")
     parser.add_argument("--images", help="bench: folder with a folder of images for each class "
                         "(default: made images of ImageNet's typical size)")
@@ -1404,7 +1422,7 @@ def main(argv=None):
     if args.what == "bench":
         try:
             return bench(args.images, args.rounds)
-        except DataError as error:
+        except (DataError, OSError) as error:
             parser.error(f"--images: {error}")
     args.out = args.out or "shapes.png"
     if args.what == "sheet":

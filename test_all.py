@@ -2539,6 +2539,7 @@ def test_a_packed_file_gives_the_images_of_its_folder_bit_for_bit(tmp_path, caps
                 told = []
                 got = [*data.batches(data.loader(pack, pairs, workers), told.append)]
                 assert (pack.classes == folder.classes and len(pack) == len(folder)
+                        and pack.names.tolist() == folder.names.tolist()
                         and torch.equal(pack.labels, folder.labels)
                         and all(map(same_tensors, expected, got)) and len(expected) == len(got))
                 assert len(told) == (split == "train"), told
@@ -4304,8 +4305,26 @@ def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert analyze.main([*command, one]) == 0
     assert "matplotlib is not installed (pip install matplotlib)" in capsys.readouterr().out
-    assert "was made with other settings (eval_split val → test)" in analyze_refusal(
-        capsys, *command, one, "--eval-split", "test")
+    capsys.readouterr()
+    assert analyze.main([*command, one, "--mean", "0.1", "--std", "0.9"]) == 0
+    text = capsys.readouterr().out
+    assert "11 parts, 0 done before" in text, "another normalisation gives other numbers"
+    load = data.load
+
+    def one_missing(name, *more, **arguments):
+        dataset = load(name, *more, **arguments)
+        if isinstance(dataset, data.InMemory):
+            monkeypatch.setattr(data, "Corrupted", broken)
+        return dataset
+
+    def broken(dataset, corruption, severity):
+        raise data.DataError(f"{corruption} at {severity} is unpacked by half")
+    monkeypatch.setattr(data, "load", one_missing)
+    assert analyze.main([*command[:4], "0", "--out-dir", str(tmp_path / "half"), "--checkpoint",
+                         one]) == 0
+    text = capsys.readouterr().out
+    assert "missing   c-lite: parts of it, so it has no number" in text, text
+    assert text.count("c-lite") == 1, text
     (tmp_path / "out/robustness.json").write_text('{"results": {')
     assert "robustness.json is damaged: remove it" in analyze_refusal(capsys, *command, one)
 
@@ -4316,7 +4335,8 @@ def test_mistakes_in_an_analysis_get_one_line_that_helps(tmp_path, capsys, monke
     for argv, words in [
             ([], "the following arguments are required: SUBCOMMAND"),
             (["robustnes"], "invalid choice: 'robustnes'"),
-            (["robustness"], "needs --checkpoint RUN/ckpt.pt, or --model NAME --init-from FILE"),
+            (["robustness"], "needs either --checkpoint RUN/ckpt.pt or --model NAME --init-from"),
+            (["robustness", "--checkpoint", "a.pt", "--init-from=b.pt"], "needs either --checkp"),
             (["robustness", "--checkpoint", "no.pt"], "no.pt: No such file"),
             (["robustness", "--checkpoint", "text.pt"], "text.pt is no checkpoint"),
             (["robustness", "--checkpoint", "text.pt", "--benchmarks", "imagenet"],

@@ -896,6 +896,12 @@ def load_weights(network, path, weights="ema", reset_head=False):
     return normalisation
 
 
+def to_json(value, indent=None):
+    """Bytes; NaN and infinity, which JSON does not have, are null."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return re.sub(r"\b(NaN|Infinity)\b|-Infinity\b", "null", text).encode()
+
+
 class RunFolder:
     """ckpt.pt, best.pt, log.jsonl and config.json of one run. One process writes; the log is locked
     meanwhile."""
@@ -962,8 +968,7 @@ class RunFolder:
         self.log_file.truncate(end)
 
     def log(self, **record):
-        text = re.sub("NaN|-?Infinity", "null", json.dumps(record))  # which JSON does not have
-        self.log_file.write(text.encode() + b"\n")
+        self.log_file.write(to_json(record) + b"\n")
         self.log_file.flush()
 
     def save(self, name, state):
@@ -1085,11 +1090,9 @@ def run(args, origin):
         train_sample = copy.copy(train_set).restrict(sample)
         train_sample.transform, train_sample.padding = val_set.transform, 0
     in_memory = isinstance(val_set, data.InMemory) and (args.eval_only or not train_set.transform)
-    usable = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
-    cores = len(usable) // on_machine
     workers = args.workers
     if workers is None:
-        workers = 0 if in_memory else max(1, min(8, cores))
+        workers = 0 if in_memory else max(1, min(8, data.usable_cores() // on_machine))
     pin_memory = args.device == "cuda"
 
     # ---- model
