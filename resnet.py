@@ -12,8 +12,8 @@ pre-activation ResNets (1603.05027), with 3×3 stems for CIFAR.
   & Kim hold attention to be a trainable form of (Fig. 3a, Appendix B). The map keeps its size: the
   last row and column are repeated.
 - init="torchvision": convolutions N(0, 2/fan_out); "torch": torch's default, as in Park & Kim's
-  code and here in preresnet. zero_init: the last scale of each branch starts at 0 (1706.02677), or
-  its last convolution where the scale is before it, which no gradient would reach.
+  code and here in preresnet. zero_init: the last scale of each branch starts at 0 (1706.02677),
+  of pre-activation the last convolution: no gradient would get past a scale of 0 before it.
 State-dict keys are torchvision's; pre-activation ResNets have a final "norm" and no stem "bn1".
 
     python resnet.py                             parameters, MACs, activations of the variants (6 s)

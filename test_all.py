@@ -3394,11 +3394,14 @@ def test_recipes_hold_flags_only_and_table_8s_numbers():
             "resnet101x2": dict(epochs=90, lr=1.6, warmup_steps=5_000, lr_schedule="cosine",
                                 optimizer="sgd", momentum=0.9, nesterov=False, weight_decay=1e-3,
                                 dropout=None, drop_path=None, grad_clip=0, loss="softmax"),
+            "vit_s16 --recipe chen_vit_strong": dict(
+                epochs=300, lr=1e-3, weight_decay=0.1, dropout=0.1, drop_path=0.1, mixup=0.5,
+                randaugment=[2, 15], randaugment_of="google"),
             "mixer_s8": dict(epochs=300, lr=3e-3, warmup_steps=10_000, lr_schedule="linear",
                              optimizer="adamw", beta2=0.999, weight_decay=0.3, drop_path=0.1,
                              dropout=None, grad_clip=1.0, loss="sigmoid")}.items():
-        args = train.settings(["--model", model])[0]
-        assert {k: getattr(args, k) for k in row | shared} == row | shared, args
+        args = train.settings(["--model", *model.split()])[0]
+        assert {k: getattr(args, k) for k in shared | row} == shared | row, args
 
 
 PARK = dict(optimizer="adamw", lr=1.25e-4, weight_decay=0.05, decay="all", lr_schedule="cosine",
@@ -3408,7 +3411,8 @@ PARK = dict(optimizer="adamw", lr=1.25e-4, weight_decay=0.05, decay="all", lr_sc
 
 @pytest.mark.parametrize("argv, row", [
     ("--dataset cifar100 --model resnet50", dict(
-        batch_size=96, grad_clip=5, augment="crop", mean=[0.5071, 0.4867, 0.4408])),
+        batch_size=96, grad_clip=5, augment="crop", mean=[0.5071, 0.4867, 0.4408], init="torch")),
+    ("--dataset cifar100 --model mixer_ti2", dict(gelu="exact", batch_size=96)),
     ("--dataset cifar10 --model alter_resnet50 --msa-blocks 0 0 1 2", dict(
         msa_blocks=[0, 0, 1, 2], qkv_bias=None)),
     ("--dataset cifar100 --model torchvision:swin_t", dict(image_size=32)),
@@ -3470,8 +3474,10 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
             (["--model", "vit_x16", "--dataset", "shapes"], "vit_x16"),
             (["--model", "resnet_50", "--dataset", "shapes"],
              "unknown model 'resnet_50', did you mean 'resnet50'? known: (pre)resnet{18,"),
-            (["--model", "regnety_2gf"], "--data-dir"),
-            (["--model", "regnety_2gf", "--dataset", "shapes"], "did you mean 'regnety_32gf'?"),
+            (["--model", "regnety_2gf"], "did you mean 'regnety_32gf'?"),
+            (["--model", "pit_ti", "--dataset", "shapes", "--stride", "0"], "must be at least 1"),
+            (["--mlp-dim", "0"], "head_dim and mlp_dim must be at least 1, got 32, 0"),
+            (["--init-from", "x.pt", "--mean", "0.5"], "--mean and --std go together"),
             (["--model", "densenet", "--dataset", "shapes"],
              "unknown model 'densenet', did you mean 'resnet50'? known: what --list-models prints"),
             (["--model", "torchvision:resnet81", "--dataset", "shapes"], "did you mean 'resnet1"),
@@ -3657,6 +3663,13 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
     assert same_tensors(network.state_dict(), state["ema"])
     assert train.load_weights(network, out / "ckpt.pt", "model") == ([0.5], [0.5])
     assert same_tensors(network.state_dict(), state["model"])
+
+    # what has some keys of ours only is read as another's, not by halves
+    for wrong in (dict(settings=None, model={}, ema=None), dict(settings={}, model=5, ema=None)):
+        torch.save(wrong, tmp_path / "wrong.pt")
+        assert "does not fit this network, nothing was loaded" in refusal(
+            capsys, *TINY, "--dataset", "shapes", "--init-from", tmp_path / "wrong.pt",
+            "--eval-only", "--mean", "0.5", "--std", "0.5")
 
     # a bare state dict does not say how inputs were normalised
     torch.save(state["model"], tmp_path / "foreign.pth")
@@ -3856,7 +3869,7 @@ def test_list_models_prints_every_row_of_the_papers(capsys, monkeypatch):
             ("resnet152x2", "224", ["1,000", "236,350,568", "45.81", "45.5", "Chen Table 7"]),
             ("resnet200", "224", ["1,000", "64,673,832", "15.01", "32.4", "Xiao Table 2"]),
             ("regnety_1gf", "232", ["1,000", "9,600,538", "1.05", "6.2", "Xiao Table 2"]),
-            ("regnety_4gf", "240", ["1,000", "22,694,080", "4.31", "15.1", "Xiao Table 2"]),
+            ("regnety_4gf", "240", ["1,000", "22,408,976", "4.10", "14.5", "Xiao Table 2"]),
             ("regnety_16gf", "256", ["1,000", "72,282,900", "15.46", "30.7", "Xiao Table 2"]),
             ("regnety_32gf", "268", ["1,000", "128,552,446", "31.07", "46.2", "Xiao Table 2"]),
             ("torchvision:swin_t", "32", ["100", "27,575,374", "1.43", "5.1",

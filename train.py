@@ -91,16 +91,24 @@ RECIPES = {
 # Park & Kim's ViT for CIFAR is timm's class without biases of queries, keys and values.
 RECIPES["park_cifar_vit"] = RECIPES["park_cifar"] | dict(
     model="vit_ti2", qkv_bias=False, gelu="exact", init="timm")
+# Their ResNets start from torch's initialisation; so does their Mixer, which mixer.py does not have.
+RECIPES["park_cifar_resnet"] = RECIPES["park_cifar"] | dict(init="torch")
+RECIPES["park_cifar_mixer"] = RECIPES["park_cifar"] | dict(model="mixer_ti2", gelu="exact")
 RECIPES["park_imagenet_vit"] = RECIPES["park_imagenet"] | dict(
     model="vit_ti16", gelu="exact", init="timm")
+# Chen et al. E.3: mixup and RandAugment of strength 15.
+RECIPES |= {f"{name}_strong": RECIPES[name] | dict(
+    lr=1e-3, weight_decay=0.1, drop_path=0.1, mixup=0.5, randaugment=[2, 15],
+    randaugment_of="google") for name in ("chen_vit", "chen_mixer")}
 # The recipe for a data set and a family of models, if none is named; "" is any family.
 RECIPE_FOR = {
     "shapes": {"": "shapes"},
     "imagenet": {"vit": "chen_vit", "mixer": "chen_mixer", "resnet": "chen_resnet",
                  **dict.fromkeys(("preresnet", "resnext", "alter", "pit", "swin"),
                                  "park_imagenet")},
-    "cifar10": dict.fromkeys(("resnet", "preresnet", "resnext", "alter", "pit", "swin", "mixer"),
-                             "park_cifar") | {"vit": "park_cifar_vit"},
+    "cifar10": {"vit": "park_cifar_vit", "mixer": "park_cifar_mixer",
+                **dict.fromkeys(("resnet", "resnext"), "park_cifar_resnet"),
+                **dict.fromkeys(("preresnet", "alter", "pit", "swin"), "park_cifar")},
 }
 RECIPE_FOR["cifar100"] = RECIPE_FOR["cifar10"]
 
@@ -290,9 +298,10 @@ def settings(argv=None):
 
     name, file, saved = given.get("recipe"), given.get("init_from", ""), None
     if given.get("eval_only") and file and not file.endswith(".npz"):
-        saved = read_checkpoint(file).get("settings")
-    if isinstance(saved, dict):
-        not_saved = FREE_FLAGS - {"data_dir"} | {"init_from", "dtype", "recipe"}
+        saved = read_checkpoint(file)
+    if saved is not None and is_ours(saved):
+        saved, not_saved = saved["settings"], FREE_FLAGS - {"data_dir"} | {
+            "init_from", "dtype", "recipe"}
         name, base = file, {k: v for k, v in saved.items() if k in args and k not in not_saved}
     elif name is not None:
         base = RECIPES[name]
@@ -324,7 +333,7 @@ def settings(argv=None):
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     args.out_dir = args.out_dir or "out/{}-{}-rho{:g}-seed{}".format(
         args.dataset, args.model.replace(":", "_"), args.sam_rho, args.seed)
-    check(args)
+    check(args, origin)
     return args, origin
 
 
@@ -344,7 +353,7 @@ def resolve_rho(args):
                         "paper") from None
 
 
-def check(args):
+def check(args, origin):
     """What cannot be right stops here, in one line."""
     at_least = dict(
         epochs=0, max_steps=0, batch_size=1, micro_batch=1, warmup_steps=0, eval_every=1,
@@ -371,10 +380,12 @@ def check(args):
     stages = 4 if family(args.model) in per_stage else 3 if family(args.model) == "pit" else 1
     for name in ("depth", "heads"):
         value = getattr(args, name)
-        if value is not None and len(value) != stages:
+        if value is not None and len(value) != stages and family(args.model) in (*FILES, "swin"):
             raise UserError(f"--{name} {' '.join(map(str, value))}: {args.model} takes "
                             + (f"{stages} numbers, one for each stage" if stages > 1 else
                                "one number"))
+    if args.init_from and (origin["mean"] == "command line") != (origin["std"] == "command line"):
+        raise UserError("--mean and --std go together: with --init-from give both or neither")
     if not (len(args.mean) in (1, 3) and len(args.std) in (1, 3) and min(args.std) > 0
             and all(map(math.isfinite, args.mean + args.std))):
         raise UserError(f"--mean {args.mean} --std {args.std}: give one number or three to each, "
@@ -401,7 +412,7 @@ def check(args):
 # 2103.06877). torchvision's regnet_y_16gf and its like are other networks, of 2003.13678.
 REGNETY = {
     "1gf": ((1, 4, 10, 3), (40, 120, 328, 904), 4),
-    "4gf": ((2, 6, 16, 2), (96, 224, 512, 1216), 32),
+    "4gf": ((2, 6, 16, 2), (96, 192, 512, 1216), 32),
     "16gf": ((2, 7, 18, 2), (168, 336, 896, 2128), 56),
     "32gf": ((2, 7, 20, 2), (216, 432, 1152, 2808), 72),
 }
@@ -844,6 +855,14 @@ def write_file(path, write):
     os.replace(temporary, path)
 
 
+def is_ours(state):
+    """Whether a loaded file is a checkpoint of a run of this file."""
+    settings = state.get("settings")
+    return (isinstance(settings, dict) and isinstance(settings.get("model"), str)
+            and {"dataset", "mean", "std"} <= settings.keys() and "ema" in state
+            and isinstance(state.get("model"), dict) and isinstance(state.get("classes"), list))
+
+
 def load_weights(network, path, weights="ema", reset_head=False):
     """Fills a bare network from a checkpoint of ours ("model" or its average "ema"), a timm or
     torchvision state dict, or an original .npz. Positions of another resolution are resized, which
@@ -859,9 +878,9 @@ def load_weights(network, path, weights="ema", reset_head=False):
             raise UserError(f"--init-from: {error}{hint}") from None
         return [0.5], [0.5]
     state, normalisation = read_checkpoint(path), None
-    if {"settings", "model", "ema"} <= state.keys():
+    if is_ours(state):
         normalisation = state["settings"]["mean"], state["settings"]["std"]
-        state = weights == "ema" and state["ema"] or state["model"]
+        state = state["ema"] if weights == "ema" and state["ema"] else state["model"]
     else:
         inner = [state[k] for k in ("model", "state_dict") if isinstance(state.get(k), dict)]
         state = inner[0] if inner else state
@@ -871,10 +890,11 @@ def load_weights(network, path, weights="ema", reset_head=False):
     if reset_head:
         state |= {name: own[name] for name in of_head}
     old = state.get("pos_embed")
-    if "pos_embed" in own and isinstance(old, torch.Tensor) and old.ndim == own["pos_embed"].ndim:
+    if (isinstance(network, (vit.ViT, vit.PiT)) and isinstance(old, torch.Tensor)
+            and old.ndim == own["pos_embed"].ndim):
         try:
             state["pos_embed"] = vit.resize_pos_embed(old, network.grid, network.prefix_tokens)
-        except (ValueError, AttributeError) as error:  # no square; a network of others'
+        except ValueError as error:
             raise UserError(f"{path}: {error}") from None
     shape = {name: tuple(getattr(tensor, "shape", ["no tensor"])) for name, tensor in state.items()}
     other = [name for name in own if name in state and shape[name] != tuple(own[name].shape)]
@@ -1026,6 +1046,10 @@ def starting_network(args, origin, num_classes, device, tell):
             raise UserError(f"{args.init_from} does not say how its inputs were normalised: give "
                             "--mean and --std (torchvision's: 0.485 0.456 0.406, "
                             "0.229 0.224 0.225)")
+        if origin["mean"] not in ("default", "command line") and not args.eval_only and (
+                normalisation != (args.mean, args.std)):
+            tell(f"inputs are normalised as for {args.init_from}: mean {normalisation[0]}, std "
+                 f"{normalisation[1]}, not as in {args.recipe}")
         args.mean, args.std = normalisation
     precision = torch.float64 if args.dtype == "float64" else torch.float32
     bare = assemble(network, args.mean, args.std).to(device, precision)
@@ -1035,7 +1059,21 @@ def starting_network(args, origin, num_classes, device, tell):
     return bare
 
 
+def check_network(args):
+    """Builds and calls a network of ours without memory, before the data is read: what does not fit
+    is said at once."""
+    if family(args.model) in ("torchvision", "timm"):
+        return  # not all of these can be built so
+    images = torch.empty(2, 3, args.image_size, args.image_size, device="meta")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            build_model(args.model, 2, args.image_size, **knobs(args))(images)
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{args.model}: {error}") from None
+
+
 def run(args, origin):
+    check_network(args)
     device, world, on_machine = start_processes(args.device)
     main_process = rank() == 0
     tell = say if main_process else lambda text="": None
@@ -1069,6 +1107,7 @@ def run(args, origin):
             dist.barrier()
         if args.eval_only:
             saved = {} if args.init_from.endswith(".npz") else read_checkpoint(args.init_from)
+            saved = saved if is_ours(saved) else {}
             val_set = load(args.eval_split, "none", classes=saved.get("classes"))
             num_classes = len(val_set.classes)
         else:

@@ -242,6 +242,10 @@ class ViT(nn.Module):
                              f"{dim}, {depth}, {heads}")
         if head_dim is None and dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}; or give head_dim")
+        head_dim = dim // heads if head_dim is None else head_dim
+        mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
+        if min(head_dim, mlp_dim) < 1:
+            raise ValueError(f"head_dim and mlp_dim must be at least 1, got {head_dim}, {mlp_dim}")
         if kernel_size is not None and (kernel_size < 1 or kernel_size % 2 == 0):
             raise ValueError(f"kernel_size must be odd, centred on a token, got {kernel_size}; "
                              "None is global attention")
@@ -265,8 +269,7 @@ class ViT(nn.Module):
             window = neighbourhood(self.grid, kernel_size, self.prefix_tokens)
         self.register_buffer("window", window, persistent=False)
         self.blocks = nn.ModuleList(
-            Block(dim=dim, heads=heads, head_dim=head_dim or dim // heads,
-                  mlp_dim=mlp_dim or 4 * dim, qkv_bias=qkv_bias, gelu=gelu, dropout=dropout,
+            Block(dim=dim, heads=heads, head_dim=head_dim, mlp_dim=mlp_dim, qkv_bias=qkv_bias, gelu=gelu, dropout=dropout,
                   drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pre_logits = nn.Identity() if not representation_size else nn.Sequential(
@@ -386,6 +389,9 @@ class PiT(nn.Module):
         super().__init__()
         check_choices(gelu=(gelu, "exact", "tanh"))
         check_rates(dropout=dropout, drop_path=drop_path)
+        if min(*depth, *heads, patch_size, stride, head_dim) < 1:
+            raise ValueError("depth, heads, patch_size, stride and head_dim must be at least 1, got "
+                             f"{depth}, {heads}, {patch_size}, {stride}, {head_dim}")
         if image_size < patch_size or (image_size - patch_size) % stride:
             raise ValueError(f"image_size must be patch_size {patch_size} plus a multiple of "
                              f"stride {stride}, got {image_size}")
