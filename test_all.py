@@ -2411,9 +2411,10 @@ def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path, strong):
     before = torch.get_rng_state()
     alone = all_batches(make(), pairs)
     assert torch.equal(before, torch.get_rng_state()), "the caller's random numbers are not touched"
-    by_workers = all_batches(make(), pairs, workers=2)
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-               for a, b in zip(alone, by_workers))
+    for workers in (1, 4):
+        by_workers = all_batches(make(), pairs, workers=workers)
+        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+                   for a, b in zip(alone, by_workers)), workers
     assert torch.equal(all_batches(make(), [[(0, 30), (0, 5)]])[0][0],
                        torch.stack([alone[1][0][1], alone[0][0][0]]))
     assert not torch.equal(alone[0][0][0], alone[1][0][0]), "another epoch, another crop"
@@ -2534,7 +2535,7 @@ def test_a_packed_file_gives_the_images_of_its_folder_bit_for_bit(tmp_path, caps
             folder = load(root)
             pairs = [[(e, i), (1, 0)] for e in (0, 1) for i in range(len(folder))]
             expected = all_batches(folder, pairs)
-            for pack, workers in ((load(file), 0), (load(file), 2),
+            for pack, workers in ((load(file), 0), (load(file), 4),
                                   (pickle.loads(pickle.dumps(load(file))), 0)):
                 told = []
                 got = [*data.batches(data.loader(pack, pairs, workers), told.append)]
@@ -2846,7 +2847,8 @@ def test_augmentation_in_memory_depends_on_seed_epoch_and_image_only(more):
         order = data.TrainOrder(30, 8, 4, 5, start, 6, rank, world)
         return [x for x, _ in all_batches(make(seed), order, workers)]
     whole = run()
-    for again, truth in ((run(workers=2), whole), (run(start=2), whole[4:]),
+    for again, truth in ((run(workers=1), whole), (run(workers=4), whole),
+                         (run(start=2), whole[4:]),
                          (run(0, 2), whole[::2]), (run(1, 2), whole[1::2])):
         assert len(again) == len(truth) and all(map(torch.equal, again, truth))
     assert not any(map(torch.equal, run(seed=1), whole))

@@ -91,7 +91,7 @@ RECIPES = {
 # Park & Kim's ViT for CIFAR is timm's class without biases of queries, keys and values.
 RECIPES["park_cifar_vit"] = RECIPES["park_cifar"] | dict(
     model="vit_ti2", qkv_bias=False, gelu="exact", init="timm")
-# Their ResNets start from torch's initialisation; so does their Mixer, which mixer.py does not have.
+# Their ResNets start from torch's initialisation; their Mixer too, which mixer.py does not offer.
 RECIPES["park_cifar_resnet"] = RECIPES["park_cifar"] | dict(init="torch")
 RECIPES["park_cifar_mixer"] = RECIPES["park_cifar"] | dict(model="mixer_ti2", gelu="exact")
 RECIPES["park_imagenet_vit"] = RECIPES["park_imagenet"] | dict(

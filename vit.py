@@ -269,8 +269,8 @@ class ViT(nn.Module):
             window = neighbourhood(self.grid, kernel_size, self.prefix_tokens)
         self.register_buffer("window", window, persistent=False)
         self.blocks = nn.ModuleList(
-            Block(dim=dim, heads=heads, head_dim=head_dim, mlp_dim=mlp_dim, qkv_bias=qkv_bias, gelu=gelu, dropout=dropout,
-                  drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth))
+            Block(dim=dim, heads=heads, head_dim=head_dim, mlp_dim=mlp_dim, qkv_bias=qkv_bias,
+                  gelu=gelu, dropout=dropout, drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pre_logits = nn.Identity() if not representation_size else nn.Sequential(
             OrderedDict(fc=nn.Linear(dim, representation_size), tanh=nn.Tanh()))
@@ -390,8 +390,8 @@ class PiT(nn.Module):
         check_choices(gelu=(gelu, "exact", "tanh"))
         check_rates(dropout=dropout, drop_path=drop_path)
         if min(*depth, *heads, patch_size, stride, head_dim) < 1:
-            raise ValueError("depth, heads, patch_size, stride and head_dim must be at least 1, got "
-                             f"{depth}, {heads}, {patch_size}, {stride}, {head_dim}")
+            raise ValueError("depth, heads, patch_size, stride and head_dim must be at least 1; "
+                             f"got {depth}, {heads}, {patch_size}, {stride}, {head_dim}")
         if image_size < patch_size or (image_size - patch_size) % stride:
             raise ValueError(f"image_size must be patch_size {patch_size} plus a multiple of "
                              f"stride {stride}, got {image_size}")
