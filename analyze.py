@@ -31,7 +31,7 @@ import data
 import train
 from train import UserError
 
-BENCHMARKS = ("val", "real", "v2", "r", "c", "c-lite")
+BENCHMARKS = ("val", "real", "v2", "pgd", "r", "c", "c-lite")
 
 
 # ------------------------------------------------------------------------------------------- common
@@ -88,11 +88,12 @@ DECIDES = ("dataset", "data_dir", "eval_split", "image_size", "model", "dtype", 
            "std", *train.MODEL_FLAGS)
 
 
-def networks(checkpoints, rest):
-    """(settings, {flag: who set it}) of each checkpoint, or of --model with --init-from."""
+def networks(checkpoints, rest, also=()):
+    """(settings, {flag: who set it}) of each checkpoint, or of --model with --init-from. also: the
+    caller's own flags, for hints."""
     files = [["--init-from", f"{path}/ckpt.pt" if os.path.isdir(path) else path]
              for path in checkpoints] or [[]]
-    chosen = [train.settings(["--eval-only", *rest, *file]) for file in files]
+    chosen = [train.settings(["--eval-only", *rest, *file], also) for file in files]
     for name in ("download", "dry_run", "list_models", "resume"):
         if chosen[0][1][name] == "command line":
             raise UserError(f"--{name.replace('_', '-')} is for train.py; an analysis goes on by "
@@ -107,6 +108,32 @@ def label(settings):
                     content=train.on_main(lambda: fingerprint(settings.init_from)))
     mark = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
     return f"{settings.init_from} ({mark})", decides
+
+
+def class_names(settings, saved):
+    """Of the network's outputs: from its checkpoint, or, of another project's, the held-out set."""
+    if saved.get("classes") is not None:
+        return saved["classes"]
+    try:
+        return data.load(settings.dataset, settings.eval_split, image_size=224,
+                         data_dir=settings.data_dir).classes
+    except data.DataError as error:
+        raise UserError(f"{error}; of another project's file, only these tell the class "
+                        "names") from None
+
+
+def network_and_images(settings, origin, device, tell):
+    """The network of a checkpoint, to be evaluated, and the held-out images of its data set."""
+    saved = {} if settings.init_from.endswith(".npz") else train.read_checkpoint(settings.init_from)
+    try:
+        dataset = data.load(settings.dataset, settings.eval_split, data_dir=settings.data_dir,
+                            image_size=settings.image_size, classes=saved.get("classes"))
+    except data.DataError as error:
+        raise UserError(str(error)) from None
+    if dataset.notice:
+        tell(dataset.notice)
+    model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
+    return model.eval(), dataset.to(device)
 
 
 def figure(path, draw):
@@ -136,10 +163,10 @@ def robustness_parts(benchmark, args, classes):
     def held_out():
         return data.load(args.dataset, args.eval_split, **common)
 
-    if benchmark in ("val", "c-lite"):
+    if benchmark in ("val", "pgd", "c-lite"):
         held_out()  # if it is missing, now
-    if benchmark == "val":
-        return [("val", held_out)]
+    if benchmark in ("val", "pgd"):
+        return [(benchmark, held_out)]
     if benchmark == "c-lite":
         return [(f"c-lite/{corruption}/{severity}",
                  lambda c=corruption, s=severity: data.Corrupted(held_out(), c, s))
@@ -176,7 +203,7 @@ def robustness(args, rest):
     """Accuracy of checkpoints on held-out images and on benchmarks of natural and of synthetic
     change (Chen et al. Table 2, 5; Park & Kim Fig. 12b, E.1). Returns what the JSON holds under
     "results". Whatever benchmark is not there is named, with where it was looked for."""
-    chosen, summaries, told = networks(args.checkpoint, rest), {}, set()
+    chosen, summaries, trained, told = networks(args.checkpoint, rest), {}, {}, set()
     first = chosen[0][0]
     device, world, on_machine = train.start_processes(first.device)
     tell = train.say if train.rank() == 0 else lambda text="": None
@@ -186,14 +213,8 @@ def robustness(args, rest):
         results.settings[name] = results_of
         saved = {} if settings.init_from.endswith(".npz") else train.read_checkpoint(
             settings.init_from)
-        classes, todo = saved.get("classes"), []
-        try:
-            if classes is None:
-                classes = data.load(settings.dataset, settings.eval_split, image_size=224,
-                                    data_dir=settings.data_dir).classes
-        except data.DataError as error:
-            raise UserError(f"{error}; of another project's file, only these tell the class "
-                            "names") from None
+        trained[name] = saved["settings"] if train.is_ours(saved) else {}
+        classes, todo = class_names(settings, saved), []
         for benchmark in dict.fromkeys(args.benchmarks):
             try:
                 todo += robustness_parts(benchmark, settings, classes)
@@ -217,10 +238,10 @@ def robustness(args, rest):
             if dataset.notice and dataset.notice not in told:
                 told.add(dataset.notice)
                 tell(dataset.notice)
-            workers = settings.workers
-            if workers is None:
-                workers = 0 if isinstance(dataset, data.InMemory) else max(1, min(
-                    8, data.usable_cores() // on_machine))
+            workers = train.worker_count(settings, dataset, on_machine)
+            if part == "pgd":
+                results.put(name, part, dict(top1=train.pgd_10(model, dataset, device, workers)))
+                continue
             loader = data.evaluation_loader(dataset, 256, workers, train.rank(), world,
                                             device.type == "cuda")
             results.put(name, part, train.evaluate(model, loader, device, autocast,
@@ -234,20 +255,35 @@ def robustness(args, rest):
     if not any(summaries.values()):
         raise UserError("nothing could be evaluated: the lines above say what is missing where")
     if train.rank() == 0:
-        print_robustness(summaries)
+        print_robustness(summaries, plain_twins(trained))
         if any("val" in s and ("c" in s or "c-lite" in s) for s in summaries.values()):
             figure(results.path.with_suffix(".png"), lambda axes: draw_robustness(axes, summaries))
         train.say(f"results   {results.path}")
     return results.parts
 
 
-def print_robustness(summaries):
+def plain_twins(trained):
+    """{network: the one that was trained as it was, but without SAM}, from their runs' settings."""
+    differs = train.FREE_FLAGS | {"sam_rho", "sam_steps", "sam_adaptive", "sam_sync", "recipe"}
+    same = {name: {k: v for k, v in of.items() if k not in differs} for name, of in trained.items()}
+    return {name: other for name, of in trained.items() for other in trained
+            if of and trained[other] and of["sam_rho"] > 0 == trained[other]["sam_rho"]
+            and same[name] == same[other]}
+
+
+def print_robustness(summaries, twins):
+    """A row for each network; below one trained with SAM its difference to its twin without."""
     columns = [name for name in (*BENCHMARKS, "mCE") if any(name in s for s in summaries.values())]
-    widest = max(map(len, summaries))
+    widest = max(24, *map(len, summaries))
     train.say(f"{'top-1 %':{widest}}" + "".join(f"{name:>9}" for name in columns))
     for name, summary in summaries.items():
         train.say(f"{name:{widest}}" + "".join(
             f"{summary[c]:9.2f}" if c in summary else f"{'-':>9}" for c in columns))
+        if name in twins:
+            plain = summaries[twins[name]]
+            train.say(f"{'  against without SAM':{widest}}" + "".join(
+                f"{summary[c] - plain[c]:+9.2f}" if c in summary and c in plain else f"{'-':>9}"
+                for c in columns))
     for benchmark in ("c", "c-lite"):
         tables = [summary.get(f"{benchmark} by corruption", {}) for summary in summaries.values()]
         corruptions = list(dict.fromkeys(name for table in tables for name in table))
@@ -291,28 +327,23 @@ def make_parser():
 
     add = command(robustness, "accuracy on benchmarks of robustness (Chen Table 2; Park Fig. 12b)")
     add("--benchmarks", nargs="+", choices=BENCHMARKS, default=["val", "c-lite"], help="val: "
-        "held-out images; real, v2, r, c: ImageNet-ReaL, -V2, -R, -C or CIFAR-C, looked for in "
-        "--data-dir and beside it; c-lite: our own corruptions of val (default: val c-lite)")
+        "held-out images; pgd: these under PGD, 10 steps, ε = 2/255 (Chen E.5); real, v2, r, c: "
+        "ImageNet-ReaL, -V2, -R, -C or CIFAR-C, looked for in --data-dir and beside it; c-lite: "
+        "our own corruptions of val (default: val c-lite)")
     return parser
 
 
-def main(argv=None):
-    """-> exit status: 0, 2 for what the user has to set right, 130 for Ctrl-C."""
-    owns_group = not dist.is_initialized()
+def answer(program, function):
+    """Calls function -> exit status: 0, 2 for what the user has to set right, 130 for Ctrl-C."""
+    owns_group, status = not dist.is_initialized(), 0
     try:
-        args, rest = make_parser().parse_known_args(argv)
-        foreign = any(word.split("=")[0] == "--init-from" for word in rest)
-        if bool(args.checkpoint) == foreign:
-            raise UserError(f"{args.command} needs either --checkpoint RUN/ckpt.pt or --model NAME "
-                            "--init-from FILE")
-        args.function(args, rest)
-        status = 0
+        function()
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"analyze.py: {error}", file=sys.stderr)
+            print(f"{program}: {error}", file=sys.stderr)
         status = 2
     except data.DataError as error:  # met while reading images, perhaps by this process only
-        print(f"analyze.py: {error}", file=sys.stderr, flush=True)
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(2)  # the others wait in a collective that will not come
         status = 2
@@ -322,6 +353,18 @@ def main(argv=None):
     if owns_group and dist.is_initialized():
         dist.destroy_process_group()
     return status
+
+
+def main(argv=None):
+    def command():
+        args, rest = make_parser().parse_known_args(argv)
+        foreign = any(word.split("=")[0] == "--init-from" for word in rest)
+        if bool(args.checkpoint) == foreign:
+            raise UserError(f"{args.command} needs either --checkpoint RUN/ckpt.pt or --model NAME "
+                            "--init-from FILE")
+        args.function(args, rest)
+
+    return answer("analyze.py", command)
 
 
 if __name__ == "__main__":

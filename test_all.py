@@ -3,6 +3,7 @@
 Sections follow the files. A test's oracle is a slow exact computation or a number of a paper, never
 the code under test; what must hold between processes runs under torchrun with gloo on the CPU.
 """
+import argparse
 import copy
 import fcntl
 import hashlib
@@ -20,6 +21,7 @@ import signal
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 
 from contextlib import nullcontext
@@ -37,6 +39,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torchvision.transforms import v2
 
+import adversarial
 import alternet
 import analyze
 import data
@@ -1794,6 +1797,10 @@ def test_every_alternet_parameter_gets_a_finite_gradient(form):
 # promises
 
 def test_what_the_model_files_repeat_is_word_for_word_the_same():
+    for name in ("random_state", "set_random_state"):
+        of_sam, of_attacks = (inspect.getsource(getattr(file, name))
+                               for file in (sys.modules["sam"], adversarial))
+        assert of_sam == of_attacks, f"{name} of adversarial.py is not that of sam.py"
     differ = {"Block", "build", "check_images", "load_npz", "main"}  # each file's own
     sources = {}
     for module in (vit, mixer, resnet, alternet):
@@ -2290,6 +2297,328 @@ def test_sam_in_ddp_communicates_in_its_last_pass_only_and_refuses_a_static_grap
             SAM(nn.parallel.DistributedDataParallel(net, static_graph=True), 0.1)
     finally:
         dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------- adversarial.py
+
+def small_cnn(dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.GELU(), nn.Dropout(0.3), nn.Flatten(),
+              nn.Linear(6 * 36, 5)]
+    network = nn.Sequential(*layers).to(dtype)
+    network[1].running_mean.normal_()
+    return network.eval()
+
+
+def images_to_attack(n=12, dtype=torch.float64):
+    g = torch.Generator().manual_seed(3)
+    x = torch.rand(n, 3, 8, 8, generator=g, dtype=dtype)
+    x[0, :, :4] = 0.0  # pixels that cannot be lowered
+    x[1, :, :4] = 1.0
+    return x, torch.randint(5, (n,), generator=g)
+
+
+def pgd_by_hand(model, x, y, eps, step_size, steps, norm, start, towards):
+    points = start.clone()
+    for _ in range(steps):
+        points.requires_grad_(True)
+        F.cross_entropy(model(points), y, reduction="sum").backward()
+        grad = points.grad if norm == "linf" else (
+            points.grad / points.grad.square().sum((1, 2, 3), keepdim=True).sqrt())
+        delta = points.detach() + (-1 if towards else 1) * step_size * (
+            grad.sign() if norm == "linf" else grad) - x
+        if norm == "linf":
+            delta = torch.maximum(torch.minimum(delta, delta * 0 + eps), delta * 0 - eps)
+        else:
+            size = delta.square().sum((1, 2, 3), keepdim=True).sqrt()
+            delta = torch.where(size > eps, delta * eps / size, delta)
+        points = (x + delta).clamp(0, 1)
+    return points
+
+
+@pytest.mark.parametrize("norm, eps", [("linf", 0.03), ("l2", 0.5)])
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("random_start", [False, True])
+def test_pgd_and_fgsm_equal_an_attack_written_by_hand(norm, eps, targeted, random_start):
+    model, (x, y) = small_cnn(), images_to_attack()
+    torch.manual_seed(7)
+    start = adversarial.uniform_start(x, eps, norm) if random_start else x
+    for steps, step_size in ((10, eps / 4), (1, (1.25 if random_start else 1) * eps)):
+        want = pgd_by_hand(model, x, y, eps, step_size, steps, norm, start, targeted)
+        torch.manual_seed(7)
+        how = dict(random_start=random_start, norm=norm, targeted=targeted)
+        got = (adversarial.pgd(model, x, y, eps, step_size, steps, **how) if steps > 1 else
+               adversarial.fgsm(model, x, y, eps, **how))
+        assert got.dtype == x.dtype and not got.requires_grad
+        assert float((got - want).abs().max()) < 1e-12, float((got - want).abs().max())
+        with torch.no_grad():
+            before, after = (F.cross_entropy(model(a), y).item() for a in (x, got))
+        assert (after < before) == targeted, (before, after)
+
+
+def test_an_attack_leaves_neither_the_ball_nor_the_pixels_range():
+    """To the rounding of x ± ε in float32, at any ε, from any start, after any number of steps."""
+    model, (x, y) = small_cnn(torch.float32), images_to_attack(dtype=torch.float32)
+    for eps in (0.0, 1e-7, 2 / 255, 0.1, 0.5, 1.0):
+        for steps, step_size in ((0, eps), (1, 1.25 * eps), (7, eps / 3), (3, 10 * eps)):
+            for seed, random_start in ((0, True), (1, True), (0, False)):
+                torch.manual_seed(seed)
+                got = adversarial.pgd(model, x, y, eps, step_size, steps, random_start)
+                delta = float((got.double() - x.double()).abs().max())
+                assert delta <= eps + 6e-8, (eps, steps, delta)
+                assert 0 <= got.min() and got.max() <= 1
+                assert eps or torch.equal(got, x)
+                got = adversarial.pgd(model, x, y, 10 * eps, 10 * step_size, steps, random_start,
+                                      norm="l2")
+                delta = float((got.double() - x.double()).flatten(1).norm(dim=1).max())
+                assert delta <= 10 * eps * (1 + 1e-6) + 1e-6, (eps, steps, delta)
+                assert 0 <= got.min() and got.max() <= 1
+                assert eps or torch.equal(got, x)
+
+
+def test_a_random_start_is_uniform_in_the_ball():
+    torch.manual_seed(0)
+    x = torch.full((20_000, 1, 1, 2), 0.5, dtype=torch.float64)
+    square = (adversarial.uniform_start(x, 0.1) - x).flatten(1) / 0.1
+    inside = (square.abs() < 0.5).all(1).double().mean().item()
+    assert abs(inside - 0.25) < 0.01 and square.abs().max() <= 1
+    disc = (adversarial.uniform_start(x, 0.1, "l2") - x).flatten(1) / 0.1
+    inside = (disc.norm(dim=1) < 0.5).double().mean().item()
+    assert abs(inside - 0.25) < 0.01 and disc.norm(dim=1).max() <= 1 + 1e-9
+    generator = torch.Generator().manual_seed(5)
+    first, second = (adversarial.uniform_start(x[:2], 0.1, generator=generator) for _ in range(2))
+    assert not torch.equal(first, second), "a generator of the caller's moves on"
+
+
+def test_an_attack_leaves_the_model_and_the_random_state_as_they_were():
+    model, (x, y) = small_cnn(), images_to_attack()
+    model.train()
+    model[1].eval()  # a BatchNorm that is frozen in a model in training
+    model[5].bias.requires_grad_(False)
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+
+    def unchanged():
+        assert same_tensors(state, model.state_dict())
+        assert [m.training for m in model] == [True, False, True, True, True, True]
+        assert [p.requires_grad for p in model.parameters()] == [True] * 5 + [False]
+        assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+        assert all(p.grad is None for p in list(model.parameters())[1:])
+        assert torch.equal(torch.get_rng_state(), random)
+        assert torch.is_grad_enabled() and not x.requires_grad
+
+    with pytest.warns(UserWarning, match="training mode: it is attacked in evaluation mode"):
+        got = adversarial.pgd(model, x, y)
+    unchanged()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(adversarial.pgd(small_cnn(), x, y), got), "no dropout in an attack"
+    with pytest.raises(ValueError, match="labels reach from"), pytest.warns(UserWarning):
+        adversarial.pgd(model, x, y + 5)
+    unchanged()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context(), pytest.warns(UserWarning):
+            assert torch.equal(adversarial.pgd(model, x * 1, y * 1), got)
+    unchanged()
+
+
+def test_an_attack_computes_no_gradient_of_parameters_and_one_pass_a_step():
+    passes, wanted = [], []
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            passes.append("forward")
+            return x @ weight
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            passes.append("backward")
+            wanted.append(ctx.needs_input_grad)
+            return grad @ weight.T, x.T @ grad if ctx.needs_input_grad[1] else None
+
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(192, 5, dtype=torch.float64))
+
+        def forward(self, x):
+            return Product.apply(x.flatten(1), self.weight)
+
+    x, y = images_to_attack()
+    adversarial.pgd(Linear().eval(), x, y, steps=4)
+    assert passes == ["forward", "backward"] * 4 and wanted == [(True, False)] * 4
+
+
+def test_an_attack_is_computed_in_the_images_own_precision():
+    model, (x, y) = small_cnn(torch.float32), images_to_attack(dtype=torch.float32)
+    precision = torch.backends.cuda.matmul.fp32_precision
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append((
+        torch.is_autocast_enabled("cpu"), torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision)))
+    want = adversarial.pgd(model, x, y, random_start=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adversarial.pgd(model, x, y, random_start=False), want)
+        assert torch.is_autocast_enabled("cpu")
+    assert set(seen) == {(False, "ieee", "ieee")}
+    assert torch.backends.cuda.matmul.fp32_precision == precision
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(x=lambda x: (255 * x).byte()), "images are torch.uint8 .* x.float.. / 255"),
+    (dict(x=lambda x: 2 * x - 1), "images reach from -1 to 1; an attack takes .0, 1.: put mean"),
+    (dict(x=lambda x: x * math.nan), "images reach from nan to nan"),
+    (dict(x=lambda x: x[0]), r"images are torch.float64 \(3, 8, 8\)"),
+    (dict(y=lambda y: y[1:]), r"labels are torch.int64 \(11,\) for 12 images"),
+    (dict(y=lambda y: y.double()), "labels are torch.float64"),
+    (dict(y=lambda y: y + 3), "labels reach from . to .; the model has 5 classes, 0 to 4"),
+    (dict(y=lambda y: y - 5), "labels reach from -5 to"),
+    (dict(eps=2), "eps is 2; pixels are in .0, 1., so it is from 0 to 1, such as 2/255"),
+    (dict(eps=-0.1), "eps is -0.1"),
+    (dict(eps=math.nan), "eps is nan"),
+    (dict(step_size=-1), "step_size is -1; "),
+    (dict(steps=-1), "steps is -1; it is at least 0"),
+    (dict(norm="l1"), "norm is 'l1'; it is one of linf l2"),
+    (dict(model=lambda x: x.flatten(1).sum(1)), r"the model returns \(12,\) for 12 images"),
+    (dict(model=lambda x: x.flatten(1)[:, :5] / 0),
+     "the loss of 12 of 12 images, or its gradient, is not finite: an attack finds no direction"),
+    (dict(model=lambda x: (x.flatten(1)[:, :5] - x.flatten(1)[:, :5].detach()).sqrt()),
+     "the loss of 12 of 12 images, or its gradient, is not finite"),
+])
+def test_what_cannot_be_attacked_is_answered_with_a_sentence(change, message):
+    class Function(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+        def forward(self, x):
+            return self.function(x)
+
+    (x, y), more = images_to_attack(), dict(random_start=False) | change
+    x, y = more.pop("x", lambda x: x)(x), more.pop("y", lambda y: y)(y)
+    model = Function(more.pop("model")).eval() if "model" in more else small_cnn()
+    with pytest.raises(ValueError, match=message) as error:
+        adversarial.pgd(model, x, y, **more)
+    assert "\n" not in str(error.value)
+
+
+def test_a_trace_holds_every_iterate_and_early_stopping_spares_what_is_beaten():
+    model, (x, y) = small_cnn(), images_to_attack()
+    with torch.no_grad():
+        y[:8] = model(x[:8]).argmax(1)  # so that eight have to be beaten
+    trace, seen = [], []
+    how = dict(eps=0.05, step_size=0.01, random_start=False)
+    adversarial.pgd(model, x, y, steps=6, trace=trace, **how)
+    assert len(trace) == 7
+    for step, (losses, predicted) in enumerate(trace):
+        with torch.no_grad():
+            logits = model(adversarial.pgd(model, x, y, steps=step, **how))
+        assert torch.equal(logits.argmax(1), predicted)
+        assert float((F.cross_entropy(logits, y, reduction="none") - losses).abs().max()) < 1e-12
+    first = [next((k for k, (_, p) in enumerate(trace) if p[i] != y[i]), 7) for i in range(12)]
+    assert len(set(first)) > 2, f"images are beaten at different steps: {first}"
+    model.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    early = []
+    points = adversarial.pgd(model, x, y, steps=6, trace=early, early_stop=True, **how)
+    wanted = [sum(f >= step for f in first) for step in range(7)]
+    assert seen == [n for n in wanted if n], (seen, wanted)
+    for i, step in enumerate(first):
+        at = min(step, 6)
+        stopped = adversarial.pgd(model, x[i:i + 1], y[i:i + 1], steps=at, **how)
+        assert float((points[i] - stopped[0]).abs().max()) < 1e-12
+        assert all(int(early[k][1][i]) == int(trace[min(k, at)][1][i]) for k in range(7))
+
+
+def test_robustness_counts_what_withstands_every_iterate_of_every_restart():
+    torch.manual_seed(1)
+    model, (x, y) = small_cnn(seed=2), images_to_attack(40)
+    with torch.no_grad():
+        y[:30] = model(x[:30]).argmax(1)
+    how = dict(eps=0.1, step_size=0.025, steps=5, seed=3)
+    batches = lambda size: [(x[i:i + size], y[i:i + size], list(range(i, min(i + size, 40))))
+                            for i in range(0, 40, size)]
+    got = adversarial.robustness(model, batches(40), restarts=2, **how)
+    robust, last, losses = (torch.ones(6, 40, dtype=torch.bool), torch.ones(6, 40).bool(), [])
+    for restart in range(2):
+        start = adversarial.keyed_start(x, range(40), 0.1, "linf", 3 + restart)
+        trace = []
+        adversarial.pgd(model, x, y, 0.1, 0.025, 5, start=start, trace=trace)
+        right = torch.stack([predicted == y for _, predicted in trace])
+        robust &= torch.stack([right[:k + 1].all(0) for k in range(6)])
+        last &= right
+        losses.append([values.sum().item() for values, _ in trace])
+    with torch.no_grad():
+        clean = model(x).argmax(1) == y
+    assert got["images"] == 40 and got["clean"] == clean.sum()
+    assert got["robust"] == (robust & clean).sum(1).tolist()
+    assert got["last"] == last.sum(1).tolist()
+    assert np.allclose(got["loss"], losses)
+    assert 0 < got["robust"][-1] < got["robust"][0] <= got["clean"], got
+    small = adversarial.robustness(model, batches(7), restarts=2, **how)
+    assert {k: v for k, v in small.items() if k != "loss"} == {
+        k: v for k, v in got.items() if k != "loss"}, "whatever the batches"
+    early = adversarial.robustness(model, batches(40), restarts=2, early_stop=True, **how)
+    assert early["robust"][-1] == got["robust"][-1] and "last" not in early
+    parts = [adversarial.robustness(model, some, **how) for some in (batches(8)[:2], batches(8)[2:])]
+    whole = adversarial.robustness(model, batches(40), **how)
+    result = adversarial.summary(parts)
+    assert result["images"] == 40 and result["clean"] == 100 * whole["clean"] / 40
+    assert np.allclose(result["robust"], np.array(whole["robust"]) / 0.4)
+    assert np.allclose(result["loss"], np.array(whole["loss"]) / 40)
+    aimed = adversarial.robustness(model, batches(40), targeted=True, **how)
+    assert aimed["robust"][-1] > whole["robust"][-1], "one class is harder to reach than any"
+
+
+def test_the_strength_check_tells_masked_gradients():
+    strong = [(0.1, 60.0), (0.2, 30.0), (0.5, 0.0)]
+    verdict = lambda *given: [holds for _, holds in adversarial.verdicts(*given)]
+    assert verdict(strong, [60, 50, 40], 1000) == [True, True, True]
+    assert verdict([(0.1, 50), (0.2, 52), (0.5, 0)], [60, 50], 1000) == [False, True, True]
+    assert verdict(strong, [60, 40, 50], 1000) == [True, False, True]
+    assert verdict([(0.1, 50), (0.5, 20)], [60, 50], 1000) == [True, True, False]
+    assert verdict([(0.1, 50), (0.2, 50.4), (0.5, 0.4)], [60, 60.4], 1000) == [True] * 3, "chance"
+
+
+def test_a_robust_models_gradients_are_its_best_attack():
+    """Of two small networks for `shapes`, one trained adversarially: PGD through the other's
+    gradients does less to it than PGD through its own, so these are not masked."""
+    eps, networks = 2 / 255, {}
+    images, labels = data.shapes(range(4000))
+    images = images.float() / 255
+    for adversarially in (False, True):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 16, 4, 2), nn.BatchNorm2d(16), nn.ReLU(),
+                                nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.Flatten(),
+                                nn.Linear(32 * 36, 12))
+        optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+        for step in range(250):
+            x, y = (t[64 * step % 3000:][:64] for t in (images, labels))
+            if adversarially:
+                start = adversarial.uniform_start(x, eps).requires_grad_()
+                grad, = torch.autograd.grad(F.cross_entropy(network(start), y), start)
+                x = adversarial.ascend(start, grad, x, eps, 1.25 * eps)
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            optimizer.step()
+        networks[adversarially] = network.eval()
+    attack = lambda network, source=None: adversarial.summary([adversarial.robustness(
+        network, [(images[3000:], labels[3000:], list(range(1000)))], eps=eps, step_size=eps / 8,
+        source=source)])["robust"][-1]
+    plain, robust, transfer = attack(networks[False]), attack(networks[True]), attack(
+        networks[True], networks[False])
+    print(f"PGD-10: plain {plain:.1f} %, robust {robust:.1f} %, by transfer {transfer:.1f} %")
+    assert plain + 2 < robust and robust + 1 < transfer, (plain, robust, transfer)
+
+
+def test_fractions_are_read():
+    assert [adversarial.fraction(text) for text in ("2/255", "0.25", " 8 / 255", "1e-3")] == [
+        2 / 255, 0.25, 8 / 255, 1e-3]
+    for text in ("2/0", "two", "", "nan", "2//255"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no number; give one as 0.0078"):
+            adversarial.fraction(text)
 
 
 # ------------------------------------------------------------------------------------------ data.py
@@ -3445,6 +3774,14 @@ def test_sam_rho_paper_is_table_9():
               "--model").split()
     for model, rho in table["strong augmentation"].items():
         assert train.settings([*strong, model])[0].sam_rho == rho
+    for model, rho in table["adversarial"].items():  # Table 5's rows: E.5 changes nothing else
+        plain, _ = train.settings(["--model", model])
+        for more in (["--adv-eps", "2/255"], ["--recipe", f"{plain.recipe}_adversarial"]):
+            args, _ = train.settings(["--model", model, "--sam-rho", "paper", *more])
+            assert args.sam_rho == rho and args.adv_eps == 2 / 255 and not args.adv_step_size
+            other = {k for k, v in vars(args).items() if v != getattr(plain, k)} - {"recipe"}
+            assert other == {"sam_rho", "adv_eps", "out_dir"}, other
+            assert args.out_dir == f"out/imagenet-{model}-adv2-rho{rho}-seed0"
 
 
 def test_flags_override_recipes_and_recipes_override_defaults(capsys):
@@ -3646,6 +3983,83 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
             assert float((ema[name] - state["ema"][name]).abs().max()) < 1e-11, name
 
 
+@pytest.mark.parametrize("rho", [0, 0.2])
+def test_adversarial_training_equals_equation_5_by_hand(tmp_path, monkeypatch, rho):
+    """FGSM from a random start, ε and δ from the one pass at (w, start): two forward and two
+    backward passes for each micro-batch, with and without SAM. SGD, no momentum."""
+    passes, forward = [], vit.ViT.forward
+    monkeypatch.setattr(vit.ViT, "forward", lambda model, x: (
+        passes.append("forward") if model.training and not x.is_meta else None) or forward(model, x))
+    for name in ("backward", "grad"):
+        function = getattr(torch.autograd, name)
+        monkeypatch.setattr(torch.autograd, name, lambda *args, f=function, **more: (
+            passes.append("backward") or f(*args, **more)))
+    eps, lr = 4 / 255, 0.5
+    state = train_ok(tiny(tmp_path / "run", f"--sam-rho {rho} --adv-eps 4/255 --dtype float64 "
+                          "--optimizer sgd --momentum 0 --weight-decay 0 --lr-schedule constant "
+                          f"--lr {lr} --warmup-steps 0 --max-steps 3"))
+    assert passes == ["forward", "backward"] * (2 * 4 * 3)
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
+                        mlp_dim=48).double()
+    named = dict(network.named_parameters())
+    images, labels = data.shapes(range(8000))
+    chosen = data.subset(labels, "1/50")
+    order = torch.randperm(160, generator=torch.Generator().manual_seed(data.key(0, 0)))
+
+    def loss(weights, x, y):
+        return F.cross_entropy(torch.func.functional_call(network, weights, (x - 0.5) / 0.5), y)
+
+    for step in range(3):
+        total = {k: torch.zeros_like(p) for k, p in named.items()}
+        for i, micro in enumerate(chosen[order[32 * step:][:32]].split(8)):
+            x, y = images[micro].double() / 255, labels[micro]
+            torch.manual_seed(data.key(0, step, i, 2))
+            noise = eps * (2 * torch.rand(x.shape, dtype=torch.float64) - 1)
+            start = (x + noise).clamp(0, 1).requires_grad_()
+            *grads, of_image = torch.autograd.grad(loss(named, start, y), [*named.values(), start])
+            norm = torch.cat([g.flatten() for g in grads]).norm()
+            moved = {k: (p + rho * g / norm).detach().requires_grad_()
+                     for (k, p), g in zip(named.items(), grads)}
+            delta = (start.detach() + 1.25 * eps * of_image.sign() - x).clamp(-eps, eps)
+            worst = loss(moved, (x + delta).clamp(0, 1), y)
+            for k, g in zip(named, torch.autograd.grad(worst, moved.values())):
+                total[k] += g / 4
+        with torch.no_grad():
+            for k, p in named.items():
+                p -= lr * total[k]
+    difference = max(float((p - state["model"][k]).abs().max()) for k, p in named.items())
+    assert difference < 1e-12, difference
+
+
+def test_accuracy_under_attack_is_measured_in_training_and_evaluation(tmp_path, capsys,
+                                                                      short_shapes):
+    argv = tiny(tmp_path / "run", "--max-steps 5 --lr 0.01 --eval-adv --adv-eps 8/255")
+    state = train_ok(argv)
+    text = capsys.readouterr().out
+    assert "images moved by at most 8/255" in text and "--adv-eps 8/255" in text
+    assert "PGD-10 %" in text and re.search(r"validation: top-1 .*, PGD-10 \d+\.\d\d %", text)
+    model = train.assemble(train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2,
+                                             mlp_dim=48), [0.5], [0.5])
+    model.network.load_state_dict(state["model"])
+    x, y = data.shapes(range(2**30, 2**30 + 60))
+    x = x.float() / 255
+    start = adversarial.keyed_start(x, range(60), 8 / 255, "linf", 0)
+    trace = []
+    adversarial.pgd(model.eval(), x, y, 8 / 255, 1 / 255, 10, start=start, trace=trace)
+    with torch.no_grad():
+        robust = torch.stack([model(x).argmax(1) == y] + [p == y for _, p in trace]).all(0)
+    want = 100 * robust.double().mean().item()
+    assert state["final"]["validation"]["pgd"] == pytest.approx(want)
+    records = log_without_times(tmp_path / "run")
+    assert [r["val"]["pgd"] for r in records if "val" in r] == [pytest.approx(want)]
+    assert train.main(["--eval-only", "--eval-adv", "--init-from", str(tmp_path / "run/ckpt.pt"),
+                       "--device", "cpu"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("val "))
+    assert float(row.split()[-1]) == pytest.approx(want, abs=0.006)
+
+
 def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_one_line(
         tmp_path, capsys):
     out = tmp_path / "run"
@@ -3749,7 +4163,7 @@ def test_evaluation_of_a_network_that_gives_nan_says_so():
 
 
 @pytest.mark.parametrize("flags", [
-    "--dtype bfloat16 --sam-rho 0.1", "--dtype float16 --sam-rho 0.1",
+    "--dtype bfloat16 --sam-rho 0.1", "--dtype float16 --sam-rho 0.1 --adv-eps 2/255",
     "--optimizer sgd --lr 0.2 --nesterov --decay all --lr-schedule linear --lr-end 1e-5",
     "--sam-rho 0.5 --sam-adaptive --sam-steps 2 --pool gap --kernel-size 3 --gelu exact",
     "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 --dropout 0.1",
@@ -4012,15 +4426,18 @@ def test_an_original_npz_is_evaluated_and_fine_tuned(tmp_path, capsys):
                if not k.startswith("head."))
 
 
-def test_a_compiled_run_compiles_once_and_trains_as_the_uncompiled(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags, graphs", [
+    ("--stem conv --ema-decay 0.9 --sam-steps 2", 1),
+    ("--adv-eps 2/255 --dtype float64", 2)])  # of images with and without a gradient
+def test_a_compiled_run_compiles_once_and_trains_as_the_uncompiled(tmp_path, monkeypatch, flags,
+                                                                   graphs):
     from torch._dynamo.testing import CompileCounterWithBackend
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    flags = "--sam-rho 0.1 --stem conv --ema-decay 0.9 --sam-steps 2"
-    plain, compiled = (train_ok(tiny(tmp_path / str(i), flags, *more))
+    plain, compiled = (train_ok(tiny(tmp_path / str(i), "--sam-rho 0.1", flags, *more))
                        for i, more in enumerate(((), ("--compile",))))
-    assert counter.frame_count == 1, counter.frame_count
+    assert counter.frame_count == graphs, counter.frame_count
     assert largest_difference(plain["model"], compiled["model"]) < 1e-3
     assert abs(plain["final"]["training"]["nll"] - compiled["final"]["training"]["nll"]) < 1e-4
 
@@ -4062,7 +4479,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     with augmentation, masks, mixup and BatchNorm."""
     write_image_folder(tmp_path / "images", train=32, val=8)
     settings = (f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 "
-                "--mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 --workers 1 --seed 3 "
+                "--adv-eps 2/255 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 --workers 1 --seed 3 "
                 "--eval-every 12 --save-every 5")
     setup = ("--dataset folder --epochs 60 --batch-size 16 --micro-batch 8 --log-every 4 "
              "--warmup-steps 10")
@@ -4154,6 +4571,9 @@ VARIANTS = {
                 "--ema-decay 0.9 --grad-clip 0.5",
     "sam, all, one micro-batch each": "--sam-rho 0.1 --stem conv --dropout 0.2 --mixup 0.5 "
                                       "--micro-batch 16",
+    "adversarial": "--sam-rho 0 --adv-eps 8/255 --stem conv --dropout 0.2 --drop-path 0.2 "
+                   "--mixup 0.5 --ema-decay 0.9 --grad-clip 0.5",
+    "adversarial, sam": "--sam-rho 0.1 --adv-eps 8/255 --sam-sync --stem conv --dropout 0.2",
     "sam of the whole batch": "--sam-rho 0.1 --sam-sync --stem conv --dropout 0.2 "
                               "--optimizer sgd --lr 0.05",
 }
@@ -4205,7 +4625,8 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
     one = torch.load(tmp_path / "3-1/ckpt.pt", weights_only=True)
     resumed = train_ok([*cut, "--resume"])  # begun by two processes, ended by one
     assert largest_difference(one["model"], resumed["model"]) < 1e-9
-    assert sent["plain"] == sent["sam"] and sent["plain, all"] == sent["sam, all"]
+    assert sent["plain"] == sent["sam"]
+    assert sent["plain, all"] == sent["sam, all"] == sent["adversarial"]
     parameters = sum(p.numel() for p in vit.build(
         "vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).parameters())
     assert sent["sam"]["gradients"] == 20 * 8 * parameters, (
@@ -4364,7 +4785,7 @@ def test_mistakes_in_an_analysis_get_one_line_that_helps(tmp_path, capsys, monke
 
 def test_an_analysis_on_two_processes_gives_the_numbers_of_one(tmp_path, capsys):
     train_ok(tiny(tmp_path / "run", "--max-steps 3"))
-    command = ["robustness", "--device", "cpu", "--benchmarks", "val", "--checkpoint",
+    command = ["robustness", "--device", "cpu", "--benchmarks", "val", "pgd", "--checkpoint",
                str(tmp_path / "run/ckpt.pt"), "--out-dir"]
     assert analyze.main([*command, str(tmp_path / "one")]) == 0
     result = subprocess.run(
@@ -4377,8 +4798,132 @@ def test_an_analysis_on_two_processes_gives_the_numbers_of_one(tmp_path, capsys)
                 for name in ("one", "two"))
     assert one.keys() == two.keys()
     (one,), (two,) = one.values(), two.values()
+    assert one["pgd"] == two["pgd"], "the random starts too belong to the image"
     for key, value in one["val"].items():
         assert abs(value - two["val"][key]) < 1e-6, (key, value, two["val"][key])
+
+
+def attack_refusal(capsys, *argv):
+    capsys.readouterr()
+    assert adversarial.main([str(a) for a in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("adversarial.py: "), error
+    return error
+
+
+def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
+        tmp_path, capsys, monkeypatch, short_shapes):
+    for seed in (0, 1):
+        train_ok(tiny(tmp_path / str(seed), f"--max-steps 10 --lr 0.01 --seed {seed}"))
+    one, two = (str(tmp_path / str(seed) / "ckpt.pt") for seed in (0, 1))
+    command = ["--checkpoint", one, "--device", "cpu", "--eps", "4/255", "--steps", "4",
+               "--batch-size", "16", "--out-dir", str(tmp_path / "out")]
+    monkeypatch.setattr(adversarial, "CHUNK", 25)
+    calls, under_attack = [], train.under_attack
+
+    def counted(model, dataset, device, positions, *more, **how):
+        calls.append(len(positions))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return under_attack(model, dataset, device, positions, *more, **how)
+
+    monkeypatch.setattr(train, "under_attack", counted)
+    capsys.readouterr()
+    assert adversarial.main(command) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    more = ["--transfer-from", two, "--strength-images", "20", "--save-images", "3"]
+    assert adversarial.main([*command, *more]) == 0
+    assert calls[:4] == [25, 25, 25, 10], "the first chunk is not attacked again"
+    text = capsys.readouterr().out
+    done = len(calls)
+    assert adversarial.main([*command, *more]) == 0
+    assert calls[done:] == [3], "only the pictures are made anew"
+    assert capsys.readouterr().out == text
+
+    saved = json.loads((tmp_path / "out/adversarial.json").read_text())
+    (name, parts), = saved["results"].items()
+    assert name.startswith(one) and not any("chunk" in part for part in parts)
+    key = ("pgd: 60 images, eps 0.0156863, step_size 0.00196078, steps 4, random_start True, "
+           "norm linf, targeted False, early_stop False, restarts 1, seed 0")
+    result = parts[key]
+    model = train.assemble(train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2,
+                                             mlp_dim=48), [0.5], [0.5])
+    train.load_weights(model.network, one)
+    x, y = data.shapes(range(2**30, 2**30 + 60))
+    want = adversarial.summary([adversarial.robustness(
+        model.eval(), [(x.float() / 255, y, list(range(60)))], eps=4 / 255, step_size=0.5 / 255,
+        steps=4)])
+    assert result.pop("attack")["steps"] == 4
+    assert result["robust"] == want["robust"] and result["last"] == want["last"]
+    assert np.allclose(result["loss"], want["loss"], rtol=1e-4) and result["images"] == 60
+    for line in (f"clean     {want['clean']:.2f} % of 60 images",
+                 "pgd       ε = 4/255 (linf), step 0.5/255, 4 steps, 1 restart",
+                 f"     4{want['robust'][4]:12.2f}{want['last'][4]:25.2f}",
+                 "accuracy falls as ε grows: yes", "accuracy falls from step to step: yes",
+                 "accuracy is about 0 at the largest ε: yes", "transfer  through "):
+        assert line in text, (line, text)
+    with Image.open(tmp_path / "out/adversarial_images.png") as picture:
+        assert picture.width == 6 + 3 * 134 and picture.height > 3 * 128
+    assert (tmp_path / "out/adversarial.png").exists() == (
+        importlib.util.find_spec("matplotlib") is not None)
+
+    few = ["--strength-images", "0"]
+    assert adversarial.main([*command, *few, "--early-stop"]) == 0
+    early = capsys.readouterr().out
+    assert [line.split()[:2] for line in early.splitlines() if line.startswith("     ")] == [
+        line.split()[:2] for line in text.splitlines() if re.match(r" {5}\d", line)], (
+        "the same accuracies")
+    for flags in (["--attack", "fgsm"], ["--norm", "l2", "--eps", "1"], ["--targeted"],
+                  ["--restarts", "2"], ["--no-random-start", "--dtype", "float64"]):
+        assert adversarial.main([*command, *few, *flags]) == 0, flags
+    text = capsys.readouterr().out
+    assert "fgsm      ε = 4/255 (linf), step 5/255, 1 step, 1 restart" in text, text
+    assert "pgd       ε = 1 (l2), step 0.125, 4 steps, 1 restart\n" in text, text
+
+
+def test_mistakes_in_an_attack_get_one_line_that_helps(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.pt").write_text("hello")
+    for argv, words in [
+            (["--checkpoint", "no.pt"], "no.pt: No such file"),
+            (["--checkpoint", "text.pt"], "text.pt is no checkpoint"),
+            (["--checkpoint", "text.pt", "--eps", "2"], "--eps is 2; pixels are in [0, 1]"),
+            (["--checkpoint", "text.pt", "--eps", "0"], "--eps is 0; pixels are in [0, 1]"),
+            (["--checkpoint", "text.pt", "--steps", "0"], "--steps is 0; it must be at least 1"),
+            (["--checkpoint", "text.pt", "--step-size", "-1"], "--step-size is -1; it must be"),
+            (["--checkpoint", "text.pt", "--restarts", "2", "--no-random-start"],
+             "--restarts needs a random start"),
+            (["--init-from", "x.npz", "--model", "vit_s16", "--stepz", "3"],
+             "unknown flag --stepz; did you mean --steps"),
+            (["--init-from", "x.npz", "--model", "vit_s16", "--dtype", "bfloat16"],
+             "--dtype bfloat16: attacks are computed in float32 or float64")]:
+        line = attack_refusal(capsys, *argv)
+        assert words in line, (argv, line)
+    for argv, words in [(["--steps", "3"], "an attack needs --checkpoint RUN/ckpt.pt"),
+                        (["--eps", "2/x"], "'2/x' is no number; give one as 0.0078 or 2/255")]:
+        with pytest.raises(SystemExit) as stop:
+            adversarial.main(argv)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_robustness_shows_what_sam_changes_against_the_same_training_without(
+        tmp_path, capsys, short_shapes):
+    """The numbers in parentheses of Chen Table 5: against the run with all settings but SAM's
+    equal."""
+    runs = {"plain": "--sam-rho 0", "sam": "--sam-rho 0.1", "other": "--sam-rho 0 --lr 0.1"}
+    for name, flags in runs.items():
+        train_ok(tiny(tmp_path / name, "--max-steps 5 --adv-eps 2/255", flags))
+    capsys.readouterr()
+    assert analyze.main(["robustness", "--device", "cpu", "--benchmarks", "val", "pgd",
+                         "--out-dir", str(tmp_path / "out"), "--checkpoint",
+                         *(str(tmp_path / name / "ckpt.pt") for name in runs)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("top-1 %"))
+    rows = [line.split()[-2:] for line in lines[at + 1:at + 5]]
+    assert lines[at].split()[-2:] == ["val", "pgd"] and "against without SAM" in lines[at + 3]
+    plain, sam, difference = (np.array(row, float) for row in rows[:3])
+    assert np.allclose(sam - plain, difference, atol=0.011), rows
+    assert sum("against without SAM" in line for line in lines) == 1
 
 
 # ----------------------------------------------------------------------------------- the repository
@@ -4398,7 +4943,8 @@ for step in range(5):
 """
 
 
-@pytest.mark.parametrize("name", ["vit", "mixer", "resnet", "alternet", "sam", "data"])
+@pytest.mark.parametrize("name", ["vit", "mixer", "resnet", "alternet", "sam", "adversarial",
+                                  "data"])
 def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
     shutil.copy(HERE / f"{name}.py", tmp_path)
     argv = [f"{name}.py"] + {"sam": ["--seeds", "1", "--steps", "20"]}.get(name, [])
@@ -4409,7 +4955,7 @@ def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
         argv = ["-c", code + TRAINS_ALONE.format(name=name, variant=variant)]
     result = subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True,
                             timeout=120)
-    assert (result.returncode == 0 and len(result.stdout.splitlines()) > 3
+    assert (result.returncode == 0 and len(result.stdout.splitlines()) > 2
             and not result.stderr), result
     if variant:
         losses = [float(line) for line in result.stdout.splitlines()[-5:]]

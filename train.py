@@ -43,6 +43,7 @@ from torchvision.models import regnet
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import adversarial
 import alternet
 import data
 import mixer
@@ -100,6 +101,9 @@ RECIPES["park_imagenet_vit"] = RECIPES["park_imagenet"] | dict(
 RECIPES |= {f"{name}_strong": RECIPES[name] | dict(
     lr=1e-3, weight_decay=0.1, drop_path=0.1, mixup=0.5, randaugment=[2, 15],
     randaugment_of="google") for name in ("chen_vit", "chen_mixer")}
+# Chen et al. Table 5, E.5: nothing else changes.
+RECIPES |= {f"{name}_adversarial": RECIPES[name] | dict(adv_eps=2 / 255)
+            for name in ("chen_vit", "chen_mixer", "chen_resnet")}
 # The recipe for a data set and a family of models, if none is named; "" is any family.
 RECIPE_FOR = {
     "shapes": {"": "shapes"},
@@ -147,12 +151,14 @@ class UserError(Exception):
 # ----------------------------------------------------------------------------------------- settings
 
 class Parser(argparse.ArgumentParser):
+    also = ()  # flags that are read elsewhere
+
     def error(self, message):
         """One line instead of the list of all flags; to an unknown flag, the nearest known ones."""
         wrong = [word.split("=")[0] for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized") and wrong:
             near = difflib.get_close_matches(wrong[0].replace("_", "-"),
-                                             self._option_string_actions, 2, 0.7)
+                                             [*self._option_string_actions, *self.also], 2, 0.7)
             message = f"unknown flag {wrong[0]}" + (
                 f"; did you mean {' or '.join(near)}?" if near else "; see --help")
         raise UserError(message)
@@ -265,6 +271,14 @@ def make_parser():
     add("--sam-sync", action=on_off, default=False, help="ε from the whole batch's gradient "
         "instead of each micro-batch's")
 
+    add = parser.add_argument_group("adversarial training").add_argument
+    add("--adv-eps", type=adversarial.fraction, default=0.0, help="fast adversarial training: one "
+        "FGSM step from a random start, of at most this in each pixel of [0, 1] (Chen E.5: 2/255)")
+    add("--adv-step-size", type=adversarial.fraction, default=0.0, help="of that step; 0: 1.25 "
+        "times --adv-eps (Wong et al. 2020, which E.5 uses)")
+    add("--eval-adv", action=on_off, default=False, help="evaluations also measure accuracy under "
+        "PGD with 10 steps of 1/8 of --adv-eps, or of 2/255 without it (E.5)")
+
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first that is there")
     add("--dtype", choices=("bfloat16", "float16", "float32", "float64"), help="default: bfloat16 "
@@ -288,10 +302,12 @@ def make_parser():
     return parser
 
 
-def settings(argv=None):
+def settings(argv=None, also=()):
     """Command line -> (settings, {flag: who set it}). Flags override the recipe, the recipe the
-    defaults; to evaluate a checkpoint of ours, its run's settings take the recipe's place."""
+    defaults; to evaluate a checkpoint of ours, its run's settings take the recipe's place. also:
+    flags of the caller's own, among which an unknown one may have been meant."""
     parser = make_parser()
+    parser.also = also
     args, unset = vars(parser.parse_args([])), object()
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(args, unset)))
     given = {name: value for name, value in vars(given).items() if value is not unset}
@@ -331,8 +347,9 @@ def settings(argv=None):
                                   "mps" if torch.backends.mps.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
-    args.out_dir = args.out_dir or "out/{}-{}-rho{:g}-seed{}".format(
-        args.dataset, args.model.replace(":", "_"), args.sam_rho, args.seed)
+    adv = f"-adv{255 * args.adv_eps:.3g}" if args.adv_eps else ""  # in 1/255
+    args.out_dir = args.out_dir or "out/{}-{}{}-rho{:g}-seed{}".format(
+        args.dataset, args.model.replace(":", "_"), adv, args.sam_rho, args.seed)
     check(args, origin)
     return args, origin
 
@@ -340,7 +357,8 @@ def settings(argv=None):
 def resolve_rho(args):
     if args.sam_rho == "paper":
         strong = args.mixup and args.randaugment[0]
-        kind = "strong augmentation" if strong else "supervised"
+        kind = ("adversarial" if args.adv_eps else "strong augmentation" if strong else
+                "supervised")
         if args.model not in PAPER_RHO[kind]:
             raise UserError(f"--sam-rho paper: Table 9 has no row for {args.model} and {kind} "
                             f"training; it has {' '.join(PAPER_RHO[kind])}. Give a number, such as "
@@ -376,6 +394,12 @@ def check(args, origin):
         raise UserError(f"--randaugment {' '.join(map(str, args.randaugment))}: the number of "
                         f"operations is at least 0, their magnitude from 0 to {most}"
                         + "; --randaugment-of google goes on to 30" * (most == 10))
+    for name in ("adv_eps", "adv_step_size"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name):g}; pixels are in "
+                            "[0, 1], so it is from 0 to 1, such as 2/255")
+    if args.adv_step_size and not args.adv_eps:
+        raise UserError("--adv-step-size is for --adv-eps above 0, such as 2/255")
     per_stage = ("resnet", "preresnet", "resnext", "alter", "swin")
     stages = 4 if family(args.model) in per_stage else 3 if family(args.model) == "pit" else 1
     for name in ("depth", "heads"):
@@ -772,6 +796,31 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
                 ece=100 * (by_bin[0] - by_bin[1]).abs().sum().item() / n)
 
 
+def under_attack(model, dataset, device, positions, batch_size, workers, progress=None, **attack):
+    """adversarial.robustness on the images at these positions of a data set; in the model's own
+    precision, without autocast."""
+    part = copy.copy(dataset).restrict(positions)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    loader = data.evaluation_loader(part, batch_size, workers, rank(), world, device.type == "cuda")
+
+    def batches():
+        own = positions[rank()::world]
+        for x, y in data.batches(loader, tell=say):
+            yield to_float(x.to(device), model), y.to(device), own[:len(y)]
+            own = own[len(y):]
+            if progress is not None:
+                progress.update(len(y) * world)
+
+    return adversarial.robustness(model, batches(), **attack)
+
+
+def pgd_10(model, dataset, device, workers, bar=None, eps=2 / 255):
+    """Accuracy in percent under 10 steps of PGD of eps/8 each from a random start (Chen E.5)."""
+    sums = under_attack(model, dataset, device, range(len(dataset)), 128, workers, bar, eps=eps,
+                        step_size=eps / 8, steps=10, early_stop=True)
+    return adversarial.summary([sums])["robust"][-1]
+
+
 # ----------------------------------------------------------------- processes, messages, checkpoints
 
 def rank():
@@ -781,6 +830,12 @@ def rank():
 def say(text=""):
     """One line on standard output, above the progress bar if there is one."""
     tqdm.write(text)
+
+
+def progress(total, what="", unit="image"):
+    """A bar on a terminal, of the first process."""
+    return tqdm(total=total, desc=what, unit=unit, leave=False,
+                disable=rank() > 0 or not sys.stderr.isatty())
 
 
 def on_main(function):
@@ -996,13 +1051,23 @@ class RunFolder:
 
 
 def print_table(tell, results):
-    tell(f"{'':12}{'images':>8}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>9}{'ECE %':>8}")
+    attacked = any("pgd" in r for r in results.values())
+    tell(f"{'':12}{'images':>8}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>9}{'ECE %':>8}"
+         + f"{'PGD-10 %':>10}" * attacked)
     for name, r in results.items():
         tell(f"{name:12}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}"
-             f"{r['ece']:8.2f}")
+             f"{r['ece']:8.2f}" + (f"{r['pgd']:10.2f}" if attacked else ""))
 
 
 # ---------------------------------------------------------------------------------------------- run
+
+def worker_count(args, dataset, on_machine):
+    """--workers, or if that is not given what suits a data set and the machine."""
+    if args.workers is not None:
+        return args.workers
+    at_hand = isinstance(dataset, data.InMemory) and dataset.transform is None
+    return 0 if at_hand else max(1, min(8, data.usable_cores() // on_machine))
+
 
 def start_processes(device):
     """Joins torchrun's processes, if it started this one, and takes this one's device: a value of
@@ -1128,10 +1193,7 @@ def run(args, origin):
         sample = data.subset(labels, min(1.0, len(val_set) / len(labels)))
         train_sample = copy.copy(train_set).restrict(sample)
         train_sample.transform, train_sample.padding = val_set.transform, 0
-    in_memory = isinstance(val_set, data.InMemory) and (args.eval_only or not train_set.transform)
-    workers = args.workers
-    if workers is None:
-        workers = 0 if in_memory else max(1, min(8, data.usable_cores() // on_machine))
+    workers = worker_count(args, val_set if args.eval_only else train_set, on_machine)
     pin_memory = args.device == "cuda"
 
     # ---- model
@@ -1146,9 +1208,13 @@ def run(args, origin):
 
     def measure(what, dataset):
         loader = data.evaluation_loader(dataset, 256, workers, rank(), world, pin_memory)
-        quiet = not (main_process and sys.stderr.isatty())
-        with tqdm(total=len(loader), desc=what, leave=False, disable=quiet) as bar:
-            return evaluate(ema or bare, loader, device, autocast, progress=bar)
+        with progress(len(loader), what, "batch") as bar:
+            result = evaluate(ema or bare, loader, device, autocast, progress=bar)
+        if args.eval_adv:
+            with progress(len(dataset), f"{what}, PGD-10") as bar:
+                result["pgd"] = pgd_10(ema or bare, dataset, device, workers, bar,
+                                       args.adv_eps or 2 / 255)
+        return result
 
     if args.eval_only:
         tell(f"{args.model} from {args.init_from} on {args.dataset}")
@@ -1195,6 +1261,7 @@ def run(args, origin):
     sam = None
     if args.sam_rho:
         sam = SAM(model, args.sam_rho, steps=args.sam_steps, adaptive=args.sam_adaptive)
+    adv_step_size = args.adv_step_size or 1.25 * args.adv_eps
     criterion = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}[args.loss]
     mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in (
         (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
@@ -1215,7 +1282,8 @@ def run(args, origin):
     tell(f"step      {args.batch_size:,} images = {world} devices × {micro_batches // world} "
          f"micro-batches × {args.micro_batch} images, " + (
              f"SAM with ρ = {args.sam_rho:g} on "
-             f"{'the whole ' if args.sam_sync else 'each micro-'}batch" if sam else "without SAM"))
+             f"{'the whole ' if args.sam_sync else 'each micro-'}batch" if sam else "without SAM")
+         + f", images moved by at most {255 * args.adv_eps:.4g}/255" * (args.adv_eps > 0))
     part = f" of {total_steps:,}" if last_step < total_steps else ""
     tell(f"schedule  {last_step:,} steps{part}, "
          f"{steps_per_epoch:,} per epoch; {args.optimizer}, learning rate {args.lr:g} after "
@@ -1279,7 +1347,8 @@ def run(args, origin):
         result, evaluated = measure("validation", val_set), step
         log(val=result)
         tell(f"step {step:6,}  validation: top-1 {result['top1']:.2f} %, "
-             f"top-5 {result['top5']:.2f} %, NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %")
+             f"top-5 {result['top5']:.2f} %, NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %"
+             + (f", PGD-10 {result['pgd']:.2f} %" if args.eval_adv else ""))
         if result["top1"] > best:
             best = result["top1"]
             checkpoint("best.pt", val=result)
@@ -1331,19 +1400,30 @@ def run(args, origin):
                 statistics.end_pass()
             return scaler.scale(loss)
 
-        losses = []  # of the micro-batches that share an ε: one, or with --sam-sync all
+        together = []  # micro-batches that share an ε: one, or with --sam-sync all
         for micro in own_micros:
             x, y = next(stream)
             x, y = to_float(x.to(device, non_blocking=True), model), y.to(device, non_blocking=True)
             torch.manual_seed(data.key(args.seed, step, micro, 2))
-            losses.append(partial(loss_of, micro, *mix(x, y)))
+            x, y = mix(x, y)
+            start = x
+            if args.adv_eps:
+                start = adversarial.uniform_start(x, args.adv_eps).requires_grad_()
+            together.append((micro, x, y, start))
             if args.sam_sync and micro != own_micros[-1]:
                 continue
-            with sam.perturb(losses, sync=args.sam_sync and world > 1) if sam else nullcontext():
-                for loss in losses:
-                    sends = micro == own_micros[-1] and loss is losses[-1]
-                    (loss(sends=sends) / len(own_micros)).backward()
-            losses.clear()
+            losses = [partial(loss_of, micro, start, y) for micro, _, y, start in together]
+            starts = [start for *_, start in together if args.adv_eps]
+            with (sam.perturb(losses, inputs=starts, sync=args.sam_sync and world > 1)
+                  if sam else nullcontext()) as first:  # at w + ε
+                for i, (micro, x, y, start) in enumerate(together):
+                    if args.adv_eps:  # at x + δ; ε and δ come from one pass at (w, start): Eq. 5
+                        grad = (first.input_grads[i] if sam else
+                                torch.autograd.grad(losses[i](), start)[0])
+                        x = adversarial.ascend(start, grad, x, args.adv_eps, adv_step_size)
+                    sends = micro == own_micros[-1]
+                    (loss_of(micro, x, y, sends) / len(own_micros)).backward()
+            together.clear()
 
         # Clipping and decay act once, on the gradient averaged over everything.
         scaler.unscale_(optimizer)
@@ -1417,6 +1497,8 @@ def as_flag(name, args):
     value, flag = getattr(args, name), "--" + name.replace("_", "-")
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
+    if name in ("adv_eps", "adv_step_size"):
+        return [flag, f"{255 * value:.6g}/255"]
     return [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
 
 
