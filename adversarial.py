@@ -220,43 +220,42 @@ def pgd(model, x, y, eps=2 / 255, step_size=0.25 / 255, steps=10, random_start=T
     if model.training:
         warnings.warn("the model is in training mode: it is attacked in evaluation mode and put "
                       "back", stacklevel=2)
-    direction = -1 if targeted else 1
     with held_still(model, x.device):
         x, y = x.detach().clone(), y.clone()
-        if len(x) == 0:
-            return x
         points = x.clone()
         if start is not None:
             points = project(start.detach(), x, eps, norm)
-        elif random_start:
+        elif random_start and len(x):
             points = uniform_start(x, eps, norm, generator)
-        going = torch.arange(len(x), device=x.device)  # images that are still moved
+        # What still moves, and where in the batch it belongs. The loss of a target descends.
+        now, x_now, y_now, going = points.clone(), x, y, torch.arange(len(x), device=x.device)
+        step_size = -step_size if targeted else step_size
         broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        losses = torch.zeros(len(x), dtype=x.dtype, device=x.device)
-        predicted = torch.zeros_like(y)
-        for step in range(steps + 1):
-            if step == steps and trace is None:
-                break
-            if len(going):
-                now = points[going].requires_grad_(step < steps)
+        losses, predicted = torch.zeros(len(x), dtype=x.dtype, device=x.device), y.clone()
+        for step in range(steps + (trace is not None)):
+            if len(now):
+                now.requires_grad_(step < steps)
                 with torch.set_grad_enabled(step < steps):
                     logits = model(now)
                     if step == 0:
                         check_labels(logits, y)
-                    each = loss(logits, y[going])
+                    each = loss(logits, y_now)
                 losses[going] = each.detach().to(losses)
                 predicted[going] = logits.argmax(1).to(y)
                 broken[going] |= ~each.detach().isfinite()
-                if step < steps:
-                    grad, = torch.autograd.grad(each.sum(), now)
-                    broken[going] |= ~grad.flatten(1).isfinite().all(1)
-                    moved = ascend(now.detach(), direction * grad, x[going], eps, step_size, norm)
-                    if early_stop:
-                        unbeaten = (predicted[going] == y[going]) != targeted
-                        going, moved = going[unbeaten], moved[unbeaten]
-                    points[going] = moved
             if trace is not None:
                 trace.append((losses.clone(), predicted.clone()))
+            if len(now) and step < steps:
+                grad, = torch.autograd.grad(each.sum(), now)
+                broken[going] |= ~grad.flatten(1).norm(torch.inf, dim=1).isfinite()
+                now = now.detach()
+                if early_stop:
+                    unbeaten = (predicted[going] == y_now) != targeted
+                    points[going] = now
+                    now, x_now, y_now, grad, going = (
+                        t[unbeaten] for t in (now, x_now, y_now, grad, going))
+                now = ascend(now, grad, x_now, eps, step_size, norm)
+        points[going] = now.detach()
     if broken.any():
         raise ValueError(f"the loss of {int(broken.sum())} of {len(x)} images, or its gradient, is "
                          "not finite: an attack finds no direction there; look at the model's "
@@ -460,7 +459,7 @@ def cost(rounds, batch):
     return torch.tensor(times[1:])  # the first round pays for memory
 
 
-# ---------------------------------------------------------------------------- attack on a checkpoint
+# --------------------------------------------------------------------------- attack on a checkpoint
 
 CHUNK = 2048  # images between two writings of the results
 

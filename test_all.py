@@ -2562,7 +2562,8 @@ def test_robustness_counts_what_withstands_every_iterate_of_every_restart():
         k: v for k, v in got.items() if k != "loss"}, "whatever the batches"
     early = adversarial.robustness(model, batches(40), restarts=2, early_stop=True, **how)
     assert early["robust"][-1] == got["robust"][-1] and "last" not in early
-    parts = [adversarial.robustness(model, some, **how) for some in (batches(8)[:2], batches(8)[2:])]
+    parts = [adversarial.robustness(model, some, **how)
+             for some in (batches(8)[:2], batches(8)[2:])]
     whole = adversarial.robustness(model, batches(40), **how)
     result = adversarial.summary(parts)
     assert result["images"] == 40 and result["clean"] == 100 * whole["clean"] / 40
@@ -3988,8 +3989,13 @@ def test_adversarial_training_equals_equation_5_by_hand(tmp_path, monkeypatch, r
     """FGSM from a random start, ε and δ from the one pass at (w, start): two forward and two
     backward passes for each micro-batch, with and without SAM. SGD, no momentum."""
     passes, forward = [], vit.ViT.forward
-    monkeypatch.setattr(vit.ViT, "forward", lambda model, x: (
-        passes.append("forward") if model.training and not x.is_meta else None) or forward(model, x))
+
+    def noted(model, x):
+        if model.training and not x.is_meta:
+            passes.append("forward")
+        return forward(model, x)
+
+    monkeypatch.setattr(vit.ViT, "forward", noted)
     for name in ("backward", "grad"):
         function = getattr(torch.autograd, name)
         monkeypatch.setattr(torch.autograd, name, lambda *args, f=function, **more: (
@@ -4479,8 +4485,8 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     with augmentation, masks, mixup and BatchNorm."""
     write_image_folder(tmp_path / "images", train=32, val=8)
     settings = (f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 "
-                "--adv-eps 2/255 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 --workers 1 --seed 3 "
-                "--eval-every 12 --save-every 5")
+                "--adv-eps 2/255 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 "
+                "--workers 1 --seed 3 --eval-every 12 --save-every 5")
     setup = ("--dataset folder --epochs 60 --batch-size 16 --micro-batch 8 --log-every 4 "
              "--warmup-steps 10")
     whole = train_ok(tiny(tmp_path / "whole", settings, dataset=setup))
