@@ -1058,6 +1058,17 @@ def subset(labels, fraction, seed=0):
     return torch.cat(chosen).sort().values
 
 
+def hold_out(labels, fraction, seed=0):
+    """Indices of the others and of a class-balanced part, a `subset`, to choose settings by (Chen
+    et al. E.6); together every image once. Raises ValueError if one of them is empty."""
+    held = subset(labels, fraction, seed)
+    if len(held) == len(labels):
+        raise ValueError(f"a fraction of {fraction} leaves none of {len(labels):,} images")
+    others = torch.ones(len(labels), dtype=torch.bool)
+    others[held] = False
+    return others.nonzero().flatten(), held
+
+
 # --------------------------------------------------------------------------- published benchmarks
 
 # AlexNet's errors in percent, means over the severities (Hendrycks & Dietterich 2019, Table 1, with

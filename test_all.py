@@ -2379,6 +2379,17 @@ def test_class_balanced_fractions_have_the_papers_sizes():
             data.subset(labels[:100], wrong)
 
 
+def test_a_held_out_part_is_class_balanced_and_the_rest_is_all_others():
+    labels = torch.arange(37).repeat_interleave(20)[torch.randperm(740)]
+    others, held = data.hold_out(labels, "1/10")
+    assert torch.equal(torch.cat([others, held]).sort().values, torch.arange(740))
+    assert torch.bincount(labels[held]).tolist() == [2] * 37
+    assert torch.equal(held, data.hold_out(labels, "1/10")[1]) and not torch.equal(
+        held, data.hold_out(labels, "1/10", seed=1)[1])
+    with pytest.raises(ValueError, match="leaves none of 740 images"):
+        data.hold_out(labels, 1)
+
+
 def test_the_order_is_a_permutation_per_epoch_whatever_the_processes_and_the_start():
     def order(rank=0, world=1, start=0, stop=6):
         return list(data.TrainOrder(50, 16, 4, seed=3, start=start, stop=stop, rank=rank,
@@ -3593,6 +3604,30 @@ def test_max_steps_cuts_a_run_that_then_goes_on_as_if_it_had_not_stopped(tmp_pat
     train_ok(tiny(tmp_path / "cut", "--sam-rho 0.1 --max-steps 5"))
     resumed = train_ok(tiny(tmp_path / "cut", "--sam-rho 0.1 --resume"))
     assert same_tensors(whole["model"], resumed["model"]) and resumed["step"] == 10
+
+
+def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
+        tmp_path, capsys, monkeypatch):
+    seen, batches = {"train": [], "val": []}, data.batches
+
+    def watch(loader, tell=print):
+        order = loader.sampler
+        augmented = loader.dataset.padding > 0
+        for item, pairs in zip(batches(loader, tell), order):
+            indices = loader.dataset.indices[[i for _, i in pairs]]
+            seen["train" if isinstance(order, data.TrainOrder) else "val"] += indices.tolist()
+            assert augmented == isinstance(order, data.TrainOrder)
+            yield item
+    monkeypatch.setattr(data, "batches", watch)
+    train_ok(tiny(tmp_path / "run", "--hold-out 1/5 --augment crop --eval-every 2"))
+    assert "128 training (a fraction 1/50 of 8,000) and 32 validation images, held out of the " in (
+        capsys.readouterr().out)
+    trained, validated, sample = set(seen["train"]), set(seen["val"][:32]), set(seen["val"][32:])
+    assert len(trained) == 128 and len(validated) == 32 and sample <= trained
+    whole = data.subset(torch.arange(8000) % 12, "1/50").tolist()
+    assert sorted(trained | validated) == whole
+    for fraction, words in (("2", "at most 1"), ("some", "Invalid literal"), ("1", "leaves none")):
+        assert words in refusal(capsys, *tiny(tmp_path / "no", f"--hold-out {fraction}"))
 
 
 def test_training_equals_a_loop_written_out_by_hand(tmp_path):

@@ -185,6 +185,8 @@ def make_parser():
     add("--augment", choices=data.AUGMENTATIONS, help="default: inception for folders (Table 8), "
         "crop for CIFAR, none for shapes")
     add("--train-fraction", default="1", help="class-balanced part, as 1/10 or 0.1 (§5.1)")
+    add("--hold-out", default="0", metavar="FRACTION", help="class-balanced part of the training "
+        "set, as 1/10, that is not trained on and takes the validation set's place (Chen E.6)")
     add("--autoaugment", choices=data.AUTOAUGMENTS, default="none", help="torchvision's policy of "
         "that name, after it (Xiao §5.4: imagenet; theirs has a few other entries)")
     add("--randaugment", type=int, nargs=2, default=[0, 9], metavar=("OPS", "MAGNITUDE"),
@@ -1123,6 +1125,15 @@ def run(args, origin):
             train_set.restrict(data.subset(train_set.labels, args.train_fraction))
         except (ValueError, ZeroDivisionError) as error:
             raise UserError(f"--train-fraction {args.train_fraction}: {error}") from None
+        part = f" (a fraction {args.train_fraction} of {whole:,})" if len(train_set) < whole else ""
+        if args.hold_out != "0":
+            try:
+                rest, held = data.hold_out(train_set.labels[train_set.indices], args.hold_out)
+            except (ValueError, ZeroDivisionError) as error:
+                raise UserError(f"--hold-out {args.hold_out}: {error}") from None
+            transform, val_set = val_set.transform, copy.copy(train_set).restrict(held)
+            val_set.transform, val_set.padding = transform, 0
+            train_set.restrict(rest)
         # Accuracy on the training set: on a class-balanced sample of the validation set's size.
         labels = train_set.labels[train_set.indices]
         sample = data.subset(labels, min(1.0, len(val_set) / len(labels)))
@@ -1204,9 +1215,9 @@ def run(args, origin):
     # ---- what will happen
     if not args.dry_run:
         tell("\n".join(chosen))
-    part = f" (a fraction {args.train_fraction} of {whole:,})" if len(train_set) < whole else ""
+    where = ", held out of the training set" if args.hold_out != "0" else ""
     tell(f"data      {args.dataset}: {len(train_set):,} training{part} and {len(val_set):,} "
-         f"validation images, {num_classes:,} classes, {args.image_size}×{args.image_size}, "
+         f"validation images{where}, {num_classes:,} classes, {args.image_size}×{args.image_size}, "
          f"augmentation {args.augment}, {workers} workers per device")
     if args.dataset == "imagenet" and num_classes != 1000:
         tell(f"          {num_classes} classes, where ImageNet-1k has 1,000")
@@ -1384,6 +1395,7 @@ def run(args, origin):
                  f"lr {lr:.2e}  gradient norm {norm:7.3f}  {speed:7,.0f} images/s"
                  + f"  {int(skipped)} steps skipped: their gradient was not finite" * (skipped > 0))
             if in_a_row >= MOST_SKIPPED:
+                log(diverged=True)
                 raise UserError(
                     f"the last {int(in_a_row)} gradients were not finite: stopped at step "
                     f"{step:,}, learning rate {lr:.3g}; what was saved is in {args.out_dir}")
