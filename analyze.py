@@ -84,8 +84,8 @@ def fingerprint(path):
 
 
 # Settings of train.py that decide a network's numbers; others, as of its training, do not.
-DECIDES = ("dataset", "data_dir", "eval_split", "image_size", "model", "dtype", "weights", "mean",
-           "std", *train.MODEL_FLAGS)
+DECIDES = ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side", "model", "dtype",
+           "weights", "mean", "std", *train.MODEL_FLAGS)
 
 
 def networks(checkpoints, rest):
@@ -93,7 +93,7 @@ def networks(checkpoints, rest):
     files = [["--init-from", f"{path}/ckpt.pt" if os.path.isdir(path) else path]
              for path in checkpoints] or [[]]
     chosen = [train.settings(["--eval-only", *rest, *file]) for file in files]
-    for name in ("download", "dry_run", "list_models", "resume"):
+    for name in ("download", "dry_run", "list_models", "list_recipes", "resume"):
         if chosen[0][1][name] == "command line":
             raise UserError(f"--{name.replace('_', '-')} is for train.py; an analysis goes on by "
                             "itself when it is started again")
@@ -134,7 +134,7 @@ def robustness_parts(benchmark, args, classes):
 
     @functools.cache
     def held_out():
-        return data.load(args.dataset, args.eval_split, **common)
+        return data.load(args.dataset, args.eval_split, short_side=args.eval_short_side, **common)
 
     if benchmark in ("val", "c-lite"):
         held_out()  # if it is missing, now
