@@ -3608,21 +3608,21 @@ def test_max_steps_cuts_a_run_that_then_goes_on_as_if_it_had_not_stopped(tmp_pat
 
 def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
         tmp_path, capsys, monkeypatch):
-    seen, batches = {"train": [], "val": []}, data.batches
+    seen, batches = {"train": [], "plain": []}, data.batches
 
     def watch(loader, tell=print):
-        order = loader.sampler
-        augmented = loader.dataset.padding > 0
-        for item, pairs in zip(batches(loader, tell), order):
-            indices = loader.dataset.indices[[i for _, i in pairs]]
-            seen["train" if isinstance(order, data.TrainOrder) else "val"] += indices.tolist()
-            assert augmented == isinstance(order, data.TrainOrder)
+        trains = isinstance(loader.sampler, data.TrainOrder)
+        for item, pairs in zip(batches(loader, tell), loader.sampler):
+            if trains or not loader.dataset.padding:
+                seen["train" if trains else "plain"] += loader.dataset.indices[
+                    [i for _, i in pairs]].tolist()
             yield item
     monkeypatch.setattr(data, "batches", watch)
     train_ok(tiny(tmp_path / "run", "--hold-out 1/5 --augment crop --eval-every 2"))
     assert "128 training (a fraction 1/50 of 8,000) and 32 validation images, held out of the " in (
         capsys.readouterr().out)
-    trained, validated, sample = set(seen["train"]), set(seen["val"][:32]), set(seen["val"][32:])
+    trained, (validated, sample) = set(seen["train"]), (
+        set(seen["plain"][:32]), set(seen["plain"][32:]))
     assert len(trained) == 128 and len(validated) == 32 and sample <= trained
     whole = data.subset(torch.arange(8000) % 12, "1/50").tolist()
     assert sorted(trained | validated) == whole
