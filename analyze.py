@@ -643,9 +643,11 @@ def draw_pairs(grid, runs):
                     if not run["random"]:
                         axes.axvline(x(run), **style, alpha=0.5)
                 axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter("")
                 axes.set_xlabel(f"{name} ({optimizer})")
                 axes.set_ylabel("top-1 error (%)")
-            row[3].step(*edf([run["delta"] for run in pairs]), where="post", label=model, **style)
+            errors, shares = edf([run["delta"] for run in pairs])
+            row[3].step([0, *errors], [0, *shares], where="post", label=model, **style)
         row[3].set_ylim(0, 1)
         row[3].set_xlabel(f"Δ top-1 error to the best (points, {optimizer})")
         row[3].set_ylabel("share of runs")
@@ -711,6 +713,8 @@ def stability(args, rest):
     if train.rank() > 0:
         tell = lambda text="": None
     axes, given = values_of(study, args.vary), {}
+    if args.pairs < 1:
+        raise UserError(f"--pairs is {args.pairs}; it must be at least 1")
     for optimizer, *pair in args.optimum:
         try:
             given[optimizer] = tuple(map(float, pair))

@@ -20,6 +20,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 from contextlib import nullcontext
@@ -4414,6 +4415,307 @@ def test_an_analysis_on_two_processes_gives_the_numbers_of_one(tmp_path, capsys)
     (one,), (two,) = one.values(), two.values()
     for key, value in one["val"].items():
         assert abs(value - two["val"][key]) < 1e-6, (key, value, two["val"][key])
+
+
+STUDIED = "vit_micro8 --dim 24 --depth 2 --heads 2 --mlp-dim 48"
+STUDY = ("--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 16 --warmup-steps 3 "
+         "--sam-rho 0 --log-every 4 --device cpu --workers 0").split()
+FEW = [word.replace("1/50", "4/5") for word in STUDY]  # of the 200 images of in_process
+
+
+@pytest.fixture
+def in_process(monkeypatch, short_shapes):
+    """Studies train in this process, which saves importing torch, on 160 of 200 images, which take
+    less making than 8,000; the list of what they trained."""
+    monkeypatch.setitem(data.SHAPES_SPLITS, "train", (0, 200))
+    trained = []
+
+    def train_one(argv, folder, environment):
+        assert "RANK" not in environment and "LOCAL_RANK" not in environment
+        trained.append(folder.name)
+        return train.main(argv)
+    monkeypatch.setattr(analyze, "train_one", train_one)
+    return trained
+
+
+def final_top1(folder):
+    return log_without_times(folder)[-1]["final"]["validation"]["top1"]
+
+
+def table_in(text, column):
+    """Header and rows of the printed table that has a column of this name."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if f"  {column}" in line)
+    rows = [re.split(r" {2,}", line) for line in lines[start:]]
+    return rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
+
+
+def test_error_distributions_stand_ins_and_deltas_follow_their_definitions():
+    errors, shares = analyze.edf([3.0, None, 0.5, 3.0, 1.0])
+    assert errors == [0.5, 1.0, 3.0, 3.0] and np.allclose(shares, [0.2, 0.4, 0.6, 0.8])
+    assert analyze.stand_in({50: 60.0, 100: None, 200: 58.0, 400: None}) == {
+        50: 60, 100: 60, 200: 58, 400: 60}
+    assert analyze.stand_in({50: None, 100: 70.0}) == {50: None, 100: 70}
+
+    def run(optimizer, epochs, top1, model="m"):
+        return dict(model=model, optimizer=optimizer, epochs=epochs, top1=top1,
+                    diverged=top1 is None)
+    runs = [run("adamw", 50, 70.0), run("adamw", 400, 78.0), run("sgd", 50, 66.0),
+            run("sgd", 400, None)]
+    analyze.compare("optimizer", runs)
+    assert [r["delta"] for r in runs] == [0, 0, 4, 12] and runs[3]["compared"] == 66
+    assert analyze.stability_rows("optimizer", runs, {})[1] == {
+        "model": "m", "epochs": 400, "adamw %": "78.00", "sgd %": "66.00*", "Δ": "12.00*"}
+    analyze.compare("length", runs)
+    assert [r["delta"] for r in runs] == [8, 0, 0, 0]
+    analyze.compare("lr-wd", runs)
+    assert [r["delta"] for r in runs] == [8, 0, 0, None]
+
+
+def test_random_pairs_are_log_uniform_in_the_interval_and_the_same_everywhere():
+    lr, wd = (2.5e-4, 8e-3), (0.02, 0.8)
+    pairs = analyze.random_pairs(2000, lr, wd, 0)
+    assert pairs[:3] == analyze.random_pairs(3, lr, wd, 0) != analyze.random_pairs(3, lr, wd, 1)
+    for values, (low, high) in zip(np.log(pairs).T, np.log([lr, wd])):
+        place = (values - low) / (high - low)
+        assert -1e-3 < place.min() < 0.01 and 0.99 < place.max() < 1.001
+        assert abs(place.mean() - 0.5) < 0.03 and abs(place.std() - 12 ** -0.5) < 0.02
+    assert abs(np.corrcoef(np.log(pairs).T)[0, 1]) < 0.1
+    wider = analyze.random_pairs(2, (lr[0] * 10, lr[1] * 10), wd, 0)
+    assert np.allclose(wider[1], [pairs[1][0] * 10, pairs[1][1]], rtol=1e-2)
+
+
+def test_the_search_climbs_to_an_optimum_that_no_neighbour_surpasses_and_asks_once():
+    asked = []
+
+    def top1_of(points):
+        asked.extend(points)
+        return [None if lr > 0.5 else 90 - abs(math.log(lr / peak)) - abs(math.log(wd / 1e-3))
+                for (peak, _), lr, wd in points]
+    found = analyze.search({(0.1, "a"): (0.1, 0.1), (0.01, "b"): (0.2, 1e-3)}, top1_of)
+    assert found == {(0.1, "a"): (0.1, 0.00123), (0.01, "b"): (0.00741, 1e-3)}, found
+    assert len(asked) == len(set(asked))
+
+
+def test_optima_and_intervals_are_those_of_the_papers_table(capsys):
+    """Xiao et al. Table 4, at their batch of 2048 and scaled linearly to another."""
+    table = {"vit_p_1gf": "2e-3 0.2 1.9 1.3e-5", "vit_p_4gf": "2e-3 0.2 1.9 1.3e-5",
+             "vit_p_18gf": "1e-3 0.24 1.1 1.2e-5", "vit_c_1gf": "2.5e-3 0.19 1.9 1.3e-5",
+             "vit_c_4gf": "1e-3 0.24 1.3 2.2e-5", "vit_c_18gf": "1e-3 0.24 1.1 2.7e-5",
+             **{f"regnety_{size}gf": "3.8e-3 0.1 2.54 2.4e-5" for size in (1, 4, 16)}}
+
+    def dry_run(*argv):
+        assert analyze.main(["stability", "--dry-run", "--device", "cpu", *argv]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        commands = [shlex.split(line)[2:] for line in lines if line.startswith("python train.py ")]
+        assert all(argv[-1] == "--resume" for argv in commands)
+        return [train.settings(argv)[0] for argv in commands]
+    runs = dry_run("--study", "optimizer")
+    assert len(runs) == 72 and {run.epochs for run in runs} == {50, 100, 200, 400}
+    assert len({run.out_dir for run in runs}) == 72
+    for run in runs:
+        numbers = list(map(float, table[run.model].split()))
+        lr, wd = numbers[:2] if run.optimizer == "adamw" else numbers[2:]
+        assert (run.lr, run.weight_decay, run.recipe[:5]) == (lr, wd, "xiao_"), vars(run)
+        assert run.nesterov == (run.optimizer == "sgd") and run.batch_size == 2048
+        assert abs(run.lr_end / run.lr - 0.005) < 1e-4, vars(run)
+    best = {run.model: run.optimizer for run in dry_run("--study", "length")}
+    assert best == {model: "sgd" if "regnety" in model else "adamw" for model in table}
+    for model, optimizer, lr, wd in (
+            ("vit_c_4gf", "adamw", (2.5e-4, 8e-3), (0.02, 0.8)),
+            ("vit_p_4gf", "sgd", (0.1, 3.2), (4e-6, 1.2e-4)),
+            ("regnety_4gf", "adamw", (1.25e-3, 4e-2), (7.5e-3, 0.24)),
+            ("regnety_4gf", "sgd", (0.25, 8), (3e-6, 8e-5))):
+        runs = dry_run("--study", "lr-wd", "--models", model, "--vary", "optimizer", optimizer,
+                       "--batch-size", "1024")
+        assert len(runs) == 65 and {run.epochs for run in runs} == {50}
+        for values, (low, high) in (([2 * run.lr for run in runs[1:]], lr),
+                                    ([run.weight_decay for run in runs[1:]], wd)):
+            assert low <= min(values) < 1.3 * low and high / 1.3 < max(values) <= high, (model, lr)
+    assert [run.sam_rho for run in dry_run("--study", "rho")] == [
+        0, 0.05, 0.1, 0.2, 0.25, 0, 0.05, 0.25, 0.35, 0.4, 0.5, 0.6, 0.65]
+    grid = {(run.lr, run.weight_decay, run.dropout, run.drop_path)
+            for run in dry_run("--study", "grid")}
+    assert len(grid) == 24 and (3e-3, 0.3, 0.0, 0.1) in grid
+    assert [run.epochs for run in dry_run("--study", "doubled")] == [300, 600] * 2
+
+
+def test_a_study_of_optimizers_tells_what_its_runs_logs_say_and_goes_on(
+        tmp_path, capsys, in_process):
+    command = ["stability", "--study", "optimizer", "--models", STUDIED, *FEW, "--vary", "epochs",
+               "1", "2", "--optimum", "adamw", "2e-3", "0.1", "--optimum", "sgd", "9e18", "0",
+               "--out-dir", str(tmp_path)]
+    slug = STUDIED.replace(" --", "-").replace(" ", "-")
+    names = {(o, e): f"{slug}-{o}-epochs{e}-{rest}" for e in (1, 2) for o, rest in (
+        ("adamw", "lr0.002-weight_decay0.1"), ("sgd", "lr9e+18-weight_decay0"))}
+    cut = tmp_path / "runs" / names["adamw", 2]
+    train_ok([*TINY, *FEW, "--epochs", "2", "--lr", "2e-3", "--weight-decay", "0.1",
+              "--no-nesterov", "--lr-end", "0.0", "--max-steps", "3", "--out-dir", str(cut)])
+    assert analyze.main(command) == 0
+    text = capsys.readouterr().out
+    assert in_process == [names[k] for k in (("adamw", 2), ("sgd", 2), ("adamw", 1), ("sgd", 1))]
+    assert f"resumed   {cut}/ckpt.pt at step 3" in text and "4 trainings, 0 done before" in text
+    top1 = {e: final_top1(tmp_path / "runs" / names["adamw", e]) for e in (1, 2)}
+    header, rows = table_in(text, "adamw %")
+    assert header == ["model", "epochs", "adamw %", "sgd %", "Δ"], header
+    assert rows == [[STUDIED, str(e), f"{top1[e]:.2f}", "*", "*"] for e in (1, 2)], rows
+    saved = json.loads((tmp_path / "optimizer.json").read_text())
+    runs = saved["results"][STUDIED]
+    assert set(runs) == set(names.values()) and saved["settings"][STUDIED]["dim"] == 24
+    for (optimizer, epochs), name in names.items():
+        run = runs[name]
+        assert (run["optimizer"], run["epochs"], run["diverged"]) == (
+            optimizer, epochs, optimizer == "sgd")
+        assert run["top1"] == (top1[epochs] if optimizer == "adamw" else None)
+    assert (tmp_path / "optimizer.png").exists() == (
+        importlib.util.find_spec("matplotlib") is not None)
+
+    # what ended is not started again, also what diverged; other studies share it
+    in_process.clear()
+    assert analyze.main(command) == 0
+    assert in_process == [] and "4 trainings, 4 done before" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "runs" / names["adamw", 1])
+    assert analyze.main([w.replace("optimizer", "length") if w == "optimizer" else w
+                         for w in command]) == 0
+    header, rows = table_in(capsys.readouterr().out, "2 epochs")
+    assert in_process == [names["adamw", 1]] and rows == [[
+        f"{STUDIED}, adamw", f"{top1[2] - top1[1]:.2f}", "0.00", f"{top1[2]:.2f}"]], rows
+    line = analyze_refusal(capsys, *command, "--beta1", "0.8")
+    assert "was run with other settings (--beta1 0.9 → 0.8)" in line, line
+    log = tmp_path / "runs" / names["adamw", 1] / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 5, "diverged": true}\n')
+    assert analyze.outcome(train.settings([
+        *TINY, *FEW, "--epochs", "1", "--lr", "2e-3", "--weight-decay", "0.1", "--no-nesterov",
+        "--lr-end", "0.0", "--out-dir", str(log.parent)])[0])["diverged"]
+
+
+def test_a_study_of_random_pairs_starts_from_a_searched_optimum(tmp_path, capsys, in_process):
+    command = ["stability", "--study", "lr-wd", "--models", STUDIED, *FEW, "--vary", "epochs",
+               "1", "--vary", "optimizer", "adamw", "--pairs", "3", "--out-dir", str(tmp_path)]
+    assert analyze.main(command) == 0
+    text = capsys.readouterr().out
+    lr, wd = map(float, re.search(r"learning rate (\S+), weight decay (\S+), found by the search",
+                                  text).groups())
+    runs = json.loads((tmp_path / "lr-wd.json").read_text())["results"][STUDIED]
+    folders = {p.name: final_top1(p) for p in (tmp_path / "runs").iterdir()}
+    (optimum,) = [run for run in runs.values() if not run["random"]]
+    assert len(runs) == 4 and (optimum["lr"], optimum["weight_decay"]) == (lr, wd)
+    searched = set(folders) - set(runs) | {name for name, run in runs.items() if not run["random"]}
+    assert len(searched) >= 5 and optimum["top1"] == max(folders[name] for name in searched)
+    best = max(folders[name] for name in runs)
+    for name, run in runs.items():
+        assert run["top1"] == folders[name] and run["delta"] == best - folders[name], run
+        assert lr / 8 * 0.99 <= run["lr"] <= lr * 4.01 and wd / 8 * 0.99 <= run["weight_decay"]
+    within = sum(best - folders[name] <= 2 for name, run in runs.items() if run["random"])
+    header, (row,) = table_in(text, "best top-1 %")
+    assert row[header.index("Δ ≤ 2")] == f"{within} of 3" and row[-1] == "0", row
+
+
+def test_transfer_chooses_the_learning_rate_on_held_out_images_and_then_trains_on_all(
+        tmp_path, capsys, in_process, monkeypatch):
+    train_ok(tiny(tmp_path / "run", "--train-fraction 4/5 --max-steps 3"))
+    monkeypatch.setattr(analyze, "BASE_LR", [1e-3, 0.3])
+    monkeypatch.setitem(analyze.TABLE_6, "vit_micro8", (50.0, 60.0, 70.0, 80.0))
+    command = ["transfer", "--checkpoint", str(tmp_path / "run/ckpt.pt"), "--datasets", "shapes",
+               "--image-size", "32", "--batch-size", "32", "--max-steps", "4", "--warmup-steps",
+               "1", "--train-fraction", "4/5", "--device", "cpu", "--workers", "0"]
+    assert analyze.main(command) == 0
+    text = capsys.readouterr().out
+    (name, results), = json.loads((tmp_path / "run/transfer.json").read_text())["results"].items()
+    folders = {p.name[13:]: final_top1(p) for p in (tmp_path / "run/transfer").iterdir()}
+    held_out = {lr: folders[f"shapes-part-lr{lr}"] for lr in ("0.001", "0.3")}
+    best = max(held_out, key=held_out.get)
+    assert set(folders) == {"shapes-part-lr0.001", "shapes-part-lr0.3", f"shapes-all-lr{best}"}
+    got = results["shapes"]
+    assert (got["lr"], got["held_out"], got["top1"]) == (
+        float(best), held_out, folders[f"shapes-all-lr{best}"])
+    configs = [json.loads(p.read_text())["settings"] for p in sorted(
+        (tmp_path / "run/transfer").glob("*/config.json"))]
+    assert [c["hold_out"] for c in configs] == ["0", "1/10", "1/10"]
+    assert {(c["optimizer"], c["weight_decay"], c["grad_clip"], c["dim"], c["reset_head"])
+            for c in configs} == {("sgd", 0.0, 1.0, 24, True)}
+    header, rows = table_in(text, "average")
+    assert rows[0][1:] == [f"{got['top1']:.2f}"] * 2, rows
+    assert analyze.main(command) == 0 and len(in_process) == 3, in_process
+    for flag in (("--lr", "1"), ("--recipe", "chen_vit"), ("--hold-out", "1/2")):
+        assert f"{flag[0]} is chosen by this command" in analyze_refusal(capsys, *command, *flag)
+
+
+def test_mistakes_in_a_study_get_one_line_before_any_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(analyze, "train_one", lambda *_: pytest.fail("it trained"))
+    length = ["--study", "length", "--dataset", "shapes", "--device", "cpu", "--models"]
+    for argv, words in [
+            ([], "the following arguments are required: --study"),
+            (["--study", "depth"], "argument --study: invalid choice: 'depth'"),
+            ([*length, "vit_micro"], "unknown model 'vit_micro', did you mean 'vit_micro8'?"),
+            ([*length, "vit_micro8 --dmi 3"], "unknown flag --dmi; did you mean --dim"),
+            ([*length, "vit_micro8", "--betta1", "0.8"], "unknown flag --betta1; did you mean"),
+            ([*length, "vit_micro8", "--epochs", "3"], "--epochs is what the study varies"),
+            ([*length, "vit_micro8", "--lr", "3"], "--lr is the optimal one in this study"),
+            ([*length, "vit_micro8", "--resume"], "--resume is for train.py"),
+            ([*length, "vit_micro8", "--model", "x"], "--model: a study has --models"),
+            ([*length, "vit_micro8", "--vary", "lr", "1"], "length varies optimizer and epochs"),
+            ([*length, "vit_micro8", "--vary", "epochs"], "give one of these and its values"),
+            ([*length, "vit_micro8", "--vary", "epochs", "ten"], "invalid int value: 'ten'"),
+            ([*length, "vit_micro8", "--optimum", "adamw", "x", "1"], "--optimum adamw x 1: give"),
+            (["--study", "lr-wd", "--vary", "epochs", "1", "2"], "of one length"),
+            (["--study", "lr-wd", "--pairs", "0"], "--pairs is 0")]:
+        line = analyze_refusal(capsys, "stability", *argv)
+        assert words in line, (argv, line)
+    assert not any(tmp_path.rglob("config.json"))
+
+
+def test_processes_share_a_study_and_give_the_numbers_of_one(tmp_path, capsys):
+    without_rho = [word for i, word in enumerate(STUDY) if "--sam-rho" not in STUDY[i - 1:i + 1]]
+    command = ["stability", "--study", "rho", "--models", STUDIED, *without_rho, "--epochs", "1",
+               "--vary", "sam-rho", "0", "0.1", "--out-dir"]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         str(HERE / "analyze.py"), *command, str(tmp_path / "two")], capture_output=True, text=True,
+        timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("rho: 2 trainings, 0 done before") == 1, result.stdout
+    assert result.stdout.count("top-1 %  paper") == 1, result.stdout
+    runs = json.loads((tmp_path / "two/rho.json").read_text())["results"][STUDIED]
+    assert [run["sam_rho"] for run in runs.values()] == [0, 0.1]
+    for i, (name, run) in enumerate(runs.items()):
+        alone = train_ok([*TINY, *STUDY, "--epochs", "1", "--sam-rho", f"{run['sam_rho']}",
+                          "--out-dir", str(tmp_path / f"{i}")])
+        assert run["top1"] == alone["final"]["validation"]["top1"], (name, run)
+        output = (tmp_path / "two/runs" / name / "output.txt").read_text()
+        assert "step      32 images = 1 devices" in output, output
+
+
+def test_ctrl_c_in_a_study_saves_the_run_and_the_study_goes_on(tmp_path, capsys, monkeypatch):
+    command = ["stability", "--study", "doubled", "--models", STUDIED, *STUDY, "--vary", "epochs",
+               "100", "--eval-every", "1000", "--out-dir", str(tmp_path)]
+    folder = tmp_path / "runs" / (STUDIED.replace(" --", "-").replace(" ", "-") + "-epochs100")
+    study = subprocess.Popen([sys.executable, str(HERE / "analyze.py"), *command],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output = folder / "output.txt"
+    for _ in range(600):
+        if output.exists() and "step      8" in output.read_text():
+            break
+        time.sleep(0.05)
+    study.send_signal(signal.SIGINT)
+    _, errors = study.communicate(timeout=60)
+    assert study.returncode == 130 and errors == (
+        "stopped; the same command goes on with what is not finished\n"), errors
+    step = torch.load(folder / "ckpt.pt", weights_only=True)["step"]
+    assert 0 < step < 500 and f"saved at step {step:,}" in output.read_text()
+    monkeypatch.setattr(analyze, "train_one", lambda argv, *_: train.main(argv))
+    capsys.readouterr()
+    assert analyze.main([*command, "--max-steps", str(step + 2)]) == 0
+    assert f"resumed   {folder}/ckpt.pt at step {step:,}" in capsys.readouterr().out
+
+
+def test_a_training_of_a_study_that_fails_is_told_in_one_line(tmp_path, capsys):
+    line = analyze_refusal(
+        capsys, "stability", "--study", "doubled", "--models", "vit_s32", "--device", "cpu",
+        "--data-dir", tmp_path / "nowhere", "--out-dir", tmp_path)
+    assert re.search(r"vit_s32-epochs600 ended with status 2: train.py: imagenet: \S+ is no folder",
+                     line), line
 
 
 # ----------------------------------------------------------------------------------- the repository
