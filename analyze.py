@@ -4,11 +4,14 @@
         --benchmarks val real v2 r c        Chen et al. (arXiv 2106.01548) Table 2, 5
     python analyze.py robustness --checkpoint A/ckpt.pt B/ckpt.pt      several; Park & Kim
         (2202.06709) Fig. 12b, E.1; by default on corruptions of our own, without a download
+    python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
+        (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
+    python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
     torchrun --nproc_per_node=8 analyze.py …      on many devices: the same numbers
 
 A subcommand prints a table, writes OUT/SUBCOMMAND.json (numbers, settings, versions, command line)
 after each finished part, so that a killed one goes on where it was when it is started again, and,
-where matplotlib is installed, OUT/SUBCOMMAND.png. What it does not know of a command line belongs
+where matplotlib is installed, OUT/SUBCOMMAND.png (stability: OUT/STUDY.json and .png). What it does not know of a command line belongs
 to train.py: --data-dir, --device, --dtype, --weights, --mean, …; a foreign network is
 --model NAME --init-from FILE.
 """
@@ -350,12 +353,15 @@ def conduct(what, jobs, folder):
         train.say(f"{what}: {len(jobs)} trainings, {len(jobs) - len(todo)} done before")
     todo.sort(key=lambda name: -chosen[name].epochs)
     own, failure = todo[train.rank()::int(os.environ.get("WORLD_SIZE", 1))], None
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for name in tqdm(own, unit="training", disable=train.rank() > 0 or not sys.stderr.isatty()):
             args = chosen[name]
-            status = train_one([*jobs[name], "--out-dir", args.out_dir, "--resume"],
-                               folder / name, child_environment(args.device))
+            flags = [*jobs[name], "--out-dir", args.out_dir, "--resume"]
+            if on_machine > 1 and args.workers is None and args.dataset not in train.IN_MEMORY:
+                flags += ["--workers", str(max(1, min(8, data.usable_cores() // on_machine)))]
+            status = train_one(flags, folder / name, child_environment(args.device))
             ended[name] = outcome(args)
             if ended[name] is None:
                 text = (folder / name / "output.txt").read_text(errors="replace")
@@ -727,7 +733,10 @@ def stability(args, rest):
     # ---- what all trainings of a model have in common
     base, settings = {}, {}
     for model in dict.fromkeys(args.models or STUDIES[study][0]):
-        base[model] = ["--model", *shlex.split(model), *rest]
+        try:
+            base[model] = ["--model", *shlex.split(model), *rest]
+        except ValueError as error:
+            raise UserError(f"--models {model!r}: {error}") from None
         chosen, origin = train.settings(base[model])
         refuse(axes, origin, "is what the study varies: --vary gives its values")
         refuse(("lr", "weight_decay") * (study in OF_XIAO), origin,
@@ -758,6 +767,7 @@ def stability(args, rest):
                 for (model, values), (name, _) in zip(trainings, jobs)]
 
     # ---- which trainings
+    results = None if args.dry_run else Results(folder, study)
     trainings = [(model, dict(zip(axes, values))) for model in base
                  for values in itertools.product(*axes.values())]
     if study == "rho" and not args.vary:  # Table 10 has other values for each model
@@ -796,7 +806,6 @@ def stability(args, rest):
         return {}
 
     # ---- train, save, show
-    results = Results(folder, study)
     runs = trained(study, trainings)
     for i, run in enumerate(runs if study == "lr-wd" else []):
         run["random"] = i >= len(optima)  # after those at the optima

@@ -3773,7 +3773,8 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
     monkeypatch.setattr(train, "MOST_SKIPPED", 8)
     line = refusal(capsys, *tiny(tmp_path / "always", flags))
     assert "the last 8 gradients were not finite: stopped at step 8" in line, line
-    assert [r["loss"] for r in log_without_times(tmp_path / "always") if "loss" in r] == [None] * 2
+    log = log_without_times(tmp_path / "always")
+    assert [r["loss"] for r in log if "loss" in r] == [None] * 2 and log[-1]["diverged"]
 
 
 def test_evaluation_of_a_network_that_gives_nan_says_so():
@@ -4664,6 +4665,24 @@ def test_mistakes_in_a_study_get_one_line_before_any_training(tmp_path, capsys, 
         line = analyze_refusal(capsys, "stability", *argv)
         assert words in line, (argv, line)
     assert not any(tmp_path.rglob("config.json"))
+
+
+def test_a_training_of_a_study_has_the_device_of_its_process_and_none_of_torchruns_variables(
+        monkeypatch):
+    torchrun = dict(RANK="9", LOCAL_RANK="1", GROUP_RANK="1", WORLD_SIZE="16", MASTER_PORT="1",
+                    LOCAL_WORLD_SIZE="8", MASTER_ADDR="x", TORCHELASTIC_RUN_ID="y")
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
+    environment = analyze.child_environment("cuda")
+    assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-5" and not torchrun.keys() & environment
+    assert analyze.child_environment("cpu")["CUDA_VISIBLE_DEVICES"] == "4,GPU-5"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert analyze.child_environment("cuda")["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(train.UserError, match="for 2 CUDA devices: use --nproc_per_node=2"):
+        analyze.child_environment("cuda")
 
 
 def test_processes_share_a_study_and_give_the_numbers_of_one(tmp_path, capsys):
