@@ -11,8 +11,9 @@
 
 A subcommand prints a table, writes OUT/SUBCOMMAND.json (numbers, settings, versions, command line)
 after each finished part, so that a killed one goes on where it was when it is started again, and,
-where matplotlib is installed, OUT/SUBCOMMAND.png (stability: OUT/STUDY.json and .png). What it does not know of a command line belongs
-to train.py: --data-dir, --device, --dtype, --weights, --mean, …; a foreign network is
+where matplotlib is installed, OUT/SUBCOMMAND.png; stability writes OUT/STUDY.json and .png, and its
+runs say what is finished. What a subcommand does not know of a command line belongs to train.py:
+--data-dir, --device, --dtype, --weights, --mean, …; a foreign network is
 --model NAME --init-from FILE.
 """
 import argparse
