@@ -1,10 +1,12 @@
 """Train an image classifier with or without sharpness-aware minimisation, on one device or many.
 
-The training of Chen et al. 2021 (arXiv 2106.01548; Tables 8 and 9, Appendix E). RECIPES holds rows
-of the papers' tables; each entry of a recipe is also a flag, and a flag overrides its recipe.
+The training of Chen et al. 2021 (arXiv 2106.01548; Tables 8 and 9, Appendix E), Park & Kim 2022
+(2202.06709, A.1) and Xiao et al. 2021 (2106.14881, §5.4). RECIPES holds rows of their tables; each
+entry of a recipe is also a flag, and a flag overrides its recipe.
 
     python train.py                   built-in data, small ViT, SAM: 2½ minutes, 2 CPU cores
     python train.py --sam-rho 0       the same without SAM
+    python train.py --list-recipes    every recipe, its steps and the paper's accuracy
     torchrun --nproc_per_node=8 train.py --model vit_b16 --sam-rho 0.2             the paper's run
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         train.py --model vit_b16 --sam-rho 0.2       the same run on four machines, started on each
@@ -279,8 +281,8 @@ def make_parser():
     on_off = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("what is trained").add_argument
-    add("--recipe", choices=RECIPES, help="row of a paper's table; default: the one that fits "
-        "model and data set, if there is one")
+    add("--recipe", choices=RECIPES, help="row of a paper's table, see --list-recipes; "
+        "default: the one that fits model and data set, if there is one")
     add("--model", help="a name that --list-models prints, or torchvision:NAME, timm:NAME")
     add("--init-from", default="", metavar="FILE", help="start from these weights: a checkpoint of "
         "ours, a timm or torchvision state dict, an original .npz")
@@ -428,7 +430,7 @@ def settings(argv=None):
         saved = read_checkpoint(file)
     if saved is not None and is_ours(saved):
         saved, not_saved = saved["settings"], FREE_FLAGS - {"data_dir"} | {
-            "init_from", "dtype", "recipe"}
+            "init_from", "dtype", "recipe", "reset_head"}
         name, base = file, {k: v for k, v in saved.items() if k in args and k not in not_saved}
     elif name is not None:
         base = RECIPES[name]
@@ -453,7 +455,9 @@ def settings(argv=None):
     args.data_dir = args.data_dir or {"imagenet": imagenet, "folder": imagenet,
                                       "imagenet21k": "data/imagenet21k"}.get(args.dataset, "data")
     args.sam_rho = resolve_rho(args)
-    if args.ema_alpha and args.epochs > 0 and origin["ema_decay"] != "command line":
+    if args.ema_alpha and "ema_decay" in given:
+        args.ema_alpha, origin["ema_alpha"] = 0.0, "--ema-decay"
+    elif args.ema_alpha and args.epochs > 0:
         step = args.ema_alpha * args.batch_size / args.epochs * args.ema_every
         args.ema_decay, origin["ema_decay"] = 1 - min(step, 1.0), "--ema-alpha"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else
@@ -524,7 +528,7 @@ def check(args, origin):
         raise UserError(f"--workers is {args.workers}; it must be at least 0")
     if args.epochs == 0 and args.max_steps == 0 and not args.eval_only:
         raise UserError("--epochs 0 needs --max-steps: the length of the run in steps")
-    if args.ema_alpha and args.epochs == 0 and origin["ema_decay"] != "command line":
+    if args.ema_alpha and args.epochs == 0:
         raise UserError("--ema-alpha depends on --epochs, which is 0: give --ema-decay, or "
                         "--ema-alpha 0")
     if args.eval_short_side and (args.eval_short_side < args.image_size
@@ -539,7 +543,8 @@ def check(args, origin):
     if args.eval_only and not args.init_from:
         raise UserError("--eval-only needs --init-from: the weights, for instance RUN/best.pt")
     if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
-        raise UserError("--nesterov is for --optimizer sgd with --momentum above 0")
+        raise UserError("--nesterov is for --optimizer sgd with --momentum above 0; --no-nesterov "
+                        "turns it off")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; try --device cpu")
     if args.device == "mps" and (args.dtype in ("float16", "float64") or "RANK" in os.environ):
