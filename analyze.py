@@ -4,24 +4,35 @@
         --benchmarks val real v2 r c        Chen et al. (arXiv 2106.01548) Table 2, 5
     python analyze.py robustness --checkpoint A/ckpt.pt B/ckpt.pt      several; Park & Kim
         (2202.06709) Fig. 12b, E.1; by default on corruptions of our own, without a download
+    python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
+        (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
+    python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
     torchrun --nproc_per_node=8 analyze.py …      on many devices: the same numbers
 
 A subcommand prints a table, writes OUT/SUBCOMMAND.json (numbers, settings, versions, command line)
 after each finished part, so that a killed one goes on where it was when it is started again, and,
-where matplotlib is installed, OUT/SUBCOMMAND.png. What it does not know of a command line belongs
-to train.py: --data-dir, --device, --dtype, --weights, --mean, …; a foreign network is
+where matplotlib is installed, OUT/SUBCOMMAND.png; stability writes OUT/STUDY.json and .png, and its
+runs say what is finished. What a subcommand does not know of a command line belongs to train.py:
+--data-dir, --device, --dtype, --weights, --mean, …; a foreign network is
 --model NAME --init-from FILE.
 """
+import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
+import shlex
 import signal
+import subprocess
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
@@ -84,8 +95,8 @@ def fingerprint(path):
 
 
 # Settings of train.py that decide a network's numbers; others, as of its training, do not.
-DECIDES = ("dataset", "data_dir", "eval_split", "image_size", "model", "dtype", "weights", "mean",
-           "std", *train.MODEL_FLAGS)
+DECIDES = ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side", "model", "dtype",
+           "weights", "mean", "std", *train.MODEL_FLAGS)
 
 
 def networks(checkpoints, rest, also=()):
@@ -94,7 +105,7 @@ def networks(checkpoints, rest, also=()):
     files = [["--init-from", f"{path}/ckpt.pt" if os.path.isdir(path) else path]
              for path in checkpoints] or [[]]
     chosen = [train.settings(["--eval-only", *rest, *file], also) for file in files]
-    for name in ("download", "dry_run", "list_models", "resume"):
+    for name in ("download", "dry_run", "list_models", "list_recipes", "resume"):
         if chosen[0][1][name] == "command line":
             raise UserError(f"--{name.replace('_', '-')} is for train.py; an analysis goes on by "
                             "itself when it is started again")
@@ -127,7 +138,8 @@ def network_and_images(settings, origin, device, tell):
     saved = {} if settings.init_from.endswith(".npz") else train.read_checkpoint(settings.init_from)
     try:
         dataset = data.load(settings.dataset, settings.eval_split, data_dir=settings.data_dir,
-                            image_size=settings.image_size, classes=saved.get("classes"))
+                            image_size=settings.image_size, classes=saved.get("classes"),
+                            short_side=settings.eval_short_side)
     except data.DataError as error:
         raise UserError(str(error)) from None
     if dataset.notice:
@@ -136,7 +148,7 @@ def network_and_images(settings, origin, device, tell):
     return model.eval(), dataset.to(device)
 
 
-def figure(path, draw):
+def figure(path, draw, rows=1, columns=1):
     """Draws with matplotlib if it is installed, and says so if not: the numbers are in the JSON."""
     try:
         import matplotlib
@@ -145,10 +157,10 @@ def figure(path, draw):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    axes = pyplot.figure(figsize=(5, 4), layout="constrained").subplots()
-    draw(axes)
-    axes.figure.savefig(path, dpi=150)
-    pyplot.close(axes.figure)
+    picture = pyplot.figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    draw(picture.subplots(rows, columns))
+    picture.savefig(path, dpi=150)
+    pyplot.close(picture)
     train.say(f"figure    {path}")
 
 
@@ -161,7 +173,7 @@ def robustness_parts(benchmark, args, classes):
 
     @functools.cache
     def held_out():
-        return data.load(args.dataset, args.eval_split, **common)
+        return data.load(args.dataset, args.eval_split, short_side=args.eval_short_side, **common)
 
     if benchmark in ("val", "pgd", "c-lite"):
         held_out()  # if it is missing, now
@@ -307,6 +319,629 @@ def draw_robustness(axes, summaries):
     axes.legend(fontsize=6)
 
 
+# ----------------------------------------------------------------------------------- many trainings
+
+def outcome(args):
+    """How the run with these settings ended: dict of top1 in percent and nll on the validation set,
+    None where it diverged, and diverged; or None, if it has not ended or not begun. UserError if
+    its folder holds a run with other settings."""
+    folder = train.RunFolder(args.out_dir)
+    config, log = folder.path / "config.json", folder.path / "log.jsonl"
+    if not config.exists():
+        return None
+    # --init-from decides on mean and std, after the settings were read
+    folder.compare({k: v for k, v in vars(args).items() if k not in ("mean", "std")})
+    try:
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+    except (OSError, ValueError):  # half a line, cut by a kill
+        return None
+    end = records[-1] if records else {}
+    if json.loads(config.read_text())["settings"]["max_steps"] != args.max_steps:
+        return None
+    if "final" in end:
+        numbers = end["final"]["validation"]
+        losses = [record["loss"] for record in records if "loss" in record]
+        if numbers["nll"] is not None and None not in losses[-1:]:
+            return dict(top1=numbers["top1"], nll=numbers["nll"], diverged=False)
+    elif "diverged" not in end:
+        return None
+    return dict(top1=None, nll=None, diverged=True)
+
+
+def child_environment(device):
+    """For a child that trains alone, on this process's device."""
+    environment = {k: v for k, v in os.environ.items() if not k.endswith(("RANK", "WORLD_SIZE"))
+                   and not k.startswith(("MASTER_", "TORCHELASTIC_"))} | {"PYTHONUNBUFFERED": "1"}
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = visible if visible != [""] else [str(i) for i in range(torch.cuda.device_count())]
+        local = int(os.environ["LOCAL_RANK"])
+        if local >= len(names):
+            raise UserError(f"{local + 1} processes or more for {len(names)} CUDA devices: use "
+                            f"--nproc_per_node={len(names)}")
+        environment["CUDA_VISIBLE_DEVICES"] = names[local]
+    return environment
+
+
+def train_one(argv, folder, environment):
+    """train.py in a process of its own, whose memory, device and failures end with it; what it
+    prints goes to FOLDER/output.txt. -> its exit status."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "output.txt", "ab") as output:
+        # In a session of its own, it is told of Ctrl-C once, by the lines below.
+        child = subprocess.Popen([sys.executable, train.__file__, *argv], stdout=output,
+                                 stderr=output, env=environment, start_new_session=True)
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            child.terminate()  # it saves and ends
+            child.wait()
+            raise
+
+
+def conduct(what, jobs, folder):
+    """Trains {name: flags of train.py}, each in FOLDER/NAME; -> {name: its outcome}. What ended
+    before is not trained again, what was stopped goes on. Processes of torchrun share the
+    trainings, the longest first; on several machines they need a folder that all of them see."""
+    chosen = {name: train.settings([*flags, "--out-dir", str(folder / name), "--resume"])[0]
+              for name, flags in jobs.items()}
+    ended = train.on_main(lambda: {name: outcome(args) for name, args in chosen.items()})
+    todo = [name for name in chosen if ended[name] is None]
+    if train.rank() == 0:
+        train.say(f"{what}: {len(jobs)} trainings, {len(jobs) - len(todo)} done before")
+    todo.sort(key=lambda name: -chosen[name].epochs)
+    own, failure = todo[train.rank()::int(os.environ.get("WORLD_SIZE", 1))], None
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for name in tqdm(own, unit="training", disable=train.rank() > 0 or not sys.stderr.isatty()):
+            args = chosen[name]
+            flags = [*jobs[name], "--out-dir", args.out_dir, "--resume"]
+            if on_machine > 1 and args.workers is None and args.dataset not in train.IN_MEMORY:
+                flags += ["--workers", str(max(1, min(8, data.usable_cores() // on_machine)))]
+            status = train_one(flags, folder / name, child_environment(args.device))
+            ended[name] = outcome(args)
+            if ended[name] is None:
+                text = (folder / name / "output.txt").read_text(errors="replace")
+                raise UserError(f"{folder / name} ended with status {status}: "
+                                f"{(text.splitlines() or ['without a word'])[-1]}")
+            train.say(f"{name}: " + ("diverged" if ended[name]["diverged"] else
+                                     f"top-1 {ended[name]['top1']:.2f} %"))
+    except UserError as error:
+        failure = str(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    shares = [({name: ended[name] for name in own}, failure)]
+    if dist.is_initialized():
+        shares *= dist.get_world_size()
+        dist.all_gather_object(shares, shares[train.rank()])
+    for share, failure in shares:
+        if failure:
+            raise UserError(failure)
+        ended |= share
+    return ended
+
+
+def join_processes():
+    """Those of torchrun, which agree on the CPU only and wait for one another as long as the
+    longest training takes."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=1000))
+
+
+def as_flags(values):
+    """{setting: value} as words of a command line; what is None is left out."""
+    given = argparse.Namespace(**values)
+    return [word for name, value in values.items() if value is not None
+            for word in train.as_flag(name, given)]
+
+
+def refuse(flags, origin, why):
+    """Those of train.py's flags that the command line may not set."""
+    for flag in flags:
+        if origin[flag] == "command line":
+            raise UserError(f"--{flag.replace('_', '-')} {why}")
+
+
+def print_rows(rows):
+    """A table of dicts with the same keys; numbers have two decimals, None is -."""
+    text = [list(rows[0])] + [["-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)
+                               for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    for line in text:
+        cells = [f"{cell:>{width}}" for cell, width in zip(line, widths)]
+        train.say("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
+
+
+# ---------------------------------------------------------------------------------------- stability
+
+XIAO_MODELS = [f"{family}_{size}" for family, sizes in (
+    ("vit_p", ("1gf", "4gf", "18gf")), ("vit_c", ("1gf", "4gf", "18gf")),
+    ("regnety", ("1gf", "4gf", "16gf"))) for size in sizes]
+NOT_OF_RUNS = ("resume", "eval_only", "list_models", "list_recipes", "download", "dry_run")
+STUDIES = {  # models; the values of what is varied
+    "length": (XIAO_MODELS, dict(optimizer=["best"], epochs=[50, 100, 200, 400])),  # Xiao Fig. 2
+    "optimizer": (XIAO_MODELS, dict(optimizer=["adamw", "sgd"],                      # Xiao Fig. 3
+                                    epochs=[50, 100, 200, 400])),
+    "lr-wd": (XIAO_MODELS, dict(optimizer=["adamw", "sgd"], epochs=[50])),        # Xiao Fig. 4, 5
+    "rho": (["vit_b16", "mixer_b16"], dict(                                         # Chen Table 10
+        sam_rho=[0, 0.05, 0.1, 0.2, 0.25, 0.35, 0.4, 0.5, 0.6, 0.65])),
+    "grid": (["mixer_b16"], dict(lr=[3e-3, 1e-3], weight_decay=[0.3, 0.1, 0.03],      # Chen App. E
+                                 dropout=[0.1, 0.0], drop_path=[0.1, 0.0])),
+    "doubled": (["vit_b16", "mixer_b16"], dict(epochs=[300, 600])),                   # Chen App. F
+}
+OF_XIAO = ("length", "optimizer", "lr-wd")  # their learning rate and weight decay are optimal ones
+PAPER = {  # top-1 that the paper reports: {study: {model: {values of what is varied: number}}}
+    "rho": {"vit_b16": {(0,): 74.6, (0.05,): 77.5, (0.1,): 78.8, (0.2,): 79.9, (0.25,): 79.3},
+            "mixer_b16": {(0,): 66.4, (0.05,): 69.5, (0.25,): 74.1, (0.35,): 74.7, (0.4,): 75.6,
+                          (0.5,): 76.9, (0.6,): 77.4, (0.65,): 77.1}},
+    "grid": {"mixer_b16": {(3e-3, 0.3, 0.0, 0.1): 66.4}},  # what Table 8 chose
+    "doubled": {"vit_b16": {(300,): 74.6, (600,): "no gain"},
+                "mixer_b16": {(300,): 66.4, (600,): "no gain"}},
+}
+# Xiao Table 4 (arXiv v3, Appendix E): lr and weight decay at batch 2048, the optima for 50 epochs
+# on ImageNet and the intervals of the random pairs.
+OPTIMA = {
+    "adamw": {"regnety": (3.8e-3, 0.1), "vit_p_1gf": (2e-3, 0.2), "vit_p_4gf": (2e-3, 0.2),
+              "vit_p_18gf": (1e-3, 0.24), "vit_c_1gf": (2.5e-3, 0.19), "vit_c_4gf": (1e-3, 0.24),
+              "vit_c_18gf": (1e-3, 0.24)},
+    "sgd": {"regnety": (2.54, 2.4e-5), "vit_p_1gf": (1.9, 1.3e-5), "vit_p_4gf": (1.9, 1.3e-5),
+            "vit_p_18gf": (1.1, 1.2e-5), "vit_c_1gf": (1.9, 1.3e-5), "vit_c_4gf": (1.3, 2.2e-5),
+            "vit_c_18gf": (1.1, 2.7e-5)}}
+INTERVALS = {
+    "adamw": {"regnety": ((1.25e-3, 4e-2), (7.5e-3, 0.24)), "vit": ((2.5e-4, 8e-3), (0.02, 0.8))},
+    "sgd": {"regnety": ((0.25, 8.0), (3e-6, 8e-5)), "vit": ((0.1, 3.2), (4e-6, 1.2e-4))}}
+WIDTH = (1 / 8, 4.0)  # of intervals around other optima, as Appendix E made these
+TABLE_4 = "Xiao Table 4"
+
+
+def optimum(model, optimizer, settings, given):
+    """(learning rate, weight decay), and the source or, if it has to be looked for, None."""
+    if optimizer in given:
+        return given[optimizer], "--optimum"
+    known = OPTIMA.get(optimizer, {})
+    name = "regnety" if train.family(model) == "regnety" else model
+    if settings.dataset == "imagenet" and name in known:
+        lr, wd = known[name]
+        return (three_digits(lr * settings.batch_size / 2048), wd), TABLE_4
+    if settings.optimizer == optimizer:
+        return (settings.lr, settings.weight_decay), None
+    lr, wd = known.get("vit_p_4gf", (1e-3, 0.1))  # for SGD, scaled linearly with the batch
+    return (three_digits(lr * settings.batch_size / 2048), wd), None
+
+
+def interval(model, values, settings, source):
+    """((lowest, highest) learning rate, weight decay) of random pairs around an optimum."""
+    if source == TABLE_4:
+        lr, wd = INTERVALS[values["optimizer"]][
+            "regnety" if train.family(model) == "regnety" else "vit"]
+        return [x * settings.batch_size / 2048 for x in lr], wd
+    return [[values[name] * width for width in WIDTH] for name in ("lr", "weight_decay")]
+
+
+def search(starts, top1_of, factor=3):
+    """{key: (lr, wd)} -> {key: the (lr, wd) that none of its four neighbours, a factor away in one
+    of both, surpasses}, found by going to the best neighbour. top1_of: [(key, lr, wd)] -> their
+    top-1, None where training diverged; asked for many at once, never twice for one."""
+    place, found = dict.fromkeys(starts, (0, 0)), {}
+
+    def at(key, i, j):
+        return key, three_digits(starts[key][0] * factor ** i), three_digits(
+            starts[key][1] * factor ** j)
+
+    moving = list(starts)
+    while moving:
+        near = {key: [(i, j), (i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+                for key in moving for i, j in [place[key]]}
+        new = [point for key in moving for ij in near[key]
+               if (point := at(key, *ij)) not in found]
+        found |= zip(new, (-1 if top1 is None else top1 for top1 in top1_of(new)))
+        place |= {key: max(near[key], key=lambda ij: found[at(key, *ij)]) for key in moving}
+        moving = [key for key in moving if place[key] != near[key][0]]
+    return {key: at(key, *place[key])[1:] for key in starts}
+
+
+def three_digits(x):
+    return float(f"{x:.3g}")
+
+
+def random_pairs(n, lr, wd, seed):
+    """n pairs of learning rate and weight decay, log-uniform in the intervals lr and wd. Pair k
+    depends on (seed, k) alone, and lies at the same place of the interval for every model."""
+    return [tuple(three_digits(low * (high / low) ** u) for u, (low, high) in zip(row, (lr, wd)))
+            for row in data.uniforms(data.keys(seed, np.arange(n)), 2).tolist()]
+
+
+def stand_in(top1):
+    """{epochs: top-1, None of a run that diverged} -> the same, with the best of the shorter runs
+    in a diverged one's place (Xiao Fig. 3); None stays where there is none."""
+    return {epochs: max((v for e, v in top1.items() if e < epochs and v is not None), default=None)
+            if value is None else value for epochs, value in top1.items()}
+
+
+def edf(errors):
+    """Error distribution function (Xiao §5.3): the errors in ascending order, and of each the share
+    of all that is not above it. None, a run that diverged, counts and is never reached."""
+    reached = sorted(error for error in errors if error is not None)
+    return reached, [(i + 1) / len(errors) for i in range(len(reached))]
+
+
+def group(runs, *names):
+    """{values of names: [runs]}, the values of several names as a tuple."""
+    groups = {}
+    for run in runs:
+        values = tuple(run[name] for name in names)
+        groups.setdefault(values if len(names) > 1 else values[0], []).append(run)
+    return groups
+
+
+def longest(runs):
+    return max(runs, key=lambda run: run["epochs"])
+
+
+def best(runs):
+    return max(runs, key=lambda run: -1 if run["diverged"] else run["top1"])
+
+
+# study -> what its runs have in common with the one they are compared with; which one that is
+COMPARED = {"length": (["model", "optimizer"], longest),
+            "optimizer": (["model", "epochs"], lambda runs: runs[0]),  # by default AdamW
+            "lr-wd": (["model", "optimizer"], best)} | dict.fromkeys(
+    ("rho", "grid", "doubled"), (["model"], best))
+
+
+def compare(study, runs):
+    """Gives each run "compared", its top-1 or what stands in for it, and "delta", by how many
+    points that is below the one of the longest run of the model (length), of AdamW (optimizer), or
+    of the best run (others)."""
+    for run in runs:
+        run["compared"] = run["top1"]
+    if study in ("length", "optimizer"):
+        for own in group(runs, "model", "optimizer").values():
+            filled = stand_in({run["epochs"]: run["top1"] for run in own})
+            for run in own:
+                run["compared"] = filled[run["epochs"]]
+    names, which = COMPARED[study]
+    for own in group(runs, *names).values():
+        reference = which(own)["compared"]
+        for run in own:
+            lacks = None in (reference, run["compared"])
+            run["delta"] = None if lacks else reference - run["compared"]
+
+
+def cell(run, key):
+    """A run's number in a table; * marks a run that diverged."""
+    return "*" if run[key] is None else f"{run[key]:.2f}" + "*" * run["diverged"]
+
+
+def stability_rows(study, runs, axes):
+    """The study's table, for print_rows."""
+    if study == "length":
+        return [{"Δ top-1 to the longest": f"{model}, {optimizer}"} | {
+            f"{run['epochs']} epochs": cell(run, "delta") for run in own} | {
+            "top-1 %": cell(longest(own), "compared")}
+            for (model, optimizer), own in group(runs, "model", "optimizer").items()]
+    if study == "optimizer":
+        return [{"model": model, "epochs": epochs} | {
+            f"{run['optimizer']} %": cell(run, "compared") for run in own} | {
+            "Δ": cell(own[-1], "delta")}
+            for (model, epochs), own in group(runs, "model", "epochs").items()]
+    if study == "lr-wd":
+        return [{"model": model, "optimizer": optimizer, "best top-1 %": cell(best(own), "top1"),
+                 "lr": f"{best(own)['lr']:g}", "wd": f"{best(own)['weight_decay']:g}"} | {
+                f"Δ ≤ {most}": f"{sum(not r['diverged'] and r['delta'] <= most for r in pairs)}"
+                               f" of {len(pairs)}" for most in (1, 2, 4, 10)} | {
+                "diverged": sum(run["diverged"] for run in pairs)}
+                for (model, optimizer), own in group(runs, "model", "optimizer").items()
+                for pairs in [[run for run in own if run["random"]]]]
+    paper = PAPER[study]
+    return [{"model": run["model"]} | {name: f"{run[name]:g}" for name in axes} | {
+        "top-1 %": cell(run, "top1"),
+        "paper": paper.get(run["model"], {}).get(tuple(run[name] for name in axes))}
+        for run in runs]
+
+
+def draw_length(axes, runs):
+    """Xiao Fig. 2."""
+    for model, own in group(runs, "model").items():
+        axes.plot([run["epochs"] for run in own],
+                  [math.nan if run["delta"] is None else run["delta"] for run in own], "o-",
+                  label=model)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(*[list(group(runs, "epochs"))] * 2)
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("Δ top-1 to the longest (points)")
+    axes.legend(fontsize=6)
+
+
+def draw_optimizer(axes, runs):
+    """Xiao Fig. 3: dashed where a run diverged and the best shorter one stands in."""
+    for color, own in enumerate(group(runs, "model").values()):
+        for optimizer, line in group(own, "optimizer").items():
+            points = [(run["epochs"], math.nan if run["compared"] is None else run["compared"])
+                      for run in line]
+            for run, *ends in zip(line[1:], points, points[1:]):
+                axes.plot(*zip(*ends), "--" if run["diverged"] else "-", color=f"C{color}")
+            axes.plot(*zip(*points), {"adamw": "^", "sgd": "v"}.get(optimizer, "o"),
+                      color=f"C{color}", label=f"{own[0]['model']}, {optimizer}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(*[list(group(runs, "epochs"))] * 2)
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("top-1 (%)")
+    axes.legend(fontsize=6)
+
+
+def draw_pairs(grid, runs):
+    """Xiao Fig. 4 and 5, an optimizer a row: errors of the random pairs and, as vertical bars, the
+    optima; error distribution functions, which end below 1 where runs diverged."""
+    for row, (optimizer, chosen) in zip(np.atleast_2d(grid), group(runs, "optimizer").items()):
+        for color, (model, own) in enumerate(group(chosen, "model").items()):
+            style, pairs = dict(color=f"C{color}"), [run for run in own if run["random"]]
+            reached = [run for run in pairs if not run["diverged"]]
+            for axes, (name, x) in zip(row, (("lr", lambda r: r["lr"]),
+                                             ("wd", lambda r: r["weight_decay"]),
+                                             ("lr · wd", lambda r: r["lr"] * r["weight_decay"]))):
+                error = [100 - run["top1"] for run in reached]
+                axes.scatter([x(run) for run in reached], error, 8, **style)
+                for run in own:
+                    if not run["random"]:
+                        axes.axvline(x(run), **style, alpha=0.5)
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter("")
+                axes.set_xlabel(f"{name} ({optimizer})")
+                axes.set_ylabel("top-1 error (%)")
+            errors, shares = edf([run["delta"] for run in pairs])
+            row[3].step([0, *errors], [0, *shares], where="post", label=model, **style)
+        row[3].set_ylim(0, 1)
+        row[3].set_xlabel(f"Δ top-1 error to the best (points, {optimizer})")
+        row[3].set_ylabel("share of runs")
+        row[3].legend(fontsize=6)
+
+
+def draw_values(axes, runs, study, names):
+    """Top-1 of each set of values, and the paper's."""
+    labels = {tuple(run[name] for name in names): None for run in runs}
+    for color, (model, own) in enumerate(group(runs, "model").items()):
+        style, paper = dict(color=f"C{color}"), PAPER[study].get(model, {})
+        for source, marker, top1 in ((model, "o-", {tuple(r[n] for n in names): r["top1"]
+                                                    for r in own}), ("paper", "x", paper)):
+            shown = [(i, top1[v]) for i, v in enumerate(labels)
+                     if isinstance(top1.get(v), float)]
+            if shown:
+                axes.plot(*zip(*shown), marker, label=f"{source}, {model}" if marker == "x"
+                          else model, **style)
+    axes.set_xticks(range(len(labels)), [" ".join(f"{v:g}" for v in values) for values in labels],
+                    rotation=90, fontsize=6)
+    axes.set_xlabel(", ".join(name.replace("_", " ") for name in names))
+    axes.set_ylabel("top-1 (%)")
+    axes.legend(fontsize=6)
+
+
+DRAW = {"length": draw_length, "optimizer": draw_optimizer, "lr-wd": draw_pairs}
+
+
+def number(word):
+    """A value of --vary: an integer, a number or a word."""
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    return word
+
+
+def values_of(study, vary):
+    """The study's {setting: values}, with those of --vary in their places."""
+    axes = dict(STUDIES[study][1])
+    for name, *words in vary:
+        name = name.replace("-", "_")
+        if name not in axes or not words:
+            raise UserError(f"--vary {' '.join([name, *words])}: {study} varies "
+                            f"{' and '.join(axes)}; give one of these and its values")
+        axes[name] = list(dict.fromkeys(map(number, words)))
+    if study == "lr-wd" and len(axes["epochs"]) > 1:
+        raise UserError("--vary epochs: all runs of lr-wd are of one length")
+    return axes
+
+
+def stability(args, rest):
+    """Studies of many trainings. Xiao et al.: how top-1 depends on the length of training, on the
+    optimizer (§5.1, §5.2), and on learning rate and weight decay, in random pairs of these around
+    the optimum (§5.3). Chen et al.: SAM's ρ (Table 10), the Mixer's grid (Appendix E), twice the
+    epochs (Appendix F). Learning rates and weight decays of Xiao's studies are their Table 4's, or
+    else optima that are looked for first, at the shortest length. Each training is a run of
+    train.py in OUT/runs, which studies with the same --out-dir have in common. Returns what the
+    JSON holds under "results"."""
+    join_processes()
+    study, folder, tell = args.study, Path(args.out_dir or "out/stability"), train.say
+    if train.rank() > 0:
+        tell = lambda text="": None
+    axes, given = values_of(study, args.vary), {}
+    if args.pairs < 1:
+        raise UserError(f"--pairs is {args.pairs}; it must be at least 1")
+    for optimizer, *pair in args.optimum:
+        try:
+            given[optimizer] = tuple(map(float, pair))
+        except ValueError:
+            raise UserError(f"--optimum {optimizer} {' '.join(pair)}: give an optimizer, a "
+                            "learning rate and a weight decay, as adamw 1e-3 0.1") from None
+    if any(word.split("=")[0] == "--model" for word in rest):
+        raise UserError("--model: a study has --models")
+
+    # ---- what all trainings of a model have in common
+    base, settings = {}, {}
+    for model in dict.fromkeys(args.models or STUDIES[study][0]):
+        try:
+            base[model] = ["--model", *shlex.split(model), *rest]
+        except ValueError as error:
+            raise UserError(f"--models {model!r}: {error}") from None
+        chosen, origin = train.settings(base[model])
+        refuse(axes, origin, "is what the study varies: --vary gives its values")
+        refuse(("lr", "weight_decay") * (study in OF_XIAO), origin,
+               "is the optimal one in this study: --optimum OPTIMIZER LR WD sets it")
+        refuse(("nesterov", "lr_end") * (study in OF_XIAO), origin,
+               "goes with the optimizer and the learning rate, which this study sets")
+        refuse(NOT_OF_RUNS, origin, "is for train.py; analyze.py goes on by itself when it is "
+                                    "started again")
+        train.check_network(chosen)
+        settings[model] = chosen
+        tell(f"model     {model}: recipe {chosen.recipe}")
+
+    def job(model, values):
+        """A training's name and flags."""
+        parts = [v if isinstance(v, str) else f"{name}{v:g}" for name, v in values.items()]
+        name = "-".join([re.sub(r"[^\w.]+", "-", model).strip("-"), *parts])
+        if study in OF_XIAO:  # what goes with these; in their code SGD is Nesterov's
+            own = settings[model]
+            values = values | dict(nesterov=values["optimizer"] == "sgd", lr_end=three_digits(
+                own.lr_end * values["lr"] / own.lr))
+        return name, [*base[model], *as_flags(values)]
+
+    def trained(what, trainings):
+        """[(model, values)] -> [dict of these, the run's name and how it ended]."""
+        jobs = [job(*training) for training in trainings]
+        ended = conduct(what, dict(jobs), folder / "runs")
+        return [dict(model=model, run=name) | values | ended[name]
+                for (model, values), (name, _) in zip(trainings, jobs)]
+
+    # ---- which trainings
+    results = None if args.dry_run else Results(folder, study)
+    trainings = [(model, dict(zip(axes, values))) for model in base
+                 for values in itertools.product(*axes.values())]
+    if study == "rho" and not args.vary:  # Table 10 has other values for each model
+        trainings = [(model, values) for model, values in trainings
+                     if (values["sam_rho"],) in PAPER[study].get(model, [(values["sam_rho"],)])]
+    optima, sources, shortest = {}, {}, min(axes.get("epochs", [0]))
+    if study in OF_XIAO:
+        for model, values in trainings:
+            if values["optimizer"] == "best":  # §5.1: AdamW for ViT, SGD for CNNs
+                of_vit = train.family(settings[model].model) in ("vit", "pit", "mixer", "swin")
+                values["optimizer"] = "adamw" if of_vit else "sgd"
+        for key in dict.fromkeys((model, values["optimizer"]) for model, values in trainings):
+            optima[key], sources[key] = optimum(*key, settings[key[0]], given)
+        starts = {key: pair for key, pair in optima.items() if not sources[key]}
+        if not args.dry_run:
+            optima |= search(starts, lambda points: [run["top1"] for run in trained(
+                f"search at {shortest} epochs", [(model, dict(
+                    optimizer=optimizer, epochs=shortest, lr=lr, weight_decay=wd))
+                    for (model, optimizer), lr, wd in points])])
+        for (model, optimizer), (lr, wd) in optima.items():
+            source = sources[model, optimizer] or (
+                "the start of a search" if args.dry_run else "found by the search")
+            tell(f"optimum   {model}, {optimizer}: learning rate {lr:g}, weight decay {wd:g}, "
+                 f"{source}")
+        for model, values in trainings:
+            values |= dict(zip(("lr", "weight_decay"), optima[model, values["optimizer"]]))
+    if study == "lr-wd":
+        trainings += [(model, values | dict(lr=lr, weight_decay=wd))
+                      for model, values in trainings for lr, wd in random_pairs(
+                          args.pairs, *interval(model, values, settings[model],
+                                                sources[model, values["optimizer"]]),
+                          settings[model].seed)]
+    if args.dry_run:
+        for name, flags in (job(*training) for training in trainings):
+            tell(f"python train.py {shlex.join(flags)} --out-dir {folder / 'runs' / name} --resume")
+        return {}
+
+    # ---- train, save, show
+    runs = trained(study, trainings)
+    for i, run in enumerate(runs if study == "lr-wd" else []):
+        run["random"] = i >= len(optima)  # after those at the optima
+    compare(study, runs)
+    results.parts = {model: {run["run"]: {k: v for k, v in run.items() if k not in (
+        "model", "run")} for run in own} for model, own in group(runs, "model").items()}
+    results.settings = {model: {k: v for k, v in vars(chosen).items() if k != "out_dir"}
+                        for model, chosen in settings.items()}
+    train.on_main(results.write)
+    if train.rank() == 0:
+        print_rows(stability_rows(study, runs, axes))
+        if any(run["diverged"] for run in runs):
+            tell("*: diverged" + "; the best shorter run stands in, if there is one"
+                 * (study in ("length", "optimizer")))
+        rows = len(axes["optimizer"]) if study == "lr-wd" else 1
+        draw = DRAW.get(study, functools.partial(draw_values, study=study, names=list(axes)))
+        figure(results.path.with_suffix(".png"), lambda axes: draw(axes, runs), rows,
+               4 if study == "lr-wd" else 1)
+        tell(f"results   {results.path}")
+    return results.parts
+
+
+# ----------------------------------------------------------------------------------------- transfer
+
+HELD_OUT = {"cifar10": "1/50", "cifar100": "1/50", "flowers102": "1/10", "pets": "1/10"}  # Chen E.6
+BASE_LR = [0.001, 0.003, 0.01, 0.03]  # Table 11
+TABLE_6 = {  # cifar10, cifar100, flowers102, pets
+    "resnet50 with SAM": (97.4, 85.2, 90.0, 91.6), "resnet152 with SAM": (98.2, 87.8, 91.1, 93.3),
+    "vit_s16": (97.6, 85.7, 86.4, 90.4), "vit_s16 with SAM": (98.2, 87.6, 91.5, 92.9),
+    "vit_b16": (98.1, 87.6, 88.5, 91.9), "vit_b16 with SAM": (98.6, 89.1, 91.8, 93.1),
+    "mixer_s16": (94.1, 77.9, 83.3, 86.1), "mixer_s16 with SAM": (96.1, 82.4, 87.9, 88.7),
+    "mixer_b16": (95.4, 80.0, 82.8, 86.1), "mixer_b16 with SAM": (97.8, 86.4, 90.0, 92.5)}
+NOT_INHERITED = ("dropout", "drop_path", "head_bias", "init", "zero_init")  # by fine-tuning
+
+
+def transfer(args, rest):
+    """Accuracy of checkpoints after fine-tuning on other data sets (Chen et al. Table 6, E.6): the
+    learning rate of Table 11 that is best on a held-out class-balanced part of the training set
+    (10 % of Flowers and Pets, 2 % of CIFAR), training on the others; then a run on all of it, and
+    its accuracy on the test set. The recipes are chen_to_DATASET; other data sets take that of
+    Flowers. Returns what the JSON holds under "results"."""
+    join_processes()
+    chosen = networks(args.checkpoint, rest)
+    refuse(("dataset", "recipe", "lr", "hold_out"), chosen[0][1], "is chosen by this command")
+    folder = Path(args.out_dir or Path(chosen[0][0].init_from).parent)
+    results = Results(folder, "transfer")
+
+    def job(settings, content, dataset, lr, hold_out):
+        """A run's name and flags."""
+        kept = [name for name in train.MODEL_FLAGS if name not in NOT_INHERITED]
+        recipe = f"chen_to_{dataset if dataset in HELD_OUT else 'flowers102'}"
+        flags = ["--recipe", recipe, *rest, "--reset-head", *as_flags(dict(
+            dataset=dataset, init_from=settings.init_from, model=settings.model, lr=lr,
+            hold_out=hold_out) | {name: getattr(settings, name) for name in kept})]
+        return f"{content}-{dataset}-{'all' if hold_out == '0' else 'part'}-lr{lr:g}", flags
+
+    named = [(*label(settings), settings) for settings, _ in chosen]
+    results.settings |= {name: decides for name, decides, _ in named}
+    tasks = {(name, dataset): (settings, decides["content"], dataset)
+             for name, decides, settings in named for dataset in dict.fromkeys(args.datasets)}
+    searches = {key: {lr: job(*task, lr, HELD_OUT.get(key[1], "1/10")) for lr in BASE_LR}
+                for key, task in tasks.items()}
+    ended = conduct("learning rates", dict(run for own in searches.values()
+                                           for run in own.values()), folder / "transfer")
+    held_out = {key: {lr: ended[run]["top1"] for lr, (run, _) in own.items()}
+                for key, own in searches.items()}
+    best_lr = {key: max(top1, key=lambda lr: -1 if top1[lr] is None else top1[lr])
+               for key, top1 in held_out.items()}
+    finals = {key: job(*task, best_lr[key], "0") for key, task in tasks.items()}
+    ended = conduct("whole training sets", dict(finals.values()), folder / "transfer")
+    for (name, dataset), (run, _) in finals.items():
+        key = name, dataset
+        results.put(name, dataset, dict(lr=best_lr[key], run=run, **ended[run], held_out={
+            f"{lr:g}": top1 for lr, top1 in held_out[key].items()}))
+    if train.rank() == 0:
+        tables = {name: {d: results.parts[name][d]["top1"] for d in args.datasets}
+                  for name, _, _ in named}
+        models = {settings.model for settings, _ in chosen}
+        tables |= {f"Table 6, {name}": {d: dict(zip(HELD_OUT, row)).get(d) for d in args.datasets}
+                   for name, row in TABLE_6.items() if name.split()[0] in models}
+        print_rows([{"top-1 %": name} | row | {"average": None if None in row.values() else
+                                               sum(row.values()) / len(row)}
+                    for name, row in tables.items()])
+        figure(results.path.with_suffix(".png"), lambda axes: draw_transfer(axes, held_out))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def draw_transfer(axes, held_out):
+    for (name, dataset), top1 in held_out.items():
+        axes.plot(list(top1), [math.nan if v is None else v for v in top1.values()], "o-",
+                  label=f"{dataset}, {name}")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("top-1 on the held-out part (%)")
+    axes.legend(fontsize=6)
+
+
 # --------------------------------------------------------------------------------------------- main
 
 def make_parser():
@@ -314,15 +949,16 @@ def make_parser():
         "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."))
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
 
-    def command(function, summary):
+    def command(function, summary, of_checkpoints=True):
         parser = commands.add_parser(function.__name__, allow_abbrev=False, help=summary,
                                      description=function.__doc__, epilog=(
             "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."))
         parser.set_defaults(function=function)
-        parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE",
-                            help="of runs of train.py; else --model NAME --init-from FILE")
-        parser.add_argument("--out-dir", default="", help="for its files; default: the folder of "
-                            "the first checkpoint")
+        if of_checkpoints:
+            parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE",
+                                help="of runs of train.py; else --model NAME --init-from FILE")
+        parser.add_argument("--out-dir", default="", help="for its files; default: " + (
+            "the folder of the first checkpoint" if of_checkpoints else f"out/{function.__name__}"))
         return parser.add_argument
 
     add = command(robustness, "accuracy on benchmarks of robustness (Chen Table 2; Park Fig. 12b)")
@@ -330,6 +966,24 @@ def make_parser():
         "held-out images; pgd: these under PGD, 10 steps, ε = 2/255 (Chen E.5); real, v2, r, c: "
         "ImageNet-ReaL, -V2, -R, -C or CIFAR-C, looked for in --data-dir and beside it; c-lite: "
         "our own corruptions of val (default: val c-lite)")
+
+    add = command(stability, "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
+                  "rho (Chen Table 10), grid, doubled (Chen App. E, F)", of_checkpoints=False)
+    add("--study", choices=STUDIES, required=True, help="what is varied: " + "; ".join(
+        f"{name}: {' × '.join(axes)}" for name, (_, axes) in STUDIES.items()))
+    add("--models", nargs="+", metavar="MODEL", help="values of --model, in quotes with further "
+        "flags of train.py if wanted, as 'vit_micro8 --stem conv'; default: the paper's")
+    add("--vary", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="other "
+        "values than the paper's, as: --vary epochs 3 6 12 --vary optimizer sgd")
+    add("--optimum", nargs=3, action="append", default=[], metavar=("OPTIMIZER", "LR", "WD"),
+        help="length, optimizer, lr-wd: learning rate and weight decay of all models; default: "
+        "Xiao Table 4's, where it has some, else a search at the shortest length")
+    add("--pairs", type=int, default=64, help="lr-wd: random pairs of each model (Xiao §5.3: 64)")
+    add("--dry-run", action="store_true", help="print the trainings and stop")
+
+    add = command(transfer, "accuracy after fine-tuning on other data sets (Chen Table 6)")
+    add("--datasets", nargs="+", choices=data.DATASETS, default=list(HELD_OUT), help="(default: "
+        "Table 6's)")
     return parser
 
 
@@ -359,7 +1013,7 @@ def main(argv=None):
     def command():
         args, rest = make_parser().parse_known_args(argv)
         foreign = any(word.split("=")[0] == "--init-from" for word in rest)
-        if bool(args.checkpoint) == foreign:
+        if "checkpoint" in args and bool(args.checkpoint) == foreign:
             raise UserError(f"{args.command} needs either --checkpoint RUN/ckpt.pt or --model NAME "
                             "--init-from FILE")
         args.function(args, rest)

@@ -262,11 +262,17 @@ class TrainOrder(torch.utils.data.Sampler):
     Step t takes images [t·B, (t+1)·B) of its epoch's permutation of `n` images; its micro-batches
     go to the processes in contiguous runs, so that micro-batch j of the step is the same whatever
     the number of processes.
+
+    repeats: R > 1 is repeated augmentation (Hoffer et al. 1901.09335; DeiT: 3). The epoch is as
+    long, but each image comes R times in a row, so that only n / R of them come; the v-th time is
+    augmented as in epoch e·R + v would be. As in DeiT's sampler a batch is dealt out to its
+    micro-batches one image at a time: the R do not meet in one, or in mixup, if there are as many.
     """
 
-    def __init__(self, n, batch_size, micro_batch, seed, start, stop, rank=0, world=1):
+    def __init__(self, n, batch_size, micro_batch, seed, start, stop, rank=0, world=1, repeats=1):
         self.n, self.batch_size, self.micro_batch, self.seed = n, batch_size, micro_batch, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
+        self.repeats = repeats
 
     def __len__(self):
         return (self.stop - self.start) * self.batch_size // self.micro_batch // self.world
@@ -279,9 +285,12 @@ class TrainOrder(torch.utils.data.Sampler):
                 epoch = now
                 order = torch.randperm(
                     self.n, generator=torch.Generator().manual_seed(key(self.seed, epoch)))
-            micros = order[t * self.batch_size:(t + 1) * self.batch_size].view(-1, self.micro_batch)
-            for micro in micros.chunk(self.world)[self.rank]:
-                yield [(epoch, i) for i in micro.tolist()]
+            place = torch.arange(t * self.batch_size, (t + 1) * self.batch_size)
+            place = (place.view(-1, self.micro_batch) if self.repeats == 1 else
+                     place.view(self.micro_batch, -1).T)
+            for micro in place.chunk(self.world)[self.rank]:
+                epochs = epoch * self.repeats + micro % self.repeats
+                yield list(zip(epochs.tolist(), order[micro // self.repeats].tolist()))
 
 
 def loader(dataset, order, workers=0, pin_memory=False):
@@ -406,12 +415,13 @@ class InMemory(Dataset):
 
     padding: if not 0, each micro-batch is augmented at once, where the pixels are: every image is
     padded by as many black pixels, cropped to H×W at one of the (2·padding + 1)² places and flipped
-    or not, all equally likely. v2 on a batch would draw one place for all its images.
+    or (without `flip` never) not, all equally likely. v2 on a batch would draw one place for all
+    its images.
     """
 
-    def __init__(self, pixels, labels, classes, transform=None, seed=0, padding=0):
+    def __init__(self, pixels, labels, classes, transform=None, seed=0, padding=0, flip=True):
         super().__init__(labels, classes, transform, seed)
-        self.pixels, self.padding = pixels, padding
+        self.pixels, self.padding, self.flip = pixels, padding, flip
 
     def to(self, device):
         # What is transformed image by image stays with the workers, on the CPU.
@@ -430,7 +440,7 @@ class InMemory(Dataset):
     def crop_and_flip(self, images, seeds):
         m, _, height, width = images.shape
         # drawn on the CPU whatever the device, so that the images are the same on all
-        numbers = uniforms(seeds, 3) * (2 * self.padding + 1, 2 * self.padding + 1, 2)
+        numbers = uniforms(seeds, 3) * (2 * self.padding + 1, 2 * self.padding + 1, 1 + self.flip)
         numbers = torch.from_numpy(numbers.astype(np.int64)).to(images.device, non_blocking=True)
         top, left, flip = numbers.T
         images = F.pad(images, [self.padding] * 4)
@@ -833,16 +843,16 @@ AUTOAUGMENTS = ("none", *(policy.value for policy in v2.AutoAugmentPolicy))
 
 class InceptionCrop:
     """A crop of 5 to 100 % of the area at an aspect of 3/4 to 4/3, resized to (size, size),
-    bilinear without antialiasing, and flipped or not: uint8 (3, H, W) to (3, size, size). `then`:
-    what follows, or None.
+    bilinear without antialiasing, and with `flip` flipped or not: uint8 (3, H, W) to
+    (3, size, size). `then`: what follows, or None.
 
     In distribution v2.RandomResizedCrop and v2.RandomHorizontalFlip, whose time would be a tenth of
     an ImageNet JPEG's. In parts, for who can decode the box alone: box, finish, then.
     """
     NUMBERS = 23  # in [0, 1), that an image takes: place, flip, ten tries of area and aspect
 
-    def __init__(self, size, then=None):
-        self.size, self.then = size, then
+    def __init__(self, size, then=None, flip=True):
+        self.size, self.then, self.flip = size, then, flip
 
     def __call__(self, image):
         numbers = torch.rand(self.NUMBERS, dtype=torch.float64).tolist()
@@ -868,7 +878,7 @@ class InceptionCrop:
         # the strides of the batch of one say so too; image[None] would be copied first.
         image = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
         image = F.interpolate(image, (self.size, self.size), mode="bilinear")[0].contiguous()
-        return image.flip(2) if numbers[2] < 0.5 else image
+        return image.flip(2) if self.flip and numbers[2] < 0.5 else image
 
 
 def _affine(image, shear=(0.0, 0.0), translate=(0, 0)):
@@ -914,10 +924,12 @@ def google_randaugment(image, magnitude):
 
 
 def transforms(augment, size, native=None, autoaugment="none", randaugment=(0, 0),
-               randaugment_prob=1.0, randaugment_of="torchvision", erasing=0.0):
+               randaugment_prob=1.0, randaugment_of="torchvision", erasing=0.0, flip=True,
+               short_side=0):
     """torchvision v2 transforms on uint8 (3, H, W). augment: "inception" (an InceptionCrop), "crop"
     (padding by an eighth, random crop, flip; of square images; `load` has InMemory do it instead),
-    "none" (also for evaluation: resize, centre crop). native: the side of images that are all
+    "none" (also for evaluation: the short side resized to short_side, 0 being 256/224 of the size,
+    centre crop). flip: whether the first two flip. native: the side of images that are all
     square and of one size; None is returned where nothing is to be done to them. Then AutoAugment
     (1805.09501) by torchvision's policy of that name; RandAugment (1909.13719): operations, each
     applied with a probability, and magnitude, 0 to 10 of torchvision's ranges or those of
@@ -930,11 +942,12 @@ def transforms(augment, size, native=None, autoaugment="none", randaugment=(0, 0
         side = native or size
         steps = [] if native else [v2.Resize(side, antialias=True), v2.CenterCrop(side)]
         steps += [v2.RandomCrop(side, padding=side // 8),
-                  v2.RandomHorizontalFlip()] + resize * bool(native)
+                  *[v2.RandomHorizontalFlip()] * flip] + resize * bool(native)
     elif native:
         steps = resize
     else:
-        steps = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+        short_side = short_side or round(size * 256 / 224)
+        steps = [v2.Resize(short_side, antialias=True), v2.CenterCrop(size)]
     if autoaugment != "none":
         steps += [v2.AutoAugment(v2.AutoAugmentPolicy(autoaugment), fill=128)]
     operations, magnitude = randaugment
@@ -944,7 +957,7 @@ def transforms(augment, size, native=None, autoaugment="none", randaugment=(0, 0
         steps += [v2.RandomApply([change], randaugment_prob)] * operations
     steps += [v2.RandomErasing(erasing, value=128)] if erasing else []
     steps = v2.Compose(steps) if steps else None
-    return InceptionCrop(size, steps) if augment == "inception" else steps
+    return InceptionCrop(size, steps, flip) if augment == "inception" else steps
 
 
 def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, download=False,
@@ -974,7 +987,7 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
         native = pixels.shape[3]
         padding = native // 8 if augment == "crop" else 0  # done to whole micro-batches instead
         steps = transforms("none" if padding else augment, image_size, native, **more)
-        return InMemory(pixels, labels, classes, steps, seed, padding)
+        return InMemory(pixels, labels, classes, steps, seed, padding, more.get("flip", True))
 
     if name == "shapes":
         first, n = SHAPES_SPLITS[split]
@@ -1056,6 +1069,17 @@ def subset(labels, fraction, seed=0):
             len(members[c]), generator=torch.Generator().manual_seed(key(seed, c, 2)))
         chosen.append(members[c][order[:n]])
     return torch.cat(chosen).sort().values
+
+
+def hold_out(labels, fraction, seed=0):
+    """Indices of the others and of a class-balanced part, a `subset`, to choose settings by (Chen
+    et al. E.6); together every image once. Raises ValueError if one of them is empty."""
+    held = subset(labels, fraction, seed)
+    if len(held) == len(labels):
+        raise ValueError(f"a fraction of {fraction} leaves none of {len(labels):,} images")
+    others = torch.ones(len(labels), dtype=torch.bool)
+    others[held] = False
+    return others.nonzero().flatten(), held
 
 
 # --------------------------------------------------------------------------- published benchmarks

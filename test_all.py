@@ -21,6 +21,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import warnings
 import zlib
 
@@ -311,6 +312,7 @@ def test_a_window_that_covers_the_map_is_global_attention():
     # a 4×4 map needs k = 7: then the window of each corner reaches the corner opposite
     everywhere, wide, narrow = (tiny_vit(kernel_size=k) for k in (None, 7, 5))
     images = tiny_images()
+    assert tiny_vit(kernel_size=4).window is None, "Fig. 7's 8 × 8 of 8 × 8 tokens"
     assert wide.window.all() and "window" not in wide.state_dict()
     assert torch.equal(everywhere(images), wide(images))
     difference = (everywhere(images) - narrow(images)).abs().max()
@@ -2709,6 +2711,17 @@ def test_class_balanced_fractions_have_the_papers_sizes():
             data.subset(labels[:100], wrong)
 
 
+def test_a_held_out_part_is_class_balanced_and_the_rest_is_all_others():
+    labels = torch.arange(37).repeat_interleave(20)[torch.randperm(740)]
+    others, held = data.hold_out(labels, "1/10")
+    assert torch.equal(torch.cat([others, held]).sort().values, torch.arange(740))
+    assert torch.bincount(labels[held]).tolist() == [2] * 37
+    assert torch.equal(held, data.hold_out(labels, "1/10")[1]) and not torch.equal(
+        held, data.hold_out(labels, "1/10", seed=1)[1])
+    with pytest.raises(ValueError, match="leaves none of 740 images"):
+        data.hold_out(labels, 1)
+
+
 def test_the_order_is_a_permutation_per_epoch_whatever_the_processes_and_the_start():
     def order(rank=0, world=1, start=0, stop=6):
         return list(data.TrainOrder(50, 16, 4, seed=3, start=start, stop=stop, rank=rank,
@@ -2728,6 +2741,28 @@ def test_the_order_is_a_permutation_per_epoch_whatever_the_processes_and_the_sta
     assert data.key(0, 1) == 313702574736366215  # as of the first runs: they stay reproducible
     assert data.keys(-1, np.array([0, 2 ** 40]), np.array([3, 9])).tolist() == [
         data.key(2 ** 64 - 1, 0, 3), data.key(-1, 2 ** 40, 9)]
+
+
+def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each_time_another():
+    def order(rank=0, world=1, start=0, stop=4):
+        return list(data.TrainOrder(60, 24, 8, seed=3, start=start, stop=stop, rank=rank,
+                                    world=world, repeats=3))
+    whole = order()
+    for epoch in (0, 1):  # two batches of 24: 16 of the 60 images
+        micros = whole[6 * epoch:6 * epoch + 6]
+        seen = sum(micros, [])
+        assert len(set(seen)) == 48 and len({i for _, i in seen}) == 16
+        assert {e for e, _ in seen} == {3 * epoch, 3 * epoch + 1, 3 * epoch + 2}
+        for step in (0, 3):
+            batch = [{i for _, i in micro} for micro in micros[step:step + 3]]
+            assert batch[0] == batch[1] == batch[2] and len(batch[0]) == 8, "never twice in one"
+    assert [order(rank, 3) for rank in range(3)] == [whole[rank::3] for rank in range(3)]
+    assert order(start=3) == whole[9:]
+    images = data.InMemory(*data.shapes(range(60)), [], padding=4)
+    pairs = sorted(sum(whole[:3], []), key=lambda pair: pair[1])[:3]
+    x, y, _ = images[pairs]
+    assert len({i for _, i in pairs}) == 1 and len({v.numpy().tobytes() for v in x}) == 3
+    assert len(set(y.tolist())) == 1
 
 
 @pytest.mark.parametrize("strong", [{}, dict(randaugment=(2, 9), randaugment_prob=0.5,
@@ -3080,6 +3115,10 @@ def test_cifar_is_read_from_its_published_files(tmp_path, monkeypatch):
         assert any(torch.equal(x[0], w) or torch.equal(x[0], w.flip(2)) for w in windows)
         assert data.load(
             name, "val", data_dir=tmp_path, image_size=48).transform(clean).shape == (3, 48, 48)
+        large = data.load(name, "train", data_dir=tmp_path, image_size=224, augment="inception")
+        (x, y), = all_batches(large, [[(0, 1), (1, 1)]])  # transfer: crops of 32×32, enlarged
+        assert x.shape == (2, 3, 224, 224) and not torch.equal(x[0], x[1])
+        assert x[0].int().diff(dim=2).abs().max() < 255 / 4, "enlarged by 7 at least, and smoothly"
         (folder / batch_names[0]).write_bytes(b"cut")
         with pytest.raises(data.DataError, match="missing or incomplete"):
             data.load(name, "train", data_dir=tmp_path, image_size=32)
@@ -3186,6 +3225,33 @@ def test_augmentation_in_memory_depends_on_seed_epoch_and_image_only(more):
     assert torch.equal(x[[2, 0]], again) and not torch.equal(x[0], x[1]), "another epoch, another"
     if torch.cuda.is_available():
         assert torch.equal(x, make().to("cuda")[[(0, 3), (1, 3), (0, 4)]][0].cpu())
+
+
+def test_without_flip_there_are_crops_only():
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    windows = F.pad(image, (4,) * 4).unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)
+    windows = {w.numpy().tobytes() for w in windows.flatten(0, 1)}
+    pairs = [(epoch, 0) for epoch in range(600)]
+    seen = [{x.numpy().tobytes() for x in data.InMemory(
+        image[None], torch.zeros(1), [], padding=4, flip=flip)[pairs][0]} for flip in (False, True)]
+    assert seen[0] <= windows and len(seen[0]) == 81 and not seen[1] <= windows
+    one_by_one = data.transforms("crop", 32, 32, flip=False)
+    assert {one_by_one(image).numpy().tobytes() for _ in range(300)} <= windows
+    ramp = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64)
+    for flip, rising in ((False, {True}), (True, {True, False})):
+        crop = data.transforms("inception", 16, flip=flip)
+        assert {bool((crop(ramp)[0, 0].int().diff() >= 0).all()) for _ in range(50)} == rising
+
+
+def test_images_to_be_evaluated_are_resized_to_the_short_side_and_cut_to_the_size(tmp_path):
+    write_image_folder(tmp_path, train=3, val=2)
+    shown = data.load("folder", "val", data_dir=tmp_path, image_size=24, short_side=33)
+    for i in range(6):
+        image = shown.read(i)
+        by_hand = v2.functional.center_crop(v2.functional.resize(image, 33, antialias=True), 24)
+        assert torch.equal(all_batches(shown, [[(0, i)]])[0][0][0], by_hand)
+    default = data.load("folder", "val", data_dir=tmp_path, image_size=24)
+    assert default.transform.transforms[0].size == [27]  # 24 · 256 / 224
 
 
 def test_the_bench_compares_the_pipelines(tmp_path, capsys):
@@ -3622,6 +3688,15 @@ def refusal(capsys, *argv):
     return error
 
 
+@pytest.fixture
+def short_shapes(monkeypatch):
+    """60 validation images, 8 of test, two corruptions of c-lite."""
+    monkeypatch.setitem(data.SHAPES_SPLITS, "val", (2**30, 60))
+    monkeypatch.setitem(data.SHAPES_SPLITS, "test", (2**31, 8))
+    for name in list(data.C_LITE)[2:]:
+        monkeypatch.delitem(data.C_LITE, name)
+
+
 def log_without_times(folder):
     records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
@@ -3646,7 +3721,9 @@ def test_learning_rate_at_warm_up_peak_and_end():
     assert abs(lr(40, "cosine") - 1.5e-3 * (1 + math.cos(math.pi / 4))) < 1e-18
     assert (abs(lr(40, "linear", 1e-5) - (3e-3 * 0.75 + 1e-5 * 0.25)) < 1e-18
             and abs(lr(100, "linear", 1e-5) - 1e-5) < 1e-18)
-    assert lr(100, "constant") == 3e-3
+    assert lr(60, "constant") == lr(100, "constant") == 3e-3
+    assert abs(lr(60, "linear", 1e-5) - (3e-3 + 1e-5) / 2) < 1e-18  # the middle of the decay
+    assert abs(lr(60, "cosine", 1e-5) - (3e-3 + 1e-5) / 2) < 1e-18
     assert (train.learning_rate(0, 10, 0, 1.0, "cosine") == 1
             and train.learning_rate(3, 3, 10, 1.0, "linear") == 0.3)
 
@@ -3755,6 +3832,311 @@ PARK = dict(optimizer="adamw", lr=1.25e-4, weight_decay=0.05, decay="all", lr_sc
 def test_the_second_papers_settings_are_those_of_its_appendix(argv, row):
     args = train.settings(argv.split())[0]
     assert {k: getattr(args, k) for k in PARK | row} == PARK | row, args
+
+
+# Every recipe, from the papers' tables: what is not here is train.py's default.
+CHEN = dict(dataset="imagenet", image_size=224, augment="inception", batch_size=4096,
+            micro_batch=32, decay="kernels")
+CHEN_VIT = CHEN | dict(
+    model="vit_b16", epochs=300, optimizer="adamw", lr=3e-3, beta1=0.9, beta2=0.999,
+    warmup_steps=10_000, lr_schedule="cosine", weight_decay=0.3, dropout=0.1, grad_clip=1.0,
+    loss="sigmoid", head_bias=-6.9)
+CHEN_MIXER = CHEN | dict(
+    model="mixer_b16", epochs=300, optimizer="adamw", lr=3e-3, beta1=0.9, beta2=0.999,
+    warmup_steps=10_000, lr_schedule="linear", lr_end=1e-5, weight_decay=0.3, drop_path=0.1,
+    grad_clip=1.0, loss="sigmoid", head_bias=-6.9)
+CHEN_RESNET = CHEN | dict(
+    model="resnet50", epochs=90, optimizer="sgd", momentum=0.9, lr=1.6, warmup_steps=5_000,
+    lr_schedule="cosine", weight_decay=1e-3, loss="softmax")
+CHEN_STRONG = dict(lr=1e-3, weight_decay=0.1, drop_path=0.1, mixup=0.5, randaugment=[2, 15],
+                   randaugment_of="google")
+CHEN_TO = dict(  # Table 11
+    model="vit_b16", image_size=224, augment="inception", epochs=0, batch_size=512, micro_batch=32,
+    optimizer="sgd", momentum=0.9, lr=0.01, lr_schedule="cosine", weight_decay=0.0, grad_clip=1.0,
+    loss="softmax", reset_head=True, eval_every=10_000)
+PARK_CIFAR = PARK | dict(
+    dataset="cifar100", model="resnet50", image_size=32, augment="crop", batch_size=96,
+    micro_batch=96, grad_clip=5.0, mean=[0.5071, 0.4867, 0.4408], std=[0.2675, 0.2565, 0.2761])
+PARK_IMAGENET = PARK | dict(
+    dataset="imagenet", model="resnet50", image_size=224, augment="inception", batch_size=128,
+    micro_batch=32, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+WEAK = dict(randaugment=[0, 9], erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
+XIAO = dict(
+    dataset="imagenet", image_size=224, augment="inception", autoaugment="imagenet", mixup=0.8,
+    cutmix=1.0, label_smoothing=0.1, epochs=400, batch_size=2048, micro_batch=32, warmup_epochs=5,
+    lr_schedule="cosine", decay="no-norm-bias", ema_alpha=1e-5, ema_every=32, loss="softmax",
+    mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+XIAO_VIT = XIAO | dict(
+    model="vit_c_4gf", optimizer="adamw", beta1=0.9, beta2=0.999, lr=1e-3, lr_end=5e-6,
+    weight_decay=0.24, ema_decay=0.9983616)
+XIAO_CNN = XIAO | dict(
+    optimizer="sgd", momentum=0.9, nesterov=True, lr=2.54, lr_end=0.0127, weight_decay=2.4e-5,
+    ema_decay=0.9983616)
+PAPER_ROWS = {
+    "shapes": dict(
+        dataset="shapes", model="vit_micro8", epochs=12, batch_size=64, micro_batch=32, lr=2e-3,
+        warmup_steps=125, lr_schedule="cosine", weight_decay=0.1, sam_rho=0.03, image_size=32,
+        augment="none", optimizer="adamw"),
+    "chen_vit": CHEN_VIT, "chen_mixer": CHEN_MIXER, "chen_resnet": CHEN_RESNET,
+    "chen_vit_strong": CHEN_VIT | CHEN_STRONG, "chen_mixer_strong": CHEN_MIXER | CHEN_STRONG,
+    **{f"{name}_{part}": row | dict(train_fraction=fraction, batch_size=batch)
+       for name, row in {"chen_resnet": CHEN_RESNET | dict(model="resnet152"),
+                         "chen_vit": CHEN_VIT, "chen_mixer": CHEN_MIXER,
+                         "chen_vit_strong": CHEN_VIT | CHEN_STRONG,
+                         "chen_mixer_strong": CHEN_MIXER | CHEN_STRONG}.items()
+       for part, fraction, batch in (("half", "1/2", 2048), ("quarter", "1/4", 1024),
+                                     ("tenth", "1/10", 512))},
+    "chen_vit_adversarial": CHEN_VIT | dict(adv_eps=2 / 255),
+    "chen_mixer_adversarial": CHEN_MIXER | dict(adv_eps=2 / 255),
+    "chen_resnet_adversarial": CHEN_RESNET | dict(adv_eps=2 / 255),
+    "chen_vit_long": CHEN_VIT | dict(epochs=600), "chen_mixer_long": CHEN_MIXER | dict(epochs=600),
+    "chen_vit_21k": CHEN_VIT | dict(
+        dataset="imagenet21k", epochs=90, lr=1e-3, lr_schedule="linear", weight_decay=0.03,
+        head_bias=-10.0, sam_rho=0.2),
+    "chen_mixer_21k": CHEN_MIXER | dict(dataset="imagenet21k", head_bias=-10.0, sam_rho=0.6),
+    "chen_resnet_21k": CHEN_RESNET | dict(dataset="imagenet21k", sam_rho=0.02),
+    "chen_21k_to_imagenet": CHEN_TO | dict(
+        dataset="imagenet", max_steps=20_000, warmup_steps=500, lr=0.03, eval_every=1),
+    "chen_to_cifar10": CHEN_TO | dict(dataset="cifar10", max_steps=10_000, warmup_steps=500),
+    "chen_to_cifar100": CHEN_TO | dict(dataset="cifar100", max_steps=10_000, warmup_steps=500),
+    "chen_to_flowers102": CHEN_TO | dict(dataset="flowers102", max_steps=500, warmup_steps=100),
+    "chen_to_pets": CHEN_TO | dict(dataset="pets", max_steps=500, warmup_steps=100),
+    "park_cifar": PARK_CIFAR, "park_imagenet": PARK_IMAGENET,
+    "park_cifar_vit": PARK_CIFAR | dict(
+        model="vit_ti2", qkv_bias=False, gelu="exact", init="timm"),
+    "park_cifar_resnet": PARK_CIFAR | dict(init="torch"),
+    "park_cifar_mixer": PARK_CIFAR | dict(model="mixer_ti2", gelu="exact"),
+    "park_imagenet_vit": PARK_IMAGENET | dict(model="vit_ti16", gelu="exact", init="timm"),
+    "park_cifar_vit_weak": PARK_CIFAR | WEAK | dict(
+        model="vit_ti2", qkv_bias=False, gelu="exact", init="timm"),
+    "park_cifar_resnet_weak": PARK_CIFAR | WEAK | dict(init="torch"),
+    "xiao_vit": XIAO_VIT,
+    "xiao_vit_36gf": XIAO_VIT | dict(
+        model="vit_c_36gf", lr=6e-4, lr_end=3e-6, weight_decay=0.28),
+    "xiao_resnet": XIAO_CNN | dict(model="resnet50", eval_short_side=256),
+    "xiao_regnety_1gf": XIAO_CNN | dict(model="regnety_1gf", image_size=232, eval_short_side=262),
+    "xiao_regnety_4gf": XIAO_CNN | dict(model="regnety_4gf", image_size=240, eval_short_side=272),
+    "xiao_regnety_16gf": XIAO_CNN | dict(model="regnety_16gf", image_size=256, eval_short_side=292),
+    "xiao_regnety_32gf": XIAO_CNN | dict(model="regnety_32gf", image_size=268, eval_short_side=304),
+    "xiao_vit_21k": XIAO_VIT | dict(
+        dataset="imagenet21k", model="vit_c_18gf", epochs=90, batch_size=4096, lr=2e-3,
+        lr_end=1e-5, ema_decay=1 - 1e-5 * 4096 / 90 * 32),
+    "xiao_vit_21k_36gf": XIAO_VIT | dict(
+        dataset="imagenet21k", model="vit_c_36gf", epochs=90, batch_size=4096, lr=1.4e-3,
+        lr_end=7e-6, ema_decay=1 - 1e-5 * 4096 / 90 * 32),
+    "xiao_deit": XIAO_VIT | dict(
+        model="vit_p_4gf", autoaugment="none", randaugment=[2, 9], randaugment_prob=0.5,
+        erasing=0.25, repeated_augment=3, epochs=300, batch_size=1024, lr_end=1e-5,
+        weight_decay=0.05, decay="kernels", drop_path=0.1, ema_alpha=0.0, ema_every=1,
+        ema_decay=0.0),
+}
+OF_THE_MACHINE = {"recipe", "init_from", "data_dir", "device", "dtype", "compile", "out_dir"}
+
+
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_every_recipe_is_the_papers_row_in_every_field(name):
+    start = ["--init-from", "x.pt"] if "reset_head" in PAPER_ROWS[name] else []
+    got = vars(train.settings(["--recipe", name, *start])[0])
+    expected = vars(train.make_parser().parse_args([])) | dict(sam_rho=0.0) | PAPER_ROWS[name]
+    differ = {field: (got[field], value) for field, value in expected.items()
+              if field not in OF_THE_MACHINE and got[field] != value
+              and not (field == "ema_decay" and abs(got[field] - value) < 1e-12)}
+    assert not differ, f"{name}: (resolved, the paper's) {differ}"
+
+
+def test_what_the_papers_varied_is_a_flag(capsys, monkeypatch):
+    for epochs, decay in ((50, 0.9868928), (100, 0.9934464), (200, 0.9967232), (400, 0.9983616)):
+        args, origin = train.settings(["--model", "vit_p_18gf", "--epochs", str(epochs)])
+        assert args.recipe == "xiao_vit" and abs(args.ema_decay - decay) < 1e-12
+        assert origin["ema_decay"] == "--ema-alpha" and args.ema_every == 32
+    args = train.settings(["--model", "vit_c_36gf", "--ema-decay", "0.9", "--decay", "all"])[0]
+    assert (args.recipe, args.decay) == ("xiao_vit_36gf", "all")
+    assert (args.ema_decay, args.ema_alpha) == (0.9, 0.0)
+    args = train.settings(["--model", "regnety_4gf", "--optimizer", "adamw", "--no-nesterov"])[0]
+    assert (args.recipe, args.image_size, args.eval_short_side) == ("xiao_regnety_4gf", 240, 272)
+    monkeypatch.setitem(train.RECIPES, "odd", dict(learning_rate=1))
+    for argv, words in [
+            ("--recipe odd", "odd sets learning_rate: no such flag"),
+            ("--recipe chen_to_pets", "weights of --init-from; chen_to_pets fine-tunes: name them"),
+            ("--recipe xiao_vit --epochs 0 --max-steps 9", "--ema-alpha depends on --epochs"),
+            ("--recipe xiao_regnety_1gf --image-size 264", "at least --image-size, 264"),
+            ("--eval-short-side 40", "for images in files, not shapes cifar10 cifar100; 0 turns"),
+            ("--model regnety_4gf --optimizer adamw", "--no-nesterov turns it off"),
+            ("--repeated-augment 0", "--repeated-augment is 0; it must be at least 1")]:
+        assert words in refusal(capsys, *argv.split()), argv
+
+
+PARK_VIT, PARK_HALF = "vit_ti2 --no-qkv-bias", "vit_ti2 --no-qkv-bias --depth 6"
+
+
+@pytest.mark.parametrize("flags, tokens, heads, head_dim, depth", [
+    *((f"{PARK_VIT} --patch-size {p}", (32 // p) ** 2 + 1, 3, 64, 12) for p in (2, 4, 8)),  # C.2
+    *((f"vit_ti4 --no-qkv-bias --kernel-size {k}", 65, 3, 64, 12) for k in (3, 5, 8)),  # Fig. 7
+    (f"{PARK_VIT} --pool gap", 256, 3, 64, 12),  # Fig. 6
+    *((f"{PARK_HALF} --heads {h} --head-dim 64", 257, h, 64, 6) for h in range(1, 10)),  # C.5
+    *((f"{PARK_HALF} --head-dim {d}", 257, 3, d, 6) for d in (22, 66, 110, 198)),  # C.6
+    *((f"{PARK_VIT} --epochs {n}", 257, 3, 64, 12) for n in (75, 150, 300, 600, 1200))])  # C.3
+def test_the_second_papers_vits_are_built_from_flags(flags, tokens, heads, head_dim, depth):
+    args = train.settings(["--dataset", "cifar100", "--model", *flags.split()])[0]
+    train.check_network(args)
+    with torch.device("meta"):
+        network = train.build_model(args.model, 100, 32, **train.knobs(args))
+    qkv = network.blocks[0].attn.qkv
+    assert network.pos_embed.shape == (1, tokens, 192) and len(network.blocks) == depth
+    assert qkv.weight.shape == (3 * heads * head_dim, 192) and qkv.bias is None
+    assert (network.window is None) == (args.kernel_size in (None, 8))
+    assert f"--epochs {args.epochs}" in flags or args.epochs == 305
+
+
+@pytest.mark.parametrize("fraction", ["1/50", "1/10", "3/10", "1/2", "1"])
+def test_the_second_papers_fractions_of_cifar_are_class_balanced(fraction):
+    labels = torch.arange(100).repeat(500)
+    counts = torch.bincount(labels[data.subset(labels, fraction)])
+    assert counts.tolist() == [int(500 * Fraction(fraction))] * 100  # 2 %: 10 images a class
+
+
+def test_list_recipes_prints_each_with_steps_accuracy_and_table(capsys):
+    assert train.PUBLISHED.keys() == train.RECIPES.keys()
+    assert train.main(["--list-recipes"]) == 0
+    rows = {line.split()[0]: line.split(maxsplit=8)[1:]
+            for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()}
+    assert train.RECIPES.keys() <= rows.keys()
+    for line in ("chen_vit vit_b16 imagenet 300 4,096 93,600 74.6 79.9 Chen Table 8, 2",
+                 "chen_mixer_tenth mixer_b16 imagenet 300 512 75,000 21.0 43.5 Chen E.2, Table 4",
+                 "chen_to_cifar10 vit_b16 cifar10 - 512 10,000 98.1 98.6 Chen Table 11, 6",
+                 "park_cifar_resnet resnet50 cifar100 305 96 158,600 77.8 - Park A.1, App. C",
+                 "xiao_vit vit_c_4gf imagenet 400 2,048 250,000 81.4 - Xiao §5.4, Table 2",
+                 "xiao_regnety_16gf regnety_16gf imagenet 400 2,048 250,000 83.7 - Xiao §6, Table 2"
+                 ):
+        name, *row = line.split(maxsplit=8)
+        assert rows[name] == row, (rows[name], row)
+
+
+def test_recipes_are_known_by_name_in_their_tables_only():
+    source = (HERE / "train.py").read_text()
+    rest = source[:source.index("RECIPES = {")] + source[source.index("TRAINING_IMAGES = "):]
+    known = set(train.RECIPES) - set(data.DATASETS)
+    assert not known & set(re.findall(r"\w+", rest))
+
+
+@pytest.fixture(scope="module")
+def papers_data(tmp_path_factory):
+    """Every data set of the recipes in its published format, 60 images each, and in x.pt weights of
+    another number of classes."""
+    root = tmp_path_factory.mktemp("data")
+    write_image_folder(root / "imagenet", train=20, val=2)
+    flowers = root / "flowers-102"
+    for i in range(64):
+        write_grey(flowers / f"jpg/image_{i + 1:05d}.jpg", 3 * i)
+        write_grey(root / f"oxford-iiit-pet/images/cat_{i}.jpg", 3 * i)
+    parts = zip(("trnid", "valid", "tstid"), np.split(np.arange(1, 65, dtype=np.uint16), (30, 60)))
+    write_mat(flowers / "setid.mat", True, **dict(parts))
+    write_mat(flowers / "imagelabels.mat", True, labels=(np.arange(64) % 3 + 1).astype(np.uint8))
+    lists = root / "oxford-iiit-pet/annotations"
+    lists.mkdir(parents=True)
+    for file, numbers in (("trainval", range(60)), ("test", range(60, 64))):
+        (lists / f"{file}.txt").write_text("".join(f"cat_{i} {i % 3 + 1} 1 1\n" for i in numbers))
+    with pytest.MonkeyPatch.context() as patch:
+        for cls, key, batches in (
+                (data.CIFAR10, "labels", ["data_batch_1", "test_batch"]),
+                (data.CIFAR100, "fine_labels", ["train", "test"])):
+            folder = root / cls.base_folder
+            folder.mkdir()
+            files = {cls.meta["filename"]: {cls.meta["key"]: ["ant", "bee", "cat"]}}
+            for batch, n in zip(batches, (60, 8)):
+                pixels = np.random.default_rng(n).integers(0, 256, (n, 3072), dtype=np.uint8)
+                files[batch] = {"data": pixels, key: [i % 3 for i in range(n)]}
+            for file, content in files.items():
+                (folder / file).write_bytes(pickle.dumps(content))
+            md5 = {file: hashlib.md5((folder / file).read_bytes()).hexdigest()
+                   for file in os.listdir(folder)}
+            patch.setattr(cls, "train_list", [[batches[0], md5[batches[0]]]])
+            patch.setattr(cls, "test_list", [[batches[1], md5[batches[1]]]])
+            patch.setitem(cls.meta, "md5", md5[cls.meta["filename"]])
+        network = train.build_model("vit_b16", 7, 32, dim=24, depth=1, heads=2, mlp_dim=48)
+        torch.save(network.state_dict(), root / "x.pt")
+        yield root
+
+
+SMALL = {  # flags that make a network of a family small
+    "vit": "--dim 24 --depth 1 --heads 2 --mlp-dim 48",
+    "mixer": "--dim 24 --depth 1 --token-mlp-dim 8 --mlp-dim 48",
+    "resnet": "--width 8 --depth 1 1 1 1", "regnety": ""}
+
+
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_every_recipe_takes_three_steps_on_data_in_the_published_format(
+        name, papers_data, tmp_path, capsys, monkeypatch, short_shapes):
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # nothing is killed here
+    for size in train.REGNETY:
+        monkeypatch.setitem(train.REGNETY, size, ((1, 1, 1, 1), (8, 16, 24, 32), 8))
+    row = train.RECIPES[name]
+    dataset, small = row["dataset"], SMALL[train.family(row["model"])]
+    below = papers_data / "imagenet" if "imagenet" in dataset else papers_data
+    argv = (f"--recipe {name} {small} --image-size 32 --batch-size 4 --micro-batch 2 --max-steps 3 "
+            f"--warmup-steps 2 --warmup-epochs 0 --log-every 1 --workers 0 --device cpu --data-dir "
+            f"{below} --out-dir {tmp_path / 'run'}").split()
+    if "reset_head" in row:
+        argv += ["--init-from", f"{papers_data / 'x.pt'}", "--mean", "0.5", "--std", "0.5"]
+    if dataset == "shapes":
+        argv += ["--train-fraction", "1/500"]
+    if row.get("eval_short_side"):
+        argv += ["--eval-short-side", "36"]
+    state = train_ok(argv)
+    losses = [record for record in log_without_times(tmp_path / "run") if "loss" in record]
+    assert len(losses) == state["step"] == 3 and state["settings"]["recipe"] == name
+    assert all(math.isfinite(r["loss"]) and not r["skipped"] for r in losses), losses
+    assert [r["lr"] for r in losses[:2]] == [0, row["lr"] / 2]
+    augments = row.get("augment", "none") != "none"
+    measured = {"training", "validation", *["training, augmented"] * augments,
+                *["training, mixed"] * bool(row.get("mixup"))}
+    assert state["final"].keys() == measured, state["final"].keys()
+    text = capsys.readouterr().out
+    assert all(f"{field.replace('_', '-')} " in text for field in row), text
+    if "reset_head" in row:
+        again = ["--eval-only", "--init-from", str(tmp_path / "run/ckpt.pt"), "--device", "cpu"]
+        assert train.main(again) == 0, "a fine-tuned network is evaluated like any other"
+
+
+def test_mixed_images_are_evaluated_against_the_shares_of_their_labels():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).double()
+    dataset = data.InMemory(torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8),
+                            torch.arange(7) % 4, list(range(4)))
+
+    def mix(number, x, y):
+        share = 0.6 + 0.1 * number
+        other = F.one_hot(y, 4).double().roll(1, 0)
+        return share * x + (1 - share) * x.roll(1, 0), share * F.one_hot(y, 4) + (1 - share) * other
+    got = train.evaluate(model, data.evaluation_loader(dataset, 3), torch.device("cpu"), mix=mix)
+    nll = right = 0
+    for number, some in enumerate((range(0, 3), range(3, 6), range(6, 7))):
+        share = 0.6 + 0.1 * number
+        for a in some:
+            b = some[a - some[0] - 1]
+            x = (share * dataset.pixels[a] + (1 - share) * dataset.pixels[b]).double() / 255
+            log_p = model(x[None])[0].detach().log_softmax(0)
+            nll -= float(share * log_p[a % 4] + (1 - share) * log_p[b % 4]) / 7
+            right += int(log_p.argmax()) == a % 4
+    assert abs(got["nll"] - nll) < 1e-7 and abs(got["top1"] - 100 * right / 7) < 1e-9, (got, nll)
+
+
+def test_the_average_moves_when_and_as_much_as_the_third_papers_code_has_it(tmp_path, monkeypatch):
+    saved = {}
+    monkeypatch.setattr(train.RunFolder, "save", lambda self, name, state: saved.setdefault(
+        state["step"], copy.deepcopy((state["model"], state["ema"]))))
+    argv = tiny(tmp_path, "--ema-alpha 0.01 --ema-every 2 --save-every 1 --eval-every 9")
+    assert train.main(argv) == 0  # 10 steps, of which 3 of warm-up; batch 32, 2 epochs
+    decay = 1 - 0.01 * 32 / 2 * 2
+    (_, mean), moved = saved[1], 0
+    for step in range(2, 11):  # the number of steps taken; the average moves after 1, 3, 5, …
+        weights, after = saved[step]
+        if step % 2:
+            keep = decay if step > 3 else 0.0
+            mean = {name: keep * mean[name] + (1 - keep) * weights[name] for name in mean}
+            moved += 1
+        assert all(torch.allclose(after[name], mean[name], atol=1e-7) for name in mean), step
+    assert moved == 4
 
 
 def test_sam_rho_paper_is_table_9():
@@ -3933,6 +4315,30 @@ def test_max_steps_cuts_a_run_that_then_goes_on_as_if_it_had_not_stopped(tmp_pat
     assert same_tensors(whole["model"], resumed["model"]) and resumed["step"] == 10
 
 
+def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
+        tmp_path, capsys, monkeypatch):
+    seen, batches = {"train": [], "plain": []}, data.batches
+
+    def watch(loader, tell=print):
+        trains = isinstance(loader.sampler, data.TrainOrder)
+        for item, pairs in zip(batches(loader, tell), loader.sampler):
+            if trains or not loader.dataset.padding:
+                seen["train" if trains else "plain"] += loader.dataset.indices[
+                    [i for _, i in pairs]].tolist()
+            yield item
+    monkeypatch.setattr(data, "batches", watch)
+    train_ok(tiny(tmp_path / "run", "--hold-out 1/5 --augment crop --eval-every 2"))
+    assert "128 training (a fraction 1/50 of 8,000) and 32 validation images, held out of the " in (
+        capsys.readouterr().out)
+    trained, (validated, sample) = set(seen["train"]), (
+        set(seen["plain"][:32]), set(seen["plain"][32:]))
+    assert len(trained) == 128 and len(validated) == 32 and sample <= trained
+    whole = data.subset(torch.arange(8000) % 12, "1/50").tolist()
+    assert sorted(trained | validated) == whole
+    for fraction, words in (("2", "at most 1"), ("some", "Invalid literal"), ("1", "leaves none")):
+        assert words in refusal(capsys, *tiny(tmp_path / "no", f"--hold-out {fraction}"))
+
+
 def test_training_equals_a_loop_written_out_by_hand(tmp_path):
     """SAM on each micro-batch, mean of their gradients, one clip, AdamW with decay on kernels, EMA;
     no dropout."""
@@ -4035,7 +4441,8 @@ def test_adversarial_training_equals_equation_5_by_hand(tmp_path, monkeypatch, r
         with torch.no_grad():
             for k, p in named.items():
                 p -= lr * total[k]
-    difference = max(float((p - state["model"][k]).abs().max()) for k, p in named.items())
+    difference = max(float((p.detach() - state["model"][k]).abs().max())
+                     for k, p in named.items())
     assert difference < 1e-12, difference
 
 
@@ -4157,7 +4564,8 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
     monkeypatch.setattr(train, "MOST_SKIPPED", 8)
     line = refusal(capsys, *tiny(tmp_path / "always", flags))
     assert "the last 8 gradients were not finite: stopped at step 8" in line, line
-    assert [r["loss"] for r in log_without_times(tmp_path / "always") if "loss" in r] == [None] * 2
+    log = log_without_times(tmp_path / "always")
+    assert [r["loss"] for r in log if "loss" in r] == [None] * 2 and log[-1]["diverged"]
 
 
 def test_evaluation_of_a_network_that_gives_nan_says_so():
@@ -4575,12 +4983,14 @@ VARIANTS = {
                   "--ema-decay 0.9 --grad-clip 0.5",
     "sam, all": "--sam-rho 0.1 --stem conv --dropout 0.2 --drop-path 0.2 --mixup 0.5 "
                 "--ema-decay 0.9 --grad-clip 0.5",
+    "repeated augmentation": "--repeated-augment 3 --augment crop --mixup 0.8 --cutmix 1 "
+                             "--ema-alpha 0.01 --ema-every 3",
     "sam, all, one micro-batch each": "--sam-rho 0.1 --stem conv --dropout 0.2 --mixup 0.5 "
                                       "--micro-batch 16",
     "adversarial": "--sam-rho 0 --adv-eps 8/255 --stem conv --dropout 0.2 --drop-path 0.2 "
                    "--mixup 0.5 --ema-decay 0.9 --grad-clip 0.5",
     "adversarial, sam": "--sam-rho 0.1 --adv-eps 8/255 --sam-sync --stem conv --dropout 0.2",
-    "sam of the whole batch": "--sam-rho 0.1 --sam-sync --stem conv --dropout 0.2 "
+    "sam of the whole batch": "--sam-rho 0.1 --sam-sync --stem conv --dropout 0.2 --mixup 0.5 "
                               "--optimizer sgd --lr 0.05",
 }
 
@@ -4618,7 +5028,8 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
         one = train_ok([a.replace(f"{i}-2", f"{i}-1") for a in argv])
         weights = largest_difference(one["model"], two["model"])
         averages = largest_difference(one["ema"], two["ema"]) if one["ema"] else 0.0
-        nll = abs(one["final"]["validation"]["nll"] - two["final"]["validation"]["nll"])
+        assert one["final"].keys() == two["final"].keys()
+        nll = max(abs(one["final"][what]["nll"] - two["final"][what]["nll"]) for what in one["final"])
         print(f"{name:32} weights {weights:.1e}  average {averages:.1e}  NLL {nll:.1e}  "
               f"bytes {sent[name]}")
         assert max(weights, averages, nll) < 1e-9, (name, weights, averages, nll)
@@ -4643,15 +5054,6 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
 
 
 # --------------------------------------------------------------------------------------- analyze.py
-
-@pytest.fixture
-def short_shapes(monkeypatch):
-    """60 validation images, 8 of test, two corruptions of c-lite."""
-    monkeypatch.setitem(data.SHAPES_SPLITS, "val", (2**30, 60))
-    monkeypatch.setitem(data.SHAPES_SPLITS, "test", (2**31, 8))
-    for name in list(data.C_LITE)[2:]:
-        monkeypatch.delitem(data.C_LITE, name)
-
 
 def analyze_refusal(capsys, *argv):
     capsys.readouterr()
@@ -4930,6 +5332,323 @@ def test_robustness_shows_what_sam_changes_against_the_same_training_without(
     plain, sam, difference = (np.array(row, float) for row in rows[:3])
     assert np.allclose(sam - plain, difference, atol=0.011), rows
     assert sum("against without SAM" in line for line in lines) == 1
+STUDIED = "vit_micro8 --dim 24 --depth 2 --heads 2 --mlp-dim 48"
+STUDY = ("--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 16 --warmup-steps 3 "
+         "--sam-rho 0 --log-every 4 --device cpu --workers 0").split()
+FEW = [word.replace("1/50", "4/5") for word in STUDY]  # of the 200 images of in_process
+
+
+@pytest.fixture
+def in_process(monkeypatch, short_shapes):
+    """Studies train in this process, which saves importing torch, on 160 of 200 images, which take
+    less making than 8,000; the list of what they trained."""
+    monkeypatch.setitem(data.SHAPES_SPLITS, "train", (0, 200))
+    trained = []
+
+    def train_one(argv, folder, environment):
+        assert "RANK" not in environment and "LOCAL_RANK" not in environment
+        trained.append(folder.name)
+        return train.main(argv)
+    monkeypatch.setattr(analyze, "train_one", train_one)
+    return trained
+
+
+def final_top1(folder):
+    return log_without_times(folder)[-1]["final"]["validation"]["top1"]
+
+
+def table_in(text, column):
+    """Header and rows of the printed table that has a column of this name."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if f"  {column}" in line)
+    rows = [re.split(r" {2,}", line) for line in lines[start:]]
+    return rows[0], [row for row in rows[1:] if len(row) == len(rows[0])]
+
+
+def test_error_distributions_stand_ins_and_deltas_follow_their_definitions():
+    errors, shares = analyze.edf([3.0, None, 0.5, 3.0, 1.0])
+    assert errors == [0.5, 1.0, 3.0, 3.0] and np.allclose(shares, [0.2, 0.4, 0.6, 0.8])
+    assert analyze.stand_in({50: 60.0, 100: None, 200: 58.0, 400: None}) == {
+        50: 60, 100: 60, 200: 58, 400: 60}
+    assert analyze.stand_in({50: None, 100: 70.0}) == {50: None, 100: 70}
+
+    def run(optimizer, epochs, top1, model="m"):
+        return dict(model=model, optimizer=optimizer, epochs=epochs, top1=top1,
+                    diverged=top1 is None)
+    runs = [run("adamw", 50, 70.0), run("adamw", 400, 78.0), run("sgd", 50, 66.0),
+            run("sgd", 400, None)]
+    analyze.compare("optimizer", runs)
+    assert [r["delta"] for r in runs] == [0, 0, 4, 12] and runs[3]["compared"] == 66
+    assert analyze.stability_rows("optimizer", runs, {})[1] == {
+        "model": "m", "epochs": 400, "adamw %": "78.00", "sgd %": "66.00*", "Δ": "12.00*"}
+    analyze.compare("length", runs)
+    assert [r["delta"] for r in runs] == [8, 0, 0, 0]
+    analyze.compare("lr-wd", runs)
+    assert [r["delta"] for r in runs] == [8, 0, 0, None]
+
+
+def test_random_pairs_are_log_uniform_in_the_interval_and_the_same_everywhere():
+    lr, wd = (2.5e-4, 8e-3), (0.02, 0.8)
+    pairs = analyze.random_pairs(2000, lr, wd, 0)
+    assert pairs[:3] == analyze.random_pairs(3, lr, wd, 0) != analyze.random_pairs(3, lr, wd, 1)
+    for values, (low, high) in zip(np.log(pairs).T, np.log([lr, wd])):
+        place = (values - low) / (high - low)
+        assert -1e-3 < place.min() < 0.01 and 0.99 < place.max() < 1.001
+        assert abs(place.mean() - 0.5) < 0.03 and abs(place.std() - 12 ** -0.5) < 0.02
+    assert abs(np.corrcoef(np.log(pairs).T)[0, 1]) < 0.1
+    wider = analyze.random_pairs(2, (lr[0] * 10, lr[1] * 10), wd, 0)
+    assert np.allclose(wider[1], [pairs[1][0] * 10, pairs[1][1]], rtol=1e-2)
+
+
+def test_the_search_climbs_to_an_optimum_that_no_neighbour_surpasses_and_asks_once():
+    asked = []
+
+    def top1_of(points):
+        asked.extend(points)
+        return [None if lr > 0.5 else 90 - abs(math.log(lr / peak)) - abs(math.log(wd / 1e-3))
+                for (peak, _), lr, wd in points]
+    found = analyze.search({(0.1, "a"): (0.1, 0.1), (0.01, "b"): (0.2, 1e-3)}, top1_of)
+    assert found == {(0.1, "a"): (0.1, 0.00123), (0.01, "b"): (0.00741, 1e-3)}, found
+    assert len(asked) == len(set(asked))
+
+
+def test_optima_and_intervals_are_those_of_the_papers_table(capsys):
+    """Xiao et al. Table 4, at their batch of 2048 and scaled linearly to another."""
+    table = {"vit_p_1gf": "2e-3 0.2 1.9 1.3e-5", "vit_p_4gf": "2e-3 0.2 1.9 1.3e-5",
+             "vit_p_18gf": "1e-3 0.24 1.1 1.2e-5", "vit_c_1gf": "2.5e-3 0.19 1.9 1.3e-5",
+             "vit_c_4gf": "1e-3 0.24 1.3 2.2e-5", "vit_c_18gf": "1e-3 0.24 1.1 2.7e-5",
+             **{f"regnety_{size}gf": "3.8e-3 0.1 2.54 2.4e-5" for size in (1, 4, 16)}}
+
+    def dry_run(*argv):
+        assert analyze.main(["stability", "--dry-run", "--device", "cpu", *argv]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        commands = [shlex.split(line)[2:] for line in lines if line.startswith("python train.py ")]
+        assert all(argv[-1] == "--resume" for argv in commands)
+        return [train.settings(argv)[0] for argv in commands]
+    runs = dry_run("--study", "optimizer")
+    assert len(runs) == 72 and {run.epochs for run in runs} == {50, 100, 200, 400}
+    assert len({run.out_dir for run in runs}) == 72
+    for run in runs:
+        numbers = list(map(float, table[run.model].split()))
+        lr, wd = numbers[:2] if run.optimizer == "adamw" else numbers[2:]
+        assert (run.lr, run.weight_decay, run.recipe[:5]) == (lr, wd, "xiao_"), vars(run)
+        assert run.nesterov == (run.optimizer == "sgd") and run.batch_size == 2048
+        assert abs(run.lr_end / run.lr - 0.005) < 1e-4, vars(run)
+    best = {run.model: run.optimizer for run in dry_run("--study", "length")}
+    assert best == {model: "sgd" if "regnety" in model else "adamw" for model in table}
+    for model, optimizer, lr, wd in (
+            ("vit_c_4gf", "adamw", (2.5e-4, 8e-3), (0.02, 0.8)),
+            ("vit_p_4gf", "sgd", (0.1, 3.2), (4e-6, 1.2e-4)),
+            ("regnety_4gf", "adamw", (1.25e-3, 4e-2), (7.5e-3, 0.24)),
+            ("regnety_4gf", "sgd", (0.25, 8), (3e-6, 8e-5))):
+        runs = dry_run("--study", "lr-wd", "--models", model, "--vary", "optimizer", optimizer,
+                       "--batch-size", "1024")
+        assert len(runs) == 65 and {run.epochs for run in runs} == {50}
+        for values, (low, high) in (([2 * run.lr for run in runs[1:]], lr),
+                                    ([run.weight_decay for run in runs[1:]], wd)):
+            assert low <= min(values) < 1.3 * low and high / 1.3 < max(values) <= high, (model, lr)
+    assert [run.sam_rho for run in dry_run("--study", "rho")] == [
+        0, 0.05, 0.1, 0.2, 0.25, 0, 0.05, 0.25, 0.35, 0.4, 0.5, 0.6, 0.65]
+    grid = {(run.lr, run.weight_decay, run.dropout, run.drop_path)
+            for run in dry_run("--study", "grid")}
+    assert len(grid) == 24 and (3e-3, 0.3, 0.0, 0.1) in grid
+    assert [run.epochs for run in dry_run("--study", "doubled")] == [300, 600] * 2
+
+
+def test_a_study_of_optimizers_tells_what_its_runs_logs_say_and_goes_on(
+        tmp_path, capsys, in_process):
+    command = ["stability", "--study", "optimizer", "--models", STUDIED, *FEW, "--vary", "epochs",
+               "1", "2", "--optimum", "adamw", "2e-3", "0.1", "--optimum", "sgd", "9e18", "0",
+               "--out-dir", str(tmp_path)]
+    slug = STUDIED.replace(" --", "-").replace(" ", "-")
+    names = {(o, e): f"{slug}-{o}-epochs{e}-{rest}" for e in (1, 2) for o, rest in (
+        ("adamw", "lr0.002-weight_decay0.1"), ("sgd", "lr9e+18-weight_decay0"))}
+    cut = tmp_path / "runs" / names["adamw", 2]
+    train_ok([*TINY, *FEW, "--epochs", "2", "--lr", "2e-3", "--weight-decay", "0.1",
+              "--no-nesterov", "--lr-end", "0.0", "--max-steps", "3", "--out-dir", str(cut)])
+    assert analyze.main(command) == 0
+    text = capsys.readouterr().out
+    assert in_process == [names[k] for k in (("adamw", 2), ("sgd", 2), ("adamw", 1), ("sgd", 1))]
+    assert f"resumed   {cut}/ckpt.pt at step 3" in text and "4 trainings, 0 done before" in text
+    top1 = {e: final_top1(tmp_path / "runs" / names["adamw", e]) for e in (1, 2)}
+    header, rows = table_in(text, "adamw %")
+    assert header == ["model", "epochs", "adamw %", "sgd %", "Δ"], header
+    assert rows == [[STUDIED, str(e), f"{top1[e]:.2f}", "*", "*"] for e in (1, 2)], rows
+    saved = json.loads((tmp_path / "optimizer.json").read_text())
+    runs = saved["results"][STUDIED]
+    assert set(runs) == set(names.values()) and saved["settings"][STUDIED]["dim"] == 24
+    for (optimizer, epochs), name in names.items():
+        run = runs[name]
+        assert (run["optimizer"], run["epochs"], run["diverged"]) == (
+            optimizer, epochs, optimizer == "sgd")
+        assert run["top1"] == (top1[epochs] if optimizer == "adamw" else None)
+    assert (tmp_path / "optimizer.png").exists() == (
+        importlib.util.find_spec("matplotlib") is not None)
+
+    # what ended is not started again, also what diverged; other studies share it
+    in_process.clear()
+    assert analyze.main(command) == 0
+    assert in_process == [] and "4 trainings, 4 done before" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "runs" / names["adamw", 1])
+    assert analyze.main([w.replace("optimizer", "length") if w == "optimizer" else w
+                         for w in command]) == 0
+    header, rows = table_in(capsys.readouterr().out, "2 epochs")
+    assert in_process == [names["adamw", 1]] and rows == [[
+        f"{STUDIED}, adamw", f"{top1[2] - top1[1]:.2f}", "0.00", f"{top1[2]:.2f}"]], rows
+    line = analyze_refusal(capsys, *command, "--beta1", "0.8")
+    assert "was run with other settings (--beta1 0.9 → 0.8)" in line, line
+    log = tmp_path / "runs" / names["adamw", 1] / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 5, "diverged": true}\n')
+    assert analyze.outcome(train.settings([
+        *TINY, *FEW, "--epochs", "1", "--lr", "2e-3", "--weight-decay", "0.1", "--no-nesterov",
+        "--lr-end", "0.0", "--out-dir", str(log.parent)])[0])["diverged"]
+
+
+def test_a_study_of_random_pairs_starts_from_a_searched_optimum(tmp_path, capsys, in_process):
+    command = ["stability", "--study", "lr-wd", "--models", STUDIED, *FEW, "--vary", "epochs",
+               "1", "--vary", "optimizer", "adamw", "--pairs", "3", "--out-dir", str(tmp_path)]
+    assert analyze.main(command) == 0
+    text = capsys.readouterr().out
+    lr, wd = map(float, re.search(r"learning rate (\S+), weight decay (\S+), found by the search",
+                                  text).groups())
+    runs = json.loads((tmp_path / "lr-wd.json").read_text())["results"][STUDIED]
+    folders = {p.name: final_top1(p) for p in (tmp_path / "runs").iterdir()}
+    (optimum,) = [run for run in runs.values() if not run["random"]]
+    assert len(runs) == 4 and (optimum["lr"], optimum["weight_decay"]) == (lr, wd)
+    searched = set(folders) - set(runs) | {name for name, run in runs.items() if not run["random"]}
+    assert len(searched) >= 5 and optimum["top1"] == max(folders[name] for name in searched)
+    best = max(folders[name] for name in runs)
+    for name, run in runs.items():
+        assert run["top1"] == folders[name] and run["delta"] == best - folders[name], run
+        assert lr / 8 * 0.99 <= run["lr"] <= lr * 4.01 and wd / 8 * 0.99 <= run["weight_decay"]
+    within = sum(best - folders[name] <= 2 for name, run in runs.items() if run["random"])
+    header, (row,) = table_in(text, "best top-1 %")
+    assert row[header.index("Δ ≤ 2")] == f"{within} of 3" and row[-1] == "0", row
+
+
+def test_transfer_chooses_the_learning_rate_on_held_out_images_and_then_trains_on_all(
+        tmp_path, capsys, in_process, monkeypatch):
+    train_ok(tiny(tmp_path / "run", "--train-fraction 4/5 --max-steps 3"))
+    monkeypatch.setattr(analyze, "BASE_LR", [1e-3, 0.3])
+    monkeypatch.setitem(analyze.TABLE_6, "vit_micro8", (50.0, 60.0, 70.0, 80.0))
+    command = ["transfer", "--checkpoint", str(tmp_path / "run/ckpt.pt"), "--datasets", "shapes",
+               "--image-size", "32", "--batch-size", "32", "--max-steps", "4", "--warmup-steps",
+               "1", "--train-fraction", "4/5", "--device", "cpu", "--workers", "0"]
+    assert analyze.main(command) == 0
+    text = capsys.readouterr().out
+    (name, results), = json.loads((tmp_path / "run/transfer.json").read_text())["results"].items()
+    folders = {p.name[13:]: final_top1(p) for p in (tmp_path / "run/transfer").iterdir()}
+    held_out = {lr: folders[f"shapes-part-lr{lr}"] for lr in ("0.001", "0.3")}
+    best = max(held_out, key=held_out.get)
+    assert set(folders) == {"shapes-part-lr0.001", "shapes-part-lr0.3", f"shapes-all-lr{best}"}
+    got = results["shapes"]
+    assert (got["lr"], got["held_out"], got["top1"]) == (
+        float(best), held_out, folders[f"shapes-all-lr{best}"])
+    configs = [json.loads(p.read_text())["settings"] for p in sorted(
+        (tmp_path / "run/transfer").glob("*/config.json"))]
+    assert [c["hold_out"] for c in configs] == ["0", "1/10", "1/10"]
+    assert {(c["optimizer"], c["weight_decay"], c["grad_clip"], c["dim"], c["reset_head"])
+            for c in configs} == {("sgd", 0.0, 1.0, 24, True)}
+    header, rows = table_in(text, "average")
+    assert rows[0][1:] == [f"{got['top1']:.2f}"] * 2, rows
+    assert analyze.main(command) == 0 and len(in_process) == 3, in_process
+    for flag in (("--lr", "1"), ("--recipe", "chen_vit"), ("--hold-out", "1/2")):
+        assert f"{flag[0]} is chosen by this command" in analyze_refusal(capsys, *command, *flag)
+
+
+def test_mistakes_in_a_study_get_one_line_before_any_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(analyze, "train_one", lambda *_: pytest.fail("it trained"))
+    length = ["--study", "length", "--dataset", "shapes", "--device", "cpu", "--models"]
+    for argv, words in [
+            ([], "the following arguments are required: --study"),
+            (["--study", "depth"], "argument --study: invalid choice: 'depth'"),
+            ([*length, "vit_micro"], "unknown model 'vit_micro', did you mean 'vit_micro8'?"),
+            ([*length, "vit_micro8 --dmi 3"], "unknown flag --dmi; did you mean --dim"),
+            ([*length, "vit_micro8", "--betta1", "0.8"], "unknown flag --betta1; did you mean"),
+            ([*length, "vit_micro8", "--epochs", "3"], "--epochs is what the study varies"),
+            ([*length, "vit_micro8", "--lr", "3"], "--lr is the optimal one in this study"),
+            ([*length, "vit_micro8", "--resume"], "--resume is for train.py"),
+            ([*length, "vit_micro8", "--model", "x"], "--model: a study has --models"),
+            ([*length, "vit_micro8", "--vary", "lr", "1"], "length varies optimizer and epochs"),
+            ([*length, "vit_micro8", "--vary", "epochs"], "give one of these and its values"),
+            ([*length, "vit_micro8", "--vary", "epochs", "ten"], "invalid int value: 'ten'"),
+            ([*length, "vit_micro8", "--optimum", "adamw", "x", "1"], "--optimum adamw x 1: give"),
+            (["--study", "lr-wd", "--vary", "epochs", "1", "2"], "of one length"),
+            (["--study", "lr-wd", "--pairs", "0"], "--pairs is 0")]:
+        line = analyze_refusal(capsys, "stability", *argv)
+        assert words in line, (argv, line)
+    assert not any(tmp_path.rglob("config.json"))
+
+
+def test_a_training_of_a_study_has_the_device_of_its_process_and_none_of_torchruns_variables(
+        monkeypatch):
+    torchrun = dict(RANK="9", LOCAL_RANK="1", GROUP_RANK="1", WORLD_SIZE="16", MASTER_PORT="1",
+                    LOCAL_WORLD_SIZE="8", MASTER_ADDR="x", TORCHELASTIC_RUN_ID="y")
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
+    environment = analyze.child_environment("cuda")
+    assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-5" and not torchrun.keys() & environment
+    assert analyze.child_environment("cpu")["CUDA_VISIBLE_DEVICES"] == "4,GPU-5"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert analyze.child_environment("cuda")["CUDA_VISIBLE_DEVICES"] == "1"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(train.UserError, match="for 2 CUDA devices: use --nproc_per_node=2"):
+        analyze.child_environment("cuda")
+
+
+def test_processes_share_a_study_and_give_the_numbers_of_one(tmp_path, capsys):
+    without_rho = [word for i, word in enumerate(STUDY) if "--sam-rho" not in STUDY[i - 1:i + 1]]
+    command = ["stability", "--study", "rho", "--models", STUDIED, *without_rho, "--epochs", "1",
+               "--vary", "sam-rho", "0", "0.1", "--out-dir"]
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         str(HERE / "analyze.py"), *command, str(tmp_path / "two")], capture_output=True, text=True,
+        timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("rho: 2 trainings, 0 done before") == 1, result.stdout
+    assert result.stdout.count("top-1 %  paper") == 1, result.stdout
+    runs = json.loads((tmp_path / "two/rho.json").read_text())["results"][STUDIED]
+    assert [run["sam_rho"] for run in runs.values()] == [0, 0.1]
+    for i, (name, run) in enumerate(runs.items()):
+        alone = train_ok([*TINY, *STUDY, "--epochs", "1", "--sam-rho", f"{run['sam_rho']}",
+                          "--out-dir", str(tmp_path / f"{i}")])
+        assert run["top1"] == alone["final"]["validation"]["top1"], (name, run)
+        output = (tmp_path / "two/runs" / name / "output.txt").read_text()
+        assert "step      32 images = 1 devices" in output, output
+
+
+def test_ctrl_c_in_a_study_saves_the_run_and_the_study_goes_on(tmp_path, capsys, monkeypatch):
+    command = ["stability", "--study", "doubled", "--models", STUDIED, *STUDY, "--vary", "epochs",
+               "100", "--eval-every", "1000", "--out-dir", str(tmp_path)]
+    folder = tmp_path / "runs" / (STUDIED.replace(" --", "-").replace(" ", "-") + "-epochs100")
+    study = subprocess.Popen([sys.executable, str(HERE / "analyze.py"), *command],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    output = folder / "output.txt"
+    for _ in range(600):
+        if output.exists() and "step      8" in output.read_text():
+            break
+        time.sleep(0.05)
+    study.send_signal(signal.SIGINT)
+    _, errors = study.communicate(timeout=60)
+    assert study.returncode == 130 and errors == (
+        "stopped; the same command goes on with what is not finished\n"), errors
+    step = torch.load(folder / "ckpt.pt", weights_only=True)["step"]
+    assert 0 < step < 500 and f"saved at step {step:,}" in output.read_text()
+    monkeypatch.setattr(analyze, "train_one", lambda argv, *_: train.main(argv))
+    capsys.readouterr()
+    assert analyze.main([*command, "--max-steps", str(step + 2)]) == 0
+    assert f"resumed   {folder}/ckpt.pt at step {step:,}" in capsys.readouterr().out
+
+
+def test_a_training_of_a_study_that_fails_is_told_in_one_line(tmp_path, capsys):
+    line = analyze_refusal(
+        capsys, "stability", "--study", "doubled", "--models", "vit_s32", "--device", "cpu",
+        "--data-dir", tmp_path / "nowhere", "--out-dir", tmp_path)
+    assert re.search(r"vit_s32-epochs600 ended with status 2: train.py: imagenet: \S+ is no folder",
+                     line), line
 
 
 # ----------------------------------------------------------------------------------- the repository

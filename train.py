@@ -1,10 +1,12 @@
 """Train an image classifier with or without sharpness-aware minimisation, on one device or many.
 
-The training of Chen et al. 2021 (arXiv 2106.01548; Tables 8 and 9, Appendix E). RECIPES holds rows
-of the papers' tables; each entry of a recipe is also a flag, and a flag overrides its recipe.
+The training of Chen et al. 2021 (arXiv 2106.01548; Tables 8 and 9, Appendix E), Park & Kim 2022
+(2202.06709, A.1) and Xiao et al. 2021 (2106.14881, §5.4). RECIPES holds rows of their tables; each
+entry of a recipe is also a flag, and a flag overrides its recipe.
 
     python train.py                   built-in data, small ViT, SAM: 2½ minutes, 2 CPU cores
     python train.py --sam-rho 0       the same without SAM
+    python train.py --list-recipes    every recipe, its steps and the paper's accuracy
     torchrun --nproc_per_node=8 train.py --model vit_b16 --sam-rho 0.2             the paper's run
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         train.py --model vit_b16 --sam-rho 0.2       the same run on four machines, started on each
@@ -30,6 +32,7 @@ import time
 import warnings
 import weakref
 from contextlib import nullcontext
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -104,10 +107,80 @@ RECIPES |= {f"{name}_strong": RECIPES[name] | dict(
 # Chen et al. Table 5, E.5: nothing else changes.
 RECIPES |= {f"{name}_adversarial": RECIPES[name] | dict(adv_eps=2 / 255)
             for name in ("chen_vit", "chen_mixer", "chen_resnet")}
-# The recipe for a data set and a family of models, if none is named; "" is any family.
+# E.2 (Fig. 4, Table 4): as many steps from fewer images; the learning rate is not scaled.
+RECIPES |= {f"{name}_{part}": RECIPES[name] | dict(train_fraction=fraction, batch_size=batch) | (
+    dict(model="resnet152") if name == "chen_resnet" else {})
+    for name in ("chen_resnet", "chen_vit", "chen_mixer", "chen_vit_strong", "chen_mixer_strong")
+    for part, fraction, batch in (("half", "1/2", 2048), ("quarter", "1/4", 1024),
+                                  ("tenth", "1/10", 512))}
+# Appendix F: twice the epochs, which brought nothing.
+RECIPES |= {f"{name}_long": RECIPES[name] | dict(epochs=600) for name in ("chen_vit", "chen_mixer")}
+# §5.1: ImageNet-21k with SAM, then ImageNet without. The paper has no numbers for it: ViT's are
+# those of its reference [20] (2010.11929, Tables 3 and 4), the head's bias is big_vision's for 21k;
+# Mixer's and ResNet's are Table 8's, which is a guess.
+RECIPES |= {f"{name}_21k": RECIPES[name] | dict(dataset="imagenet21k", sam_rho="paper")
+            for name in ("chen_vit", "chen_mixer", "chen_resnet")}
+RECIPES["chen_vit_21k"] |= dict(
+    epochs=90, lr=1e-3, lr_schedule="linear", weight_decay=0.03, head_bias=-10.0)
+RECIPES["chen_mixer_21k"] |= dict(head_bias=-10.0)
+# Table 11: fine-tuning, without SAM, of whatever --init-from holds. The rate of each number in
+# Table 6 is the best of 0.001, 0.003, 0.01 and 0.03 on images held out (E.6). Training crops are
+# those of [20]'s code, which tests on images squeezed into a square; here their centre is cropped.
+TRANSFER = dict(
+    model="vit_b16", image_size=224, augment="inception", epochs=0, max_steps=500, batch_size=512,
+    micro_batch=32, optimizer="sgd", momentum=0.9, lr=0.01, warmup_steps=100, lr_schedule="cosine",
+    weight_decay=0.0, grad_clip=1.0, loss="softmax", reset_head=True, eval_every=10_000)
+RECIPES |= {f"chen_to_{name}": TRANSFER | dict(dataset=name) for name in ("flowers102", "pets")}
+RECIPES |= {f"chen_to_{name}": TRANSFER | dict(dataset=name, max_steps=10_000, warmup_steps=500)
+            for name in ("cifar10", "cifar100")}
+RECIPES["chen_21k_to_imagenet"] = TRANSFER | dict(
+    dataset="imagenet", max_steps=20_000, warmup_steps=500, lr=0.03, eval_every=1)
+# Park & Kim App. F: "weak" augmentation leaves the crop, and the flip unless --no-flip.
+RECIPES |= {f"{name}_weak": RECIPES[name] | dict(
+    randaugment=[0, 9], erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
+    for name in ("park_cifar_vit", "park_cifar_resnet")}
+# Xiao et al. §5.4, §6. What the text leaves open is as in the authors' code: Nesterov, 0.5 % of the
+# learning rate at the end, when and how much the average of the weights moves. That code also has
+# what is not offered here: a warm-up from a tenth, rates set once an epoch, PCA jitter, BatchNorm's
+# statistics measured anew for each evaluation; crops of 8-100 %. SGD for ViT: only its appendix has
+# the rate and decay. Fine-tuning after 21k likewise.
+RECIPES["xiao_vit"] = dict(
+    dataset="imagenet", model="vit_c_4gf", image_size=224, augment="inception",
+    autoaugment="imagenet", mixup=0.8, cutmix=1.0, label_smoothing=0.1, epochs=400, batch_size=2048,
+    micro_batch=32, optimizer="adamw", lr=1e-3, beta1=0.9, beta2=0.999, warmup_epochs=5,
+    lr_schedule="cosine", lr_end=5e-6, weight_decay=0.24, decay="no-norm-bias", loss="softmax",
+    ema_alpha=1e-5, ema_every=32, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+# §6; the code's file has 7e-4 and 0.24.
+RECIPES["xiao_vit_36gf"] = RECIPES["xiao_vit"] | dict(
+    model="vit_c_36gf", lr=6e-4, lr_end=3e-6, weight_decay=0.28)
+# §6: CNNs, at the sizes that they are trained at and the short side to which test images are
+# resized, both of 2103.06877 (in its code the centre crop is of the training size).
+RECIPES["xiao_resnet"] = RECIPES["xiao_vit"] | dict(
+    model="resnet50", eval_short_side=256, optimizer="sgd", momentum=0.9, nesterov=True, lr=2.54,
+    lr_end=0.0127, weight_decay=2.4e-5)
+RECIPES |= {f"xiao_regnety_{size}": RECIPES["xiao_resnet"] | dict(
+    model=f"regnety_{size}", image_size=side, eval_short_side=short_side)
+    for size, side, short_side in (("1gf", 232, 262), ("4gf", 240, 272), ("16gf", 256, 292),
+                                   ("32gf", 268, 304))}
+# ImageNet-21k, of the code's files (Table 2's last column, before the fine-tuning).
+RECIPES["xiao_vit_21k"] = RECIPES["xiao_vit"] | dict(
+    dataset="imagenet21k", model="vit_c_18gf", epochs=90, batch_size=4096, lr=2e-3, lr_end=1e-5)
+RECIPES["xiao_vit_21k_36gf"] = RECIPES["xiao_vit_21k"] | dict(
+    model="vit_c_36gf", lr=1.4e-3, lr_end=7e-6)
+# What §5.4 compares with: DeiT (2012.12877, Table 9 and code) on ViT_P. RandAugment without noise.
+RECIPES["xiao_deit"] = RECIPES["xiao_vit"] | dict(
+    model="vit_p_4gf", autoaugment="none", randaugment=[2, 9], randaugment_prob=0.5, erasing=0.25,
+    repeated_augment=3, epochs=300, batch_size=1024, lr_end=1e-5, weight_decay=0.05,
+    decay="kernels", drop_path=0.1, ema_alpha=0.0, ema_every=1)
+# The recipe for a data set and a model or family of them, if none is named; "" is any family.
 RECIPE_FOR = {
     "shapes": {"": "shapes"},
     "imagenet": {"vit": "chen_vit", "mixer": "chen_mixer", "resnet": "chen_resnet",
+                 **{f"vit_{stem}_{size}": "xiao_vit" for stem in "pc"
+                    for size in ("1gf", "4gf", "18gf")},
+                 "vit_p_36gf": "xiao_vit_36gf", "vit_c_36gf": "xiao_vit_36gf",
+                 **{f"regnety_{size}": f"xiao_regnety_{size}"
+                    for size in ("1gf", "4gf", "16gf", "32gf")},
                  **dict.fromkeys(("preresnet", "resnext", "alter", "pit", "swin"),
                                  "park_imagenet")},
     "cifar10": {"vit": "park_cifar_vit", "mixer": "park_cifar_mixer",
@@ -115,6 +188,50 @@ RECIPE_FOR = {
                 **dict.fromkeys(("preresnet", "alter", "pit", "swin"), "park_cifar")},
 }
 RECIPE_FOR["cifar100"] = RECIPE_FOR["cifar10"]
+
+# For --list-recipes: where a recipe's numbers are and, if the paper tells, the top-1 accuracy in
+# percent of its default model, then with SAM.
+PUBLISHED = {
+    "shapes": ("README", 86.6, 88.3),
+    "chen_vit": ("Chen Table 8, 2", 74.6, 79.9),
+    "chen_mixer": ("Chen Table 8, 2", 66.4, 77.4),
+    "chen_resnet": ("Chen Table 8, 2", 76.0, 76.7),
+    "chen_vit_strong": ("Chen E.3, Table 4", 79.6, 81.5),
+    "chen_mixer_strong": ("Chen E.3, Table 4", 76.5, 78.1),
+    "chen_vit_adversarial": ("Chen E.5, Table 5", 72.8, 76.7),
+    "chen_mixer_adversarial": ("Chen E.5, Table 5", 62.8, 73.9),
+    "chen_resnet_adversarial": ("Chen E.5, Table 5", 70.8, 70.1),
+    **{f"{name}_{part}": ("Chen E.2, Table 4", *top1) for name, column in {
+        "chen_resnet": ((74.2, 75.6), (68.0, 70.3), (54.6, 57.1)),
+        "chen_vit": ((64.9, 75.4), (52.4, 66.8), (32.8, 46.1)),
+        "chen_mixer": ((53.9, 71.0), (37.2, 62.8), (21.0, 43.5)),
+        "chen_vit_strong": ((73.1, 75.8), (63.2, 65.6), (38.5, 45.7)),
+        "chen_mixer_strong": ((70.4, 73.1), (61.0, 65.8), (43.0, 51.0)),
+        }.items() for part, top1 in zip(("half", "quarter", "tenth"), column)},
+    **dict.fromkeys(("chen_vit_long", "chen_mixer_long"), ("Chen App. F",)),
+    **dict.fromkeys(("chen_vit_21k", "chen_mixer_21k", "chen_resnet_21k", "chen_21k_to_imagenet"),
+                    ("Chen §5.1",)),
+    "chen_to_cifar10": ("Chen Table 11, 6", 98.1, 98.6),
+    "chen_to_cifar100": ("Chen Table 11, 6", 87.6, 89.1),
+    "chen_to_flowers102": ("Chen Table 11, 6", 88.5, 91.8),
+    "chen_to_pets": ("Chen Table 11, 6", 91.9, 93.1),
+    **dict.fromkeys(("park_cifar", "park_cifar_vit", "park_cifar_mixer", "park_imagenet",
+                     "park_imagenet_vit"), ("Park A.1",)),
+    "park_cifar_resnet": ("Park A.1, App. C", 77.8),
+    **dict.fromkeys(("park_cifar_vit_weak", "park_cifar_resnet_weak"), ("Park App. F",)),
+    "xiao_vit": ("Xiao §5.4, Table 2", 81.4),
+    "xiao_vit_36gf": ("Xiao §6, Table 2", 83.2),
+    "xiao_resnet": ("Xiao §6, Table 2", 79.3),
+    "xiao_regnety_1gf": ("Xiao §6, Table 2", 78.5),
+    "xiao_regnety_4gf": ("Xiao §6, Table 2", 82.1),
+    "xiao_regnety_16gf": ("Xiao §6, Table 2", 83.7),
+    "xiao_regnety_32gf": ("Xiao §6, Table 2", 84.1),
+    **dict.fromkeys(("xiao_vit_21k", "xiao_vit_21k_36gf"), ("Xiao §6",)),
+    "xiao_deit": ("Xiao §5.4",),
+}
+# Training images as published, of 21k in its release of 2011.
+TRAINING_IMAGES = dict(shapes=8_000, imagenet=1_281_167, imagenet21k=14_197_122, cifar10=50_000,
+                       cifar100=50_000, flowers102=2_040, pets=3_680)
 
 # Chen et al. Table 9: what --sam-rho paper stands for, by the kind of training.
 PAPER_RHO = {
@@ -136,9 +253,11 @@ MODEL_FLAGS = ("patch_size", "stride", "dim", "depth", "heads", "head_dim", "mlp
                "token_mlp_dim", "pool", "stem", "kernel_size", "qkv_bias", "gelu", "width",
                "groups", "width_per_group", "pre_activation", "blur", "msa_blocks", "window_size",
                "dropout", "drop_path", "head_bias", "init", "zero_init")
+IN_MEMORY = ("shapes", "cifar10", "cifar100")
 # Where a run computes and what becomes of it: may differ when it is resumed, all else may not.
 FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "out_dir", "resume",
-              "dry_run", "list_models", "eval_only", "eval_split", "max_steps", "save_every"}
+              "dry_run", "list_models", "list_recipes", "eval_only", "eval_split", "max_steps",
+              "save_every"}
 
 
 MOST_SKIPPED = 25  # steps in a row; a float16 loss scaler skips some at its start, by design
@@ -171,8 +290,8 @@ def make_parser():
     on_off = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("what is trained").add_argument
-    add("--recipe", choices=RECIPES, help="row of a paper's table; default: the one that fits "
-        "model and data set, if there is one")
+    add("--recipe", choices=RECIPES, help="row of a paper's table, see --list-recipes; "
+        "default: the one that fits model and data set, if there is one")
     add("--model", help="a name that --list-models prints, or torchvision:NAME, timm:NAME")
     add("--init-from", default="", metavar="FILE", help="start from these weights: a checkpoint of "
         "ours, a timm or torchvision state dict, an original .npz")
@@ -190,7 +309,15 @@ def make_parser():
     add("--image-size", type=int, default=0, help="0: 32 for shapes and CIFAR, else 224 (Table 8)")
     add("--augment", choices=data.AUGMENTATIONS, help="default: inception for folders (Table 8), "
         "crop for CIFAR, none for shapes")
+    add("--flip", action=on_off, default=True, help="half the images, with inception and crop "
+        "(Park App. F has crops alone)")
+    add("--eval-short-side", type=int, default=0, help="images of files, to be evaluated: their "
+        "short side before the centre crop; 0: 256/224 of --image-size (Xiao §6: RegNetY 262 …)")
     add("--train-fraction", default="1", help="class-balanced part, as 1/10 or 0.1 (§5.1)")
+    add("--hold-out", default="0", metavar="FRACTION", help="class-balanced part of the training "
+        "set, as 1/10, that is not trained on and takes the validation set's place (Chen E.6)")
+    add("--repeated-augment", type=int, default=1, help="times that an image comes in a batch, "
+        "augmented anew; an epoch is as long, of fewer images (DeiT: 3; Xiao §5.4)")
     add("--autoaugment", choices=data.AUTOAUGMENTS, default="none", help="torchvision's policy of "
         "that name, after it (Xiao §5.4: imagenet; theirs has a few other entries)")
     add("--randaugment", type=int, nargs=2, default=[0, 9], metavar=("OPS", "MAGNITUDE"),
@@ -262,6 +389,9 @@ def make_parser():
     add("--label-smoothing", type=float, default=0.0, help="share of the uniform distribution")
     add("--ema-decay", type=float, default=0.0, help="of an average of the weights, per step t; "
         "min(decay, (1+t)/(10+t))")
+    add("--ema-every", type=int, default=1, help="steps between its moves (Xiao's code: 32)")
+    add("--ema-alpha", type=float, default=0.0, help="α: if --ema-decay is not given it is 1 - α · "
+        "--batch-size / --epochs · --ema-every, and 0 in the warm-up (Xiao's code: 1e-5)")
     add("--seed", type=int, default=0, help="of weights, order, augmentation and masks")
 
     add = parser.add_argument_group("sharpness-aware minimisation").add_argument
@@ -299,6 +429,8 @@ def make_parser():
     add("--dry-run", action=on_off, default=False, help="print what would happen and stop")
     add("--list-models", action=on_off, default=False, help="print them with parameters, FLOPs and "
         "the paper's table or figure, and stop")
+    add("--list-recipes", action=on_off, default=False, help="print them with steps, the paper's "
+        "table and its accuracy, and stop")
     return parser
 
 
@@ -317,7 +449,7 @@ def settings(argv=None, also=()):
         saved = read_checkpoint(file)
     if saved is not None and is_ours(saved):
         saved, not_saved = saved["settings"], FREE_FLAGS - {"data_dir"} | {
-            "init_from", "dtype", "recipe"}
+            "init_from", "dtype", "recipe", "reset_head"}
         name, base = file, {k: v for k, v in saved.items() if k in args and k not in not_saved}
     elif name is not None:
         base = RECIPES[name]
@@ -326,7 +458,7 @@ def settings(argv=None, also=()):
         dataset = given.get("dataset", "shapes" if built_in else "imagenet")
         model = given.get("model", DEFAULT_MODEL[dataset])
         fits = RECIPE_FOR.get(dataset, {})
-        name = fits.get(family(model), fits.get(""))
+        name = fits.get(model) or fits.get(family(model), fits.get(""))
         base = {**RECIPES.get(name, {}), "dataset": dataset, "model": model}
     if base.keys() - args.keys():
         raise UserError(f"{name} sets {' '.join(sorted(base.keys() - args.keys()))}: no such flag")
@@ -335,14 +467,18 @@ def settings(argv=None, also=()):
     args = argparse.Namespace(**{**args, **base, **given})
     args.recipe = name or "none"
 
-    in_memory = args.dataset in ("shapes", "cifar10", "cifar100")
-    args.image_size = args.image_size or (32 if in_memory else 224)
+    args.image_size = args.image_size or (32 if args.dataset in IN_MEMORY else 224)
     args.augment = args.augment or {"shapes": "none", "cifar10": "crop", "cifar100": "crop"}.get(
         args.dataset, "inception")
     imagenet = os.environ.get("IMAGENET_DIR") or "data/imagenet"
     args.data_dir = args.data_dir or {"imagenet": imagenet, "folder": imagenet,
                                       "imagenet21k": "data/imagenet21k"}.get(args.dataset, "data")
     args.sam_rho = resolve_rho(args)
+    if args.ema_alpha and "ema_decay" in given:
+        args.ema_alpha, origin["ema_alpha"] = 0.0, "--ema-decay"
+    elif args.ema_alpha and args.epochs > 0:
+        step = args.ema_alpha * args.batch_size / args.epochs * args.ema_every
+        args.ema_decay, origin["ema_decay"] = 1 - min(step, 1.0), "--ema-alpha"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else
                                   "mps" if torch.backends.mps.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
@@ -376,7 +512,8 @@ def check(args, origin):
     at_least = dict(
         epochs=0, max_steps=0, batch_size=1, micro_batch=1, warmup_steps=0, eval_every=1,
         log_every=1, save_every=0, sam_rho=0, sam_steps=1, lr=0, lr_end=0, weight_decay=0,
-        grad_clip=0, mixup=0, cutmix=0, warmup_epochs=0, image_size=1, seed=0)
+        grad_clip=0, mixup=0, cutmix=0, warmup_epochs=0, image_size=1, seed=0, ema_alpha=0,
+        ema_every=1, repeated_augment=1, eval_short_side=0)
     for name, low in at_least.items():
         if not low <= getattr(args, name) < 2 ** 63:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
@@ -418,12 +555,23 @@ def check(args, origin):
         raise UserError(f"--workers is {args.workers}; it must be at least 0")
     if args.epochs == 0 and args.max_steps == 0 and not args.eval_only:
         raise UserError("--epochs 0 needs --max-steps: the length of the run in steps")
+    if args.ema_alpha and args.epochs == 0:
+        raise UserError("--ema-alpha depends on --epochs, which is 0: give --ema-decay, or "
+                        "--ema-alpha 0")
+    if args.eval_short_side and (args.eval_short_side < args.image_size
+                                 or args.dataset in IN_MEMORY):
+        raise UserError(f"--eval-short-side {args.eval_short_side}: at least --image-size, "
+                        f"{args.image_size}, and for images in files, not {' '.join(IN_MEMORY)}; "
+                        "0 turns it off")
     if args.reset_head and (args.eval_only or not args.init_from):
-        raise UserError("--reset-head is for training from the weights of --init-from")
+        raise UserError("--reset-head is for training from the weights of --init-from"
+                        + f"; {args.recipe} fine-tunes: name them"
+                        * (origin["reset_head"] == args.recipe))
     if args.eval_only and not args.init_from:
         raise UserError("--eval-only needs --init-from: the weights, for instance RUN/best.pt")
     if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
-        raise UserError("--nesterov is for --optimizer sgd with --momentum above 0")
+        raise UserError("--nesterov is for --optimizer sgd with --momentum above 0; --no-nesterov "
+                        "turns it off")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; try --device cpu")
     if args.device == "mps" and (args.dtype in ("float16", "float64") or "RANK" in os.environ):
@@ -643,6 +791,25 @@ def list_models():
     return 0
 
 
+def list_recipes():
+    """What --list-recipes prints."""
+    print("python train.py --recipe\n"
+          f"{'':27}{'model':19}{'data set':12}{'epochs':>6}{'batch':>7}{'steps':>10}{'top-1 %':>9}"
+          f"{'SAM':>6}")
+    defaults = vars(make_parser().parse_args([]))
+    for name, row in RECIPES.items():
+        row, (where, *accuracies) = defaults | row, (*PUBLISHED[name], None, None)[:3]
+        images = int(TRAINING_IMAGES[row["dataset"]] * Fraction(row["train_fraction"]))
+        steps = row["epochs"] * (images // row["batch_size"]) or row["max_steps"]
+        plain, with_sam = ("-" if top1 is None else f"{top1:.1f}" for top1 in accuracies)
+        print(f"{name:27}{row['model']:19}{row['dataset']:12}{row['epochs'] or '-':>6}"
+              f"{row['batch_size']:7,}{steps:10,}{plain:>9}{with_sam:>6}  {where}")
+    print("Steps are for the data set as published. Accuracies are the paper's, of this model, "
+          "after plain training and with SAM\n(--sam-rho paper; of a transfer: in pre-training). "
+          "Each setting of a recipe: --recipe NAME --dry-run.")
+    return 0
+
+
 def knobs(args):
     """The constructor arguments among the settings; one number where a list has one."""
     given = {name: getattr(args, name) for name in MODEL_FLAGS}
@@ -753,10 +920,12 @@ class RunningStatistics:
 
 @torch.no_grad()
 def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=None,
-             restrict_logits=None):
+             restrict_logits=None, mix=None):
     """Accuracy and calibration over a loader, every image counted once over all processes. Labels
     are (m,), or (m, K) where any of a row is right and -1 fills it up; restrict_logits: indices of
-    the only classes that are predicted.
+    the only classes that are predicted. mix: a function of the number of the batch, float images
+    and labels -> images and shares of the classes (m, classes), against which the NLL is; right is
+    the class with the largest.
 
     -> dict: images; top1, top5 in percent; nll, mean cross-entropy in nats; ece, the expected
     calibration error in percent: over `bins` equal bins (lo, hi] of the top probability, the mean
@@ -766,10 +935,14 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
     model.eval()
     exact = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     sums, by_bin = torch.zeros(4, **exact), torch.zeros(2, bins, **exact)
-    for x, y in data.batches(loader, tell=say):
+    for number, (x, y) in enumerate(data.batches(loader, tell=say)):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        x, shares = to_float(x, model), None
+        if mix is not None:
+            x, shares = mix(number, x, y)
+            y = shares.argmax(1)
         with autocast:
-            logits = model(to_float(x, model))
+            logits = model(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if restrict_logits is not None:
             others = torch.ones(logits.shape[1], dtype=torch.bool)
@@ -779,8 +952,10 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (best[:, :, None] == y[:, None]).any(2)
         log_p = logits.log_softmax(1).gather(1, y.clamp(min=0)).masked_fill(y < 0, -math.inf)
+        nll = (-log_p.logsumexp(1) if shares is None else
+               F.cross_entropy(logits, shares, reduction="none"))
         sums += torch.stack([torch.ones_like(y[:, 0]).sum(), hits[:, 0].sum(), hits.any(1).sum(),
-                             -log_p.logsumexp(1).sum()]).to(sums)
+                             nll.sum()]).to(sums)
         confidence = logits.softmax(1).amax(1).to(sums).nan_to_num(0)  # the NLL is NaN then
         index = (torch.ceil(confidence * bins) - 1).clamp(0, bins - 1).long()
         by_bin[0].index_add_(0, index, hits[:, 0].to(sums))
@@ -1051,12 +1226,12 @@ class RunFolder:
 
 
 def print_table(tell, results):
-    attacked = any("pgd" in r for r in results.values())
-    tell(f"{'':12}{'images':>8}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>9}{'ECE %':>8}"
+    attacked, width = any("pgd" in r for r in results.values()), max(12, *map(len, results))
+    tell(f"{'':{width}}{'images':>8}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>9}{'ECE %':>8}"
          + f"{'PGD-10 %':>10}" * attacked)
     for name, r in results.items():
-        tell(f"{name:12}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}"
-             f"{r['ece']:8.2f}" + (f"{r['pgd']:10.2f}" if attacked else ""))
+        tell(f"{name:{width}}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}"
+             f"{r['ece']:8.2f}" + (f"{r['pgd']:10.2f}" if "pgd" in r else ""))
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -1159,7 +1334,8 @@ def run(args, origin):
     # ---- data
     def load(split, augment, **more):
         dataset = data.load(args.dataset, split, data_dir=args.data_dir, image_size=args.image_size,
-                            augment=augment, seed=args.seed, download=args.download, **more)
+                            augment=augment, seed=args.seed, download=args.download,
+                            short_side=args.eval_short_side, **more)
         if getattr(dataset, "notice", None):
             tell(dataset.notice)
         return dataset.to(device)
@@ -1177,7 +1353,8 @@ def run(args, origin):
             num_classes = len(val_set.classes)
         else:
             train_set = load("train", args.augment, **{name: getattr(args, name) for name in (
-                "autoaugment", "randaugment", "randaugment_prob", "randaugment_of", "erasing")})
+                "autoaugment", "randaugment", "randaugment_prob", "randaugment_of", "erasing",
+                "flip")})
             val_set = load("val", "none", classes=train_set.classes)
             whole, num_classes = len(train_set), len(train_set.classes)
     except data.DataError as error:
@@ -1188,10 +1365,20 @@ def run(args, origin):
             train_set.restrict(data.subset(train_set.labels, args.train_fraction))
         except (ValueError, ZeroDivisionError) as error:
             raise UserError(f"--train-fraction {args.train_fraction}: {error}") from None
+        part = f" (a fraction {args.train_fraction} of {whole:,})" if len(train_set) < whole else ""
+        if args.hold_out != "0":
+            try:
+                rest, held = data.hold_out(train_set.labels[train_set.indices], args.hold_out)
+            except (ValueError, ZeroDivisionError) as error:
+                raise UserError(f"--hold-out {args.hold_out}: {error}") from None
+            transform, val_set = val_set.transform, copy.copy(train_set).restrict(held)
+            val_set.transform, val_set.padding = transform, 0
+            train_set.restrict(rest)
         # Accuracy on the training set: on a class-balanced sample of the validation set's size.
         labels = train_set.labels[train_set.indices]
         sample = data.subset(labels, min(1.0, len(val_set) / len(labels)))
-        train_sample = copy.copy(train_set).restrict(sample)
+        augmented_sample = copy.copy(train_set).restrict(sample)
+        train_sample = copy.copy(augmented_sample)
         train_sample.transform, train_sample.padding = val_set.transform, 0
     workers = worker_count(args, val_set if args.eval_only else train_set, on_machine)
     pin_memory = args.device == "cuda"
@@ -1206,10 +1393,22 @@ def run(args, origin):
     averages = args.ema_decay and not args.eval_only
     ema = copy.deepcopy(bare).requires_grad_(False) if averages else None
 
-    def measure(what, dataset):
+    def mix_as_trained(number, x, y):
+        torch.manual_seed(data.key(args.seed, -1, rank() + number * world, 2))
+        return mix(x, y)
+
+    def measure(what, dataset, mixed=False):
         loader = data.evaluation_loader(dataset, 256, workers, rank(), world, pin_memory)
+        if mixed:  # in micro-batches, which are the same on any number of processes
+            pairs, m = [(0, i) for i in range(len(dataset))], args.micro_batch
+            micros = [pairs[i:i + m] for i in range(rank() * m, len(pairs), world * m)]
+            loader = data.loader(dataset, micros, workers, pin_memory)
         with progress(len(loader), what, "batch") as bar:
-            result = evaluate(ema or bare, loader, device, autocast, progress=bar)
+            return evaluate(ema or bare, loader, device, autocast, progress=bar,
+                            mix=mix_as_trained if mixed else None)
+
+    def measure_also_attacked(what, dataset):
+        result = measure(what, dataset)
         if args.eval_adv:
             with progress(len(dataset), f"{what}, PGD-10") as bar:
                 result["pgd"] = pgd_10(ema or bare, dataset, device, workers, bar,
@@ -1219,7 +1418,7 @@ def run(args, origin):
     if args.eval_only:
         tell(f"{args.model} from {args.init_from} on {args.dataset}")
         try:
-            print_table(tell, {args.eval_split: measure("evaluation", val_set)})
+            print_table(tell, {args.eval_split: measure_also_attacked("evaluation", val_set)})
         except data.DataError as error:
             raise UserError(str(error)) from None
         return 0
@@ -1271,9 +1470,9 @@ def run(args, origin):
     # ---- what will happen
     if not args.dry_run:
         tell("\n".join(chosen))
-    part = f" (a fraction {args.train_fraction} of {whole:,})" if len(train_set) < whole else ""
+    where = ", held out of the training set" if args.hold_out != "0" else ""
     tell(f"data      {args.dataset}: {len(train_set):,} training{part} and {len(val_set):,} "
-         f"validation images, {num_classes:,} classes, {args.image_size}×{args.image_size}, "
+         f"validation images{where}, {num_classes:,} classes, {args.image_size}×{args.image_size}, "
          f"augmentation {args.augment}, {workers} workers per device")
     if args.dataset == "imagenet" and num_classes != 1000:
         tell(f"          {num_classes} classes, where ImageNet-1k has 1,000")
@@ -1344,7 +1543,7 @@ def run(args, origin):
     def validate():
         nonlocal evaluated, best, result, since, started
         before = time.perf_counter()
-        result, evaluated = measure("validation", val_set), step
+        result, evaluated = measure_also_attacked("validation", val_set), step
         log(val=result)
         tell(f"step {step:6,}  validation: top-1 {result['top1']:.2f} %, "
              f"top-5 {result['top5']:.2f} %, NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %"
@@ -1360,7 +1559,7 @@ def run(args, origin):
 
     # ---- the loop
     order = data.TrainOrder(len(train_set), args.batch_size, args.micro_batch, args.seed, step,
-                            last_step, rank(), world)
+                            last_step, rank(), world, args.repeated_augment)
     stream = data.batches(data.loader(train_set, order, workers, pin_memory), tell=say)
     stop = StopSignal()
     model.train()
@@ -1438,8 +1637,10 @@ def run(args, origin):
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        if ema is not None:
+        if ema is not None and step % args.ema_every == 0:
             decay = min(args.ema_decay, (1 + step) / (10 + step))
+            if args.ema_alpha:
+                decay = args.ema_decay if step >= warmup_steps else 0.0
             tensors = zip(ema.network.state_dict().values(), network.state_dict().values())
             for mean, now in tensors:
                 mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
@@ -1464,6 +1665,7 @@ def run(args, origin):
                  f"lr {lr:.2e}  gradient norm {norm:7.3f}  {speed:7,.0f} images/s"
                  + f"  {int(skipped)} steps skipped: their gradient was not finite" * (skipped > 0))
             if in_a_row >= MOST_SKIPPED:
+                log(diverged=True)
                 raise UserError(
                     f"the last {int(in_a_row)} gradients were not finite: stopped at step "
                     f"{step:,}, learning rate {lr:.3g}; what was saved is in {args.out_dir}")
@@ -1477,14 +1679,20 @@ def run(args, origin):
 
     # ---- the end
     speed = images / (time.perf_counter() - started)
-    final = {"training": measure("training", train_sample),
-             "validation": result or measure("validation", val_set)}
+    final = {"training": measure_also_attacked("training", train_sample)}
+    # Park & Kim's training NLL (A.2) is that of augmented images; as in their code, without dropout
+    # and, where images are mixed, against the shares of their labels (not smoothed).
+    if {args.augment, args.autoaugment, args.randaugment[0], args.erasing} != {"none", 0}:
+        final["training, augmented"] = measure("training, augmented", augmented_sample)
+    if mixes:
+        final["training, mixed"] = measure("training, mixed", augmented_sample, mixed=True)
+    final["validation"] = result or measure_also_attacked("validation", val_set)
     log(final=final, images_per_second=speed)
     save_checkpoint(final=final)
     print_table(tell, final)
     tell(f"{speed:,.0f} images/s; checkpoint {args.out_dir}/ckpt.pt; best validation accuracy "
          f"{best:.2f} % in best.pt")
-    other = 0 if sam else PAPER_RHO["supervised"].get(args.model, RECIPES["shapes"]["sam_rho"])
+    other = 0 if sam else PAPER_RHO["supervised"].get(args.model, 0.03)
     same = [flag for name, setter in origin.items() if setter == "command line"
             and name not in ("sam_rho", "out_dir", "resume") for flag in as_flag(name, args)]
     launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"
@@ -1510,7 +1718,8 @@ def main(argv=None):
     handlers = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
     try:
         args, origin = settings(argv)
-        status = list_models() if args.list_models else run(args, origin)
+        status = (list_models() if args.list_models else list_recipes() if args.list_recipes else
+                  run(args, origin))
     except UserError as error:
         if first_on_machine:
             print(f"train.py: {error}", file=sys.stderr)

@@ -219,7 +219,8 @@ class ViT(nn.Module):
     stem         "patchify", or "conv" with stem_channels, stem_strides or stem_plan's default
     dropout      after position embedding, attention projection, GELU, and second MLP layer
     drop_path    stochastic depth of the last block; rises linearly from 0 at the first
-    kernel_size  None: global attention; odd k: only among the k×k nearest tokens
+    kernel_size  None, or the even side of the map: global attention; odd k: only among the k×k
+                 nearest tokens
     representation_size  Dense + tanh of that width before the head, as in ViT's 21k files
     head_bias    initial value; for the sigmoid loss big_vision takes -6.9 or -10
     init         "google" (Chen et al.), "pycls" (Xiao et al.), "timm" (Park & Kim): init_weights
@@ -246,6 +247,8 @@ class ViT(nn.Module):
         mlp_dim = 4 * dim if mlp_dim is None else mlp_dim
         if min(head_dim, mlp_dim) < 1:
             raise ValueError(f"head_dim and mlp_dim must be at least 1, got {head_dim}, {mlp_dim}")
+        if kernel_size == image_size // patch_size and kernel_size % 2 == 0:
+            kernel_size = None  # as Park & Kim call global attention in Fig. 7: 8×8 of 8×8 tokens
         if kernel_size is not None and (kernel_size < 1 or kernel_size % 2 == 0):
             raise ValueError(f"kernel_size must be odd, centred on a token, got {kernel_size}; "
                              "None is global attention")
