@@ -19,6 +19,7 @@ With SAM it is Eq. 5, min_w max_ε max_δ L(w + ε, x + δ, y), and costs no pas
 
 The order of the maxima: the paper takes both gradients from one backward pass, so the loss is
 linear in ε and δ around (w, start), its two terms part, and either may be maximised first.
+BatchNorm then has one pass at w whose statistics can count: that over the starting images.
 
     python adversarial.py                     a toy: what adversarial training unlearns (5 s)
     python adversarial.py --cost 5            training steps: plain, adversarial, SAM, both (1 min)
@@ -40,9 +41,10 @@ NORMS = ("linf", "l2")
 
 
 def fraction(text):
-    """A number as 0.0078 or 2/255; for argparse."""
+    """A number as 0.0078, 2/255 or 0.25/255; for argparse."""
+    top, slash, bottom = text.partition("/")
     try:
-        return float(Fraction(text.replace(" ", "")))
+        return float(Fraction(top) / Fraction(bottom if slash else "1"))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is no number; give one as 0.0078 or "
                                          "2/255") from None
@@ -57,12 +59,14 @@ def lengths(delta):
 
 def project(points, x, eps, norm="linf"):
     """The points (B, C, H, W), brought into the ball of radius eps around x and into [0, 1]. Off
-    the ball by no more than the rounding of x + δ; with eps = 0 it is x, bit for bit."""
+    the ball by no more than the rounding of x + δ, in float32 6e-8; with eps = 0 it is x, bit for
+    bit."""
     delta = points - x
     if norm == "linf":
         delta = delta.clamp(-eps, eps)
     else:
-        delta = delta * (eps / lengths(delta).clamp(min=1e-30)).clamp(max=1)
+        length = lengths(delta)
+        delta = delta * torch.where(length > eps, eps / length, 1)
     return (x + delta).clamp(0, 1)
 
 
@@ -84,8 +88,10 @@ def ascend(points, grad, x, eps, step_size, norm="linf"):
         if norm == "linf":
             direction = grad.sign()
         else:
-            length = lengths(grad)
-            direction = grad / torch.where(length == 0, 1, length)
+            # divided by its largest number, so that no square overflows or vanishes
+            largest = grad.abs().amax((1, 2, 3), keepdim=True)
+            direction = grad / torch.where(largest == 0, 1, largest)
+            direction = direction / torch.where(largest == 0, 1, lengths(direction))
         return project(points + step_size * direction, x, eps, norm)
 
 
@@ -153,8 +159,11 @@ def cross_entropy(logits, y):
     return F.cross_entropy(logits, y, reduction="none")
 
 
-def check(x, y, eps, step_size, steps, norm):
+def check(model, x, y, eps, step_size, steps, norm, start):
     """What cannot be right, in one line each. Waits for the device once."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model is a {type(model).__name__}; an attack takes a "
+                         "torch.nn.Module")
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; it is one of {' '.join(NORMS)}")
     if x.ndim != 4 or not x.is_floating_point():
@@ -171,6 +180,9 @@ def check(x, y, eps, step_size, steps, norm):
                          "0, such as 0.25/255")
     if steps < 0:
         raise ValueError(f"steps is {steps}; it is at least 0")
+    if start is not None and (start.shape != x.shape or not start.isfinite().all()):
+        raise ValueError(f"start is {tuple(start.shape)} for images {tuple(x.shape)}, or not "
+                         "finite; it is a point for each image")
     if len(x):
         low, high = torch.stack(x.aminmax()).tolist()
         if not (low >= 0 and high <= 1):  # NaN is in no range
@@ -179,8 +191,9 @@ def check(x, y, eps, step_size, steps, norm):
 
 
 def check_labels(logits, y):
-    if logits.ndim != 2 or len(logits) != len(y):
-        raise ValueError(f"the model returns {tuple(logits.shape)} for {len(y)} images; an attack "
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if isinstance(shape, str) or len(shape) != 2 or len(logits) != len(y):
+        raise ValueError(f"the model returns {shape} for {len(y)} images; an attack "
                          "needs logits (B, classes)")
     low, high = torch.stack(y.aminmax()).tolist()
     if low < 0 or high >= logits.shape[1]:
@@ -211,17 +224,17 @@ def pgd(model, x, y, eps=2 / 255, step_size=0.25 / 255, steps=10, random_start=T
     trace: a list that gets (losses (B,), predicted classes (B,)) of iterates 0 to steps; one more
         forward pass. A stopped image keeps its last.
 
-    Raises ValueError for what cannot be attacked: wrong types, shapes, ranges or labels, a loss or
-    gradient that is not finite.
+    Raises ValueError for what cannot be attacked, by its type, shape, range or labels, and
+    FloatingPointError if a loss or gradient is not finite.
     """
-    check(x, y, eps, step_size, steps, norm)
+    check(model, x, y, eps, step_size, steps, norm, start)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    if model.training:
+    if any(module.training for module in model.modules()):
         warnings.warn("the model is in training mode: it is attacked in evaluation mode and put "
                       "back", stacklevel=2)
     with held_still(model, x.device):
-        x, y = x.detach().clone(), y.clone()
+        x, y = x.detach().clone(), y.long().clone()
         points = x.clone()
         if start is not None:
             points = project(start.detach(), x, eps, norm)
@@ -257,9 +270,9 @@ def pgd(model, x, y, eps=2 / 255, step_size=0.25 / 255, steps=10, random_start=T
                 now = ascend(now, grad, x_now, eps, step_size, norm)
         points[going] = now.detach()
     if broken.any():
-        raise ValueError(f"the loss of {int(broken.sum())} of {len(x)} images, or its gradient, is "
-                         "not finite: an attack finds no direction there; look at the model's "
-                         "output for these images")
+        raise FloatingPointError(f"the loss of {int(broken.sum())} of {len(x)} images, or its "
+                                 "gradient, is not finite: an attack finds no direction there; "
+                                 "look at the model's output for these images")
     return points
 
 
@@ -292,6 +305,7 @@ def robustness(model, batches, *, eps=2 / 255, step_size=0.25 / 255, steps=10, r
     An image is robust after k steps if it is classified rightly without attack and at every iterate
     up to k of every restart: whatever the attack has found counts. So early_stop, which spares what
     is beaten, changes nothing in it (with several restarts, nothing in its value after all steps).
+    If a loss or gradient is not finite, robust, last and loss are NaN.
     last: by the k-th iterates alone, as most published numbers are. loss: one list for each
     restart. Both are left out with early_stop, where iterates stand still, or with `source`, a
     network whose gradients are followed instead of the model's own (then robust has one value).
@@ -311,7 +325,7 @@ def robustness(model, batches, *, eps=2 / 255, step_size=0.25 / 255, steps=10, r
                 offset = torch.tensor(positions, device=y.device) % (logits.shape[1] - 1)
                 aim = (y + 1 + offset) % logits.shape[1]
             robust = right.repeat(curves.shape[1], 1)
-            last = torch.ones_like(robust)
+            last, shown = torch.ones_like(robust), x.clone()
             for restart in range(restarts):
                 going = robust[-1] if early_stop else torch.ones_like(right)
                 going = going.nonzero().flatten()
@@ -319,19 +333,21 @@ def robustness(model, batches, *, eps=2 / 255, step_size=0.25 / 255, steps=10, r
                     break
                 start = keyed_start(x, positions, eps, norm, seed + restart) if random_start else x
                 trace = None if source else []
-                points = pgd(source or model, x[going], aim[going], eps, step_size, steps,
-                             norm=norm, targeted=targeted, start=start[going],
-                             early_stop=early_stop, trace=trace)
+                try:
+                    shown[going] = pgd(source or model, x[going], aim[going], eps, step_size, steps,
+                                       norm=norm, targeted=targeted, start=start[going],
+                                       early_stop=early_stop, trace=trace)
+                except FloatingPointError:  # on this process perhaps alone: all hear of it below
+                    curves += torch.nan
+                    break
                 if source:
-                    trace = [(torch.zeros(len(going), **exact), model(points).argmax(1))]
+                    trace = [(torch.zeros(len(going), **exact), model(shown[going]).argmax(1))]
                 losses, predicted = map(torch.stack, zip(*trace))
                 holds = predicted == y[going]
                 robust[:, going] &= holds.to(torch.uint8).cumprod(0).bool()
                 last[:, going] &= holds
                 curves[2 + restart] += losses.sum(1).to(curves)
             if examples is not None:
-                shown = x.clone()
-                shown[going] = points
                 examples.append((x, y, shown, logits.argmax(1), model(shown).argmax(1)))
             counts += torch.stack([torch.ones_like(y).sum(), right.sum()]).to(counts)
             curves[:2] += torch.stack([robust.sum(1), last.sum(1)]).to(curves)
@@ -475,7 +491,7 @@ def make_parser():
     add("--attack", choices=("pgd", "fgsm"), default="pgd", help="fgsm: one step (default: pgd)")
     add("--eps", type=fraction, default=2 / 255, help="radius in pixels of [0, 1], as 2/255 "
         "(default: that, Chen E.5)")
-    add("--steps", type=int, default=10, help="of pgd (default: 10, E.5)")
+    add("--steps", type=int, help="of pgd (default: 10, E.5)")
     add("--step-size", type=fraction, help="default: pgd: eps/8, which is E.5's 0.25/255; fgsm: "
         "1.25·eps, without a random start eps")
     add("--norm", choices=NORMS, default="linf", help="of the ball (default: linf, E.5)")
@@ -502,6 +518,9 @@ def make_parser():
 
 
 def check_flags(args, error):
+    if args.attack == "fgsm" and args.steps not in (None, 1):
+        raise error("--attack fgsm takes one step; --attack pgd takes --steps")
+    args.steps = args.steps if args.steps is not None else 10 if args.attack == "pgd" else 1
     for name, low in dict(steps=1, restarts=1, batch_size=1, images=0, strength_images=0,
                           save_images=0, attack_seed=0).items():
         if getattr(args, name) < low:
@@ -530,10 +549,14 @@ def attack_checkpoint(args, rest):
     import train
 
     check_flags(args, train.UserError)
+    if args.checkpoint and any(word.split("=")[0] == "--init-from" for word in rest):
+        raise train.UserError("give --checkpoint or --init-from, not both")
 
     def chosen(file):
         flags = make_parser()._option_string_actions
         settings, origin = analyze.networks([file] if file else [], rest, flags)[0]
+        if origin["adv_eps"] == "command line":
+            raise train.UserError("--adv-eps is of training; the attack's is --eps")
         if settings.dtype in ("bfloat16", "float16"):
             if origin["dtype"] == "command line":
                 raise train.UserError(f"--dtype {settings.dtype}: attacks are computed in float32 "
@@ -549,10 +572,15 @@ def attack_checkpoint(args, rest):
     name, results.settings[name] = analyze.label(settings)
     done = results.parts.setdefault(name, {})
     model, dataset = analyze.network_and_images(settings, origin, device, say)
-    source = analyze.network_and_images(*other, device, say)[0] if other else None
+    source = None
+    if other:
+        source, images = analyze.network_and_images(*other, device, say)
+        if images.classes != dataset.classes or other[0].image_size != settings.image_size:
+            raise train.UserError(f"--transfer-from {args.transfer_from}: it has other classes, or "
+                                  f"another image size, than {settings.init_from}")
     workers = train.worker_count(settings, dataset, on_machine)
 
-    steps = args.steps if args.attack == "pgd" else 1
+    steps = args.steps
     ratio = 1 / 8 if args.attack == "pgd" else 1.25 if args.random_start else 1
     how = dict(eps=args.eps, step_size=args.step_size or ratio * args.eps, steps=steps,
                random_start=args.random_start, norm=args.norm, targeted=args.targeted,
@@ -566,21 +594,27 @@ def attack_checkpoint(args, rest):
         chunks = [positions[i:i + CHUNK] for i in range(0, len(positions), CHUNK)]
         with train.progress(0 if key in done else len(positions), what) as bar:
             for i, chunk in enumerate(() if key in done else chunks):
-                if f"{key}, chunk {i}" not in done:
-                    results.put(name, f"{key}, chunk {i}", train.under_attack(
-                        model, dataset, device, chunk, args.batch_size, workers, source=through,
-                        **now))
-                bar.update(len(chunk))
+                if f"{key}, chunk {i}" in done:
+                    bar.update(len(chunk))
+                    continue
+                sums = train.under_attack(model, dataset, device, chunk, args.batch_size, workers,
+                                          bar, source=through, **now)
+                if sums["robust"][-1] != sums["robust"][-1]:
+                    raise train.UserError(f"{settings.init_from}: its loss or its gradient by the "
+                                          "image is not finite for some images: nothing to attack")
+                results.put(name, f"{key}, chunk {i}", sums)
         if key not in done:
             parts = [done.pop(f"{key}, chunk {i}") for i in range(len(chunks))]
             results.put(name, key, summary(parts) | dict(attack=now))
         return done[key]
 
     def shown(radius):
-        return f"{255 * radius:.4g}/255" if args.norm == "linf" else f"{radius:.4g}"
+        small = args.norm == "linf" and radius < 0.25
+        return f"{255 * radius:.4g}/255" if small else f"{radius:.4g}"
 
     everything, few = (spread(len(dataset), n) for n in (args.images, args.strength_images))
     result = attack(args.attack, everything)
+    say(f"{settings.init_from}, {settings.dataset}, {settings.eval_split} split")
     say(f"clean     {result['clean']:.2f} % of {result['images']:,} images")
     say(f"{args.attack:10}ε = {shown(args.eps)} ({args.norm}), step {shown(how['step_size'])}, "
         f"{steps} step{'s' * (steps > 1)}, {args.restarts} restart{'s' * (args.restarts > 1)}"
@@ -611,12 +645,13 @@ def attack_checkpoint(args, rest):
             say(f"          {sentence}: " + ("yes" if holds else "NO: do not trust these numbers, "
                                              "gradients may be masked or steps too few"))
     if source is not None:
-        white = attack("pgd", few, early_stop=True, **strong)["robust"][-1]
-        black = attack(f"pgd through {analyze.label(other[0])[0]}", few, source, early_stop=True,
-                       **strong)["robust"][-1]
-        say(f"transfer  through {args.transfer_from}: {black:.2f} %, by its own gradients "
-            f"{white:.2f} %: " + ("as it should be, these are the stronger attack"
-                                  if white <= black else "NO: its gradients may be masked"))
+        some = few if args.strength_images else everything
+        black, white = (attack(f"pgd through {of}", some, through, **strong)["robust"][-1]
+                        for of, through in ((analyze.label(other[0])[0], source), (name, model)))
+        say(f"transfer  of {len(some):,} images, by the gradients of {args.transfer_from} "
+            f"{black:.2f} %, by its own {white:.2f} %: " + (
+                "its own are the stronger attack, as it should be" if white < black else
+                "no difference" if white == black else "NO: its gradients may be masked"))
     examples = []
     if args.save_images:
         shown = [p for p in spread(len(dataset), args.save_images) for _ in range(world)]
@@ -667,7 +702,7 @@ def draw_images(examples, classes):
             wrong = row != 1 and taken[column] != y[column]
             draw.text((left, top + side), caption, fill="red" if wrong else "black")
             if row == 0:
-                draw.text((left, 0), f"a {classes[y[column]]}", fill="black")
+                draw.text((left, 0), str(classes[y[column]]), fill="black")
     return sheet
 
 
@@ -675,7 +710,7 @@ def main(argv=None):
     """-> exit status: 0, 2 for what the user has to set right, 130 for Ctrl-C."""
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    if args.cost > 0:
+    if args.cost > 0 and not rest:
         times = cost(args.cost, 16)
         for name, ratio in zip(("adversarial", "SAM", "adversarial + SAM"),
                                (times[:, 1:] / times[:, :1]).T):
@@ -685,7 +720,7 @@ def main(argv=None):
     if not (args.checkpoint or any(word.split("=")[0] == "--init-from" for word in rest)):
         if argv or argv is None and len(sys.argv) > 1:
             parser.error("an attack needs --checkpoint RUN/ckpt.pt, or --model NAME --init-from "
-                         "FILE; without any flag a toy runs")
+                         "FILE; --cost ROUNDS stands alone, and without any flag a toy runs")
         return toy()
     import analyze
     return analyze.answer("adversarial.py", lambda: attack_checkpoint(args, rest))

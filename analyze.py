@@ -1,7 +1,7 @@
 """Tables and figures of the three papers from trained networks: a function and a subcommand each.
 
     python analyze.py robustness --checkpoint RUN/ckpt.pt --data-dir IMAGENET \\
-        --benchmarks val real v2 r c        Chen et al. (arXiv 2106.01548) Table 2, 5
+        --benchmarks val real v2 pgd r c    Chen et al. (arXiv 2106.01548) Table 2, 5
     python analyze.py robustness --checkpoint A/ckpt.pt B/ckpt.pt      several; Park & Kim
         (2202.06709) Fig. 12b, E.1; by default on corruptions of our own, without a download
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
@@ -279,7 +279,7 @@ def plain_twins(trained):
     differs = train.FREE_FLAGS | {"sam_rho", "sam_steps", "sam_adaptive", "sam_sync", "recipe"}
     same = {name: {k: v for k, v in of.items() if k not in differs} for name, of in trained.items()}
     return {name: other for name, of in trained.items() for other in trained
-            if of and trained[other] and of["sam_rho"] > 0 == trained[other]["sam_rho"]
+            if of and trained[other] and of["sam_rho"] > 0 and trained[other]["sam_rho"] == 0
             and same[name] == same[other]}
 
 

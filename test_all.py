@@ -2484,6 +2484,8 @@ def test_an_attack_is_computed_in_the_images_own_precision():
     (dict(step_size=-1), "step_size is -1; "),
     (dict(steps=-1), "steps is -1; it is at least 0"),
     (dict(norm="l1"), "norm is 'l1'; it is one of linf l2"),
+    (dict(start=torch.zeros(1, 3, 8, 8)), r"start is \(1, 3, 8, 8\) for images \(12, 3, 8, 8\)"),
+    (dict(model=lambda x: (x,)), "the model returns tuple for 12 images"),
     (dict(model=lambda x: x.flatten(1).sum(1)), r"the model returns \(12,\) for 12 images"),
     (dict(model=lambda x: x.flatten(1)[:, :5] / 0),
      "the loss of 12 of 12 images, or its gradient, is not finite: an attack finds no direction"),
@@ -2502,7 +2504,7 @@ def test_what_cannot_be_attacked_is_answered_with_a_sentence(change, message):
     (x, y), more = images_to_attack(), dict(random_start=False) | change
     x, y = more.pop("x", lambda x: x)(x), more.pop("y", lambda y: y)(y)
     model = Function(more.pop("model")).eval() if "model" in more else small_cnn()
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, FloatingPointError), match=message) as error:
         adversarial.pgd(model, x, y, **more)
     assert "\n" not in str(error.value)
 
@@ -2575,6 +2577,42 @@ def test_robustness_counts_what_withstands_every_iterate_of_every_restart():
     assert aimed["robust"][-1] > whole["robust"][-1], "one class is harder to reach than any"
 
 
+def test_attacks_take_labels_of_any_integer_type_gradients_of_any_scale_and_half_precision():
+    model, (x, y) = small_cnn(), images_to_attack()
+    want = adversarial.pgd(model, x, y)
+    for dtype in (torch.int32, torch.int8, torch.uint8):
+        assert torch.equal(adversarial.pgd(model, x, y.to(dtype)), want)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    x = x.float()
+    moved = [adversarial.ascend(x, grad * scale, x, 1.0, 0.5, "l2") for scale in (1, 1e-30, 1e30)]
+    assert all(float((some - moved[0]).abs().max()) < 1e-6 for some in moved)
+    half = x.half()
+    assert torch.equal(adversarial.project(half, half, 0.0, "l2"), half)
+
+
+def test_robustness_shows_examples_and_is_nan_where_the_model_is():
+    model, (x, y) = small_cnn(), images_to_attack()
+    with torch.no_grad():
+        right = model(x).argmax(1)
+    batches = [(x[:6], right[:6], list(range(6))), (x[6:], (right[6:] + 1) % 5, list(range(6, 12)))]
+    examples = []
+    adversarial.robustness(model, batches, eps=0.2, step_size=0.05, early_stop=True, restarts=2,
+                           examples=examples)
+    moved = torch.cat([(shown - clean).abs().flatten(1).amax(1) for clean, _, shown, *_ in examples])
+    assert (moved[:6] > 0).all() and not moved[6:].any(), "what is wrong already stays as it is"
+
+    class Infinite(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = small_cnn()
+
+        def forward(self, x):
+            return self.network(x) / (x.amax((1, 2, 3)) < 1)[:, None]  # of image 1, infinite
+
+    result = adversarial.summary([adversarial.robustness(Infinite(), batches[:1])])
+    assert result["clean"] > 0 and all(map(math.isnan, result["robust"])), result
+
+
 def test_the_strength_check_tells_masked_gradients():
     strong = [(0.1, 60.0), (0.2, 30.0), (0.5, 0.0)]
     verdict = lambda *given: [holds for _, holds in adversarial.verdicts(*given)]
@@ -2617,9 +2655,12 @@ def test_a_robust_models_gradients_are_its_best_attack():
 
 
 def test_fractions_are_read():
-    assert [adversarial.fraction(text) for text in ("2/255", "0.25", " 8 / 255", "1e-3")] == [
-        2 / 255, 0.25, 8 / 255, 1e-3]
-    for text in ("2/0", "two", "", "nan", "2//255"):
+    texts = "2/255", "0.25", " 8 / 255", "1e-3", "0.25/255"
+    assert [adversarial.fraction(text) for text in texts] == [
+        2 / 255, 0.25, 8 / 255, 1e-3, 0.25 / 255]
+    flag, text = train.as_flag("adv_eps", argparse.Namespace(adv_eps=0.03))
+    assert flag == "--adv-eps" and abs(adversarial.fraction(text) - 0.03) < 1e-12
+    for text in ("2/0", "two", "", "nan", "2//255", "2/", "/255"):
         with pytest.raises(argparse.ArgumentTypeError, match="is no number; give one as 0.0078"):
             adversarial.fraction(text)
 
@@ -5268,7 +5309,7 @@ def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
                  "pgd       ε = 4/255 (linf), step 0.5/255, 4 steps, 1 restart",
                  f"     4{want['robust'][4]:12.2f}{want['last'][4]:25.2f}",
                  "accuracy falls as ε grows: yes", "accuracy falls from step to step: yes",
-                 "accuracy is about 0 at the largest ε: yes", "transfer  through "):
+                 "accuracy is about 0 at the largest ε: yes", "transfer  of 20 images, by the"):
         assert line in text, (line, text)
     with Image.open(tmp_path / "out/adversarial_images.png") as picture:
         assert picture.width == 6 + 3 * 134 and picture.height > 3 * 128
@@ -5289,6 +5330,22 @@ def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
     assert "pgd       ε = 1 (l2), step 0.125, 4 steps, 1 restart\n" in text, text
 
 
+def test_a_checkpoint_that_gives_nan_and_one_of_other_classes_are_refused_by_an_attack(
+        tmp_path, capsys, short_shapes):
+    state = train_ok(tiny(tmp_path / "run", "--max-steps 1"))
+    one = str(tmp_path / "run/ckpt.pt")
+    train_ok(tiny(tmp_path / "large", "--max-steps 1 --image-size 64"))
+    assert "it has other classes, or another image size" in attack_refusal(
+        capsys, "--checkpoint", one, "--transfer-from", tmp_path / "large", "--device", "cpu")
+    state["model"]["head.weight"].fill_(math.nan)
+    torch.save(state, tmp_path / "nan.pt")
+    assert "is not finite for some images: nothing to attack" in attack_refusal(
+        capsys, "--checkpoint", tmp_path / "nan.pt", "--device", "cpu")
+    assert train.main(["--eval-only", "--eval-adv", "--init-from", str(tmp_path / "nan.pt"),
+                       "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("nan")
+
+
 def test_mistakes_in_an_attack_get_one_line_that_helps(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pt").write_text("hello")
@@ -5297,6 +5354,11 @@ def test_mistakes_in_an_attack_get_one_line_that_helps(tmp_path, capsys, monkeyp
             (["--checkpoint", "text.pt"], "text.pt is no checkpoint"),
             (["--checkpoint", "text.pt", "--eps", "2"], "--eps is 2; pixels are in [0, 1]"),
             (["--checkpoint", "text.pt", "--eps", "0"], "--eps is 0; pixels are in [0, 1]"),
+            (["--checkpoint", "text.pt", "--attack", "fgsm", "--steps", "3"],
+             "--attack fgsm takes one step"),
+            (["--checkpoint", "text.pt", "--init-from=x.npz"], "or --init-from, not both"),
+            (["--init-from", "x.npz", "--model", "vit_s16", "--adv-eps", "2/255"],
+             "--adv-eps is of training; the attack's is --eps"),
             (["--checkpoint", "text.pt", "--steps", "0"], "--steps is 0; it must be at least 1"),
             (["--checkpoint", "text.pt", "--step-size", "-1"], "--step-size is -1; it must be"),
             (["--checkpoint", "text.pt", "--restarts", "2", "--no-random-start"],
@@ -5308,6 +5370,7 @@ def test_mistakes_in_an_attack_get_one_line_that_helps(tmp_path, capsys, monkeyp
         line = attack_refusal(capsys, *argv)
         assert words in line, (argv, line)
     for argv, words in [(["--steps", "3"], "an attack needs --checkpoint RUN/ckpt.pt"),
+                        (["--cost", "1", "--bogus"], "--cost ROUNDS stands alone"),
                         (["--eps", "2/x"], "'2/x' is no number; give one as 0.0078 or 2/255")]:
         with pytest.raises(SystemExit) as stop:
             adversarial.main(argv)
@@ -5694,7 +5757,7 @@ def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
 
 def test_the_readmes_training_commands_run(tmp_path):
     """Each different `python train.py` line that needs no data set, cut to a few steps."""
-    text = (HERE / "README.md").read_text().replace("$S", "0")
+    text = (HERE / "README.md").read_text().replace("$S", "0").replace("$R", "0.03")
     commands = sorted(set(re.findall(r"python train\.py([^\n`#|;]*)", text)))
     runnable = [c.split() for c in commands if not re.search("--data-dir|--init-from|--help", c)]
     assert len(runnable) >= 6 and [] in runnable, commands
