@@ -1556,8 +1556,8 @@ def run(args, origin):
 
     supcon, projection = args.loss == "supcon" and not args.eval_only, None
     if supcon and "pre_logits" not in getattr(network, "intermediates", ()):
-        raise UserError(f"--loss supcon: {args.model} does not tell its representation, pre_logits; "
-                        "ViT, PiT, Mixer, ResNet, AlterNet and Swin do")
+        raise UserError(f"--loss supcon: {args.model} does not tell its representation, "
+                        "pre_logits; ViT, PiT, Mixer, ResNet, AlterNet and Swin do")
     if args.train_only == "head" and not args.eval_only:
         if not classifier(network):
             raise UserError(f"--train-only head: {args.model} has no linear classifier")
@@ -1746,8 +1746,9 @@ def run(args, origin):
         prepare_classifier()
         result, evaluated = measure_also_attacked("validation", val_set), step
         log(val=result)
-        tell(f"step {step:6,}  validation{', nearest class mean' * supcon}: top-1 {result['top1']:.2f} %, "
-             f"top-5 {result['top5']:.2f} %, NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %"
+        tell(f"step {step:6,}  validation{', nearest class mean' * supcon}: "
+             f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+             f"NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %"
              + (f", PGD-10 {result['pgd']:.2f} %" if args.eval_adv else ""))
         if result["top1"] > best:
             best = result["top1"]

@@ -223,7 +223,7 @@ class ViT(nn.Module):
                  nearest tokens
     representation_size  Dense + tanh of that width before the head, as in ViT's 21k files
     head_bias    initial value; for the sigmoid loss big_vision takes -6.9 or -10
-    unit_norm    the representation, at the head and as pre_logits, is divided by its length (SupCon)
+    unit_norm    divide the representation, as the head and pre_logits have it, by its length
     init         "google" (Chen et al.), "pycls" (Xiao et al.), "timm" (Park & Kim): init_weights
     """
 
