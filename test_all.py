@@ -4332,8 +4332,6 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
             (["--loss", "supcon", "--augment", "crop", "--adv-eps", "2/255"], "has no --adv-eps"),
             (["--loss", "supcon", "--augment", "crop", "--no-sam-sync"], "leave out --no-sam-sync"),
             (["--loss", "supcon", "--augment", "crop", "--temperature", "0"], "must be above 0"),
-            (["--loss", "supcon", "--augment", "crop", "--dataset", "shapes", "--model",
-              "regnety_1gf"], "regnety_1gf does not tell its representation, pre_logits; ViT,"),
             (["--projection-dim", "0"], "--projection-dim is 0; it must be at least 1"),
             (["--train-only", "head"], "on the representation of --init-from, for instance"),
             (["--lr-schedule", "exponential"], "to --lr-end, 0, which must be above 0"),
@@ -4594,6 +4592,13 @@ def test_a_contrastive_run_is_evaluated_by_the_nearest_class_mean(tmp_path, caps
     capsys.readouterr()
     assert train.main(["--eval-only", "--init-from", str(out / "ckpt.pt"), "--device", "cpu"]) == 0
     assert f"{top1:.2f}" in capsys.readouterr().out, "a checkpoint has this classifier"
+    file = tmp_path / "squeezenet.pt"
+    torch.save(train.build_model("torchvision:squeezenet1_0", 12, 32).state_dict(), file)
+    for argv, words in [
+            ("regnety_1gf --loss supcon --augment crop", "does not tell its representation, pre_l"),
+            (f"torchvision:squeezenet1_0 --train-only head --init-from {file}",
+             "torchvision:squeezenet1_0 has no linear classifier")]:
+        assert words in refusal(capsys, "--dataset", "shapes", "--model", *argv.split())
 
 
 def test_the_head_alone_is_trained_on_the_frozen_network_by_rmsprop(tmp_path, small_shapes):
