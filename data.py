@@ -267,12 +267,16 @@ class TrainOrder(torch.utils.data.Sampler):
     long, but each image comes R times in a row, so that only n / R of them come; the v-th time is
     augmented as in epoch e·R + v would be. As in DeiT's sampler a batch is dealt out to its
     micro-batches one image at a time: the R do not meet in one, or in mixup, if there are as many.
+
+    views: V > 1 gives each micro-batch V times in a row, so V times as many images, augmented as
+    in epochs e·V … e·V + V - 1: for contrastive losses. Batch and micro-batch count images.
     """
 
-    def __init__(self, n, batch_size, micro_batch, seed, start, stop, rank=0, world=1, repeats=1):
+    def __init__(self, n, batch_size, micro_batch, seed, start, stop, rank=0, world=1, repeats=1,
+                 views=1):
         self.n, self.batch_size, self.micro_batch, self.seed = n, batch_size, micro_batch, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
-        self.repeats = repeats
+        self.repeats, self.views = repeats, views
 
     def __len__(self):
         return (self.stop - self.start) * self.batch_size // self.micro_batch // self.world
@@ -289,8 +293,9 @@ class TrainOrder(torch.utils.data.Sampler):
             place = (place.view(-1, self.micro_batch) if self.repeats == 1 else
                      place.view(self.micro_batch, -1).T)
             for micro in place.chunk(self.world)[self.rank]:
-                epochs = epoch * self.repeats + micro % self.repeats
-                yield list(zip(epochs.tolist(), order[micro // self.repeats].tolist()))
+                epochs = (epoch * self.repeats + micro % self.repeats) * self.views
+                yield [(e + view, i) for view in range(self.views) for e, i in zip(
+                    epochs.tolist(), order[micro // self.repeats].tolist())]
 
 
 def loader(dataset, order, workers=0, pin_memory=False):

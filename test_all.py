@@ -510,6 +510,16 @@ def test_vit_intermediates_are_named_shaped_and_free_of_side_effects():
         model(images, out={"blocks.2.mlp": None})
 
 
+def test_unit_norm_gives_the_head_the_representation_divided_by_its_length():
+    plain, unit = tiny_vit(), tiny_vit(unit_norm=True)
+    unit.load_state_dict(plain.state_dict())
+    a, b, images = {"pre_logits": None}, {"pre_logits": None}, tiny_images()
+    plain(images, out=a), unit(images, out=b)
+    expected = a["pre_logits"] / a["pre_logits"].square().sum(1, keepdim=True).sqrt()
+    assert torch.allclose(b["pre_logits"], expected, rtol=1e-12)
+    assert torch.equal(unit.head(b["pre_logits"]), unit(images))
+
+
 def test_pit_intermediates_have_a_point_after_each_pooling():
     torch.manual_seed(0)
     model = vit.build("pit_ti", 10, 32, patch_size=4, stride=4, depth=(1, 2, 1)).eval()
@@ -2806,6 +2816,14 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each_time
     assert len(set(y.tolist())) == 1
 
 
+def test_two_views_are_the_same_images_augmented_as_in_epochs_of_their_own():
+    order = lambda **more: list(data.TrainOrder(60, 24, 8, seed=3, start=0, stop=4, **more))
+    for one, two in zip(order(), order(views=2), strict=True):
+        assert two == [(2 * e, i) for e, i in one] + [(2 * e + 1, i) for e, i in one]
+    assert order(views=2, rank=1, world=3) == order(views=2)[1::3]
+    assert len(set(sum(order(views=2, repeats=3), []))) == 2 * len(set(sum(order(repeats=3), [])))
+
+
 @pytest.mark.parametrize("strong", [{}, dict(randaugment=(2, 9), randaugment_prob=0.5,
                                              erasing=0.5)], ids=["plain", "strong"])
 def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path, strong):
@@ -3738,6 +3756,12 @@ def short_shapes(monkeypatch):
         monkeypatch.delitem(data.C_LITE, name)
 
 
+@pytest.fixture
+def small_shapes(monkeypatch, short_shapes):
+    """160 training images, all of them for --train-fraction 1, which take less making."""
+    monkeypatch.setitem(data.SHAPES_SPLITS, "train", (0, 160))
+
+
 def log_without_times(folder):
     records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
@@ -3756,13 +3780,20 @@ def same_tensors(a, b):
 
 def test_learning_rate_at_warm_up_peak_and_end():
     lr = lambda step, schedule, end=0.0: train.learning_rate(step, 100, 20, 3e-3, schedule, end)
-    for schedule in ("cosine", "linear", "constant"):
+    for schedule in ("cosine", "linear", "constant", "exponential"):
         assert lr(0, schedule) == 0 and lr(10, schedule) == 1.5e-3 and lr(20, schedule) == 3e-3
     assert abs(lr(60, "cosine") - 1.5e-3) < 1e-18 and abs(lr(100, "cosine")) < 1e-18
     assert abs(lr(40, "cosine") - 1.5e-3 * (1 + math.cos(math.pi / 4))) < 1e-18
     assert (abs(lr(40, "linear", 1e-5) - (3e-3 * 0.75 + 1e-5 * 0.25)) < 1e-18
             and abs(lr(100, "linear", 1e-5) - 1e-5) < 1e-18)
     assert lr(60, "constant") == lr(100, "constant") == 3e-3
+    assert abs(lr(60, "exponential", 3e-5) - 3e-4) < 1e-18  # the middle: the geometric mean
+    assert abs(lr(100, "exponential", 3e-5) - 3e-5) < 1e-18
+    assert abs(lr(21, "exponential", 3e-5) / lr(20, "exponential") - 0.01 ** (1 / 80)) < 1e-12
+    # SupCon's code: 0.97 each half epoch, in 90 epochs
+    head = train.RECIPES["chen_supcon_head"]
+    assert abs(train.learning_rate(625, 90 * 625, 0, 0.05, "exponential", head["lr_end"])
+               - 0.05 * 0.97 ** 2) < 1e-15
     assert abs(lr(60, "linear", 1e-5) - (3e-3 + 1e-5) / 2) < 1e-18  # the middle of the decay
     assert abs(lr(60, "cosine", 1e-5) - (3e-3 + 1e-5) / 2) < 1e-18
     assert (train.learning_rate(0, 10, 0, 1.0, "cosine") == 1
@@ -3782,6 +3813,70 @@ def test_sigmoid_loss_is_the_sum_of_binary_cross_entropies():
     assert torch.allclose(train.sigmoid_loss(logits, y, 0.1), train.sigmoid_loss(logits, smooth))
     assert torch.allclose(train.softmax_loss(logits, y, 0.1),
                           -(smooth * logits.log_softmax(1)).sum(1).mean())
+
+
+def supcon_by_hand(z, y, temperature):
+    """Eq. 2 of Khosla et al., anchor by anchor; z are unit vectors."""
+    loss, n = 0, len(z)
+    for i in range(n):
+        others = [a for a in range(n) if a != i]
+        positives = [p for p in others if y[p] == y[i]]
+        denominator = sum(torch.exp(z[i] @ z[a] / temperature) for a in others)
+        loss = loss - sum(torch.log(torch.exp(z[i] @ z[p] / temperature) / denominator)
+                          for p in positives) / len(positives)
+    return loss / n
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7])
+def test_supcon_loss_and_its_gradient_are_those_of_the_double_sum(temperature):
+    torch.manual_seed(0)
+    z = (3 * torch.randn(12, 5, dtype=torch.float64)).requires_grad_()
+    y = torch.tensor([0, 1, 2, 0, 1, 1] * 2)
+    expected = supcon_by_hand(z / z.norm(dim=1, keepdim=True), y, temperature)
+    (grad,) = torch.autograd.grad(expected, z)
+    loss = train.supcon_loss(z, y, temperature)
+    assert abs(loss - expected) < 1e-12, (loss, expected)
+    assert (torch.autograd.grad(loss, z)[0] - grad).abs().max() < 1e-12
+    value, pull = train.supcon_of_all(z, y, temperature)
+    assert value == loss and not value.requires_grad and (pull - grad).abs().max() < 1e-12
+    hard = torch.eye(5, dtype=torch.float64)[[0, 0, 1, 1]]  # e^(1/τ) overflows nothing
+    small = train.supcon_loss(hard.float(), torch.tensor([0, 0, 1, 1]), 0.005)
+    assert small.isfinite() and small < 1e-6
+
+
+def test_lamb_takes_the_steps_of_its_algorithm_with_a_ratio_of_1_where_a_length_is_0():
+    torch.manual_seed(0)
+    starts = {"matrix": torch.randn(3, 4), "zero weights": torch.zeros(5), "kept": torch.randn(4),
+              "zero update": torch.randn(2), "both zero": torch.zeros(3), "no grad": torch.ones(2)}
+    starts = {name: w.double() for name, w in starts.items()}
+    ours = {name: nn.Parameter(w.clone()) for name, w in starts.items()}
+    decay = dict.fromkeys(starts, 0.0) | {"matrix": 0.3, "zero weights": 0.3}
+    optimizer = train.LAMB([dict(params=[ours[name]], weight_decay=decay[name]) for name in ours],
+                           lr=0.01, betas=(0.9, 0.99), eps=1e-6)
+    m, v = ({name: np.zeros(w.shape) for name, w in starts.items()} for _ in range(2))
+    hand = {name: w.numpy().copy() for name, w in starts.items()}
+    for t in (1, 2, 3):
+        for name, w in ours.items():
+            w.grad = torch.zeros_like(w) if "zero update" in name or "both" in name else (
+                None if name == "no grad" else torch.randn_like(w))
+            if w.grad is None:
+                continue
+            g = w.grad.numpy()
+            m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.99 * v[name] + 0.01 * g * g
+            r = m[name] / (1 - 0.9 ** t) / (np.sqrt(v[name] / (1 - 0.99 ** t)) + 1e-6)
+            update = r + decay[name] * hand[name]
+            length, size = np.linalg.norm(hand[name]), np.linalg.norm(update)
+            ratio = length / size if length > 0 and size > 0 else 1.0
+            hand[name] = hand[name] - 0.01 * ratio * update
+        optimizer.step()
+        if t == 1:  # its state is plain data and goes on where it was
+            again = train.LAMB([dict(params=[w]) for w in ours.values()], lr=1)
+            again.load_state_dict(optimizer.state_dict())
+            optimizer = again
+        for name, w in ours.items():
+            assert np.abs(w.detach().numpy() - hand[name]).max() < 1e-14, (t, name)
+    assert (ours["zero weights"] != 0).all() and torch.equal(ours["both zero"], torch.zeros(3))
+    assert all(torch.equal(ours[name], starts[name]) for name in ("zero update", "no grad"))
 
 
 def test_weight_decay_reaches_what_each_mask_says():
@@ -3938,6 +4033,15 @@ PAPER_ROWS = {
     "chen_resnet_21k": CHEN_RESNET | dict(dataset="imagenet21k", sam_rho=0.02),
     "chen_21k_to_imagenet": CHEN_TO | dict(
         dataset="imagenet", max_steps=20_000, warmup_steps=500, lr=0.03, eval_every=1),
+    "chen_supcon": CHEN_VIT | dict(
+        autoaugment="imagenet", epochs=350, batch_size=2048, micro_batch=16, optimizer="lamb",
+        lr=0.001 * 2048 / 256, eps=1e-6, loss="supcon", temperature=0.1, projection_dim=128,
+        unit_norm=True, head_bias=0.0),
+    "chen_supcon_head": CHEN | dict(
+        model="vit_b16", autoaugment="imagenet", epochs=90, batch_size=2048, optimizer="rmsprop",
+        lr=0.05, momentum=0.9, beta2=0.9, eps=1.0, lr_schedule="exponential",
+        lr_end=0.05 * 0.97 ** 180, weight_decay=1e-6, loss="softmax", unit_norm=True,
+        reset_head=True, train_only="head"),
     "chen_to_cifar10": CHEN_TO | dict(dataset="cifar10", max_steps=10_000, warmup_steps=500),
     "chen_to_cifar100": CHEN_TO | dict(dataset="cifar100", max_steps=10_000, warmup_steps=500),
     "chen_to_flowers102": CHEN_TO | dict(dataset="flowers102", max_steps=500, warmup_steps=100),
@@ -4045,6 +4149,9 @@ def test_list_recipes_prints_each_with_steps_accuracy_and_table(capsys):
     for line in ("chen_vit vit_b16 imagenet 300 4,096 93,600 74.6 79.9 Chen Table 8, 2",
                  "chen_mixer_tenth mixer_b16 imagenet 300 512 75,000 21.0 43.5 Chen E.2, Table 4",
                  "chen_to_cifar10 vit_b16 cifar10 - 512 10,000 98.1 98.6 Chen Table 11, 6",
+                 "chen_supcon vit_b16 imagenet 350 2,048 218,750 - - Chen E.4",
+                 "chen_supcon_head vit_b16 imagenet 90 2,048 56,250 77.4 80.0 "
+                 "Chen E.4, §5.3; ViT-S/16 77.0, 78.1",
                  "park_cifar_resnet resnet50 cifar100 305 96 158,600 77.8 - Park A.1, App. C",
                  "xiao_vit vit_c_4gf imagenet 400 2,048 250,000 81.4 - Xiao §5.4, Table 2",
                  "xiao_regnety_16gf regnety_16gf imagenet 400 2,048 250,000 83.7 - Xiao §6, Table 2"
@@ -4198,6 +4305,11 @@ def test_sam_rho_paper_is_table_9():
               "--model").split()
     for model, rho in table["strong augmentation"].items():
         assert train.settings([*strong, model])[0].sam_rho == rho
+    for model, rho in table["supervised contrastive"].items():
+        args, origin = train.settings(
+            ["--recipe", "chen_supcon", "--model", model, "--sam-rho", "paper"])
+        assert args.sam_rho == rho and args.sam_sync and origin["sam_sync"] == "--loss supcon"
+        assert args.out_dir == f"out/imagenet-{model}-supcon-rho0.02-seed0"
     for model, rho in table["adversarial"].items():  # Table 5's rows: E.5 changes nothing else
         plain, _ = train.settings(["--model", model])
         for more in (["--adv-eps", "2/255"], ["--recipe", f"{plain.recipe}_adversarial"]):
@@ -4256,6 +4368,15 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
              "--depth 2: resnet18 takes 4 numbers, one for each stage"),
             (["--randaugment", "2", "15"], "--randaugment 2 15: the number of operations is"),
             (["--erasing", "1.5"], "--erasing is 1.5; a probability"),
+            (["--loss", "supcon"], "without augmentation are the same: add --augment crop"),
+            (["--loss", "supcon", "--augment", "crop", "--mixup", "0.5"], "supcon has no --mixup"),
+            (["--loss", "supcon", "--augment", "crop", "--adv-eps", "2/255"], "has no --adv-eps"),
+            (["--loss", "supcon", "--augment", "crop", "--no-sam-sync"], "leave out --no-sam-sync"),
+            (["--loss", "supcon", "--augment", "crop", "--temperature", "0"], "must be above 0"),
+            (["--projection-dim", "0"], "--projection-dim is 0; it must be at least 1"),
+            (["--train-only", "head"], "on the representation of --init-from, for instance"),
+            (["--lr-schedule", "exponential"], "to --lr-end, 0, which must be above 0"),
+            (["--model", "mixer_s16", "--dataset", "shapes", "--unit-norm"], "'unit_norm'; known"),
             (["--reset-head"], "--reset-head is for training from the weights of --init-from"),
             (["--patch-size", "5"], "5"),
             (["--batch-size", "100"],
@@ -4431,6 +4552,135 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
             assert float((ema[name] - state["ema"][name]).abs().max()) < 1e-11, name
 
 
+@pytest.mark.parametrize("micro_batch", [4, 16])
+@pytest.mark.parametrize("rho, steps", [(0, 1), (0.2, 1), (0.2, 2)])
+def test_contrastive_training_equals_a_loop_over_the_whole_batch_by_hand(
+        tmp_path, small_shapes, rho, steps, micro_batch):
+    """Two steps of SGD with the gradient of one loss over all projections, at once and by autograd:
+    whatever the micro-batches. ε too is the whole batch's."""
+    state = train_ok(tiny(
+        tmp_path / "run", f"--loss supcon --augment crop --sam-rho {rho} --sam-steps {steps} "
+        f"--dtype float64 --max-steps 2 --batch-size 16 --micro-batch {micro_batch} "
+        "--train-fraction 1 --optimizer sgd --lr 0.1 --momentum 0 --weight-decay 0 --warmup-steps 0 "
+        "--lr-schedule constant --projection-dim 7"))
+    torch.manual_seed(0)
+    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
+                        mlp_dim=48)
+    first, second = nn.Linear(24, 24).double(), nn.Linear(24, 7, bias=False).double()
+    network = network.double()
+    params = [p for n, p in network.named_parameters() if not n.startswith("head")]
+    params += [*first.parameters(), second.weight]
+    dataset = data.InMemory(*data.shapes(range(160)), [], padding=4)
+    for pairs in data.TrainOrder(160, 16, 16, 0, 0, 2, views=2):
+        x, y, _ = dataset[pairs]
+        assert len(x) == 32 and torch.equal(y[:16], y[16:]) and not torch.equal(x[:16], x[16:])
+
+        def loss():
+            out = {"pre_logits": None}
+            network((x.double() / 255 - 0.5) / 0.5, out=out)
+            z = second(F.relu(first(F.normalize(out["pre_logits"]))))
+            return supcon_by_hand(F.normalize(z), y.tolist(), 0.1)
+        with torch.no_grad():
+            start = [p.clone() for p in params]
+            for _ in range(steps if rho else 0):
+                with torch.enable_grad():
+                    grads = torch.autograd.grad(loss(), params)
+                norm = torch.cat([g.flatten() for g in grads]).norm()
+                for p, g in zip(params, grads):
+                    p += rho / steps * g / norm
+            with torch.enable_grad():
+                grads = torch.autograd.grad(loss(), params)
+            for p, s, g in zip(params, start, grads):
+                p.copy_(s - 0.1 * g)
+    state["model"] |= {"0.weight": state["projection"]["0.weight"],
+                       "0.bias": state["projection"]["0.bias"],
+                       "2.weight": state["projection"]["2.weight"]}
+    names = [n for n, _ in network.named_parameters() if not n.startswith("head")]
+    for name, p in zip([*names, "0.weight", "0.bias", "2.weight"], params, strict=True):
+        difference = float((p.detach() - state["model"][name]).abs().max())
+        assert difference < 1e-12, (name, difference)
+
+
+def test_a_contrastive_run_is_evaluated_by_the_nearest_class_mean(tmp_path, capsys, small_shapes):
+    out = tmp_path / "run"
+    flags = ("--loss supcon --augment crop --ema-decay 0.5 --unit-norm --dtype float64 "
+             "--train-fraction 1")
+    state = train_ok(tiny(out, flags))
+    assert "validation, nearest class mean: top-1" in capsys.readouterr().out
+    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
+                        mlp_dim=48).double()
+    images, labels = data.shapes(range(160))
+    chosen = data.subset(labels, 60 / 160)  # as many as there are to validate on
+    validation = data.shapes(range(2 ** 30, 2 ** 30 + 60))
+
+    def directions(x):
+        values = {"pre_logits": None}
+        with torch.no_grad():
+            network((x.double() / 255 - 0.5) / 0.5, out=values)
+        return F.normalize(values["pre_logits"])
+    for part in ("model", "ema"):
+        network.load_state_dict(state[part])
+        z = directions(images[chosen])
+        means = torch.stack([F.normalize(z[labels[chosen] == c].sum(0), dim=0) for c in range(12)])
+        cosine = directions(validation[0]) @ means.T
+        assert (state[part]["head.weight"] - means / 0.1).abs().max() < 1e-12
+    top1 = 100 * float((cosine.argmax(1) == validation[1]).double().mean())
+    nll = float(F.cross_entropy(cosine / 0.1, validation[1]))
+    got = state["final"]["validation"]
+    assert abs(got["top1"] - top1) < 1e-9 and abs(got["nll"] - nll) < 1e-9, (got, top1, nll)
+    best = max(r["val"]["top1"] for r in log_without_times(out) if "val" in r)
+    assert torch.load(out / "best.pt", weights_only=True)["val"]["top1"] == best
+    capsys.readouterr()
+    assert train.main(["--eval-only", "--init-from", str(out / "ckpt.pt"), "--device", "cpu"]) == 0
+    assert f"{top1:.2f}" in capsys.readouterr().out, "a checkpoint has this classifier"
+    file = tmp_path / "squeezenet.pt"
+    torch.save(train.build_model("torchvision:squeezenet1_0", 12, 32).state_dict(), file)
+    for argv, words in [
+            ("regnety_1gf --loss supcon --augment crop", "does not tell its representation, pre_l"),
+            (f"torchvision:squeezenet1_0 --train-only head --init-from {file}",
+             "torchvision:squeezenet1_0 has no linear classifier")]:
+        assert words in refusal(capsys, "--dataset", "shapes", "--model", *argv.split())
+
+
+def test_the_head_alone_is_trained_on_the_frozen_network_by_rmsprop(tmp_path, small_shapes):
+    """As torch's RMSprop on the representation of --init-from in evaluation mode; all else, running
+    statistics too, stays bit for bit, and a cut run goes on."""
+    stage1 = train_ok(tiny(tmp_path / "1", "--loss supcon --augment crop --stem conv --unit-norm "
+                                           "--max-steps 3 --train-fraction 1"))
+    flags = (f"--init-from {tmp_path / '1/ckpt.pt'} --reset-head --train-only head --dropout 0.5 "
+             "--drop-path 0.5 --stem conv --unit-norm --optimizer rmsprop --lr 0.05 --beta2 0.9 "
+             "--eps 1 --momentum 0.9 --weight-decay 1e-3 --lr-schedule exponential --lr-end 1e-3 "
+             "--warmup-steps 0 --dtype float64 --sam-rho 0 --train-fraction 1")
+    state = train_ok(tiny(tmp_path / "2", flags))
+    same = {k: v for k, v in state["model"].items() if not k.startswith("head.")}
+    assert same_tensors(same, {k: stage1["model"][k].to(v.dtype) for k, v in same.items()})
+    assert state["projection"] is None and state["optimizer"]["state"].keys() == {0, 1}
+    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
+                        mlp_dim=48, stem="conv", unit_norm=True).double().eval()
+    network.load_state_dict(stage1["model"])
+    network.requires_grad_(False)
+    head = nn.Linear(24, 12).double()
+    nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
+    optimizer = torch.optim.RMSprop(
+        [dict(params=[head.weight], weight_decay=1e-3), dict(params=[head.bias])], lr=0.05,
+        alpha=0.9, eps=1.0, momentum=0.9)
+    images, labels = data.shapes(range(160))
+    for step, pairs in enumerate(data.TrainOrder(160, 32, 32, 0, 0, 10)):
+        where = [i for _, i in pairs]
+        out = {"pre_logits": None}
+        network((images[where].double() / 255 - 0.5) / 0.5, out=out)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * 0.02 ** (step / 10)
+        optimizer.zero_grad()
+        F.cross_entropy(head(out["pre_logits"]), labels[where]).backward()
+        optimizer.step()
+    assert (head.weight - state["model"]["head.weight"]).abs().max() < 1e-12
+    assert head.weight.abs().max() > 1e-3
+    train_ok(tiny(tmp_path / "cut", flags, "--max-steps 5"))
+    resumed = train_ok(tiny(tmp_path / "cut", flags, "--resume"))
+    assert same_tensors(state["model"], resumed["model"])
+
+
 @pytest.mark.parametrize("rho", [0, 0.2])
 def test_adversarial_training_equals_equation_5_by_hand(tmp_path, monkeypatch, rho):
     """FGSM from a random start, ε and δ from the one pass at (w, start): two forward and two
@@ -4579,7 +4829,7 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
         assert name in line and ("no checkpoint" in line or "holds a list" in line), line
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb", "rmsprop"])
 def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
         tmp_path, capsys, monkeypatch, optimizer):
     """The third micro-batch of all, so in the first step, when SGD has no momentum yet."""
@@ -4623,7 +4873,9 @@ def test_evaluation_of_a_network_that_gives_nan_says_so():
     "--sam-rho 0.5 --sam-adaptive --sam-steps 2 --pool gap --kernel-size 3 --gelu exact",
     "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 --dropout 0.1",
     "--randaugment 2 9 --randaugment-prob 0.5 --erasing 0.25 --mixup 1 --cutmix 0.8 "
-    "--warmup-epochs 1"])
+    "--warmup-epochs 1",
+    "--loss supcon --optimizer lamb --lr 0.02 --dtype bfloat16 --sam-rho 0.05 --stem conv "
+    "--dropout 0.1 --autoaugment imagenet"])
 def test_other_settings_train(tmp_path, flags):
     """The loss falls, and a run cut by --max-steps goes on bit for bit."""
     root = write_image_folder(tmp_path / "images", train=32, val=8)  # classes differ in colour
@@ -4635,7 +4887,7 @@ def test_other_settings_train(tmp_path, flags):
     assert losses[-1] < losses[0] - 0.05, losses
     train_ok(tiny(tmp_path / "cut", flags, "--max-steps 15", dataset=setup))
     resumed = train_ok(tiny(tmp_path / "cut", flags, "--resume", dataset=setup))
-    for part in ("model", "ema", "optimizer", "scaler", "step", "best"):
+    for part in ("model", "ema", "projection", "optimizer", "scaler", "step", "best"):
         assert same_tensors(whole[part], resumed[part]), part
     assert log_without_times(tmp_path / "whole")[-3:] == log_without_times(tmp_path / "cut")[-3:]
 
@@ -4883,7 +5135,8 @@ def test_an_original_npz_is_evaluated_and_fine_tuned(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, graphs", [
     ("--stem conv --ema-decay 0.9 --sam-steps 2", 1),
-    ("--adv-eps 2/255 --dtype float64", 2)])  # of images with and without a gradient
+    ("--adv-eps 2/255 --dtype float64", 2),  # of images with and without a gradient
+    ("--loss supcon --augment crop", 2)])  # likewise of the weights
 def test_a_compiled_run_compiles_once_and_trains_as_the_uncompiled(tmp_path, monkeypatch, flags,
                                                                    graphs):
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -5033,6 +5286,11 @@ VARIANTS = {
     "adversarial, sam": "--sam-rho 0.1 --adv-eps 8/255 --sam-sync --stem conv --dropout 0.2",
     "sam of the whole batch": "--sam-rho 0.1 --sam-sync --stem conv --dropout 0.2 --mixup 0.5 "
                               "--optimizer sgd --lr 0.05",
+    "contrastive": "--sam-rho 0 --loss supcon --augment crop --stem conv --dropout 0.2 "
+                   "--drop-path 0.2 --optimizer lamb --ema-decay 0.9 --grad-clip 0.5",
+    "contrastive, sam": "--sam-rho 0.1 --loss supcon --augment crop --stem conv --dropout 0.2",
+    "head": "--init-from CONTRASTIVE --train-only head --stem conv --dropout 0.2 --sam-rho 0.1 "
+            "--optimizer rmsprop --eps 1",
 }
 
 
@@ -5050,7 +5308,9 @@ def largest_difference(a, b):
 
 
 def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_path):
-    runs = {name: tiny(tmp_path / f"{i}-2", flags, "--dtype float64", dataset=(
+    first = tmp_path / f"{list(VARIANTS).index('contrastive')}-2/ckpt.pt"
+    runs = {name: tiny(tmp_path / f"{i}-2", flags.replace("CONTRASTIVE", str(first)),
+                       "--dtype float64", dataset=(
         "--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 --epochs 4 "
         "--warmup-steps 3 --log-every 4"))
         for i, (name, flags) in enumerate(VARIANTS.items())}

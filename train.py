@@ -136,6 +136,22 @@ RECIPES |= {f"chen_to_{name}": TRANSFER | dict(dataset=name, max_steps=10_000, w
             for name in ("cifar10", "cifar100")}
 RECIPES["chen_21k_to_imagenet"] = TRANSFER | dict(
     dataset="imagenet", max_steps=20_000, warmup_steps=500, lr=0.03, eval_every=1)
+# E.4, supervised contrastive learning (Khosla et al. 2020, 2004.11362). Other numbers of the first
+# stage are Table 8's, the cores' 2048 / 128 images too. "AutoAugment with strength 1.0" of [31]'s
+# code is the policy as it is: any strength above 0 turns it on.
+RECIPES["chen_supcon"] = RECIPES["chen_vit"] | dict(
+    autoaugment="imagenet", epochs=350, batch_size=2048, micro_batch=16, optimizer="lamb", lr=8e-3,
+    eps=1e-6, weight_decay=0.3, loss="supcon", temperature=0.1, projection_dim=128, unit_norm=True,
+    head_bias=0.0)
+# Then the head alone, from the first stage's --init-from RUN/ckpt.pt. What E.4 leaves open is of
+# [31]'s code, which has its other numbers too: α and momentum 0.9, ε 1, 0.97 each half epoch (here
+# smoothly). That code also multiplies 0.05 by batch/256 (--lr 0.4) and smooths labels by 0.05.
+RECIPES["chen_supcon_head"] = dict(
+    dataset="imagenet", model="vit_b16", image_size=224, augment="inception",
+    autoaugment="imagenet", epochs=90, batch_size=2048, micro_batch=32, optimizer="rmsprop",
+    lr=0.05, momentum=0.9, beta2=0.9, eps=1.0, lr_schedule="exponential",
+    lr_end=0.05 * 0.97 ** 180, weight_decay=1e-6, loss="softmax", unit_norm=True, reset_head=True,
+    train_only="head")
 # Park & Kim App. F: "weak" augmentation leaves the crop, and the flip unless --no-flip.
 RECIPES |= {f"{name}_weak": RECIPES[name] | dict(
     randaugment=[0, 9], erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
@@ -212,6 +228,8 @@ PUBLISHED = {
     **dict.fromkeys(("chen_vit_long", "chen_mixer_long"), ("Chen App. F",)),
     **dict.fromkeys(("chen_vit_21k", "chen_mixer_21k", "chen_resnet_21k", "chen_21k_to_imagenet"),
                     ("Chen §5.1",)),
+    "chen_supcon": ("Chen E.4",),
+    "chen_supcon_head": ("Chen E.4, §5.3; ViT-S/16 77.0, 78.1", 77.4, 80.0),
     "chen_to_cifar10": ("Chen Table 11, 6", 98.1, 98.6),
     "chen_to_cifar100": ("Chen Table 11, 6", 87.6, 89.1),
     "chen_to_flowers102": ("Chen Table 11, 6", 88.5, 91.8),
@@ -253,7 +271,7 @@ DEFAULT_MODEL = dict.fromkeys(data.DATASETS, "vit_s16") | {
 MODEL_FLAGS = ("patch_size", "stride", "dim", "depth", "heads", "head_dim", "mlp_dim",
                "token_mlp_dim", "pool", "stem", "kernel_size", "qkv_bias", "gelu", "width",
                "groups", "width_per_group", "pre_activation", "blur", "msa_blocks", "window_size",
-               "dropout", "drop_path", "head_bias", "init", "zero_init")
+               "dropout", "drop_path", "head_bias", "unit_norm", "init", "zero_init")
 IN_MEMORY = ("shapes", "cifar10", "cifar100")
 # Where a run computes and what becomes of it: may differ when it is resumed, all else may not.
 FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "out_dir", "resume",
@@ -360,6 +378,8 @@ def make_parser():
     add("--dropout", type=float, help="rate (Table 8: 0.1)")
     add("--drop-path", type=float, help="stochastic depth, rate of the last block (E.3: 0.1)")
     add("--head-bias", type=float, help="initial bias of the classifier, for the sigmoid loss")
+    add("--unit-norm", action=on_off, help="ViT: the head sees the representation divided by its "
+        "length, as SupCon's heads do (Chen E.4)")
     add("--init", choices=("google", "pycls", "timm", "torchvision", "torch"), help="whose initial "
         "weights; ViT has the first three, Mixer google and timm, ResNet the last two")
     add("--zero-init", action=on_off, help="ResNet: last scale of each branch starts at 0")
@@ -370,23 +390,35 @@ def make_parser():
         "the schedule's length (Table 11)")
     add("--batch-size", type=int, default=256, help="images per step, all devices (Table 8: 4096)")
     add("--micro-batch", type=int, default=32, help="images per pass, the m of SAM (App. E: 32)")
-    add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="(Table 8)")
+    add("--optimizer", choices=("adamw", "sgd", "lamb", "rmsprop"), default="adamw",
+        help="(Table 8; Chen E.4: lamb, then rmsprop)")
     add("--lr", type=float, default=1e-3, help="peak, for the whole batch (Table 8: 3e-3)")
-    add("--lr-schedule", choices=("cosine", "linear", "constant"), default="cosine",
-        help="(Table 8)")
+    add("--lr-schedule", choices=("cosine", "linear", "constant", "exponential"), default="cosine",
+        help="(Table 8; Chen E.4, head: exponential)")
     add("--warmup-steps", type=int, default=0, help="linear from 0 (Table 8: 10000)")
     add("--warmup-epochs", type=float, default=0.0, help="as many more epochs of it (Park A.1: 5)")
     add("--lr-end", type=float, default=0.0, help="learning rate at the end of the decay")
-    add("--momentum", type=float, default=0.9, help="of SGD (Table 8)")
+    add("--momentum", type=float, default=0.9, help="of SGD (Table 8) and RMSProp")
     add("--nesterov", action=on_off, default=False, help="for SGD")
-    add("--beta1", type=float, default=0.9, help="of AdamW (Table 8)")
-    add("--beta2", type=float, default=0.999, help="of AdamW (Table 8, misprinted there)")
-    add("--weight-decay", type=float, default=0.1, help="AdamW: decoupled, times the learning rate "
-        "(Table 8: 0.3); SGD: L2")
+    add("--beta1", type=float, default=0.9, help="of AdamW (Table 8) and LAMB")
+    add("--beta2", type=float, default=0.999, help="of AdamW (Table 8, misprinted there) and LAMB; "
+        "RMSProp's α (SupCon's code: 0.9)")
+    add("--eps", type=float, default=1e-8, help="beside the root of AdamW's, LAMB's and RMSProp's "
+        "second moment (LAMB's code: 1e-6; SupCon's, for RMSProp: 1)")
+    add("--weight-decay", type=float, default=0.1, help="AdamW, LAMB: decoupled, times the "
+        "learning rate (Table 8: 0.3); SGD, RMSProp: L2")
     add("--decay", choices=("kernels", "no-norm-bias", "all"), default="kernels", help="what "
         "decays: matrices and convolutions; also class token and positions (Xiao §5.4); everything")
     add("--grad-clip", type=float, default=0.0, help="norm of the final gradient (Table 8: 1)")
-    add("--loss", choices=("softmax", "sigmoid"), default="softmax", help="(B.1: sigmoid)")
+    add("--loss", choices=("softmax", "sigmoid", "supcon"), default="softmax", help="(B.1: "
+        "sigmoid). supcon: each image in two views, the representations of a class together, the "
+        "classifier untrained; the whole batch's loss in a micro-batch's memory, for one more "
+        "forward pass (Chen E.4)")
+    add("--temperature", type=float, default=0.1, help="of supcon (Chen E.4)")
+    add("--projection-dim", type=int, default=128, help="outputs of supcon's projection head, an "
+        "MLP as wide as the representation (Khosla et al. §3.1)")
+    add("--train-only", choices=("all", "head"), default="all", help="head: the classifier; the "
+        "rest stays as in --init-from, in evaluation mode (Chen E.4, second stage)")
     add("--label-smoothing", type=float, default=0.0, help="share of the uniform distribution")
     add("--ema-decay", type=float, default=0.0, help="of an average of the weights, per step t; "
         "min(decay, (1+t)/(10+t))")
@@ -485,17 +517,25 @@ def settings(argv=None, also=()):
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     adv = f"-adv{255 * args.adv_eps:.3g}" if args.adv_eps else ""  # in 1/255
-    args.out_dir = args.out_dir or "out/{}-{}{}-rho{:g}-seed{}".format(
-        args.dataset, args.model.replace(":", "_"), adv, args.sam_rho, args.seed)
+    stage = "-supcon" * (args.loss == "supcon") + "-head" * (args.train_only == "head")
+    args.out_dir = args.out_dir or "out/{}-{}{}{}-rho{:g}-seed{}".format(
+        args.dataset, args.model.replace(":", "_"), adv, stage, args.sam_rho, args.seed)
+    if args.loss == "supcon" and args.sam_rho and "sam_sync" not in given:
+        args.sam_sync, origin["sam_sync"] = True, "--loss supcon"
     check(args, origin)
     return args, origin
 
 
+def kind_of_training(args):
+    """Which rows of PAPER_RHO it has."""
+    strong = args.mixup and args.randaugment[0]
+    return ("adversarial" if args.adv_eps else "strong augmentation" if strong else
+            "supervised contrastive" if args.loss == "supcon" else "supervised")
+
+
 def resolve_rho(args):
     if args.sam_rho == "paper":
-        strong = args.mixup and args.randaugment[0]
-        kind = ("adversarial" if args.adv_eps else "strong augmentation" if strong else
-                "supervised")
+        kind = kind_of_training(args)
         if args.model not in PAPER_RHO[kind]:
             raise UserError(f"--sam-rho paper: Table 9 has no row for {args.model} and {kind} "
                             f"training; it has {' '.join(PAPER_RHO[kind])}. Give a number, such as "
@@ -514,7 +554,7 @@ def check(args, origin):
         epochs=0, max_steps=0, batch_size=1, micro_batch=1, warmup_steps=0, eval_every=1,
         log_every=1, save_every=0, sam_rho=0, sam_steps=1, lr=0, lr_end=0, weight_decay=0,
         grad_clip=0, mixup=0, cutmix=0, warmup_epochs=0, image_size=1, seed=0, ema_alpha=0,
-        ema_every=1, repeated_augment=1, eval_short_side=0)
+        ema_every=1, repeated_augment=1, eval_short_side=0, eps=0, projection_dim=1)
     for name, low in at_least.items():
         if not low <= getattr(args, name) < 2 ** 63:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
@@ -570,6 +610,28 @@ def check(args, origin):
                         * (origin["reset_head"] == args.recipe))
     if args.eval_only and not args.init_from:
         raise UserError("--eval-only needs --init-from: the weights, for instance RUN/best.pt")
+    if args.lr_schedule == "exponential" and not 0 < args.lr_end <= args.lr:
+        raise UserError(f"--lr-schedule exponential goes from --lr, {args.lr:g}, to --lr-end, "
+                        f"{args.lr_end:g}, which must be above 0 and at most --lr")
+    if args.train_only == "head" and (args.loss == "supcon" or not args.init_from
+                                      ) and not args.eval_only:
+        raise UserError("--train-only head trains the classifier on the representation of "
+                        "--init-from, for instance RUN/ckpt.pt, with --loss softmax or sigmoid")
+    if args.loss == "supcon" and not args.eval_only:
+        unfit = [name for name in ("mixup", "cutmix", "label_smoothing", "adv_eps")
+                 if getattr(args, name)]
+        if unfit:
+            raise UserError(f"--loss supcon has no --{unfit[0].replace('_', '-')}: it compares "
+                            "whole images of known classes; set it to 0")
+        if not 0 < args.temperature < math.inf:
+            raise UserError(f"--temperature is {args.temperature}; it must be above 0 (Chen E.4: "
+                            "0.1)")
+        if {args.augment, args.autoaugment, args.randaugment[0], args.erasing} == {"none", 0}:
+            raise UserError("--loss supcon takes two views of each image, which without "
+                            "augmentation are the same: add --augment crop or another")
+        if args.sam_rho and not args.sam_sync:
+            raise UserError("--loss supcon has one loss for the whole batch, and so one ε: "
+                            "leave out --no-sam-sync")
     if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
         raise UserError("--nesterov is for --optimizer sgd with --momentum above 0; --no-nesterov "
                         "turns it off")
@@ -855,23 +917,97 @@ def sigmoid_loss(logits, y, smoothing=0.0):
     return loss / len(logits)
 
 
+def supcon_loss(z, y, temperature):
+    """Supervised contrastive loss, L_out of Khosla et al. 2020 (2004.11362, Eq. 2), mean over the
+    anchors i: -1/|P(i)| Σ_{p ∈ P(i)} log(exp(z_i·z_p/τ) / Σ_{a ≠ i} exp(z_i·z_a/τ)), where P(i)
+    are the others of i's class. z: (n, d), of any length, normalised here; y: (n,) classes, each
+    at least twice."""
+    z = F.normalize(z)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_p = (z @ z.T / temperature).masked_fill(itself, -math.inf).log_softmax(1)
+    positive = (y[:, None] == y) & ~itself
+    return -(log_p.where(positive, 0).sum(1) / positive.sum(1)).mean()
+
+
+def supcon_of_all(z, y, temperature):
+    """supcon_loss over the projections and labels of all processes, detached, and its gradient by
+    this process's z. Each process computes all of it, so that nothing has to be sent back."""
+    z = z.detach().requires_grad_()
+    zs, ys = [z], [y]
+    if dist.is_initialized():
+        zs, ys = ([torch.empty_like(t) for _ in range(dist.get_world_size())] for t in (z, y))
+        dist.all_gather(zs, z.detach())
+        dist.all_gather(ys, y)
+        zs[rank()] = z
+    loss = supcon_loss(torch.cat(zs), torch.cat(ys), temperature)
+    return loss.detach(), torch.autograd.grad(loss, z)[0]
+
+
+class Contrastive(nn.Module):
+    """A network of `assemble` under the projection head of Khosla et al. (§3.1; their code): what
+    --loss supcon trains. The classifier computes nothing that counts and is not trained."""
+
+    def __init__(self, bare, dim, projection_dim):
+        super().__init__()
+        self.bare = bare
+        self.projection = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(),
+                                        nn.Linear(dim, projection_dim, bias=False))
+
+    def forward(self, x):
+        """Projections (B, projection_dim), not yet normalised: supcon_loss does it, in float32."""
+        out = {"pre_logits": None}
+        self.bare(x, out=out)
+        return self.projection(F.normalize(out["pre_logits"]))
+
+
+class LAMB(torch.optim.Optimizer):
+    """You et al. 2020 (1904.00962, Algorithm 2) with φ(z) = z: the update u of each tensor, Adam's
+    and decoupled decay, is given that tensor's length, w ← w - η · ‖w‖/‖u‖ · u. As in its authors'
+    code the ratio is 1 where ‖w‖ or ‖u‖ is 0."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                                      step=0))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["step"] += 1
+            correction1, correction2 = (1 - beta ** group["step"] for beta in group["betas"])
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                state = self.state[w]
+                if not state:
+                    state["m"], state["v"] = torch.zeros_like(w), torch.zeros_like(w)
+                m = state["m"].lerp_(w.grad, 1 - group["betas"][0])
+                v = state["v"].lerp_(w.grad.square(), 1 - group["betas"][1])
+                u = m / correction1 / ((v / correction2).sqrt() + group["eps"])
+                u += group["weight_decay"] * w
+                ratio = w.norm() / u.norm()  # where, not if: nothing waits for the device
+                w -= group["lr"] * torch.where((ratio > 0) & ratio.isfinite(), ratio, 1.0) * u
+
+
 def learning_rate(step, total, warmup, peak, schedule, end=0.0):
-    """At `step` of 0 … total: linear from 0 over `warmup` steps, times half a cosine or a line from
-    `peak` there to `end` at `total`, or `peak` throughout. A function of the step alone, so that no
-    checkpoint has anything of it."""
+    """At `step` of 0 … total: linear from 0 over `warmup` steps, times half a cosine, a line or an
+    exponential from `peak` there to `end` at `total`, or `peak` throughout. A function of the step
+    alone, so that no checkpoint has anything of it."""
     progress = min(max(step - warmup, 0) / max(total - warmup, 1), 1.0)
     decayed = {"cosine": end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress)),
                "linear": peak + (end - peak) * progress,
+               "exponential": peak * (end / peak) ** progress if peak else 0.0,
                "constant": peak}[schedule]
     return decayed * min(1.0, step / warmup if warmup else 1.0)
 
 
 def decay_groups(network, decay):
-    """Parameters that decay and those that do not; decay is a value of --decay."""
+    """Trained parameters that decay and those that do not; decay is a value of --decay."""
     norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
     of_norms = {id(p) for m in network.modules() if isinstance(m, norms) for p in m.parameters()}
     decayed, kept = [], []
     for name, p in network.named_parameters():
+        if not p.requires_grad:
+            continue
         decays = {"all": True,
                   "no-norm-bias": id(p) not in of_norms and not name.endswith("bias"),
                   "kernels": name.endswith("weight") and p.ndim > 1}[decay]
@@ -886,7 +1022,7 @@ class RunningStatistics:
 
     def __init__(self, network):
         norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-                 and m.running_mean is not None]
+                 and m.running_mean is not None and m.training]
         self.buffers = [b for m in norms for b in (m.running_mean, m.running_var)]
         self.counters = [m.num_batches_tracked for m in norms]
         self.start, self.sum = ([torch.zeros_like(b) for b in self.buffers] for _ in range(2))
@@ -1096,6 +1232,35 @@ def is_ours(state):
             and isinstance(state.get("model"), dict) and isinstance(state.get("classes"), list))
 
 
+def classifier(network):
+    """{name: module} of a network's last linear layer; empty where there is none."""
+    linear = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)]
+    return dict(linear[-1:])
+
+
+@torch.no_grad()
+def set_class_means(model, loader, device, autocast, temperature):
+    """The classifier becomes that of the nearest class mean: its weights are the mean directions of
+    the representations of each class in a loader, its logits cosine / temperature (of a network
+    with unit_norm; else times the length of an image's representation, which leaves the ranks)."""
+    (head,) = classifier(model).values()
+    sums = torch.zeros(head.weight.shape, dtype=torch.float64,
+                       device="cpu" if device.type == "mps" else device)
+    training = model.training
+    model.eval()
+    for x, y in data.batches(loader, tell=say):
+        out = {"pre_logits": None}
+        with autocast:
+            model(to_float(x.to(device), model), out=out)
+        z = F.normalize(out["pre_logits"].to(torch.promote_types(head.weight.dtype, torch.float32)))
+        sums.index_add_(0, y.to(sums.device), z.to(sums))
+    model.train(training)
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    head.weight.copy_(F.normalize(sums) / temperature)
+    head.bias.zero_()
+
+
 def load_weights(network, path, weights="ema", reset_head=False):
     """Fills a bare network from a checkpoint of ours ("model" or its average "ema"), a timm or
     torchvision state dict, or an original .npz. Positions of another resolution are resized, which
@@ -1118,8 +1283,7 @@ def load_weights(network, path, weights="ema", reset_head=False):
         inner = [state[k] for k in ("model", "state_dict") if isinstance(state.get(k), dict)]
         state = inner[0] if inner else state
     own, state = network.state_dict(), dict(state)
-    head = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1:]
-    of_head = {name for name in own if name.rpartition(".")[0] in head}
+    of_head = {name for name in own if name.rpartition(".")[0] in classifier(network)}
     if reset_head:
         state |= {name: own[name] for name in of_head}
     old = state.get("pos_embed")
@@ -1393,6 +1557,16 @@ def run(args, origin):
     half = args.dtype in ("bfloat16", "float16")
     autocast = torch.autocast(device.type, getattr(torch, args.dtype)) if half else nullcontext()
 
+    supcon, projection = args.loss == "supcon" and not args.eval_only, None
+    if supcon and "pre_logits" not in getattr(network, "intermediates", ()):
+        raise UserError(f"--loss supcon: {args.model} does not tell its representation, "
+                        "pre_logits; ViT, PiT, Mixer, ResNet, AlterNet and Swin do")
+    if args.train_only == "head" and not args.eval_only:
+        if not classifier(network):
+            raise UserError(f"--train-only head: {args.model} has no linear classifier")
+        bare.requires_grad_(False).eval()
+        next(iter(classifier(network).values())).requires_grad_()
+
     averages = args.ema_decay and not args.eval_only
     ema = copy.deepcopy(bare).requires_grad_(False) if averages else None
 
@@ -1409,6 +1583,14 @@ def run(args, origin):
         with progress(len(loader), what, "batch") as bar:
             return evaluate(ema or bare, loader, device, autocast, progress=bar,
                             mix=mix_as_trained if mixed else None)
+
+    def prepare_classifier():
+        """Contrastive training has none of its own: evaluations show the nearest class mean's."""
+        for each in (bare, ema) if supcon else ():
+            if each is not None:
+                loader = data.evaluation_loader(train_sample, 256, workers, rank(), world,
+                                                pin_memory)
+                set_class_means(each, loader, device, autocast, args.temperature)
 
     def measure_also_attacked(what, dataset):
         result = measure(what, dataset)
@@ -1438,21 +1620,32 @@ def run(args, origin):
     micro_batches = args.batch_size // args.micro_batch
     own_micros = range(rank() * micro_batches // world, (rank() + 1) * micro_batches // world)
 
-    model = torch.compile(bare) if args.compile else bare
+    model = bare
+    if supcon:
+        head, = classifier(network).values()
+        head.requires_grad_(False)
+        model = Contrastive(bare, head.in_features, args.projection_dim).to(head.weight)
+        projection = model.projection
+    params = [p for p in model.parameters() if p.requires_grad]
+    decayed, kept = decay_groups(model, args.decay)
+    model = torch.compile(model) if args.compile else model
     if dist.is_initialized():
         with warnings.catch_warnings():  # 2.15 renames broadcast_buffers, 2.11 lacks the new name
             warnings.simplefilter("ignore", FutureWarning)
             model = DistributedDataParallel(
                 model, device_ids=[device] if args.device == "cuda" else None,
                 broadcast_buffers=False, gradient_as_bucket_view=True)
-    params = [p for p in network.parameters() if p.requires_grad]
-    decayed, kept = decay_groups(network, args.decay)
     groups = [dict(params=some, weight_decay=decay)
               for some, decay in ((decayed, args.weight_decay), (kept, 0.0)) if some]
-    fused = device.type in ("cpu", "cuda")
+    fused = device.type in ("cpu", "cuda") and args.optimizer in ("adamw", "sgd")
+    betas = args.beta1, args.beta2
     if args.optimizer == "adamw":
-        betas = args.beta1, args.beta2
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=fused)
+    elif args.optimizer == "lamb":
+        optimizer = LAMB(groups, lr=args.lr, betas=betas, eps=args.eps)
+    elif args.optimizer == "rmsprop":
+        optimizer = torch.optim.RMSprop(groups, lr=args.lr, alpha=args.beta2, eps=args.eps,
+                                        momentum=args.momentum)
     else:
         optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum,
                                     nesterov=args.nesterov, fused=fused)
@@ -1464,7 +1657,7 @@ def run(args, origin):
     if args.sam_rho:
         sam = SAM(model, args.sam_rho, steps=args.sam_steps, adaptive=args.sam_adaptive)
     adv_step_size = args.adv_step_size or 1.25 * args.adv_eps
-    criterion = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}[args.loss]
+    criterion = {"softmax": softmax_loss, "sigmoid": sigmoid_loss, "supcon": None}[args.loss]
     mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in (
         (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     mix = v2.RandomChoice(mixes) if mixes else lambda *xy: xy
@@ -1479,10 +1672,14 @@ def run(args, origin):
          f"augmentation {args.augment}, {workers} workers per device")
     if args.dataset == "imagenet" and num_classes != 1000:
         tell(f"          {num_classes} classes, where ImageNet-1k has 1,000")
-    tell(f"model     {args.model}: {sum(p.numel() for p in params):,} parameters, {args.loss} loss")
+    tell(f"model     {args.model}: {sum(p.numel() for p in params):,} parameters, {args.loss} loss"
+         + ", only of the classifier" * (args.train_only == "head"))
+    if supcon:
+        tell("          accuracies are of the nearest class mean, not of a classifier that was "
+             "trained: --train-only head trains one")
     tell(f"device    {world} × {device.type}, {args.dtype}{', compiled' * args.compile}")
     tell(f"step      {args.batch_size:,} images = {world} devices × {micro_batches // world} "
-         f"micro-batches × {args.micro_batch} images, " + (
+         f"micro-batches × {args.micro_batch} images, " + "each in two views, " * supcon + (
              f"SAM with ρ = {args.sam_rho:g} on "
              f"{'the whole ' if args.sam_sync else 'each micro-'}batch" if sam else "without SAM")
          + f", images moved by at most {255 * args.adv_eps:.4g}/255" * (args.adv_eps > 0))
@@ -1513,6 +1710,8 @@ def run(args, origin):
         network.load_state_dict(state["model"])
         if ema is not None:
             ema.network.load_state_dict(state["ema"])
+        if projection is not None:
+            projection.load_state_dict(state["projection"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         step, evaluated, best = state["step"], state["evaluated"], state["best"]
@@ -1531,7 +1730,8 @@ def run(args, origin):
     def checkpoint(name, **more):
         if main_process:
             folder.save(name, dict(
-                model=network.state_dict(), ema=ema and ema.network.state_dict(), step=step,
+                model=network.state_dict(), ema=ema and ema.network.state_dict(),
+                projection=projection and projection.state_dict(), step=step,
                 evaluated=evaluated, best=best, settings=vars(args), classes=train_set.classes,
                 **more))
 
@@ -1546,10 +1746,12 @@ def run(args, origin):
     def validate():
         nonlocal evaluated, best, result, since, started
         before = time.perf_counter()
+        prepare_classifier()
         result, evaluated = measure_also_attacked("validation", val_set), step
         log(val=result)
-        tell(f"step {step:6,}  validation: top-1 {result['top1']:.2f} %, "
-             f"top-5 {result['top5']:.2f} %, NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %"
+        tell(f"step {step:6,}  validation{', nearest class mean' * supcon}: "
+             f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+             f"NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %"
              + (f", PGD-10 {result['pgd']:.2f} %" if args.eval_adv else ""))
         if result["top1"] > best:
             best = result["top1"]
@@ -1562,10 +1764,9 @@ def run(args, origin):
 
     # ---- the loop
     order = data.TrainOrder(len(train_set), args.batch_size, args.micro_batch, args.seed, step,
-                            last_step, rank(), world, args.repeated_augment)
+                            last_step, rank(), world, args.repeated_augment, 1 + supcon)
     stream = data.batches(data.loader(train_set, order, workers, pin_memory), tell=say)
     stop = StopSignal()
-    model.train()
     bar = tqdm(total=last_step, initial=step, unit="step",
                disable=not (main_process and sys.stderr.isatty()))
     images = since_images = 0
@@ -1586,8 +1787,25 @@ def run(args, origin):
             group["lr"] = lr
         statistics.begin_step()
         clean = {}  # micro-batch -> its loss at w
+        pulls = {}  # micro-batch -> gradient of the whole batch's supcon loss by its projections
+
+        def contrast():
+            """The loss of the whole batch, and its gradient by each own micro-batch's projections,
+            which loss_of then sends on into the network: in all, the loss's exact gradient."""
+            z = []
+            for micro, x, *_ in together:
+                torch.manual_seed(data.key(args.seed, step, micro))
+                with torch.no_grad(), autocast:
+                    z.append(model(x))
+            z = torch.cat(z)
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            loss, grad = supcon_of_all(z, torch.cat([y for _, _, y, _ in together]),
+                                       args.temperature)
+            pulls.update(zip(own_micros, grad.chunk(len(own_micros))), loss=loss)
 
         def loss_of(micro, x, y, sends=False):
+            if supcon and micro == own_micros[0]:  # a pass over the batch begins, at w or w + ε
+                contrast()
             torch.manual_seed(data.key(args.seed, step, micro))  # masks belong to the micro-batch
             statistics.begin_pass()
             # DistributedDataParallel decides in the forward pass whether the backward pass sends:
@@ -1596,13 +1814,17 @@ def run(args, origin):
             with model.no_sync() if quiet else nullcontext(), autocast:
                 logits = model(x)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            loss = criterion(logits, y, args.label_smoothing)
+            if supcon:  # the mean of this over the micro-batches has the loss's value and gradient
+                along = ((logits - logits.detach()) * pulls[micro]).sum()
+                loss = pulls["loss"] + micro_batches * along
+            else:
+                loss = criterion(logits, y, args.label_smoothing)
             if micro not in clean:
                 clean[micro] = loss.detach()
                 statistics.end_pass()
             return scaler.scale(loss)
 
-        together = []  # micro-batches that share an ε: one, or with --sam-sync all
+        together = []  # micro-batches that share an ε: one, or with --sam-sync all; or a loss
         for micro in own_micros:
             x, y = next(stream)
             x, y = to_float(x.to(device, non_blocking=True), model), y.to(device, non_blocking=True)
@@ -1612,7 +1834,7 @@ def run(args, origin):
             if args.adv_eps:
                 start = adversarial.uniform_start(x, args.adv_eps).requires_grad_()
             together.append((micro, x, y, start))
-            if args.sam_sync and micro != own_micros[-1]:
+            if (args.sam_sync or supcon) and micro != own_micros[-1]:
                 continue
             losses = [partial(loss_of, micro, start, y) for micro, _, y, start in together]
             starts = [start for *_, start in together if args.adv_eps]
@@ -1636,7 +1858,7 @@ def run(args, origin):
         statistics.end_step(micro_batches, skip)
         if fused:
             optimizer.found_inf = skip  # where it is 1, fused optimizers leave everything as it is
-        if fused or not skip:  # on MPS alone this waits for the device
+        if fused or not skip:  # on MPS, and for LAMB and RMSProp, this waits for the device
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -1682,6 +1904,7 @@ def run(args, origin):
 
     # ---- the end
     speed = images / (time.perf_counter() - started)
+    prepare_classifier()
     final = {"training": measure_also_attacked("training", train_sample)}
     # Park & Kim's training NLL (A.2) is that of augmented images; as in their code, without dropout
     # and, where images are mixed, against the shares of their labels (not smoothed).
@@ -1695,7 +1918,7 @@ def run(args, origin):
     print_table(tell, final)
     tell(f"{speed:,.0f} images/s; checkpoint {args.out_dir}/ckpt.pt; best validation accuracy "
          f"{best:.2f} % in best.pt")
-    other = 0 if sam else PAPER_RHO["supervised"].get(args.model, 0.03)
+    other = 0 if sam else PAPER_RHO[kind_of_training(args)].get(args.model, 0.03)
     same = [flag for name, setter in origin.items() if setter == "command line"
             and name not in ("sam_rho", "out_dir", "resume") for flag in as_flag(name, args)]
     launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"

@@ -223,6 +223,7 @@ class ViT(nn.Module):
                  nearest tokens
     representation_size  Dense + tanh of that width before the head, as in ViT's 21k files
     head_bias    initial value; for the sigmoid loss big_vision takes -6.9 or -10
+    unit_norm    divide the representation, as the head and pre_logits have it, by its length
     init         "google" (Chen et al.), "pycls" (Xiao et al.), "timm" (Park & Kim): init_weights
     """
 
@@ -230,7 +231,7 @@ class ViT(nn.Module):
                  heads=12, head_dim=None, mlp_dim=None, pool="cls", stem="patchify",
                  stem_channels=None, stem_strides=None, qkv_bias=True, gelu="tanh", dropout=0.0,
                  drop_path=0.0, kernel_size=None, representation_size=None, head_bias=0.0,
-                 init="google"):
+                 unit_norm=False, init="google"):
         super().__init__()
         check_choices(pool=(pool, "cls", "gap"), stem=(stem, "patchify", "conv"),
                       gelu=(gelu, "exact", "tanh"), init=(init, "google", "pycls", "timm"))
@@ -254,7 +255,7 @@ class ViT(nn.Module):
                              "None is global attention")
         if stem == "patchify" and (stem_channels or stem_strides):
             raise ValueError('stem_channels and stem_strides need stem="conv", got "patchify"')
-        self.image_size, self.pool = image_size, pool
+        self.image_size, self.pool, self.unit_norm = image_size, pool, unit_norm
         self.grid = (image_size // patch_size,) * 2
         self.prefix_tokens = 1 if pool == "cls" else 0
 
@@ -346,6 +347,7 @@ class ViT(nn.Module):
             x = block(x, self.window, out, skip, f"blocks.{i}")
         x = self.norm(x)
         x = self.pre_logits(x[:, 0] if self.pool == "cls" else x.mean(dim=1))  # (B, D)
+        x = F.normalize(x) if self.unit_norm else x
         return self.head(record(out, "pre_logits", x))
 
 
