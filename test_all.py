@@ -2601,14 +2601,15 @@ def test_attacks_take_labels_of_any_integer_type_gradients_of_any_scale_and_half
 
 
 def test_robustness_shows_examples_and_is_nan_where_the_model_is():
-    model, (x, y) = small_cnn(), images_to_attack()
+    model, (x, _) = small_cnn(), images_to_attack()
     with torch.no_grad():
         right = model(x).argmax(1)
     batches = [(x[:6], right[:6], list(range(6))), (x[6:], (right[6:] + 1) % 5, list(range(6, 12)))]
     examples = []
     adversarial.robustness(model, batches, eps=0.2, step_size=0.05, early_stop=True, restarts=2,
                            examples=examples)
-    moved = torch.cat([(shown - clean).abs().flatten(1).amax(1) for clean, _, shown, *_ in examples])
+    moved = torch.cat([(shown - clean).abs().flatten(1).amax(1)
+                       for clean, _, shown, *_ in examples])
     assert (moved[:6] > 0).all() and not moved[6:].any(), "what is wrong already stays as it is"
 
     class Infinite(nn.Module):
@@ -4561,7 +4562,8 @@ def test_contrastive_training_equals_a_loop_over_the_whole_batch_by_hand(
     state = train_ok(tiny(
         tmp_path / "run", f"--loss supcon --augment crop --sam-rho {rho} --sam-steps {steps} "
         f"--dtype float64 --max-steps 2 --batch-size 16 --micro-batch {micro_batch} "
-        "--train-fraction 1 --optimizer sgd --lr 0.1 --momentum 0 --weight-decay 0 --warmup-steps 0 "
+        "--train-fraction 1 --optimizer sgd --lr 0.1 --momentum 0 --weight-decay 0 "
+        "--warmup-steps 0 "
         "--lr-schedule constant --projection-dim 7"))
     torch.manual_seed(0)
     network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
@@ -5330,7 +5332,8 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
         weights = largest_difference(one["model"], two["model"])
         averages = largest_difference(one["ema"], two["ema"]) if one["ema"] else 0.0
         assert one["final"].keys() == two["final"].keys()
-        nll = max(abs(one["final"][what]["nll"] - two["final"][what]["nll"]) for what in one["final"])
+        nll = max(abs(one["final"][what]["nll"] - two["final"][what]["nll"])
+                  for what in one["final"])
         print(f"{name:32} weights {weights:.1e}  average {averages:.1e}  NLL {nll:.1e}  "
               f"bytes {sent[name]}")
         assert max(weights, averages, nll) < 1e-9, (name, weights, averages, nll)

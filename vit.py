@@ -274,7 +274,8 @@ class ViT(nn.Module):
         self.register_buffer("window", window, persistent=False)
         self.blocks = nn.ModuleList(
             Block(dim=dim, heads=heads, head_dim=head_dim, mlp_dim=mlp_dim, qkv_bias=qkv_bias,
-                  gelu=gelu, dropout=dropout, drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth))
+                  gelu=gelu, dropout=dropout, drop_path=drop_path * i / max(depth - 1, 1))
+            for i in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pre_logits = nn.Identity() if not representation_size else nn.Sequential(
             OrderedDict(fc=nn.Linear(dim, representation_size), tanh=nn.Tanh()))
