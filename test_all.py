@@ -4833,7 +4833,7 @@ def test_evaluation_of_a_network_that_gives_nan_says_so():
     "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 --dropout 0.1",
     "--randaugment 2 9 --randaugment-prob 0.5 --erasing 0.25 --mixup 1 --cutmix 0.8 "
     "--warmup-epochs 1",
-    "--loss supcon --optimizer lamb --lr 0.02 --dtype bfloat16 --sam-rho 0.05 --stem conv "
+    "--loss supcon --optimizer lamb --dtype bfloat16 --sam-rho 0.05 --stem conv "
     "--dropout 0.1 --autoaugment imagenet"])
 def test_other_settings_train(tmp_path, flags):
     """The loss falls, and a run cut by --max-steps goes on bit for bit."""
