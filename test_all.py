@@ -4520,8 +4520,8 @@ def test_contrastive_training_equals_a_loop_over_the_whole_batch_by_hand(
     state = train_ok(tiny(
         tmp_path / "run", f"--loss supcon --augment crop --sam-rho {rho} --sam-steps {steps} "
         f"--dtype float64 --max-steps 2 --batch-size 16 --micro-batch {micro_batch} "
-        "--train-fraction 1 --optimizer sgd --lr 0.1 --momentum 0 --weight-decay 0 --warmup-steps 0 "
-        "--lr-schedule constant --projection-dim 7"))
+        "--train-fraction 1 --optimizer sgd --lr 0.1 --momentum 0 --weight-decay 0 "
+        "--warmup-steps 0 --lr-schedule constant --projection-dim 7"))
     torch.manual_seed(0)
     network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
                         mlp_dim=48)
