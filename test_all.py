@@ -4563,8 +4563,7 @@ def test_contrastive_training_equals_a_loop_over_the_whole_batch_by_hand(
         tmp_path / "run", f"--loss supcon --augment crop --sam-rho {rho} --sam-steps {steps} "
         f"--dtype float64 --max-steps 2 --batch-size 16 --micro-batch {micro_batch} "
         "--train-fraction 1 --optimizer sgd --lr 0.1 --momentum 0 --weight-decay 0 "
-        "--warmup-steps 0 "
-        "--lr-schedule constant --projection-dim 7"))
+        "--warmup-steps 0 --lr-schedule constant --projection-dim 7"))
     torch.manual_seed(0)
     network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
                         mlp_dim=48)
@@ -4876,7 +4875,7 @@ def test_evaluation_of_a_network_that_gives_nan_says_so():
     "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 --dropout 0.1",
     "--randaugment 2 9 --randaugment-prob 0.5 --erasing 0.25 --mixup 1 --cutmix 0.8 "
     "--warmup-epochs 1",
-    "--loss supcon --optimizer lamb --lr 0.02 --dtype bfloat16 --sam-rho 0.05 --stem conv "
+    "--loss supcon --optimizer lamb --dtype bfloat16 --sam-rho 0.05 --stem conv "
     "--dropout 0.1 --autoaugment imagenet"])
 def test_other_settings_train(tmp_path, flags):
     """The loss falls, and a run cut by --max-steps goes on bit for bit."""

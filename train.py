@@ -136,9 +136,9 @@ RECIPES |= {f"chen_to_{name}": TRANSFER | dict(dataset=name, max_steps=10_000, w
             for name in ("cifar10", "cifar100")}
 RECIPES["chen_21k_to_imagenet"] = TRANSFER | dict(
     dataset="imagenet", max_steps=20_000, warmup_steps=500, lr=0.03, eval_every=1)
-# E.4, supervised contrastive learning (Khosla et al. 2020, 2004.11362). Other numbers of the first
-# stage are Table 8's, the cores' 2048 / 128 images too. "AutoAugment with strength 1.0" of [31]'s
-# code is the policy as it is: any strength above 0 turns it on.
+# E.4, supervised contrastive learning of its [31] (Khosla et al. 2020, 2004.11362). What E.4 leaves
+# open in the first stage is Table 8's; 16 images are a core's of 128. "AutoAugment with strength
+# 1.0" is the policy as it is: in [31]'s code any strength above 0 turns it on.
 RECIPES["chen_supcon"] = RECIPES["chen_vit"] | dict(
     autoaugment="imagenet", epochs=350, batch_size=2048, micro_batch=16, optimizer="lamb", lr=8e-3,
     eps=1e-6, weight_decay=0.3, loss="supcon", temperature=0.1, projection_dim=128, unit_norm=True,
@@ -520,6 +520,7 @@ def settings(argv=None, also=()):
     stage = "-supcon" * (args.loss == "supcon") + "-head" * (args.train_only == "head")
     args.out_dir = args.out_dir or "out/{}-{}{}{}-rho{:g}-seed{}".format(
         args.dataset, args.model.replace(":", "_"), adv, stage, args.sam_rho, args.seed)
+    # A core's own ε (App. E) would need a loss of its own; this one is the whole batch's.
     if args.loss == "supcon" and args.sam_rho and "sam_sync" not in given:
         args.sam_sync, origin["sam_sync"] = True, "--loss supcon"
     check(args, origin)
@@ -945,7 +946,8 @@ def supcon_of_all(z, y, temperature):
 
 class Contrastive(nn.Module):
     """A network of `assemble` under the projection head of Khosla et al. (§3.1; their code): what
-    --loss supcon trains. The classifier computes nothing that counts and is not trained."""
+    --loss supcon trains, on the representation divided by its length. The classifier computes
+    nothing that counts and is not trained."""
 
     def __init__(self, bare, dim, projection_dim):
         super().__init__()
@@ -1283,7 +1285,8 @@ def load_weights(network, path, weights="ema", reset_head=False):
         inner = [state[k] for k in ("model", "state_dict") if isinstance(state.get(k), dict)]
         state = inner[0] if inner else state
     own, state = network.state_dict(), dict(state)
-    of_head = {name for name in own if name.rpartition(".")[0] in classifier(network)}
+    head = classifier(network)
+    of_head = {name for name in own if name.rpartition(".")[0] in head}
     if reset_head:
         state |= {name: own[name] for name in of_head}
     old = state.get("pos_embed")
@@ -1586,11 +1589,9 @@ def run(args, origin):
 
     def prepare_classifier():
         """Contrastive training has none of its own: evaluations show the nearest class mean's."""
-        for each in (bare, ema) if supcon else ():
-            if each is not None:
-                loader = data.evaluation_loader(train_sample, 256, workers, rank(), world,
-                                                pin_memory)
-                set_class_means(each, loader, device, autocast, args.temperature)
+        for each in filter(None, (bare, ema)) if supcon else ():
+            loader = data.evaluation_loader(train_sample, 256, workers, rank(), world, pin_memory)
+            set_class_means(each, loader, device, autocast, args.temperature)
 
     def measure_also_attacked(what, dataset):
         result = measure(what, dataset)
@@ -1622,7 +1623,7 @@ def run(args, origin):
 
     model = bare
     if supcon:
-        head, = classifier(network).values()
+        (head,) = classifier(network).values()
         head.requires_grad_(False)
         model = Contrastive(bare, head.in_features, args.projection_dim).to(head.weight)
         projection = model.projection
