@@ -28,9 +28,11 @@ BatchNorm then has one pass at w whose statistics can count: that over the start
 """
 import argparse
 import sys
+import time
 import warnings
 from contextlib import contextmanager
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -61,13 +63,13 @@ def project(points, x, eps, norm="linf"):
     """The points (B, C, H, W), brought into the ball of radius eps around x and into [0, 1]. Off
     the ball by no more than the rounding of x + δ, in float32 6e-8; with eps = 0 it is x, bit for
     bit."""
-    delta = points - x
+    delta = points - x  # then in place: an attack's own cost is these passes over memory
     if norm == "linf":
-        delta = delta.clamp(-eps, eps)
+        delta.clamp_(-eps, eps)
     else:
         length = lengths(delta)
-        delta = delta * torch.where(length > eps, eps / length, 1)
-    return (x + delta).clamp(0, 1)
+        delta *= torch.where(length > eps, eps / length, 1)
+    return delta.add_(x).clamp_(0, 1)
 
 
 def uniform_start(x, eps, norm="linf", generator=None):
@@ -91,8 +93,8 @@ def ascend(points, grad, x, eps, step_size, norm="linf"):
             # divided by its largest number, so that no square overflows or vanishes
             largest = grad.abs().amax((1, 2, 3), keepdim=True)
             direction = grad / torch.where(largest == 0, 1, largest)
-            direction = direction / torch.where(largest == 0, 1, lengths(direction))
-        return project(points + step_size * direction, x, eps, norm)
+            direction /= torch.where(largest == 0, 1, lengths(direction))
+        return project(direction.mul_(step_size).add_(points), x, eps, norm)
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -432,8 +434,6 @@ def toy(steps=300):
 def cost(rounds, batch):
     """Seconds of a training step of four blocks of ViT-S/16: plain, adversarial, SAM, and both, in
     turns: (rounds, 4)."""
-    import time
-
     import vit
     from sam import SAM
 
@@ -480,8 +480,13 @@ def cost(rounds, batch):
 CHUNK = 2048  # images between two writings of the results
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"adversarial.py: {message}\n")  # one line, without the list of all flags
+
+
 def make_parser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         allow_abbrev=False, description="Attacks a trained network: accuracy under FGSM or PGD, "
         "and whether the attack is as strong as it should be. Without flags, a toy.",
         epilog="Further flags are train.py's, such as --data-dir, --device, --dtype, --weights; "
@@ -543,8 +548,6 @@ def spread(n, wanted):
 def attack_checkpoint(args, rest):
     """Prints accuracies by step and the check of the attack's strength; writes them, after each
     CHUNK of images, to OUT/adversarial.json, from which the same command goes on. Returns them."""
-    from pathlib import Path
-
     import analyze
     import train
 
@@ -646,6 +649,7 @@ def attack_checkpoint(args, rest):
                                              "gradients may be masked or steps too few"))
     if source is not None:
         some = few if args.strength_images else everything
+        strong["early_stop"] = False  # stopping tells what the source takes for wrong
         black, white = (attack(f"pgd through {of}", some, through, **strong)["robust"][-1]
                         for of, through in ((analyze.label(other[0])[0], source), (name, model)))
         say(f"transfer  of {len(some):,} images, by the gradients of {args.transfer_from} "
@@ -654,9 +658,9 @@ def attack_checkpoint(args, rest):
                 "no difference" if white == black else "NO: its gradients may be masked"))
     examples = []
     if args.save_images:
-        shown = [p for p in spread(len(dataset), args.save_images) for _ in range(world)]
+        drawn = [p for p in spread(len(dataset), args.save_images) for _ in range(world)]
         train.under_attack(  # each process attacks all of them
-            model, dataset, device, shown, args.batch_size, workers,
+            model, dataset, device, drawn, args.batch_size, workers,
             **how | dict(early_stop=False, restarts=1, examples=examples))
     if train.rank() == 0:
         if "loss" in result:
