@@ -31,7 +31,7 @@ import sys
 import time
 import warnings
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -54,43 +54,38 @@ import resnet
 import vit
 from sam import SAM
 
+IMAGENET_PIXELS = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+# Chen et al. Table 8. Loss: B.1. 4096 = 128 cores × 32 images, each core's ε its own: E.
+CHEN = dict(
+    dataset="imagenet", image_size=224, augment="inception", epochs=300, batch_size=4096,
+    micro_batch=32, optimizer="adamw", lr=3e-3, beta1=0.9, beta2=0.999, warmup_steps=10_000,
+    weight_decay=0.3, decay="kernels", grad_clip=1.0, loss="sigmoid", head_bias=-6.9)
+# Park & Kim A.1; numbers that it lacks from the authors' cifar100_vit and imagenet_vit files:
+# the 5 epochs of warm-up come before the 300, all parameters decay. Random erasing, in A.1, has
+# probability 0 in the last CIFAR file and 0.25 in an earlier one. Not theirs: crops of 5-100 %
+# of the area for ImageNet (timm's are of 8-100 %), RandAugment without noise on its magnitude.
+PARK = dict(
+    model="resnet50", randaugment=[2, 9], randaugment_prob=0.5, erasing=0.25, mixup=1.0, cutmix=0.8,
+    label_smoothing=0.1, epochs=305, optimizer="adamw", lr=1.25e-4, warmup_epochs=5,
+    lr_schedule="cosine", weight_decay=0.05, decay="all", drop_path=0.1)
 RECIPES = {
     # This repository's own, for the built-in data: minutes on a laptop.
     "shapes": dict(
         dataset="shapes", model="vit_micro8", epochs=12, batch_size=64, micro_batch=32,
         optimizer="adamw", lr=2e-3, warmup_steps=125, lr_schedule="cosine", weight_decay=0.1,
         sam_rho=0.03),
-    # Chen et al. Table 8. Loss: B.1. 4096 = 128 cores × 32 images, each core's ε its own: E.
-    "chen_vit": dict(
-        dataset="imagenet", model="vit_b16", image_size=224, augment="inception", epochs=300,
-        batch_size=4096, micro_batch=32, optimizer="adamw", lr=3e-3, beta1=0.9, beta2=0.999,
-        warmup_steps=10_000, lr_schedule="cosine", weight_decay=0.3, decay="kernels", dropout=0.1,
-        grad_clip=1.0, loss="sigmoid", head_bias=-6.9),
-    "chen_mixer": dict(
-        dataset="imagenet", model="mixer_b16", image_size=224, augment="inception", epochs=300,
-        batch_size=4096, micro_batch=32, optimizer="adamw", lr=3e-3, beta1=0.9, beta2=0.999,
-        warmup_steps=10_000, lr_schedule="linear", lr_end=1e-5, weight_decay=0.3, decay="kernels",
-        drop_path=0.1, grad_clip=1.0, loss="sigmoid", head_bias=-6.9),
+    "chen_vit": CHEN | dict(model="vit_b16", lr_schedule="cosine", dropout=0.1),
+    "chen_mixer": CHEN | dict(
+        model="mixer_b16", lr_schedule="linear", lr_end=1e-5, drop_path=0.1),
     "chen_resnet": dict(
         dataset="imagenet", model="resnet50", image_size=224, augment="inception", epochs=90,
         batch_size=4096, micro_batch=32, optimizer="sgd", momentum=0.9, lr=1.6, warmup_steps=5_000,
         lr_schedule="cosine", weight_decay=1e-3, decay="kernels", loss="softmax"),
-    # Park & Kim A.1; numbers that it lacks from the authors' cifar100_vit and imagenet_vit files:
-    # the 5 epochs of warm-up come before the 300, all parameters decay. Random erasing, in A.1, has
-    # probability 0 in the last CIFAR file and 0.25 in an earlier one. Not theirs: crops of 5-100 %
-    # of the area for ImageNet (timm's are of 8-100 %), RandAugment without noise on its magnitude.
-    "park_cifar": dict(
-        dataset="cifar100", model="resnet50", image_size=32, augment="crop", randaugment=[2, 9],
-        randaugment_prob=0.5, erasing=0.25, mixup=1.0, cutmix=0.8, label_smoothing=0.1, epochs=305,
-        batch_size=96, micro_batch=96, optimizer="adamw", lr=1.25e-4, warmup_epochs=5,
-        lr_schedule="cosine", weight_decay=0.05, decay="all", grad_clip=5.0, drop_path=0.1,
-        mean=[0.5071, 0.4867, 0.4408], std=[0.2675, 0.2565, 0.2761]),
-    "park_imagenet": dict(
-        dataset="imagenet", model="resnet50", image_size=224, augment="inception",
-        randaugment=[2, 9], randaugment_prob=0.5, erasing=0.25, mixup=1.0, cutmix=0.8,
-        label_smoothing=0.1, epochs=305, batch_size=128, micro_batch=32, optimizer="adamw",
-        lr=1.25e-4, warmup_epochs=5, lr_schedule="cosine", weight_decay=0.05, decay="all",
-        drop_path=0.1, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+    "park_cifar": PARK | dict(
+        dataset="cifar100", image_size=32, augment="crop", batch_size=96, micro_batch=96,
+        grad_clip=5.0, mean=[0.5071, 0.4867, 0.4408], std=[0.2675, 0.2565, 0.2761]),
+    "park_imagenet": PARK | IMAGENET_PIXELS | dict(
+        dataset="imagenet", image_size=224, augment="inception", batch_size=128, micro_batch=32),
 }
 # Park & Kim's ViT for CIFAR is timm's class without biases of queries, keys and values.
 RECIPES["park_cifar_vit"] = RECIPES["park_cifar"] | dict(
@@ -161,24 +156,24 @@ RECIPES |= {f"{name}_weak": RECIPES[name] | dict(
 # what is not offered here: a warm-up from a tenth, rates set once an epoch, PCA jitter, BatchNorm's
 # statistics measured anew for each evaluation; crops of 8-100 %. SGD for ViT: only its appendix has
 # the rate and decay. Fine-tuning after 21k likewise.
-RECIPES["xiao_vit"] = dict(
+RECIPES["xiao_vit"] = IMAGENET_PIXELS | dict(
     dataset="imagenet", model="vit_c_4gf", image_size=224, augment="inception",
     autoaugment="imagenet", mixup=0.8, cutmix=1.0, label_smoothing=0.1, epochs=400, batch_size=2048,
     micro_batch=32, optimizer="adamw", lr=1e-3, beta1=0.9, beta2=0.999, warmup_epochs=5,
     lr_schedule="cosine", lr_end=5e-6, weight_decay=0.24, decay="no-norm-bias", loss="softmax",
-    ema_alpha=1e-5, ema_every=32, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    ema_alpha=1e-5, ema_every=32)
 # §6; the code's file has 7e-4 and 0.24.
 RECIPES["xiao_vit_36gf"] = RECIPES["xiao_vit"] | dict(
     model="vit_c_36gf", lr=6e-4, lr_end=3e-6, weight_decay=0.28)
 # §6: CNNs, at the sizes that they are trained at and the short side to which test images are
 # resized, both of 2103.06877 (in its code the centre crop is of the training size).
+REGNETY_SIDES = {"1gf": (232, 262), "4gf": (240, 272), "16gf": (256, 292), "32gf": (268, 304)}
 RECIPES["xiao_resnet"] = RECIPES["xiao_vit"] | dict(
     model="resnet50", eval_short_side=256, optimizer="sgd", momentum=0.9, nesterov=True, lr=2.54,
     lr_end=0.0127, weight_decay=2.4e-5)
 RECIPES |= {f"xiao_regnety_{size}": RECIPES["xiao_resnet"] | dict(
     model=f"regnety_{size}", image_size=side, eval_short_side=short_side)
-    for size, side, short_side in (("1gf", 232, 262), ("4gf", 240, 272), ("16gf", 256, 292),
-                                   ("32gf", 268, 304))}
+    for size, (side, short_side) in REGNETY_SIDES.items()}
 # ImageNet-21k, of the code's files (Table 2's last column, before the fine-tuning).
 RECIPES["xiao_vit_21k"] = RECIPES["xiao_vit"] | dict(
     dataset="imagenet21k", model="vit_c_18gf", epochs=90, batch_size=4096, lr=2e-3, lr_end=1e-5)
@@ -196,8 +191,7 @@ RECIPE_FOR = {
                  **{f"vit_{stem}_{size}": "xiao_vit" for stem in "pc"
                     for size in ("1gf", "4gf", "18gf")},
                  "vit_p_36gf": "xiao_vit_36gf", "vit_c_36gf": "xiao_vit_36gf",
-                 **{f"regnety_{size}": f"xiao_regnety_{size}"
-                    for size in ("1gf", "4gf", "16gf", "32gf")},
+                 **{f"regnety_{size}": f"xiao_regnety_{size}" for size in REGNETY_SIDES},
                  **dict.fromkeys(("preresnet", "resnext", "alter", "pit", "swin"),
                                  "park_imagenet")},
     "cifar10": {"vit": "park_cifar_vit", "mixer": "park_cifar_mixer",
@@ -241,10 +235,8 @@ PUBLISHED = {
     "xiao_vit": ("Xiao §5.4, Table 2", 81.4),
     "xiao_vit_36gf": ("Xiao §6, Table 2", 83.2),
     "xiao_resnet": ("Xiao §6, Table 2", 79.3),
-    "xiao_regnety_1gf": ("Xiao §6, Table 2", 78.5),
-    "xiao_regnety_4gf": ("Xiao §6, Table 2", 82.1),
-    "xiao_regnety_16gf": ("Xiao §6, Table 2", 83.7),
-    "xiao_regnety_32gf": ("Xiao §6, Table 2", 84.1),
+    **{f"xiao_regnety_{size}": ("Xiao §6, Table 2", top1)
+       for size, top1 in zip(REGNETY_SIDES, (78.5, 82.1, 83.7, 84.1))},
     **dict.fromkeys(("xiao_vit_21k", "xiao_vit_21k_36gf"), ("Xiao §6",)),
     "xiao_deit": ("Xiao §5.4",),
 }
@@ -277,13 +269,20 @@ IN_MEMORY = ("shapes", "cifar10", "cifar100")
 FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "out_dir", "resume",
               "dry_run", "list_models", "list_recipes", "eval_only", "eval_split", "max_steps",
               "save_every"}
-
-
 MOST_SKIPPED = 25  # steps in a row; a float16 loss scaler skips some at its start, by design
 
 
 class UserError(Exception):
     """What only the user can set right; its text is one line."""
+
+
+@contextmanager
+def as_user_error(what):
+    """What a function of this repository has against the value of a flag, as a UserError."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{what}: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -477,13 +476,12 @@ def settings(argv=None, also=()):
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(args, unset)))
     given = {name: value for name, value in vars(given).items() if value is not unset}
 
-    name, file, saved = given.get("recipe"), given.get("init_from", ""), None
-    if given.get("eval_only") and file and not file.endswith(".npz"):
-        saved = read_checkpoint(file)
-    if saved is not None and is_ours(saved):
-        saved, not_saved = saved["settings"], FREE_FLAGS - {"data_dir"} | {
-            "init_from", "dtype", "recipe", "reset_head"}
-        name, base = file, {k: v for k, v in saved.items() if k in args and k not in not_saved}
+    name, file = given.get("recipe"), given.get("init_from", "")
+    saved = own_checkpoint(file) if given.get("eval_only") and file else {}
+    if saved:
+        not_saved = FREE_FLAGS - {"data_dir"} | {"init_from", "dtype", "recipe", "reset_head"}
+        name, base = file, {name: value for name, value in saved["settings"].items()
+                            if name in args and name not in not_saved}
     elif name is not None:
         base = RECIPES[name]
     else:
@@ -501,8 +499,8 @@ def settings(argv=None, also=()):
     args.recipe = name or "none"
 
     args.image_size = args.image_size or (32 if args.dataset in IN_MEMORY else 224)
-    args.augment = args.augment or {"shapes": "none", "cifar10": "crop", "cifar100": "crop"}.get(
-        args.dataset, "inception")
+    args.augment = args.augment or ("none" if args.dataset == "shapes" else
+                                    "crop" if args.dataset in IN_MEMORY else "inception")
     imagenet = os.environ.get("IMAGENET_DIR") or "data/imagenet"
     args.data_dir = args.data_dir or {"imagenet": imagenet, "folder": imagenet,
                                       "imagenet21k": "data/imagenet21k"}.get(args.dataset, "data")
@@ -549,97 +547,119 @@ def resolve_rho(args):
                         "paper") from None
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def as_flag(name, args):
+    """A setting as the words of a command line."""
+    value = getattr(args, name)
+    if isinstance(value, bool):
+        return [flag(name) if value else flag(f"no_{name}")]
+    if name in ("adv_eps", "adv_step_size"):
+        return [flag(name), f"{255 * value:.6g}/255"]
+    return [flag(name), *(str(v) for v in (value if isinstance(value, list) else [value]))]
+
+
+def augments(args):
+    """Whether a training image is not the same each time."""
+    return {args.augment, args.autoaugment, args.randaugment[0], args.erasing} != {"none", 0}
+
+
 def check(args, origin):
     """What cannot be right stops here, in one line."""
+    def refuse(wrong, what):
+        if wrong:
+            raise UserError(what)
+
     at_least = dict(
         epochs=0, max_steps=0, batch_size=1, micro_batch=1, warmup_steps=0, eval_every=1,
         log_every=1, save_every=0, sam_rho=0, sam_steps=1, lr=0, lr_end=0, weight_decay=0,
         grad_clip=0, mixup=0, cutmix=0, warmup_epochs=0, image_size=1, seed=0, ema_alpha=0,
         ema_every=1, repeated_augment=1, eval_short_side=0, eps=0, projection_dim=1)
     for name, low in at_least.items():
-        if not low <= getattr(args, name) < 2 ** 63:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
-                            f"least {low}{' and below 2^63' * (getattr(args, name) > low)}")
-    for name in ("label_smoothing", "ema_decay", "momentum", "beta1", "beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
-                            "least 0 and below 1")
-    for name in ("randaugment_prob", "erasing"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; a probability "
-                            "is at least 0 and at most 1")
-    most = {"torchvision": 10, "google": 30}[args.randaugment_of]
-    if args.randaugment[0] < 0 or not 0 <= args.randaugment[1] <= most:
-        raise UserError(f"--randaugment {' '.join(map(str, args.randaugment))}: the number of "
-                        f"operations is at least 0, their magnitude from 0 to {most}"
-                        + "; --randaugment-of google goes on to 30" * (most == 10))
-    for name in ("adv_eps", "adv_step_size"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name):g}; pixels are in "
-                            "[0, 1], so it is from 0 to 1, such as 2/255")
-    if args.adv_step_size and not args.adv_eps:
-        raise UserError("--adv-step-size is for --adv-eps above 0, such as 2/255")
-    per_stage = ("resnet", "preresnet", "resnext", "alter", "swin")
-    stages = 4 if family(args.model) in per_stage else 3 if family(args.model) == "pit" else 1
-    for name in ("depth", "heads"):
         value = getattr(args, name)
-        if value is not None and len(value) != stages and family(args.model) in (*FILES, "swin"):
-            raise UserError(f"--{name} {' '.join(map(str, value))}: {args.model} takes "
-                            + (f"{stages} numbers, one for each stage" if stages > 1 else
-                               "one number"))
-    if args.init_from and (origin["mean"] == "command line") != (origin["std"] == "command line"):
-        raise UserError("--mean and --std go together: with --init-from give both or neither")
-    if not (len(args.mean) in (1, 3) and len(args.std) in (1, 3) and min(args.std) > 0
-            and all(map(math.isfinite, args.mean + args.std))):
-        raise UserError(f"--mean {args.mean} --std {args.std}: give one number or three to each, "
-                        "for std above 0")
-    if args.workers is not None and args.workers < 0:
-        raise UserError(f"--workers is {args.workers}; it must be at least 0")
-    if args.epochs == 0 and args.max_steps == 0 and not args.eval_only:
-        raise UserError("--epochs 0 needs --max-steps: the length of the run in steps")
-    if args.ema_alpha and args.epochs == 0:
-        raise UserError("--ema-alpha depends on --epochs, which is 0: give --ema-decay, or "
-                        "--ema-alpha 0")
-    if args.eval_short_side and (args.eval_short_side < args.image_size
-                                 or args.dataset in IN_MEMORY):
-        raise UserError(f"--eval-short-side {args.eval_short_side}: at least --image-size, "
-                        f"{args.image_size}, and for images in files, not {' '.join(IN_MEMORY)}; "
-                        "0 turns it off")
-    if args.reset_head and (args.eval_only or not args.init_from):
-        raise UserError("--reset-head is for training from the weights of --init-from"
-                        + f"; {args.recipe} fine-tunes: name them"
-                        * (origin["reset_head"] == args.recipe))
-    if args.eval_only and not args.init_from:
-        raise UserError("--eval-only needs --init-from: the weights, for instance RUN/best.pt")
-    if args.lr_schedule == "exponential" and not 0 < args.lr_end <= args.lr:
-        raise UserError(f"--lr-schedule exponential goes from --lr, {args.lr:g}, to --lr-end, "
-                        f"{args.lr_end:g}, which must be above 0 and at most --lr")
-    if args.train_only == "head" and (args.loss == "supcon" or not args.init_from
-                                      ) and not args.eval_only:
-        raise UserError("--train-only head trains the classifier on the representation of "
-                        "--init-from, for instance RUN/ckpt.pt, with --loss softmax or sigmoid")
-    if args.loss == "supcon" and not args.eval_only:
-        unfit = [name for name in ("mixup", "cutmix", "label_smoothing", "adv_eps")
-                 if getattr(args, name)]
-        if unfit:
-            raise UserError(f"--loss supcon has no --{unfit[0].replace('_', '-')}: it compares "
-                            "whole images of known classes; set it to 0")
-        if not 0 < args.temperature < math.inf:
-            raise UserError(f"--temperature is {args.temperature}; it must be above 0 (Chen E.4: "
-                            "0.1)")
-        if {args.augment, args.autoaugment, args.randaugment[0], args.erasing} == {"none", 0}:
-            raise UserError("--loss supcon takes two views of each image, which without "
-                            "augmentation are the same: add --augment crop or another")
-        if args.sam_rho and not args.sam_sync:
-            raise UserError("--loss supcon has one loss for the whole batch, and so one ε: "
-                            "leave out --no-sam-sync")
-    if args.nesterov and (args.optimizer != "sgd" or args.momentum == 0):
-        raise UserError("--nesterov is for --optimizer sgd with --momentum above 0; --no-nesterov "
-                        "turns it off")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; try --device cpu")
-    if args.device == "mps" and (args.dtype in ("float16", "float64") or "RANK" in os.environ):
-        raise UserError("--device mps is for one process and for --dtype float32 or bfloat16")
+        refuse(not low <= value < 2 ** 63, f"{flag(name)} is {value}; it must be at least {low}"
+               + " and below 2^63" * (value > low))
+    for name in ("label_smoothing", "ema_decay", "momentum", "beta1", "beta2"):
+        value = getattr(args, name)
+        refuse(not 0 <= value < 1, f"{flag(name)} is {value}; it must be at least 0 and below 1")
+    for name in ("randaugment_prob", "erasing"):
+        value = getattr(args, name)
+        refuse(not 0 <= value <= 1,
+               f"{flag(name)} is {value}; a probability is at least 0 and at most 1")
+    for name in ("adv_eps", "adv_step_size"):
+        value = getattr(args, name)
+        refuse(not 0 <= value <= 1, f"{flag(name)} is {value:g}; pixels are in [0, 1], so it is "
+               "from 0 to 1, such as 2/255")
+    refuse(args.adv_step_size and not args.adv_eps,
+           "--adv-step-size is for --adv-eps above 0, such as 2/255")
+    refuse(args.workers is not None and args.workers < 0,
+           f"--workers is {args.workers}; it must be at least 0")
+
+    # ---- data
+    (operations, magnitude), google = args.randaugment, args.randaugment_of == "google"
+    most = 30 if google else 10
+    refuse(operations < 0 or not 0 <= magnitude <= most,
+           f"--randaugment {operations} {magnitude}: the number of operations is at least 0, their "
+           f"magnitude from 0 to {most}" + "; --randaugment-of google goes on to 30" * (not google))
+    refuse(args.init_from and (origin["mean"] == "command line") != (
+        origin["std"] == "command line"),
+        "--mean and --std go together: with --init-from give both or neither")
+    refuse({len(args.mean), len(args.std)} - {1, 3} or min(args.std) <= 0
+           or not all(map(math.isfinite, args.mean + args.std)),
+           f"--mean {args.mean} --std {args.std}: give one number or three to each, for std above "
+           "0")
+    refuse(args.eval_short_side and (args.eval_short_side < args.image_size
+                                     or args.dataset in IN_MEMORY),
+           f"--eval-short-side {args.eval_short_side}: at least --image-size, {args.image_size}, "
+           f"and for images in files, not {' '.join(IN_MEMORY)}; 0 turns it off")
+
+    # ---- network
+    kind = family(args.model)
+    stages = {**dict.fromkeys(("resnet", "preresnet", "resnext", "alter", "swin"), 4), "pit": 3}
+    stages = stages.get(kind, 1)
+    for name in ("depth", "heads") if kind in (*FILES, "swin") else ():
+        value = getattr(args, name)
+        refuse(value is not None and len(value) != stages,
+               f"{' '.join(as_flag(name, args))}: {args.model} takes "
+               + (f"{stages} numbers, one for each stage" if stages > 1 else "one number"))
+    refuse(args.reset_head and (args.eval_only or not args.init_from),
+           "--reset-head is for training from the weights of --init-from"
+           + f"; {args.recipe} fine-tunes: name them" * (origin["reset_head"] == args.recipe))
+    refuse(args.eval_only and not args.init_from,
+           "--eval-only needs --init-from: the weights, for instance RUN/best.pt")
+
+    # ---- optimization
+    refuse(args.epochs == args.max_steps == 0 and not args.eval_only,
+           "--epochs 0 needs --max-steps: the length of the run in steps")
+    refuse(args.ema_alpha and args.epochs == 0,
+           "--ema-alpha depends on --epochs, which is 0: give --ema-decay, or --ema-alpha 0")
+    refuse(args.lr_schedule == "exponential" and not 0 < args.lr_end <= args.lr,
+           f"--lr-schedule exponential goes from --lr, {args.lr:g}, to --lr-end, {args.lr_end:g}, "
+           "which must be above 0 and at most --lr")
+    refuse(args.nesterov and (args.optimizer != "sgd" or args.momentum == 0),
+           "--nesterov is for --optimizer sgd with --momentum above 0; --no-nesterov turns it off")
+    supcon = args.loss == "supcon"
+    refuse(args.train_only == "head" and (supcon or not args.init_from) and not args.eval_only,
+           "--train-only head trains the classifier on the representation of --init-from, for "
+           "instance RUN/ckpt.pt, with --loss softmax or sigmoid")
+    if supcon and not args.eval_only:
+        for name in ("mixup", "cutmix", "label_smoothing", "adv_eps"):
+            refuse(getattr(args, name), f"--loss supcon has no {flag(name)}: it compares whole "
+                   "images of known classes; set it to 0")
+        refuse(not 0 < args.temperature < math.inf,
+               f"--temperature is {args.temperature}; it must be above 0 (Chen E.4: 0.1)")
+        refuse(not augments(args), "--loss supcon takes two views of each image, which without "
+               "augmentation are the same: add --augment crop or another")
+        refuse(args.sam_rho and not args.sam_sync, "--loss supcon has one loss for the whole "
+               "batch, and so one ε: leave out --no-sam-sync")
+
+    # ---- machine
+    refuse(args.device == "cuda" and not torch.cuda.is_available(),
+           "--device cuda: torch sees no CUDA device here; try --device cpu")
+    refuse(args.device == "mps" and (args.dtype in ("float16", "float64") or "RANK" in os.environ),
+           "--device mps is for one process and for --dtype float32 or bfloat16")
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -805,8 +825,8 @@ LISTED = [
         *(f"resnet{size}" for size in ("50", "50x2", "101", "101x2", "152", "152x2"))]),
     ("Xiao Table 1", 224, 1000, [f"vit_{stem}_{size}" for stem in "pc" for size in vit.VIT_GF]),
     ("Xiao Table 2", 224, 1000, ["resnet50", "resnet101", "resnet152", "resnet200"]),
-    *(("Xiao Table 2", side, 1000, [f"regnety_{size}"])  # at the size they were trained at
-      for size, side in (("1gf", 232), ("4gf", 240), ("16gf", 256), ("32gf", 268))),
+    *(("Xiao Table 2", side, 1000, [f"regnety_{size}"])
+      for size, (side, _) in REGNETY_SIDES.items()),
     ("near Xiao's RegNetZ", 224, 1000, ["timm:regnetz_b16", "timm:regnetz_040"]),
     ("Park Fig. 1-10, C.4", 32, 100, [
         "resnet50", "vit_ti2 --no-qkv-bias", "pit_ti", "torchvision:swin_t"]),
@@ -1234,6 +1254,12 @@ def is_ours(state):
             and isinstance(state.get("model"), dict) and isinstance(state.get("classes"), list))
 
 
+def own_checkpoint(path):
+    """A checkpoint of a run of this file; {} if the file holds other weights."""
+    state = {} if path.endswith(".npz") else read_checkpoint(path)
+    return state if is_ours(state) else {}
+
+
 def classifier(network):
     """{name: module} of a network's last linear layer; empty where there is none."""
     linear = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)]
@@ -1365,7 +1391,7 @@ class RunFolder:
             raise UserError(f"{self.path}/config.json is missing or damaged, so the run's settings "
                             "are unknown; choose another --out-dir") from None
         free = FREE_FLAGS - ({"max_steps"} if now["epochs"] == 0 else set())
-        differ = [f"--{k.replace('_', '-')} {then.get(k)} → {v}" for k, v in now.items()
+        differ = [f"{flag(k)} {then.get(k)} → {v}" for k, v in now.items()
                   if k not in free and then.get(k) != v]
         if differ:
             raise UserError(f"{self.path} was run with other settings ({', '.join(differ)}): give "
@@ -1920,21 +1946,11 @@ def run(args, origin):
     tell(f"{speed:,.0f} images/s; checkpoint {args.out_dir}/ckpt.pt; best validation accuracy "
          f"{best:.2f} % in best.pt")
     other = 0 if sam else PAPER_RHO[kind_of_training(args)].get(args.model, 0.03)
-    same = [flag for name, setter in origin.items() if setter == "command line"
-            and name not in ("sam_rho", "out_dir", "resume") for flag in as_flag(name, args)]
+    same = [word for name, setter in origin.items() if setter == "command line"
+            and name not in ("sam_rho", "out_dir", "resume") for word in as_flag(name, args)]
     launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"
     tell(" ".join(["to compare:", launch, "train.py", *same, "--sam-rho", f"{other:g}"]))
     return 0
-
-
-def as_flag(name, args):
-    """A setting as the words of a command line."""
-    value, flag = getattr(args, name), "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return [flag if value else flag.replace("--", "--no-", 1)]
-    if name in ("adv_eps", "adv_step_size"):
-        return [flag, f"{255 * value:.6g}/255"]
-    return [flag, *(str(v) for v in (value if isinstance(value, list) else [value]))]
 
 
 def main(argv=None):
