@@ -673,13 +673,12 @@ REGNETY = {
     "32gf": ((2, 7, 20, 2), (216, 432, 1152, 2808), 72),
 }
 SWIN = {  # what torchvision's functions of these names pass to its class
-    "swin_t": dict(embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24],
-                   stochastic_depth_prob=0.2),
-    "swin_s": dict(embed_dim=96, depths=[2, 2, 18, 2], num_heads=[3, 6, 12, 24],
-                   stochastic_depth_prob=0.3),
-    "swin_b": dict(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32],
-                   stochastic_depth_prob=0.5),
+    "swin_t": dict(dim=96, depth=[2, 2, 6, 2], heads=[3, 6, 12, 24], drop_path=0.2),
+    "swin_s": dict(dim=96, depth=[2, 2, 18, 2], heads=[3, 6, 12, 24], drop_path=0.3),
+    "swin_b": dict(dim=128, depth=[2, 2, 18, 2], heads=[4, 8, 16, 32], drop_path=0.5),
 }
+TORCHVISIONS_NAMES = dict(dim="embed_dim", depth="depths", heads="num_heads",
+                          drop_path="stochastic_depth_prob")
 PUBLISHED_BY_TORCHVISION = ("resnet", "resnext", "swin", "torchvision")
 FILES = {"vit": vit, "pit": vit, "mixer": mixer, "resnet": resnet, "preresnet": resnet,
          "resnext": resnet, "alter": alternet}
@@ -696,21 +695,14 @@ def family(name):
 class ResNetWithUnits(torchvision.models.ResNet):
     """torchvision's, with the out and skip of resnet.ResNet."""
 
-    @property
-    def intermediates(self):
-        stages = (self.layer1, self.layer2, self.layer3, self.layer4)
-        blocks = {f"layer{i}.{j}": ("conv", i) for i, s in enumerate(stages, 1)
-                  for j in range(len(s))}
-        return {"stem": ("stem", 0), **blocks, "pre_logits": ("representation", 4)}
+    stages, intermediates, blur = resnet.ResNet.stages, resnet.ResNet.intermediates, False
 
     def forward(self, x, out=None, skip=None):
         if out is None and skip is None:
             return super().forward(x)
         vit.check_names(self.intermediates, out, skip)
         x = vit.record(out, "stem", self.maxpool(self.relu(self.bn1(self.conv1(x)))))
-        for name, (kind, _) in self.intermediates.items():
-            if kind != "conv":
-                continue
+        for name in list(self.intermediates)[1:-1]:  # the blocks
             block, without = self.get_submodule(name), {}
             if skip == name:  # the identity as a kernel
                 identity = nn.init.dirac_(torch.empty_like(block.conv2.weight), block.conv2.groups)
@@ -755,16 +747,14 @@ class SwinWithUnits(torchvision.models.SwinTransformer):
 
 
 def build_torchvision(name, num_classes, image_size, **overrides):
+    if name in SWIN:  # by its class: the functions fix patches and windows (Park A.1: 1 and 4)
+        patch, window = (1, 4) if image_size <= 64 else (4, 7)
+        row = SWIN[name] | dict(patch_size=patch, window_size=window) | overrides
+        row |= {size: [row[size]] * 2 for size in ("patch_size", "window_size")}
+        return SwinWithUnits(num_classes=num_classes, **{
+            TORCHVISIONS_NAMES.get(name, name): value for name, value in row.items()})
     if "drop_path" in overrides:
         overrides["stochastic_depth_prob"] = overrides.pop("drop_path")
-    if name in SWIN:  # by its class: the functions fix patches and windows (Park A.1: 1 and 4)
-        row = SWIN[name] | dict(zip(("patch_size", "window_size"), ([1, 1], [4, 4])
-                                    if image_size <= 64 else ([4, 4], [7, 7])))
-        for ours, theirs in (("dim", "embed_dim"), ("depth", "depths"), ("heads", "num_heads")):
-            row |= {theirs: overrides.pop(ours)} if ours in overrides else {}
-        for size in {"patch_size", "window_size"} & overrides.keys():
-            row[size] = [overrides.pop(size)] * 2
-        return SwinWithUnits(num_classes=num_classes, **row | overrides)
     known = torchvision.models.list_models(torchvision.models)
     if name not in known:
         raise vit.unknown("torchvision model", name, known, "torchvision.models.list_models()")
@@ -804,8 +794,9 @@ def build_model(name, num_classes=1000, image_size=224, **overrides):
         return build_torchvision(inner, num_classes, image_size, **overrides)
     if kind == "timm":
         return build_timm(inner, num_classes, image_size, **overrides)
-    if name in (f"regnety_{size}" for size in REGNETY):
-        depths, widths, group = REGNETY[name.removeprefix("regnety_")]
+    size = name.removeprefix("regnety_")
+    if kind == "regnety" and size in REGNETY:
+        depths, widths, group = REGNETY[size]
         stages = regnet.BlockParams(
             depths=depths, widths=widths, group_widths=[group] * 4,
             bottleneck_multipliers=[1.0] * 4, strides=[2] * 4, se_ratio=0.25)
