@@ -27,6 +27,7 @@ Choices:
 Shape letters: N images, m of a micro-batch, H height, W width.
 """
 import argparse
+import copy
 import fcntl
 import io
 import json
@@ -370,6 +371,13 @@ class Dataset(torch.utils.data.Dataset):
         """Keeps only these images, in this order; returns self."""
         self.indices = self.indices[indices]
         return self
+
+    def part(self, indices, like=None):
+        """These images as a data set of their own, transformed as here or as those of `like`."""
+        part = copy.copy(self).restrict(indices)
+        if like is not None:
+            part.transform, part.padding = like.transform, like.padding
+        return part
 
     def __getitem__(self, pairs):
         """A list of (epoch, index) -> (uint8 (m, 3, H, W), int64 (m,), notes), or the DataError

@@ -947,7 +947,7 @@ def supcon_of_all(z, y, temperature):
     z = z.detach().requires_grad_()
     zs, ys = [z], [y]
     if dist.is_initialized():
-        zs, ys = ([torch.empty_like(t) for _ in range(dist.get_world_size())] for t in (z, y))
+        zs, ys = ([torch.empty_like(t) for _ in range(world_size())] for t in (z, y))
         dist.all_gather(zs, z.detach())
         dist.all_gather(ys, y)
         zs[rank()] = z
@@ -1026,6 +1026,12 @@ def decay_groups(network, decay):
                   "kernels": name.endswith("weight") and p.ndim > 1}[decay]
         (decayed if decays else kept).append(p)
     return decayed, kept
+
+
+def move_average(mean, network, decay):
+    """mean ← decay · mean + (1 - decay) · network, weights and statistics; counts are copied."""
+    for old, now in zip(mean.state_dict().values(), network.state_dict().values()):
+        old.lerp_(now, 1 - decay) if old.is_floating_point() else old.copy_(now)
 
 
 class RunningStatistics:
@@ -1121,20 +1127,24 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
                 ece=100 * (by_bin[0] - by_bin[1]).abs().sum().item() / n)
 
 
+def own_share(dataset, device, workers, batch_size=256):
+    """Loader of the images that this process evaluates."""
+    return data.evaluation_loader(dataset, batch_size, workers, rank(), world_size(),
+                                  device.type == "cuda")
+
+
 def under_attack(model, dataset, device, positions, batch_size, workers, progress=None, **attack):
     """adversarial.robustness on the images at these positions of a data set; in the model's own
     precision, without autocast."""
-    part = copy.copy(dataset).restrict(positions)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    loader = data.evaluation_loader(part, batch_size, workers, rank(), world, device.type == "cuda")
+    loader = own_share(dataset.part(positions), device, workers, batch_size)
 
     def batches():
-        own = positions[rank()::world]
+        own = positions[rank()::world_size()]
         for x, y in data.batches(loader, tell=say):
             yield to_float(x.to(device), model), y.to(device), own[:len(y)]
             own = own[len(y):]
             if progress is not None:
-                progress.update(len(y) * world)
+                progress.update(len(y) * world_size())
 
     return adversarial.robustness(model, batches(), **attack)
 
@@ -1152,6 +1162,10 @@ def pgd_10(model, dataset, device, workers, bar=None, eps=2 / 255):
 
 def rank():
     return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def say(text=""):
@@ -1309,10 +1323,8 @@ def load_weights(network, path, weights="ema", reset_head=False):
     old = state.get("pos_embed")
     if (isinstance(network, (vit.ViT, vit.PiT)) and isinstance(old, torch.Tensor)
             and old.ndim == own["pos_embed"].ndim):
-        try:
+        with as_user_error(path):
             state["pos_embed"] = vit.resize_pos_embed(old, network.grid, network.prefix_tokens)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from None
     shape = {name: tuple(getattr(tensor, "shape", ["no tensor"])) for name, tensor in state.items()}
     other = [name for name in own if name in state and shape[name] != tuple(own[name].shape)]
     wrong = {"it lacks": sorted(own.keys() - state.keys()),
@@ -1449,14 +1461,56 @@ def start_processes(device):
     return device, world, on_machine
 
 
+def load_split(args, split, device, tell, **more):
+    """A split of --dataset, its images on the device if they can live there."""
+    try:
+        dataset = data.load(args.dataset, split, data_dir=args.data_dir, image_size=args.image_size,
+                            seed=args.seed, download=args.download,
+                            short_side=args.eval_short_side, **more)
+    except data.DataError as error:
+        hint = "" if args.dataset == "shapes" else "; --dataset shapes needs no files"
+        raise UserError(f"{error}{hint}") from None
+    if getattr(dataset, "notice", None):
+        tell(dataset.notice)
+    return dataset.to(device)
+
+
+def load_training(args, device, tell):
+    """The training set, augmented, the validation set, which may be held out of it, and a class-
+    balanced sample of the first of the second's size: augmented, and as validation images are."""
+    train_set = load_split(args, "train", device, tell, **{name: getattr(args, name) for name in (
+        "augment", "autoaugment", "randaugment", "randaugment_prob", "randaugment_of", "erasing",
+        "flip")})
+    val_set = load_split(args, "val", device, tell, classes=train_set.classes)
+    with as_user_error(f"--train-fraction {args.train_fraction}"):
+        train_set.restrict(data.subset(train_set.labels, args.train_fraction))
+    labels = train_set.labels[train_set.indices]
+    if args.hold_out != "0":
+        with as_user_error(f"--hold-out {args.hold_out}"):
+            rest, held = data.hold_out(labels, args.hold_out)
+        val_set = train_set.part(held, like=val_set)
+        train_set.restrict(rest)
+        labels = labels[rest]
+    sample = data.subset(labels, min(1.0, len(val_set) / len(labels)))
+    return train_set, val_set, train_set.part(sample), train_set.part(sample, like=val_set)
+
+
+def check_network(args):
+    """Builds and calls a network of ours without memory, before the data is read: what does not fit
+    is said at once."""
+    if family(args.model) in ("torchvision", "timm"):
+        return  # not all of these can be built so
+    images = torch.empty(2, 3, args.image_size, args.image_size, device="meta")
+    with as_user_error(args.model), torch.device("meta"), torch.no_grad():
+        build_model(args.model, 2, args.image_size, **knobs(args))(images)
+
+
 def starting_network(args, origin, num_classes, device, tell):
     """The network of --model with the weights of --init-from, if that is given, behind its
     normalisation, on the device; args.mean and args.std become what was used."""
     torch.manual_seed(args.seed)
-    try:
+    with as_user_error(args.model):
         network = build_model(args.model, num_classes, args.image_size, **knobs(args))
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{args.model}: {error}") from None
     if args.init_from:
         # A run that goes on has all it needs in its checkpoint.
         ckpt = Path(args.out_dir) / "ckpt.pt"
@@ -1466,7 +1520,7 @@ def starting_network(args, origin, num_classes, device, tell):
         if origin["mean"] == origin["std"] == "command line":
             normalisation = args.mean, args.std
         if normalisation is None and family(args.model) in PUBLISHED_BY_TORCHVISION:
-            normalisation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+            normalisation = IMAGENET_PIXELS["mean"], IMAGENET_PIXELS["std"]
             tell(f"{args.init_from} is taken for one of torchvision's: inputs are normalised by "
                  "ImageNet's mean and standard deviation; --mean and --std set others")
         if normalisation is None:
@@ -1486,17 +1540,67 @@ def starting_network(args, origin, num_classes, device, tell):
     return bare
 
 
-def check_network(args):
-    """Builds and calls a network of ours without memory, before the data is read: what does not fit
-    is said at once."""
-    if family(args.model) in ("torchvision", "timm"):
-        return  # not all of these can be built so
-    images = torch.empty(2, 3, args.image_size, args.image_size, device="meta")
+def make_optimizer(args, model, device):
+    """--optimizer over the trained parameters; fused where there is such a kernel."""
+    groups = [dict(params=params, weight_decay=decay) for params, decay in zip(
+        decay_groups(model, args.decay), (args.weight_decay, 0.0)) if params]
+    betas, fused = (args.beta1, args.beta2), device.type in ("cpu", "cuda")
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=fused)
+    if args.optimizer == "lamb":
+        return LAMB(groups, lr=args.lr, betas=betas, eps=args.eps)
+    if args.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=args.lr, alpha=args.beta2, eps=args.eps,
+                                   momentum=args.momentum)
+    sgd = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=args.nesterov,
+                          fused=fused)
+    for p in model.parameters():
+        if p.requires_grad and args.momentum:
+            # If the first step is skipped, the fused kernel would leave it uninitialised.
+            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return sgd
+
+
+def autocast_of(args, device):
+    """The context of a forward pass in --dtype."""
+    half = args.dtype in ("bfloat16", "float16")
+    return torch.autocast(device.type, getattr(torch, args.dtype)) if half else nullcontext()
+
+
+def measure(what, dataset, model, args, device, workers, attack=False, mix=None):
+    """`evaluate` on a data set; attack: also "pgd", if --eval-adv is given; mix: a micro-batch's
+    (x, y) -> (x, shares), drawn from the run's seed."""
+    def seeded_mix(number, x, y):
+        torch.manual_seed(data.key(args.seed, -1, rank() + number * world_size(), 2))
+        return mix(x, y)
+
+    loader = own_share(dataset, device, workers)
+    if mix is not None:  # in micro-batches, which are the same on any number of processes
+        pairs, m = [(0, i) for i in range(len(dataset))], args.micro_batch
+        micros = [pairs[i:i + m] for i in range(rank() * m, len(pairs), world_size() * m)]
+        loader = data.loader(dataset, micros, workers, device.type == "cuda")
+    with progress(len(loader), what, "batch") as bar:
+        result = evaluate(model, loader, device, autocast_of(args, device), progress=bar,
+                          mix=seeded_mix if mix else None)
+    if attack and args.eval_adv:
+        with progress(len(dataset), f"{what}, PGD-10") as bar:
+            result["pgd"] = pgd_10(model, dataset, device, workers, bar, args.adv_eps or 2 / 255)
+    return result
+
+
+def evaluate_only(args, origin, device, on_machine, tell):
+    """--eval-only."""
+    classes = own_checkpoint(args.init_from).get("classes")
+    dataset = load_split(args, args.eval_split, device, tell, classes=classes)
+    model = starting_network(args, origin, len(dataset.classes), device, tell)
+    tell(f"{args.model} from {args.init_from} on {args.dataset}")
     try:
-        with torch.device("meta"), torch.no_grad():
-            build_model(args.model, 2, args.image_size, **knobs(args))(images)
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"{args.model}: {error}") from None
+        result = measure("evaluation", dataset, model, args, device,
+                         worker_count(args, dataset, on_machine), attack=True)
+    except data.DataError as error:
+        raise UserError(str(error)) from None
+    print_table(tell, {args.eval_split: result})
+    return 0
 
 
 def run(args, origin):
@@ -1504,12 +1608,11 @@ def run(args, origin):
     device, world, on_machine = start_processes(args.device)
     main_process = rank() == 0
     tell = say if main_process else lambda text="": None
-    chosen = [f"recipe    {args.recipe}"] + [
+    chosen = "\n".join([f"recipe    {args.recipe}"] + [
         f"  {name.replace('_', '-'):<16} {value!s:<14} ({origin[name]})"
-        for name, value in vars(args).items() if origin[name] != "default"]
+        for name, value in vars(args).items() if origin[name] != "default"])
     if args.dry_run:  # before anything can be missing
-        tell("\n".join(chosen))
-
+        tell(chosen)
     share = args.micro_batch * world
     if args.batch_size % share and not args.eval_only:
         near = max(args.batch_size // share, 1) * share
@@ -1517,135 +1620,57 @@ def run(args, origin):
         raise UserError(f"batch size {args.batch_size} is not a multiple of micro-batch "
                         f"{args.micro_batch} × {world} devices = {share}: use --batch-size {near}"
                         + (f" or --micro-batch {fits[-1]}" if fits else ""))
+    # One process of a machine fetches, the others find.
+    if args.download and os.environ.get("LOCAL_RANK", "0") == "0":
+        load_split(args, "train", device, tell)
+    if args.download and dist.is_initialized():
+        dist.barrier()
+    if args.eval_only:
+        return evaluate_only(args, origin, device, on_machine, tell)
 
     # ---- data
-    def load(split, augment, **more):
-        dataset = data.load(args.dataset, split, data_dir=args.data_dir, image_size=args.image_size,
-                            augment=augment, seed=args.seed, download=args.download,
-                            short_side=args.eval_short_side, **more)
-        if getattr(dataset, "notice", None):
-            tell(dataset.notice)
-        return dataset.to(device)
-
-    try:
-        # One process of a machine fetches, the others find.
-        if args.download and os.environ.get("LOCAL_RANK", "0") == "0":
-            load("train", "none")
-        if args.download and dist.is_initialized():
-            dist.barrier()
-        if args.eval_only:
-            saved = {} if args.init_from.endswith(".npz") else read_checkpoint(args.init_from)
-            saved = saved if is_ours(saved) else {}
-            val_set = load(args.eval_split, "none", classes=saved.get("classes"))
-            num_classes = len(val_set.classes)
-        else:
-            train_set = load("train", args.augment, **{name: getattr(args, name) for name in (
-                "autoaugment", "randaugment", "randaugment_prob", "randaugment_of", "erasing",
-                "flip")})
-            val_set = load("val", "none", classes=train_set.classes)
-            whole, num_classes = len(train_set), len(train_set.classes)
-    except data.DataError as error:
-        hint = "" if args.dataset == "shapes" else "; --dataset shapes needs no files"
-        raise UserError(f"{error}{hint}") from None
-    if not args.eval_only:
-        try:
-            train_set.restrict(data.subset(train_set.labels, args.train_fraction))
-        except (ValueError, ZeroDivisionError) as error:
-            raise UserError(f"--train-fraction {args.train_fraction}: {error}") from None
-        part = f" (a fraction {args.train_fraction} of {whole:,})" if len(train_set) < whole else ""
-        if args.hold_out != "0":
-            try:
-                rest, held = data.hold_out(train_set.labels[train_set.indices], args.hold_out)
-            except (ValueError, ZeroDivisionError) as error:
-                raise UserError(f"--hold-out {args.hold_out}: {error}") from None
-            transform, val_set = val_set.transform, copy.copy(train_set).restrict(held)
-            val_set.transform, val_set.padding = transform, 0
-            train_set.restrict(rest)
-        # Accuracy on the training set: on a class-balanced sample of the validation set's size.
-        labels = train_set.labels[train_set.indices]
-        sample = data.subset(labels, min(1.0, len(val_set) / len(labels)))
-        augmented_sample = copy.copy(train_set).restrict(sample)
-        train_sample = copy.copy(augmented_sample)
-        train_sample.transform, train_sample.padding = val_set.transform, 0
-    workers = worker_count(args, val_set if args.eval_only else train_set, on_machine)
-    pin_memory = args.device == "cuda"
+    train_set, val_set, augmented_sample, train_sample = load_training(args, device, tell)
+    num_classes = len(train_set.classes)
+    workers = worker_count(args, train_set, on_machine)
+    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in (
+        (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    mix = v2.RandomChoice(mixes) if mixes else lambda *xy: xy
 
     # ---- model
     bare = starting_network(args, origin, num_classes, device, tell)
-    network = bare.network
-    folder = RunFolder(args.out_dir)
-    half = args.dtype in ("bfloat16", "float16")
-    autocast = torch.autocast(device.type, getattr(torch, args.dtype)) if half else nullcontext()
-
-    supcon, projection = args.loss == "supcon" and not args.eval_only, None
+    model, network, head = bare, bare.network, [*classifier(bare.network).values()]
+    supcon, projection = args.loss == "supcon", None
     if supcon and "pre_logits" not in getattr(network, "intermediates", ()):
         raise UserError(f"--loss supcon: {args.model} does not tell its representation, "
                         "pre_logits; ViT, PiT, Mixer, ResNet, AlterNet and Swin do")
-    if args.train_only == "head" and not args.eval_only:
-        if not classifier(network):
+    if args.train_only == "head":
+        if not head:
             raise UserError(f"--train-only head: {args.model} has no linear classifier")
         bare.requires_grad_(False).eval()
-        next(iter(classifier(network).values())).requires_grad_()
-
-    averages = args.ema_decay and not args.eval_only
-    ema = copy.deepcopy(bare).requires_grad_(False) if averages else None
-
-    def mix_as_trained(number, x, y):
-        torch.manual_seed(data.key(args.seed, -1, rank() + number * world, 2))
-        return mix(x, y)
-
-    def measure(what, dataset, mixed=False):
-        loader = data.evaluation_loader(dataset, 256, workers, rank(), world, pin_memory)
-        if mixed:  # in micro-batches, which are the same on any number of processes
-            pairs, m = [(0, i) for i in range(len(dataset))], args.micro_batch
-            micros = [pairs[i:i + m] for i in range(rank() * m, len(pairs), world * m)]
-            loader = data.loader(dataset, micros, workers, pin_memory)
-        with progress(len(loader), what, "batch") as bar:
-            return evaluate(ema or bare, loader, device, autocast, progress=bar,
-                            mix=mix_as_trained if mixed else None)
-
-    def prepare_classifier():
-        """Contrastive training has none of its own: evaluations show the nearest class mean's."""
-        for each in filter(None, (bare, ema)) if supcon else ():
-            loader = data.evaluation_loader(train_sample, 256, workers, rank(), world, pin_memory)
-            set_class_means(each, loader, device, autocast, args.temperature)
-
-    def measure_also_attacked(what, dataset):
-        result = measure(what, dataset)
-        if args.eval_adv:
-            with progress(len(dataset), f"{what}, PGD-10") as bar:
-                result["pgd"] = pgd_10(ema or bare, dataset, device, workers, bar,
-                                       args.adv_eps or 2 / 255)
-        return result
-
-    if args.eval_only:
-        tell(f"{args.model} from {args.init_from} on {args.dataset}")
-        try:
-            print_table(tell, {args.eval_split: measure_also_attacked("evaluation", val_set)})
-        except data.DataError as error:
-            raise UserError(str(error)) from None
-        return 0
+        head[0].requires_grad_()
+    ema = copy.deepcopy(bare).requires_grad_(False) if args.ema_decay else None
+    if supcon:
+        head[0].requires_grad_(False)
+        model = Contrastive(bare, head[0].in_features, args.projection_dim).to(head[0].weight)
+        projection = model.projection
 
     # ---- optimization
     steps_per_epoch = len(train_set) // args.batch_size
-    warmup_steps = args.warmup_steps + round(args.warmup_epochs * steps_per_epoch)
     if steps_per_epoch == 0:
         raise UserError(f"the training set has {len(train_set):,} images, fewer than one batch of "
                         f"{args.batch_size:,}: use --batch-size "
                         f"{len(train_set) // share * share or 1}")
+    warmup_steps = args.warmup_steps + round(args.warmup_epochs * steps_per_epoch)
     total_steps = args.epochs * steps_per_epoch or args.max_steps
     last_step = min(args.max_steps or total_steps, total_steps)
     micro_batches = args.batch_size // args.micro_batch
     own_micros = range(rank() * micro_batches // world, (rank() + 1) * micro_batches // world)
 
-    model = bare
-    if supcon:
-        (head,) = classifier(network).values()
-        head.requires_grad_(False)
-        model = Contrastive(bare, head.in_features, args.projection_dim).to(head.weight)
-        projection = model.projection
     params = [p for p in model.parameters() if p.requires_grad]
-    decayed, kept = decay_groups(model, args.decay)
+    optimizer = make_optimizer(args, model, device)
+    fused = optimizer.defaults.get("fused", False)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
+    autocast, statistics = autocast_of(args, device), RunningStatistics(network)
     model = torch.compile(model) if args.compile else model
     if dist.is_initialized():
         with warnings.catch_warnings():  # 2.15 renames broadcast_buffers, 2.11 lacks the new name
@@ -1653,38 +1678,18 @@ def run(args, origin):
             model = DistributedDataParallel(
                 model, device_ids=[device] if args.device == "cuda" else None,
                 broadcast_buffers=False, gradient_as_bucket_view=True)
-    groups = [dict(params=some, weight_decay=decay)
-              for some, decay in ((decayed, args.weight_decay), (kept, 0.0)) if some]
-    fused = device.type in ("cpu", "cuda") and args.optimizer in ("adamw", "sgd")
-    betas = args.beta1, args.beta2
-    if args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=fused)
-    elif args.optimizer == "lamb":
-        optimizer = LAMB(groups, lr=args.lr, betas=betas, eps=args.eps)
-    elif args.optimizer == "rmsprop":
-        optimizer = torch.optim.RMSprop(groups, lr=args.lr, alpha=args.beta2, eps=args.eps,
-                                        momentum=args.momentum)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum,
-                                    nesterov=args.nesterov, fused=fused)
-        for p in params if args.momentum else ():
-            # If the first step is skipped, the fused kernel would leave it uninitialised.
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     sam = None
     if args.sam_rho:
         sam = SAM(model, args.sam_rho, steps=args.sam_steps, adaptive=args.sam_adaptive)
     adv_step_size = args.adv_step_size or 1.25 * args.adv_eps
     criterion = {"softmax": softmax_loss, "sigmoid": sigmoid_loss, "supcon": None}[args.loss]
-    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in (
-        (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
-    mix = v2.RandomChoice(mixes) if mixes else lambda *xy: xy
-    statistics = RunningStatistics(network)
 
     # ---- what will happen
     if not args.dry_run:
-        tell("\n".join(chosen))
+        tell(chosen)
     where = ", held out of the training set" if args.hold_out != "0" else ""
+    whole, used = len(train_set.labels), len(train_set) + len(val_set) * bool(where)
+    part = f" (a fraction {args.train_fraction} of {whole:,})" if used < whole else ""
     tell(f"data      {args.dataset}: {len(train_set):,} training{part} and {len(val_set):,} "
          f"validation images{where}, {num_classes:,} classes, {args.image_size}×{args.image_size}, "
          f"augmentation {args.augment}, {workers} workers per device")
@@ -1701,9 +1706,9 @@ def run(args, origin):
              f"SAM with ρ = {args.sam_rho:g} on "
              f"{'the whole ' if args.sam_sync else 'each micro-'}batch" if sam else "without SAM")
          + f", images moved by at most {255 * args.adv_eps:.4g}/255" * (args.adv_eps > 0))
-    part = f" of {total_steps:,}" if last_step < total_steps else ""
-    tell(f"schedule  {last_step:,} steps{part}, "
-         f"{steps_per_epoch:,} per epoch; {args.optimizer}, learning rate {args.lr:g} after "
+    tell(f"schedule  {last_step:,} steps"
+         + f" of {total_steps:,}" * (last_step < total_steps)
+         + f", {steps_per_epoch:,} per epoch; {args.optimizer}, learning rate {args.lr:g} after "
          f"{warmup_steps:,} steps, then {args.lr_schedule}")
     if warmup_steps >= last_step:
         tell("          the warm-up is as long as the run or longer")
@@ -1715,6 +1720,7 @@ def run(args, origin):
     versions = dict(torch=torch.__version__, torchvision=torchvision.__version__,
                     python=sys.version.split()[0])
     config = dict(settings=vars(args), command=sys.argv, versions=versions)
+    folder = RunFolder(args.out_dir)
     state = on_main(lambda: folder.open(config, args.resume))
     step, evaluated, best, result = 0, 0, -1.0, None
     # Sums over the log interval: clean loss and gradient norm of the steps taken, steps skipped,
@@ -1761,11 +1767,20 @@ def run(args, origin):
         if main_process:
             folder.log(step=step, epoch=step / steps_per_epoch, **record)
 
+    # ---- measuring
+    measured = partial(measure, model=ema or bare, args=args, device=device, workers=workers)
+
+    def prepare_classifier():
+        """Contrastive training has none of its own: evaluations show the nearest class mean's."""
+        for each in filter(None, (bare, ema)) if supcon else ():
+            set_class_means(each, own_share(train_sample, device, workers), device, autocast,
+                            args.temperature)
+
     def validate():
         nonlocal evaluated, best, result, since, started
         before = time.perf_counter()
         prepare_classifier()
-        result, evaluated = measure_also_attacked("validation", val_set), step
+        result, evaluated = measured("validation", val_set, attack=True), step
         log(val=result)
         tell(f"step {step:6,}  validation{', nearest class mean' * supcon}: "
              f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
@@ -1780,10 +1795,49 @@ def run(args, origin):
         at_epoch = step % (args.eval_every * steps_per_epoch) == 0
         return evaluated < step and (at_epoch or step == last_step)
 
+    # ---- the loss of a micro-batch
+    clean = {}     # micro-batch -> its loss at w
+    pulls = {}     # micro-batch -> gradient of the whole batch's supcon loss by its projections
+    together = []  # micro-batches that share an ε: one, or with --sam-sync all; or a loss
+
+    def contrast():
+        """The loss of the whole batch, and its gradient by each own micro-batch's projections,
+        which loss_of then sends on into the network: in all, the loss's exact gradient."""
+        z = []
+        for micro, x, *_ in together:
+            torch.manual_seed(data.key(args.seed, step, micro))
+            with torch.no_grad(), autocast:
+                z.append(model(x))
+        z = torch.cat(z)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        loss, grad = supcon_of_all(z, torch.cat([y for _, _, y, _ in together]), args.temperature)
+        pulls.update(zip(own_micros, grad.chunk(len(own_micros))), loss=loss)
+
+    def loss_of(micro, x, y, sends=False):
+        if supcon and micro == own_micros[0]:  # a pass over the batch begins, at w or w + ε
+            contrast()
+        torch.manual_seed(data.key(args.seed, step, micro))  # masks belong to the micro-batch
+        statistics.begin_pass()
+        # DistributedDataParallel decides in the forward pass whether the backward pass sends:
+        # once a step, for the last micro-batch at w + ε. SAM's first pass never does.
+        quiet = dist.is_initialized() and not sends
+        with model.no_sync() if quiet else nullcontext(), autocast:
+            logits = model(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if supcon:  # the mean of this over the micro-batches has the loss's value and gradient
+            along = ((logits - logits.detach()) * pulls[micro]).sum()
+            loss = pulls["loss"] + micro_batches * along
+        else:
+            loss = criterion(logits, y, args.label_smoothing)
+        if micro not in clean:
+            clean[micro] = loss.detach()
+            statistics.end_pass()
+        return scaler.scale(loss)
+
     # ---- the loop
     order = data.TrainOrder(len(train_set), args.batch_size, args.micro_batch, args.seed, step,
                             last_step, rank(), world, args.repeated_augment, 1 + supcon)
-    stream = data.batches(data.loader(train_set, order, workers, pin_memory), tell=say)
+    stream = data.batches(data.loader(train_set, order, workers, args.device == "cuda"), tell=say)
     stop = StopSignal()
     bar = tqdm(total=last_step, initial=step, unit="step",
                disable=not (main_process and sys.stderr.isatty()))
@@ -1804,45 +1858,6 @@ def run(args, origin):
         for group in optimizer.param_groups:
             group["lr"] = lr
         statistics.begin_step()
-        clean = {}  # micro-batch -> its loss at w
-        pulls = {}  # micro-batch -> gradient of the whole batch's supcon loss by its projections
-
-        def contrast():
-            """The loss of the whole batch, and its gradient by each own micro-batch's projections,
-            which loss_of then sends on into the network: in all, the loss's exact gradient."""
-            z = []
-            for micro, x, *_ in together:
-                torch.manual_seed(data.key(args.seed, step, micro))
-                with torch.no_grad(), autocast:
-                    z.append(model(x))
-            z = torch.cat(z)
-            z = z.to(torch.promote_types(z.dtype, torch.float32))
-            loss, grad = supcon_of_all(z, torch.cat([y for _, _, y, _ in together]),
-                                       args.temperature)
-            pulls.update(zip(own_micros, grad.chunk(len(own_micros))), loss=loss)
-
-        def loss_of(micro, x, y, sends=False):
-            if supcon and micro == own_micros[0]:  # a pass over the batch begins, at w or w + ε
-                contrast()
-            torch.manual_seed(data.key(args.seed, step, micro))  # masks belong to the micro-batch
-            statistics.begin_pass()
-            # DistributedDataParallel decides in the forward pass whether the backward pass sends:
-            # once a step, for the last micro-batch at w + ε. SAM's first pass never does.
-            quiet = dist.is_initialized() and not sends
-            with model.no_sync() if quiet else nullcontext(), autocast:
-                logits = model(x)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            if supcon:  # the mean of this over the micro-batches has the loss's value and gradient
-                along = ((logits - logits.detach()) * pulls[micro]).sum()
-                loss = pulls["loss"] + micro_batches * along
-            else:
-                loss = criterion(logits, y, args.label_smoothing)
-            if micro not in clean:
-                clean[micro] = loss.detach()
-                statistics.end_pass()
-            return scaler.scale(loss)
-
-        together = []  # micro-batches that share an ε: one, or with --sam-sync all; or a loss
         for micro in own_micros:
             x, y = next(stream)
             x, y = to_float(x.to(device, non_blocking=True), model), y.to(device, non_blocking=True)
@@ -1884,10 +1899,9 @@ def run(args, origin):
             decay = min(args.ema_decay, (1 + step) / (10 + step))
             if args.ema_alpha:
                 decay = args.ema_decay if step >= warmup_steps else 0.0
-            tensors = zip(ema.network.state_dict().values(), network.state_dict().values())
-            for mean, now in tensors:
-                mean.lerp_(now, 1 - decay) if mean.is_floating_point() else mean.copy_(now)
+            move_average(ema.network, network, decay)
         loss = torch.stack(list(clean.values())).mean()
+        clean.clear()
         taken = [torch.where(skip > 0, 0.0, value.float()) for value in (loss, norm)]
         window[:4] += torch.stack([*taken, skip, torch.ones_like(skip)])
         window[4] = (window[4] + 1) * skip
@@ -1923,14 +1937,14 @@ def run(args, origin):
     # ---- the end
     speed = images / (time.perf_counter() - started)
     prepare_classifier()
-    final = {"training": measure_also_attacked("training", train_sample)}
+    final = {"training": measured("training", train_sample, attack=True)}
     # Park & Kim's training NLL (A.2) is that of augmented images; as in their code, without dropout
     # and, where images are mixed, against the shares of their labels (not smoothed).
-    if {args.augment, args.autoaugment, args.randaugment[0], args.erasing} != {"none", 0}:
-        final["training, augmented"] = measure("training, augmented", augmented_sample)
+    if augments(args):
+        final["training, augmented"] = measured("training, augmented", augmented_sample)
     if mixes:
-        final["training, mixed"] = measure("training, mixed", augmented_sample, mixed=True)
-    final["validation"] = result or measure_also_attacked("validation", val_set)
+        final["training, mixed"] = measured("training, mixed", augmented_sample, mix=mix)
+    final["validation"] = result or measured("validation", val_set, attack=True)
     log(final=final, images_per_second=speed)
     save_checkpoint(final=final)
     print_table(tell, final)
