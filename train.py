@@ -306,6 +306,7 @@ def make_parser():
         "Without --model, --recipe, --dataset and --data-dir the built-in data set is trained. "
         "A rate, norm, ρ or interval of 0 means off."))
     on_off = argparse.BooleanOptionalAction
+    off = dict(action=on_off, default=False)
 
     add = parser.add_argument_group("what is trained").add_argument
     add("--recipe", choices=RECIPES, help="row of a paper's table, see --list-recipes; "
@@ -313,7 +314,7 @@ def make_parser():
     add("--model", help="a name that --list-models prints, or torchvision:NAME, timm:NAME")
     add("--init-from", default="", metavar="FILE", help="start from these weights: a checkpoint of "
         "ours, a timm or torchvision state dict, an original .npz")
-    add("--reset-head", action=on_off, default=False, help="the classifier stays as initialised, "
+    add("--reset-head", **off, help="the classifier stays as initialised, "
         "whatever the file holds: for another number of classes")
     add("--weights", choices=("ema", "model"), default="ema", help="of a checkpoint that has both: "
         "the average or the last")
@@ -322,8 +323,7 @@ def make_parser():
     add("--dataset", choices=data.DATASETS, help="folder: any with train/, val/ of class folders")
     add("--data-dir", default="", help="a folder, or a file of python data.py pack; default: "
         "$IMAGENET_DIR, else data/imagenet; data/imagenet21k; for CIFAR, Flowers and Pets data")
-    add("--download", action=on_off, default=False, help="fetch CIFAR, Flowers or Pets if "
-        "it is missing")
+    add("--download", **off, help="fetch CIFAR, Flowers or Pets if it is missing")
     add("--image-size", type=int, default=0, help="0: 32 for shapes and CIFAR, else 224 (Table 8)")
     add("--augment", choices=data.AUGMENTATIONS, help="default: inception for folders (Table 8), "
         "crop for CIFAR, none for shapes")
@@ -398,7 +398,7 @@ def make_parser():
     add("--warmup-epochs", type=float, default=0.0, help="as many more epochs of it (Park A.1: 5)")
     add("--lr-end", type=float, default=0.0, help="learning rate at the end of the decay")
     add("--momentum", type=float, default=0.9, help="of SGD (Table 8) and RMSProp")
-    add("--nesterov", action=on_off, default=False, help="for SGD")
+    add("--nesterov", **off, help="for SGD")
     add("--beta1", type=float, default=0.9, help="of AdamW (Table 8) and LAMB")
     add("--beta2", type=float, default=0.999, help="of AdamW (Table 8, misprinted there) and LAMB; "
         "RMSProp's α (SupCon's code: 0.9)")
@@ -429,8 +429,8 @@ def make_parser():
     add = parser.add_argument_group("sharpness-aware minimisation").add_argument
     add("--sam-rho", default="0", help="radius ρ, or paper: Table 9's for the model")
     add("--sam-steps", type=int, default=1, help="ascent steps (§6)")
-    add("--sam-adaptive", action=on_off, default=False, help="ASAM, element-wise")
-    add("--sam-sync", action=on_off, default=False, help="ε from the whole batch's gradient "
+    add("--sam-adaptive", **off, help="ASAM, element-wise")
+    add("--sam-sync", **off, help="ε from the whole batch's gradient "
         "instead of each micro-batch's")
 
     add = parser.add_argument_group("adversarial training").add_argument
@@ -438,7 +438,7 @@ def make_parser():
         "FGSM step from a random start, of at most this in each pixel of [0, 1] (Chen E.5: 2/255)")
     add("--adv-step-size", type=adversarial.fraction, default=0.0, help="of that step; 0: 1.25 "
         "times --adv-eps (Wong et al. 2020, which E.5 uses)")
-    add("--eval-adv", action=on_off, default=False, help="evaluations also measure accuracy under "
+    add("--eval-adv", **off, help="evaluations also measure accuracy under "
         "PGD with 10 steps of 1/8 of --adv-eps, or of 2/255 without it (E.5)")
 
     add = parser.add_argument_group("machine").add_argument
@@ -451,17 +451,17 @@ def make_parser():
 
     add = parser.add_argument_group("run").add_argument
     add("--out-dir", default="", help="run folder; default: out/DATASET-MODEL-rhoRHO-seedSEED")
-    add("--resume", action=on_off, default=False, help="go on from its ckpt.pt, if there is one")
+    add("--resume", **off, help="go on from its ckpt.pt, if there is one")
     add("--eval-every", type=int, default=1, help="epochs between evaluations")
-    add("--eval-only", action=on_off, default=False, help="evaluate --init-from and stop")
+    add("--eval-only", **off, help="evaluate --init-from and stop")
     add("--eval-split", choices=("val", "test"), default="val", help="for --eval-only; shapes and "
         "CIFAR have a test split, which for CIFAR is also val")
     add("--log-every", type=int, default=50, help="steps between records of log.jsonl")
     add("--save-every", type=int, default=0, help="steps between checkpoints, besides each epoch's")
-    add("--dry-run", action=on_off, default=False, help="print what would happen and stop")
-    add("--list-models", action=on_off, default=False, help="print them with parameters, FLOPs and "
+    add("--dry-run", **off, help="print what would happen and stop")
+    add("--list-models", **off, help="print them with parameters, FLOPs and "
         "the paper's table or figure, and stop")
-    add("--list-recipes", action=on_off, default=False, help="print them with steps, the paper's "
+    add("--list-recipes", **off, help="print them with steps, the paper's "
         "table and its accuracy, and stop")
     return parser
 
@@ -533,15 +533,13 @@ def kind_of_training(args):
 
 
 def resolve_rho(args):
-    if args.sam_rho == "paper":
-        kind = kind_of_training(args)
-        if args.model not in PAPER_RHO[kind]:
-            raise UserError(f"--sam-rho paper: Table 9 has no row for {args.model} and {kind} "
-                            f"training; it has {' '.join(PAPER_RHO[kind])}. Give a number, such as "
-                            "0.1")
-        return PAPER_RHO[kind][args.model]
+    kind = kind_of_training(args)
     try:
-        return float(args.sam_rho)
+        return PAPER_RHO[kind][args.model] if args.sam_rho == "paper" else float(args.sam_rho)
+    except KeyError:
+        raise UserError(f"--sam-rho paper: Table 9 has no row for {args.model} and {kind} "
+                        f"training; it has {' '.join(PAPER_RHO[kind])}. Give a number, such as "
+                        "0.1") from None
     except ValueError:
         raise UserError(f"--sam-rho {args.sam_rho}: give a number, at least 0, or the word "
                         "paper") from None
@@ -596,16 +594,14 @@ def check(args, origin):
            "--adv-step-size is for --adv-eps above 0, such as 2/255")
     refuse(args.workers is not None and args.workers < 0,
            f"--workers is {args.workers}; it must be at least 0")
-
-    # ---- data
     (operations, magnitude), google = args.randaugment, args.randaugment_of == "google"
     most = 30 if google else 10
     refuse(operations < 0 or not 0 <= magnitude <= most,
            f"--randaugment {operations} {magnitude}: the number of operations is at least 0, their "
            f"magnitude from 0 to {most}" + "; --randaugment-of google goes on to 30" * (not google))
-    refuse(args.init_from and (origin["mean"] == "command line") != (
-        origin["std"] == "command line"),
-        "--mean and --std go together: with --init-from give both or neither")
+    given = {origin["mean"] == "command line", origin["std"] == "command line"}
+    refuse(args.init_from and len(given) == 2,
+           "--mean and --std go together: with --init-from give both or neither")
     refuse({len(args.mean), len(args.std)} - {1, 3} or min(args.std) <= 0
            or not all(map(math.isfinite, args.mean + args.std)),
            f"--mean {args.mean} --std {args.std}: give one number or three to each, for std above "
@@ -614,11 +610,8 @@ def check(args, origin):
                                      or args.dataset in IN_MEMORY),
            f"--eval-short-side {args.eval_short_side}: at least --image-size, {args.image_size}, "
            f"and for images in files, not {' '.join(IN_MEMORY)}; 0 turns it off")
-
-    # ---- network
     kind = family(args.model)
-    stages = {**dict.fromkeys(("resnet", "preresnet", "resnext", "alter", "swin"), 4), "pit": 3}
-    stages = stages.get(kind, 1)
+    stages = dict(resnet=4, preresnet=4, resnext=4, alter=4, swin=4, pit=3).get(kind, 1)
     for name in ("depth", "heads") if kind in (*FILES, "swin") else ():
         value = getattr(args, name)
         refuse(value is not None and len(value) != stages,
@@ -629,8 +622,6 @@ def check(args, origin):
            + f"; {args.recipe} fine-tunes: name them" * (origin["reset_head"] == args.recipe))
     refuse(args.eval_only and not args.init_from,
            "--eval-only needs --init-from: the weights, for instance RUN/best.pt")
-
-    # ---- optimization
     refuse(args.epochs == args.max_steps == 0 and not args.eval_only,
            "--epochs 0 needs --max-steps: the length of the run in steps")
     refuse(args.ema_alpha and args.epochs == 0,
@@ -654,8 +645,6 @@ def check(args, origin):
                "augmentation are the same: add --augment crop or another")
         refuse(args.sam_rho and not args.sam_sync, "--loss supcon has one loss for the whole "
                "batch, and so one ε: leave out --no-sam-sync")
-
-    # ---- machine
     refuse(args.device == "cuda" and not torch.cuda.is_available(),
            "--device cuda: torch sees no CUDA device here; try --device cpu")
     refuse(args.device == "mps" and (args.dtype in ("float16", "float64") or "RANK" in os.environ),
@@ -844,22 +833,18 @@ def list_models():
     """What --list-models prints; counted on the meta device, at the size of the table's images."""
     print("python train.py --model\n"
           f"{'':42}{'pixels':>6}{'classes':>8}{'parameters':>13}{'GFLOPs':>8}{'M acts':>8}")
-    parser, counted = make_parser(), {}
+    parser = make_parser()
     for where, image_size, num_classes, models in LISTED:
         for model in models:
             args = parser.parse_args(["--model", *model.split()])
-            start = f"{model:42}{image_size:6}{num_classes:8,}"
             try:
-                if (model, image_size) not in counted:
-                    with torch.device("meta"):
-                        network = build_model(args.model, num_classes, image_size, **knobs(args))
-                    counted[model, image_size] = vit.complexity(network, image_size)
+                with torch.device("meta"):
+                    network = build_model(args.model, num_classes, image_size, **knobs(args))
+                cost = vit.complexity(network, image_size)
+                cost = f"{cost['params']:13,}{cost['macs'] / 1e9:8.2f}{cost['acts'] / 1e6:8.1f}"
             except ValueError as error:
-                print(f"{start}  {error}  {where}")
-                continue
-            cost = counted[model, image_size]
-            print(f"{start}{cost['params']:13,}{cost['macs'] / 1e9:8.2f}{cost['acts'] / 1e6:8.1f}"
-                  f"  {where}")
+                cost = f"  {error}"
+            print(f"{model:42}{image_size:6}{num_classes:8,}{cost}  {where}")
     print("FLOPs are multiply-adds of convolutions, linear layers and attention; activations are "
           "the outputs of these and of\nmax-pooling (Xiao Table 1). PATCH in vit_sizePATCH and "
           "mixer_sizePATCH is any patch size that divides the image.")
@@ -1005,10 +990,10 @@ def learning_rate(step, total, warmup, peak, schedule, end=0.0):
     """At `step` of 0 … total: linear from 0 over `warmup` steps, times half a cosine, a line or an
     exponential from `peak` there to `end` at `total`, or `peak` throughout. A function of the step
     alone, so that no checkpoint has anything of it."""
-    progress = min(max(step - warmup, 0) / max(total - warmup, 1), 1.0)
-    decayed = {"cosine": end + (peak - end) * 0.5 * (1 + math.cos(math.pi * progress)),
-               "linear": peak + (end - peak) * progress,
-               "exponential": peak * (end / peak) ** progress if peak else 0.0,
+    done = min(max(step - warmup, 0) / max(total - warmup, 1), 1.0)
+    decayed = {"cosine": end + (peak - end) * 0.5 * (1 + math.cos(math.pi * done)),
+               "linear": peak + (end - peak) * done,
+               "exponential": peak * (end / peak) ** done if peak else 0.0,
                "constant": peak}[schedule]
     return decayed * min(1.0, step / warmup if warmup else 1.0)
 
@@ -1470,7 +1455,7 @@ def load_split(args, split, device, tell, **more):
     except data.DataError as error:
         hint = "" if args.dataset == "shapes" else "; --dataset shapes needs no files"
         raise UserError(f"{error}{hint}") from None
-    if getattr(dataset, "notice", None):
+    if dataset.notice:
         tell(dataset.notice)
     return dataset.to(device)
 
@@ -1512,11 +1497,11 @@ def starting_network(args, origin, num_classes, device, tell):
     with as_user_error(args.model):
         network = build_model(args.model, num_classes, args.image_size, **knobs(args))
     if args.init_from:
-        # A run that goes on has all it needs in its checkpoint.
+        file, weights, reset_head = args.init_from, args.weights, args.reset_head
         ckpt = Path(args.out_dir) / "ckpt.pt"
-        own = args.resume and not args.eval_only and ckpt.exists()
-        start = (ckpt, "model") if own else (args.init_from, args.weights)
-        normalisation = on_main(lambda: load_weights(network, *start, args.reset_head and not own))
+        if args.resume and not args.eval_only and ckpt.exists():  # it has all that the run needs
+            file, weights, reset_head = ckpt, "model", False
+        normalisation = on_main(lambda: load_weights(network, file, weights, reset_head))
         if origin["mean"] == origin["std"] == "command line":
             normalisation = args.mean, args.std
         if normalisation is None and family(args.model) in PUBLISHED_BY_TORCHVISION:
@@ -1545,20 +1530,19 @@ def make_optimizer(args, model, device):
     groups = [dict(params=params, weight_decay=decay) for params, decay in zip(
         decay_groups(model, args.decay), (args.weight_decay, 0.0)) if params]
     betas, fused = (args.beta1, args.beta2), device.type in ("cpu", "cuda")
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.lr, betas=betas, eps=args.eps, fused=fused)
-    if args.optimizer == "lamb":
-        return LAMB(groups, lr=args.lr, betas=betas, eps=args.eps)
-    if args.optimizer == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=args.lr, alpha=args.beta2, eps=args.eps,
-                                   momentum=args.momentum)
-    sgd = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, nesterov=args.nesterov,
-                          fused=fused)
-    for p in model.parameters():
-        if p.requires_grad and args.momentum:
-            # If the first step is skipped, the fused kernel would leave it uninitialised.
-            sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return sgd
+    kind, own = {
+        "adamw": (torch.optim.AdamW, dict(betas=betas, eps=args.eps, fused=fused)),
+        "lamb": (LAMB, dict(betas=betas, eps=args.eps)),
+        "rmsprop": (torch.optim.RMSprop, dict(
+            alpha=args.beta2, eps=args.eps, momentum=args.momentum)),
+        "sgd": (torch.optim.SGD, dict(
+            momentum=args.momentum, nesterov=args.nesterov, fused=fused))}[args.optimizer]
+    optimizer = kind(groups, lr=args.lr, **own)
+    if args.optimizer == "sgd" and args.momentum:
+        # If the first step is skipped, the fused kernel would leave these uninitialised.
+        for p in filter(lambda p: p.requires_grad, model.parameters()):
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def autocast_of(args, device):
@@ -1638,20 +1622,21 @@ def run(args, origin):
 
     # ---- model
     bare = starting_network(args, origin, num_classes, device, tell)
-    model, network, head = bare, bare.network, [*classifier(bare.network).values()]
+    model, network = bare, bare.network
+    head = next(iter(classifier(network).values()), None)
     supcon, projection = args.loss == "supcon", None
     if supcon and "pre_logits" not in getattr(network, "intermediates", ()):
         raise UserError(f"--loss supcon: {args.model} does not tell its representation, "
                         "pre_logits; ViT, PiT, Mixer, ResNet, AlterNet and Swin do")
     if args.train_only == "head":
-        if not head:
+        if head is None:
             raise UserError(f"--train-only head: {args.model} has no linear classifier")
         bare.requires_grad_(False).eval()
-        head[0].requires_grad_()
+        head.requires_grad_()
     ema = copy.deepcopy(bare).requires_grad_(False) if args.ema_decay else None
     if supcon:
-        head[0].requires_grad_(False)
-        model = Contrastive(bare, head[0].in_features, args.projection_dim).to(head[0].weight)
+        head.requires_grad_(False)
+        model = Contrastive(bare, head.in_features, args.projection_dim).to(head.weight)
         projection = model.projection
 
     # ---- optimization
@@ -1722,6 +1707,7 @@ def run(args, origin):
     config = dict(settings=vars(args), command=sys.argv, versions=versions)
     folder = RunFolder(args.out_dir)
     state = on_main(lambda: folder.open(config, args.resume))
+    networks = dict(model=network, ema=ema and ema.network, projection=projection)
     step, evaluated, best, result = 0, 0, -1.0, None
     # Sums over the log interval: clean loss and gradient norm of the steps taken, steps skipped,
     # all steps; and the steps skipped in a row. On the device, so that no step waits for it.
@@ -1731,13 +1717,9 @@ def run(args, origin):
         print_table(tell, state["final"])
         return 0
     if state is not None:
-        network.load_state_dict(state["model"])
-        if ema is not None:
-            ema.network.load_state_dict(state["ema"])
-        if projection is not None:
-            projection.load_state_dict(state["projection"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
+        for name, part in (networks | dict(optimizer=optimizer, scaler=scaler)).items():
+            if part is not None:
+                part.load_state_dict(state[name])
         step, evaluated, best = state["step"], state["evaluated"], state["best"]
         own = len(state["windows"]) == world  # else the mean over the processes that there were
         window.copy_(state["windows"][rank()] if own else state["windows"].mean(0))
@@ -1753,11 +1735,10 @@ def run(args, origin):
 
     def checkpoint(name, **more):
         if main_process:
-            folder.save(name, dict(
-                model=network.state_dict(), ema=ema and ema.network.state_dict(),
-                projection=projection and projection.state_dict(), step=step,
-                evaluated=evaluated, best=best, settings=vars(args), classes=train_set.classes,
-                **more))
+            weights = {part: one and one.state_dict() for part, one in networks.items()}
+            folder.save(name, weights | dict(
+                step=step, evaluated=evaluated, best=best, settings=vars(args),
+                classes=train_set.classes, **more))
 
     def save_checkpoint(**more):
         checkpoint("ckpt.pt", windows=all_windows(), optimizer=optimizer.state_dict(),
@@ -1772,9 +1753,10 @@ def run(args, origin):
 
     def prepare_classifier():
         """Contrastive training has none of its own: evaluations show the nearest class mean's."""
-        for each in filter(None, (bare, ema)) if supcon else ():
-            set_class_means(each, own_share(train_sample, device, workers), device, autocast,
-                            args.temperature)
+        for each in (bare, ema):
+            if supcon and each is not None:
+                set_class_means(each, own_share(train_sample, device, workers), device, autocast,
+                                args.temperature)
 
     def validate():
         nonlocal evaluated, best, result, since, started
