@@ -1540,8 +1540,9 @@ def make_optimizer(args, model, device):
     optimizer = kind(groups, lr=args.lr, **own)
     if args.optimizer == "sgd" and args.momentum:
         # If the first step is skipped, the fused kernel would leave these uninitialised.
-        for p in filter(lambda p: p.requires_grad, model.parameters()):
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        for p in model.parameters():
+            if p.requires_grad:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 
