@@ -821,9 +821,8 @@ LISTED = [
         "resnet50", "resnext50_32x4d", "vit_ti16", "pit_ti", "torchvision:swin_t",
         "timm:convit_tiny", "timm:levit_128s", "timm:coat_lite_tiny"]),
     ("other sizes", 224, 1000, [
-        "vit_l16", "mixer_ti16", "mixer_l16", "resnet18", "resnet34", *(
-            f"pre{name}" for name in ("resnet18", "resnet34", "resnet50", "resnet101",
-                                      "resnet152")), *alternet.NAMES]),
+        "vit_l16", "mixer_ti16", "mixer_l16", "resnet18", "resnet34",
+        *(name for name in resnet.NAMES if name.startswith("pre")), *alternet.NAMES]),
     ("shapes", 32, 12, ["vit_micro8", "mixer_micro8", "resnet18 --width 16",
                         "alter_resnet18 --width 16"]),
 ]
@@ -1836,8 +1835,7 @@ def run(args, origin):
             tell(f"stopped by {signal.Signals(stopped).name}, saved at step {step:,}; to go on, "
                  "repeat the command with --resume")
             return 128 + stopped
-        lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_schedule,
-                           args.lr_end)
+        lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_schedule, args.lr_end)
         for group in optimizer.param_groups:
             group["lr"] = lr
         statistics.begin_step()
