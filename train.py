@@ -898,6 +898,75 @@ def to_float(x, model):
     return x.to(next(model.parameters()).dtype).div_(255)
 
 
+# ------------------------------------------------------------------------------ processes, messages
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text=""):
+    """One line on standard output, above the progress bar if there is one."""
+    tqdm.write(text)
+
+
+def progress(total, what="", unit="image"):
+    """A bar on a terminal, of the first process."""
+    return tqdm(total=total, desc=what, unit=unit, leave=False,
+                disable=rank() > 0 or not sys.stderr.isatty())
+
+
+def on_main(function):
+    """Result of `function` in the first process, on every process; its UserError likewise."""
+    box = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = function()
+        except (UserError, OSError) as error:
+            box[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C, agreed between processes: all stop before the same step, whenever each
+    was told. Their flags meet in an all-reduce on the CPU that runs beside the step, so the answer
+    is one step late and nothing waits for it. A second Ctrl-C ends a single process at once."""
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self):
+        self.received, self.flag, self.work = 0, torch.zeros(1, dtype=torch.int32), None
+        for number in self.SIGNALS:
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.received = number
+        if not dist.is_initialized():  # launchers repeat a signal
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self):
+        """Number of the signal that some process has received, or 0; the same on every process."""
+        if not dist.is_initialized():
+            return self.received
+        self.close()
+        if not self.flag.item():
+            self.flag.fill_(self.received)
+            self.work = dist.all_reduce(self.flag, op=dist.ReduceOp.MAX, async_op=True)
+            return 0
+        return self.flag.item()
+
+    def close(self):
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+
+
 # --------------------------------------------------------------------- losses, schedule, statistics
 
 def softmax_loss(logits, y, smoothing=0.0):
@@ -1058,6 +1127,8 @@ class RunningStatistics:
             torch._foreach_copy_(self.counters, [c + 1 - skip.to(c.dtype) for c in self.count])
 
 
+# --------------------------------------------------------------------------------------- evaluation
+
 @torch.no_grad()
 def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=None,
              restrict_logits=None, mix=None):
@@ -1142,74 +1213,45 @@ def pgd_10(model, dataset, device, workers, bar=None, eps=2 / 255):
     return adversarial.summary([sums])["robust"][-1]
 
 
-# ----------------------------------------------------------------- processes, messages, checkpoints
-
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+def classifier(network):
+    """{name: module} of a network's last linear layer; empty where there is none."""
+    linear = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)]
+    return dict(linear[-1:])
 
 
-def say(text=""):
-    """One line on standard output, above the progress bar if there is one."""
-    tqdm.write(text)
-
-
-def progress(total, what="", unit="image"):
-    """A bar on a terminal, of the first process."""
-    return tqdm(total=total, desc=what, unit=unit, leave=False,
-                disable=rank() > 0 or not sys.stderr.isatty())
-
-
-def on_main(function):
-    """Result of `function` in the first process, on every process; its UserError likewise."""
-    box = [None, None]
-    if rank() == 0:
-        try:
-            box[0] = function()
-        except (UserError, OSError) as error:
-            box[1] = str(error)
+@torch.no_grad()
+def set_class_means(model, loader, device, autocast, temperature):
+    """The classifier becomes that of the nearest class mean: its weights are the mean directions of
+    the representations of each class in a loader, its logits cosine / temperature (of a network
+    with unit_norm; else times the length of an image's representation, which leaves the ranks)."""
+    (head,) = classifier(model).values()
+    sums = torch.zeros(head.weight.shape, dtype=torch.float64,
+                       device="cpu" if device.type == "mps" else device)
+    training = model.training
+    model.eval()
+    for x, y in data.batches(loader, tell=say):
+        out = {"pre_logits": None}
+        with autocast:
+            model(to_float(x.to(device), model), out=out)
+        z = F.normalize(out["pre_logits"].to(torch.promote_types(head.weight.dtype, torch.float32)))
+        sums.index_add_(0, y.to(sums.device), z.to(sums))
+    model.train(training)
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    if box[1] is not None:
-        raise UserError(box[1])
-    return box[0]
+        dist.all_reduce(sums)
+    head.weight.copy_(F.normalize(sums) / temperature)
+    head.bias.zero_()
 
 
-class StopSignal:
-    """SIGTERM and Ctrl-C, agreed between processes: all stop before the same step, whenever each
-    was told. Their flags meet in an all-reduce on the CPU that runs beside the step, so the answer
-    is one step late and nothing waits for it. A second Ctrl-C ends a single process at once."""
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+def print_table(tell, results):
+    attacked, width = any("pgd" in r for r in results.values()), max(12, *map(len, results))
+    tell(f"{'':{width}}{'images':>8}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>9}{'ECE %':>8}"
+         + f"{'PGD-10 %':>10}" * attacked)
+    for name, r in results.items():
+        tell(f"{name:{width}}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}"
+             f"{r['ece']:8.2f}" + (f"{r['pgd']:10.2f}" if "pgd" in r else ""))
 
-    def __init__(self):
-        self.received, self.flag, self.work = 0, torch.zeros(1, dtype=torch.int32), None
-        for number in self.SIGNALS:
-            signal.signal(number, self.receive)
 
-    def receive(self, number, frame):
-        self.received = number
-        if not dist.is_initialized():  # launchers repeat a signal
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def agreed(self):
-        """Number of the signal that some process has received, or 0; the same on every process."""
-        if not dist.is_initialized():
-            return self.received
-        self.close()
-        if not self.flag.item():
-            self.flag.fill_(self.received)
-            self.work = dist.all_reduce(self.flag, op=dist.ReduceOp.MAX, async_op=True)
-            return 0
-        return self.flag.item()
-
-    def close(self):
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-
+# -------------------------------------------------------------------------- checkpoints, run folder
 
 def read_checkpoint(path):
     """A file of torch.save as plain data: weights_only, nothing in it is run. Else UserError."""
@@ -1247,35 +1289,6 @@ def own_checkpoint(path):
     """A checkpoint of a run of this file; {} if the file holds other weights."""
     state = {} if path.endswith(".npz") else read_checkpoint(path)
     return state if is_ours(state) else {}
-
-
-def classifier(network):
-    """{name: module} of a network's last linear layer; empty where there is none."""
-    linear = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)]
-    return dict(linear[-1:])
-
-
-@torch.no_grad()
-def set_class_means(model, loader, device, autocast, temperature):
-    """The classifier becomes that of the nearest class mean: its weights are the mean directions of
-    the representations of each class in a loader, its logits cosine / temperature (of a network
-    with unit_norm; else times the length of an image's representation, which leaves the ranks)."""
-    (head,) = classifier(model).values()
-    sums = torch.zeros(head.weight.shape, dtype=torch.float64,
-                       device="cpu" if device.type == "mps" else device)
-    training = model.training
-    model.eval()
-    for x, y in data.batches(loader, tell=say):
-        out = {"pre_logits": None}
-        with autocast:
-            model(to_float(x.to(device), model), out=out)
-        z = F.normalize(out["pre_logits"].to(torch.promote_types(head.weight.dtype, torch.float32)))
-        sums.index_add_(0, y.to(sums.device), z.to(sums))
-    model.train(training)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    head.weight.copy_(F.normalize(sums) / temperature)
-    head.bias.zero_()
 
 
 def load_weights(network, path, weights="ema", reset_head=False):
@@ -1406,15 +1419,6 @@ class RunFolder:
 
     def save(self, name, state):
         write_file(self.path / name, partial(torch.save, state))
-
-
-def print_table(tell, results):
-    attacked, width = any("pgd" in r for r in results.values()), max(12, *map(len, results))
-    tell(f"{'':{width}}{'images':>8}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>9}{'ECE %':>8}"
-         + f"{'PGD-10 %':>10}" * attacked)
-    for name, r in results.items():
-        tell(f"{name:{width}}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}"
-             f"{r['ece']:8.2f}" + (f"{r['pgd']:10.2f}" if "pgd" in r else ""))
 
 
 # ---------------------------------------------------------------------------------------------- run
