@@ -4504,9 +4504,9 @@ def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
 
 def test_training_equals_a_loop_written_out_by_hand(tmp_path):
     """SAM on each micro-batch, mean of their gradients, one clip, AdamW with decay on kernels, EMA;
-    no dropout."""
+    no dropout. Logged are the loss at w and the gradient's norm before the clip."""
     argv = tiny(tmp_path / "run", "--sam-rho 0.2 --grad-clip 0.5 --ema-decay 0.9 --dtype float64 "
-                                  "--weight-decay 0.3")
+                                  "--weight-decay 0.3 --log-every 1")
     state = train_ok(argv)
     torch.manual_seed(0)
     network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
@@ -4515,14 +4515,17 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
     ema = {k: v.detach().clone() for k, v in named.items()}
     m, v = ({k: torch.zeros_like(p) for k, p in named.items()} for _ in range(2))
     images, labels = data.shapes(range(8000))
-    chosen = data.subset(labels, "1/50")
+    chosen, logged = data.subset(labels, "1/50"), []
     for step in range(10):
+        clean = 0.0
         order = torch.randperm(160, generator=torch.Generator().manual_seed(data.key(0, step // 5)))
         batch = chosen[order[32 * (step % 5):][:32]]
         total = {k: torch.zeros_like(p) for k, p in named.items()}
         for micro in batch.split(8):
             x, y = (images[micro].double() / 255 - 0.5) / 0.5, labels[micro]
-            grads = torch.autograd.grad(F.cross_entropy(network(x), y), named.values())
+            loss = F.cross_entropy(network(x), y)
+            clean += loss.item() / 4
+            grads = torch.autograd.grad(loss, named.values())
             norm = torch.cat([g.flatten() for g in grads]).norm()
             moved = {k: (p + 0.2 * g / norm).detach().requires_grad_()
                      for (k, p), g in zip(named.items(), grads)}
@@ -4530,6 +4533,7 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
             for k, g in zip(named, torch.autograd.grad(loss, moved.values())):
                 total[k] += g / 4
         norm = torch.cat([g.flatten() for g in total.values()]).norm()
+        logged.append((clean, norm.item()))
         clip = min(1.0, 0.5 / (norm.item() + 1e-6))
         lr = 2e-3 * min(1, step / 3) * 0.5 * (1 + math.cos(math.pi * max(step - 3, 0) / 7))
         average = min(0.9, (1 + step) / (10 + step))
@@ -4551,6 +4555,9 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
         assert float((p - got).abs().max()) < 1e-11, (name, float((p - got).abs().max()))
         if not name.endswith("qkv.bias"):
             assert float((ema[name] - state["ema"][name]).abs().max()) < 1e-11, name
+    records = [r for r in log_without_times(tmp_path / "run") if "loss" in r]
+    got = torch.tensor([(r["loss"], r["grad_norm"]) for r in records])  # summed in float32
+    assert torch.allclose(got, torch.tensor(logged), rtol=1e-5), (got, logged)
 
 
 @pytest.mark.parametrize("micro_batch", [4, 16])

@@ -1842,6 +1842,7 @@ def run(args, origin):
         lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_schedule, args.lr_end)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        clean.clear()
         statistics.begin_step()
         for micro in own_micros:
             x, y = next(stream)
@@ -1886,7 +1887,6 @@ def run(args, origin):
                 decay = args.ema_decay if step >= warmup_steps else 0.0
             move_average(ema.network, network, decay)
         loss = torch.stack(list(clean.values())).mean()
-        clean.clear()
         taken = [torch.where(skip > 0, 0.0, value.float()) for value in (loss, norm)]
         window[:4] += torch.stack([*taken, skip, torch.ones_like(skip)])
         window[4] = (window[4] + 1) * skip
