@@ -28,8 +28,9 @@ import shlex
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ import torch.distributed as dist
 import torchvision
 from tqdm import tqdm
 
+import adversarial
 import data
 import train
 from train import UserError
@@ -115,10 +117,13 @@ def networks(checkpoints, rest, also=()):
 def label(settings):
     """A network's name among results: its file, and a mark of that and of what decides numbers."""
     decides = {name: getattr(settings, name) for name in DECIDES}
-    decides |= dict(data_dir=os.path.abspath(settings.data_dir), file=settings.init_from,
-                    content=train.on_main(lambda: fingerprint(settings.init_from)))
+    decides |= dict(data_dir=os.path.abspath(settings.data_dir), file=settings.init_from)
+    if settings.init_from:
+        decides["content"] = train.on_main(lambda: fingerprint(settings.init_from))
+    else:
+        decides["seed"] = settings.seed
     mark = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{settings.init_from} ({mark})", decides
+    return f"{settings.init_from or settings.model + ', untrained'} ({mark})", decides
 
 
 def class_names(settings, saved):
@@ -146,6 +151,133 @@ def network_and_images(settings, origin, device, tell):
         tell(dataset.notice)
     model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
     return model.eval(), dataset.to(device)
+
+
+def started(args, rest, what, untrained=False):
+    """What an analysis of networks begins with: joins the processes. -> Results, device, and of
+    each network its name among the results, settings and who set these. Arithmetic is float32, or
+    float64 if --dtype says so. untrained: a network may come without weights, as initialised."""
+    own = make_parser().commands[what]._option_string_actions
+    chosen = networks(args.checkpoint, rest, own)
+    device = train.start_processes(chosen[0][0].device)[0]
+    results = Results(args.out_dir or (Path(chosen[0][0].init_from).parent if
+                                       chosen[0][0].init_from else Path("out", what)), what)
+    named = []
+    for settings, origin in chosen:
+        if settings.dtype in ("bfloat16", "float16"):
+            if origin["dtype"] == "command line":
+                raise UserError(f"--dtype {settings.dtype}: {what} is computed in float32 or "
+                                "float64")
+            settings.dtype = "float32"
+        name, results.settings[name] = label(settings)
+        named.append((name, settings, origin))
+    return results, device, named
+
+
+@contextmanager
+def exactly(model, device):
+    """The model in evaluation mode, BatchNorm with its running statistics, all parameters with
+    gradients; arithmetic without autocast and TF32, attention by the kernel that has second
+    derivatives. Afterwards modes, what requires a gradient and the random state are as before."""
+    kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with adversarial.held_still(model, device), kernel:
+        for p in model.parameters():  # held_still remembers which had one
+            p.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for p in model.parameters():
+                p.requires_grad_(False)
+
+
+def training_images(settings, device, share, tell, augmented=False):
+    """A fixed class-balanced part of the images that a network was trained on: a number of them, or
+    a fraction such as "1/10"; as in evaluation, or augmented as in training."""
+    how = dict(augment="none")
+    if augmented:
+        how = {name: getattr(settings, name) for name in (
+            "augment", "autoaugment", "randaugment", "randaugment_prob", "randaugment_of",
+            "erasing", "flip")}
+    try:
+        dataset = data.load(settings.dataset, "train", data_dir=settings.data_dir,
+                            image_size=settings.image_size, seed=settings.seed,
+                            short_side=settings.eval_short_side, **how)
+    except data.DataError as error:
+        raise UserError(str(error)) from None
+    if dataset.notice:
+        tell(dataset.notice)
+    dataset.restrict(data.subset(dataset.labels, settings.train_fraction))
+    if settings.hold_out != "0":
+        dataset.restrict(data.hold_out(dataset.labels[dataset.indices], settings.hold_out)[0])
+    fraction = Fraction(share)
+    fraction = fraction / len(dataset) if fraction > 1 else fraction
+    try:
+        dataset.restrict(data.subset(dataset.labels[dataset.indices], fraction))
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"--images {share}: {error}") from None
+    return dataset.to(device)
+
+
+class Batches:
+    """A data set's images in fixed batches on the model's device: iterates over (x, y), always the
+    same, augmentation included; x float (B, 3, H, W) in [0, 1], y classes (B,) or, where `mix`
+    (a function of x and y, as of train.py) makes them, shares (B, classes). Of n processes each has
+    every n-th batch. Once read, up to KEPT bytes of images stay in memory."""
+    KEPT = 8 * 2**30
+
+    def __init__(self, dataset, model, batch_size, workers=0, mix=None, seed=0):
+        self.model, self.mix, self.seed, self.total = model, mix, seed, len(dataset)
+        starts = range(train.rank() * batch_size, len(dataset), world_size() * batch_size)
+        order = [[(0, i) for i in range(start, min(start + batch_size, len(dataset)))]
+                 for start in starts]
+        self.numbers = [start // batch_size for start in starts]
+        self.loader = data.loader(dataset, order, workers)
+        self.kept = None
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __iter__(self):
+        device, read, kept, size = next(self.model.parameters()).device, self.kept, [], 0
+        for number, (x, y) in zip(self.numbers, read or data.batches(self.loader, train.say)):
+            size += x.numel()
+            if read is None and size <= self.KEPT:
+                kept.append((x, y))
+            x, y = train.to_float(x.to(device), self.model), y.to(device)
+            if self.mix is not None:
+                torch.manual_seed(data.key(self.seed, -1, number, 2))
+                x, y = self.mix(x, y)
+            yield x, y
+        if len(kept) == len(self.numbers):
+            self.kept = kept
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share_out(results, network, units, what):
+    """Computes what is not finished of {part: function -> its numbers}. Of n processes each takes
+    every n-th, and what they have done is written before they take the next."""
+    todo = [part for part in units if part not in results.parts.get(network, {})]
+    with train.progress(len(units), what, "part") as bar:
+        bar.update(len(units) - len(todo))
+        for i in range(0, len(todo), world_size()):
+            found = [(None, None, None)] * world_size()
+            if i + train.rank() < len(todo):
+                part = todo[i + train.rank()]
+                try:
+                    found[train.rank()] = part, units[part](), None
+                except (UserError, data.DataError) as error:  # all have to hear of it
+                    found[train.rank()] = part, None, str(error)
+            if dist.is_initialized():
+                dist.all_gather_object(found, found[train.rank()])
+            for part, numbers, error in found:
+                if error is not None:
+                    raise UserError(error)
+                if part is not None:
+                    results.put(network, part, numbers)
+                    bar.update()
 
 
 def figure(path, draw, rows=1, columns=1):
@@ -948,6 +1080,7 @@ def make_parser():
     parser = train.Parser(allow_abbrev=False, description=__doc__.split("\n\n")[0], epilog=(
         "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."))
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    parser.commands = commands.choices
 
     def command(function, summary, of_checkpoints=True):
         parser = commands.add_parser(function.__name__, allow_abbrev=False, help=summary,

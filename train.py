@@ -1432,6 +1432,14 @@ def start_processes(device):
     return device, world, on_machine
 
 
+def mixing(args, num_classes):
+    """A function of float images and labels that mixes them as --mixup and --cutmix say, one of
+    both by a coin: then labels become shares (m, classes). Draws from the default generator."""
+    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in (
+        (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    return v2.RandomChoice(mixes) if mixes else lambda *xy: xy
+
+
 def starting_network(args, origin, num_classes, device, tell):
     """The network of --model with the weights of --init-from, if that is given, behind its
     normalisation, on the device; args.mean and args.std become what was used."""
@@ -1659,9 +1667,7 @@ def run(args, origin):
         sam = SAM(model, args.sam_rho, steps=args.sam_steps, adaptive=args.sam_adaptive)
     adv_step_size = args.adv_step_size or 1.25 * args.adv_eps
     criterion = {"softmax": softmax_loss, "sigmoid": sigmoid_loss, "supcon": None}[args.loss]
-    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in (
-        (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
-    mix = v2.RandomChoice(mixes) if mixes else lambda *xy: xy
+    mix = mixing(args, num_classes)
     statistics = RunningStatistics(network)
 
     # ---- what will happen
@@ -1911,7 +1917,7 @@ def run(args, origin):
     # and, where images are mixed, against the shares of their labels (not smoothed).
     if {args.augment, args.autoaugment, args.randaugment[0], args.erasing} != {"none", 0}:
         final["training, augmented"] = measure("training, augmented", augmented_sample)
-    if mixes:
+    if args.mixup or args.cutmix:
         final["training, mixed"] = measure("training, mixed", augmented_sample, mixed=True)
     final["validation"] = result or measure_also_attacked("validation", val_set)
     log(final=final, images_per_second=speed)
