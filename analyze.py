@@ -7,6 +7,10 @@
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
     python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
+    python analyze.py landscape --checkpoint A/ckpt.pt B/ckpt.pt    Chen Fig. 1, B.1; --augmented
+        --l2 half-square: Park Fig. 1a, C.4a, C.7
+    python analyze.py flatness --checkpoint RUN/ckpt.pt     loss under noise on the weights, worst
+        loss in a ball around them
     torchrun --nproc_per_node=8 analyze.py …      on many devices: the same numbers
 
 A subcommand prints a table, writes OUT/SUBCOMMAND.json (numbers, settings, versions, command line)
@@ -28,6 +32,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import zlib
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from fractions import Fraction
@@ -42,6 +47,7 @@ from tqdm import tqdm
 import adversarial
 import data
 import train
+from sam import global_norm
 from train import UserError
 
 BENCHMARKS = ("val", "real", "v2", "pgd", "r", "c", "c-lite")
@@ -99,6 +105,11 @@ def fingerprint(path):
 # Settings of train.py that decide a network's numbers; others, as of its training, do not.
 DECIDES = ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side", "model", "dtype",
            "weights", "mean", "std", *train.MODEL_FLAGS)
+AUGMENTS = ("augment", "autoaugment", "randaugment", "randaugment_prob", "randaugment_of",
+            "erasing", "flip")
+# What of its training further decides the numbers of an analysis of the loss or the weights.
+OF_TRAINING = ("seed", "train_fraction", "hold_out", "micro_batch", "mixup", "cutmix", "decay",
+               *AUGMENTS)
 
 
 def networks(checkpoints, rest, also=()):
@@ -114,9 +125,10 @@ def networks(checkpoints, rest, also=()):
     return chosen
 
 
-def label(settings):
-    """A network's name among results: its file, and a mark of that and of what decides numbers."""
-    decides = {name: getattr(settings, name) for name in DECIDES}
+def label(settings, also=()):
+    """A network's name among results: its file, and a mark of that and of what decides numbers,
+    DECIDES and the settings named in also."""
+    decides = {name: getattr(settings, name) for name in (*DECIDES, *also)}
     decides |= dict(data_dir=os.path.abspath(settings.data_dir), file=settings.init_from)
     if settings.init_from:
         decides["content"] = train.on_main(lambda: fingerprint(settings.init_from))
@@ -169,7 +181,7 @@ def started(args, rest, what, untrained=False):
                 raise UserError(f"--dtype {settings.dtype}: {what} is computed in float32 or "
                                 "float64")
             settings.dtype = "float32"
-        name, results.settings[name] = label(settings)
+        name, results.settings[name] = label(settings, OF_TRAINING)
         named.append((name, settings, origin))
     return results, device, named
 
@@ -195,9 +207,7 @@ def training_images(settings, device, share, tell, augmented=False):
     a fraction such as "1/10"; as in evaluation, or augmented as in training."""
     how = dict(augment="none")
     if augmented:
-        how = {name: getattr(settings, name) for name in (
-            "augment", "autoaugment", "randaugment", "randaugment_prob", "randaugment_of",
-            "erasing", "flip")}
+        how = {name: getattr(settings, name) for name in AUGMENTS}
     try:
         dataset = data.load(settings.dataset, "train", data_dir=settings.data_dir,
                             image_size=settings.image_size, seed=settings.seed,
@@ -209,9 +219,9 @@ def training_images(settings, device, share, tell, augmented=False):
     dataset.restrict(data.subset(dataset.labels, settings.train_fraction))
     if settings.hold_out != "0":
         dataset.restrict(data.hold_out(dataset.labels[dataset.indices], settings.hold_out)[0])
-    fraction = Fraction(share)
-    fraction = fraction / len(dataset) if fraction > 1 else fraction
     try:
+        fraction = Fraction(share)
+        fraction = fraction / len(dataset) if fraction > 1 else fraction
         dataset.restrict(data.subset(dataset.labels[dataset.indices], fraction))
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"--images {share}: {error}") from None
@@ -222,12 +232,14 @@ class Batches:
     """A data set's images in fixed batches on the model's device: iterates over (x, y), always the
     same, augmentation included; x float (B, 3, H, W) in [0, 1], y classes (B,) or, where `mix`
     (a function of x and y, as of train.py) makes them, shares (B, classes). Of n processes each has
-    every n-th batch. Once read, up to KEPT bytes of images stay in memory."""
+    every n-th batch, or all of them, where not split. Once read, up to KEPT bytes of images stay in
+    memory."""
     KEPT = 8 * 2**30
 
-    def __init__(self, dataset, model, batch_size, workers=0, mix=None, seed=0):
+    def __init__(self, dataset, model, batch_size, workers=0, mix=None, seed=0, split=True):
         self.model, self.mix, self.seed, self.total = model, mix, seed, len(dataset)
-        starts = range(train.rank() * batch_size, len(dataset), world_size() * batch_size)
+        first, each = (train.rank(), world_size()) if split else (0, 1)
+        starts = range(first * batch_size, len(dataset), each * batch_size)
         order = [[(0, i) for i in range(start, min(start + batch_size, len(dataset)))]
                  for start in starts]
         self.numbers = [start // batch_size for start in starts]
@@ -449,6 +461,359 @@ def draw_robustness(axes, summaries):
     axes.set_xlabel("accuracy (%)")
     axes.set_ylabel(f"mean accuracy on {'c-lite' if lite else 'corrupted images'} (%)")
     axes.legend(fontsize=6)
+
+
+# ---------------------------------------------------------------------------- landscape and flatness
+
+LOSSES = {"softmax": train.softmax_loss, "sigmoid": train.sigmoid_loss}
+L2 = {"none": "", "half-square": " + ½ λ‖w‖²", "sum-of-norms": " + λ Σ‖p‖"}
+PIECE = 5  # points that are computed and written together
+SIGMAS, RADII = [0.005, 0.01, 0.02, 0.05], [0.05, 0.1, 0.2, 0.5, 1.0]
+
+
+def gaussian(model, *seed):
+    """A standard normal vector in weight space, in the shape of model.parameters(). What a
+    parameter gets depends on the seed (integers) and its name only: drawn in float32 on the CPU."""
+    return [torch.randn(p.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(
+        data.key(*seed, zlib.crc32(name.encode())))).to(p) for name, p in model.named_parameters()]
+
+
+@torch.no_grad()
+def directions(model, seed=0, normalise="filter"):
+    """Two normalised Gaussian directions d in weight space, each in the shape of
+    model.parameters().
+
+    normalise="filter" (Li et al. 2018, 1712.09913, §4): d_i ← d_i·‖w_i‖/‖d_i‖, where w_i is all
+    that makes output i of a weight: (in, kh, kw) of a convolution, a row of a linear layer.
+    Parameters of one dimension (biases, scales of norms) get zero: they stay as they are. Class
+    token (1, 1, D) and position embedding (1, N, D) have one i, so these are scaled as a whole.
+    "park" is what the code of Park & Kim does instead: norms run over the outputs i, one for each
+    (in, kh, kw), so a class token's numbers become ±|w|; and position embeddings too get zero."""
+    def scaled(d, w, name):
+        if w.ndim < 2 or normalise == "park" and re.search("pos_embed|relative_position", name):
+            return d.zero_()
+        over = 0 if normalise == "park" else tuple(range(1, w.ndim))
+        of_w, of_d = (torch.linalg.vector_norm(v, dim=over, keepdim=True) for v in (w, d))
+        return d.mul_(of_w / (of_d + 1e-7 * (normalise == "park")))
+
+    return [[scaled(d, w, name) for d, (name, w) in zip(gaussian(model, seed, axis),
+                                                        model.named_parameters())]
+            for axis in (0, 1)]
+
+
+@contextmanager
+def displaced(model):
+    """A function of pairs (scale, vector in the shape of model.parameters()) that puts the weights
+    to w + Σ scale·vector, from the same copy of w each time, so that no rounding adds up.
+    Afterwards they are w, bit for bit, also when the body raises."""
+    weights = list(model.parameters())
+    start = [w.detach().clone() for w in weights]
+
+    @torch.no_grad()
+    def move(*steps):
+        torch._foreach_copy_(weights, start)
+        for scale, vector in steps:
+            torch._foreach_add_(weights, vector, alpha=scale)
+
+    try:
+        yield move
+    finally:
+        move()
+
+
+def finite(number):
+    """What JSON can hold: None for infinity and NaN."""
+    return number if math.isfinite(number) else None
+
+
+def mean_loss(model, loss, batches, grad=False):
+    """loss(logits, y), a mean over the batch, averaged over the images of all batches; with grad
+    also its gradient, in the shape of model.parameters()."""
+    weights, losses, sizes = list(model.parameters()), [], []
+    total = [torch.zeros_like(w) for w in weights] if grad else None
+    with torch.set_grad_enabled(grad):
+        for x, y in batches:
+            logits = model(x)
+            value = loss(logits, y.to(logits.dtype) if y.is_floating_point() else y)
+            if grad:
+                torch._foreach_add_(total, torch.autograd.grad(
+                    value * len(x), weights, allow_unused=True, materialize_grads=True))
+            losses.append(value.detach())
+            sizes.append(len(x))
+    values = torch.stack(losses).tolist()  # the one time that the device is waited for
+    mean = sum(n * v for n, v in zip(sizes, values)) / sum(sizes)
+    return (mean, torch._foreach_div(total, sum(sizes))) if grad else mean
+
+
+def landscape(model, loss, batches, vectors, xs, ys, decayed=None):
+    """The loss on the plane w + x·d₁ + y·d₂ (Chen et al. Fig. 1, B.1; Park & Kim Fig. 1a, C.4a,
+    C.7), in evaluation mode, BatchNorm's running statistics as they are, no autocast or TF32.
+
+    vectors: (d₁, d₂), as `directions` makes them. xs, ys: coordinates. loss: a function of logits
+    and y, mean over the batch. batches: re-iterable, of (x, y). decayed: the parameters that an ℓ2
+    penalty counts; default all. -> dict of x and y; loss, the mean over all images; and of the
+    penalty of a weight decay λ, half_square = ½ Σ‖p‖² and sum_of_norms = Σ‖p‖, over tensors p: λ
+    times the first is the penalty, λ times the second what the code of Park & Kim adds. Each is a
+    list of rows, one for each y; None where a loss is not finite.
+    Cost: a forward pass of all images a point. Memory: three vectors beside the network (d₁, d₂,
+    the copy of w)."""
+    weights = list(model.parameters())
+    decayed = weights if decayed is None else list(decayed)
+    found = dict(x=list(xs), y=list(ys), loss=[], half_square=[], sum_of_norms=[])
+    with adversarial.held_still(model, weights[0].device), displaced(model) as move:
+        for y in ys:
+            row = []
+            for x in xs:
+                move((x, vectors[0]), (y, vectors[1]))
+                norms = torch.stack(torch._foreach_norm(decayed))
+                row.append((mean_loss(model, loss, batches), (norms.square().sum() / 2).item(),
+                            norms.sum().item()))
+            for name, values in zip(("loss", "half_square", "sum_of_norms"), zip(*row)):
+                found[name].append([finite(v) for v in values])
+    return found
+
+
+def noisy_loss(model, loss, batches, sigma, seed=0, draw=0):
+    """L(w + σ·z), z a standard normal draw for every parameter, the same for all σ; None where it
+    is not finite. The mean over draws is the average flatness E L(w + ε), ε ~ N(0, σ²), for small σ
+    L + ½ σ² tr H. Evaluation mode. Cost: a forward pass of all images."""
+    noise = gaussian(model, seed, 2, draw)
+    with adversarial.held_still(model, noise[0].device), displaced(model) as move:
+        move((sigma, noise))
+        return finite(mean_loss(model, loss, batches))
+
+
+def worst_loss(model, loss, batches, rho, steps=20, seed=0):
+    """The largest loss that projected gradient ascent finds in the ball ‖ε‖₂ ≤ ρ around all the
+    weights: ε ← Π(ε + η·g/‖g‖), g the gradient at w + ε of the mean loss of all images, from ε = 0
+    with η = ρ, so that the first step is SAM's (Chen et al. Eq. 2); a step that lowers the loss
+    halves η. A lower bound of the maximum. Where g = 0, a random direction takes its place.
+
+    -> dict of worst and losses: [L(w), L after step 1, …], ending early where the loss, then None,
+    or the gradient is not finite; worst is None if a loss is. Evaluation mode, no autocast or TF32.
+    Cost: a forward and a backward pass of all images a step. Memory: five vectors beside the
+    network."""
+    with exactly(model, next(model.parameters()).device), displaced(model) as move:
+        epsilon, losses, size = [torch.zeros_like(p) for p in model.parameters()], [], rho
+        for _ in range(steps if rho else 0):
+            value, ascent = mean_loss(model, loss, batches, grad=True)
+            length = global_norm(ascent).item()
+            if not (math.isfinite(value) and math.isfinite(length)):
+                break
+            if length == 0:
+                ascent = gaussian(model, seed, 3)
+                length = global_norm(ascent).item()
+            size = size / 2 if losses and value < losses[-1] else size
+            losses.append(value)
+            torch._foreach_add_(epsilon, ascent, alpha=size / length)
+            torch._foreach_mul_(epsilon, rho / max(rho, global_norm(epsilon).item()))
+            move((1, epsilon))
+        losses.append(finite(mean_loss(model, loss, batches)))
+    return dict(worst=None if None in losses else max(losses), losses=losses)
+
+
+def in_pieces(results, network, part, units, join, what):
+    """A part of the results that is joined from those of a list of independent units of work,
+    functions without arguments: they are shared out, each is written when it is done, and in the
+    end the whole in their place."""
+    pieces = {f"{part}, piece {i}": unit for i, unit in enumerate(units)}
+    share_out(results, network, pieces, what)
+    done = results.parts[network]
+    results.put(network, part, join([done.pop(piece) for piece in pieces]))
+
+
+def prepared(args, settings, origin, device, batch_size, augmented=False):
+    """The network, its loss, and the images that it is taken of, in batches: all on every process,
+    augmented and mixed as in training if wanted."""
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    dataset = training_images(settings, device, args.images, tell, augmented)
+    model = train.starting_network(settings, origin, len(dataset.classes), device, tell).eval()
+    mix = train.mixing(settings, len(dataset.classes)) if augmented else None
+    if augmented and dataset.transform is None and not (
+            dataset.padding or settings.mixup or settings.cutmix):
+        tell("--augmented: this training augments nothing, so the images are the plain ones")
+    workers = train.worker_count(settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    batches = Batches(dataset, model, batch_size, workers, mix, settings.seed, split=False)
+    return model, LOSSES[args.loss], batches
+
+
+def need(args, **least):
+    """UserError for a flag, or one of its values, below its least."""
+    for name, low in least.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if not low <= value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value:g}: it is at least {low}")
+
+
+def landscape_command(args, rest):
+    """The loss around networks on a plane of two random normalised directions: cross-entropy on a
+    class-balanced tenth of the training set (Chen et al. Fig. 1, B.1), or, with --augmented --l2
+    half-square, Park & Kim Fig. 1a, C.4a, C.7. BatchNorm is in evaluation mode. --l2 and --clip
+    decide only what is shown. Returns what the JSON holds under "results"."""
+    need(args, points=2, direction_seed=0, span=1e-6, **dict(clip=1e-6) if args.clip else {})
+    results, device, named = started(args, rest, "landscape", untrained=True)
+    axis = [args.span * (2 * i - args.points + 1) / (args.points - 1) for i in range(args.points)]
+    part = (f"{args.loss}, {args.images} of {'augmented ' * args.augmented}images, {args.points}² "
+            f"points to ±{args.span:g}, {args.normalise}-normalised, seed {args.direction_seed}")
+
+    def joined(pieces):
+        centre, *rest = pieces
+        whole = dict(x=axis, y=axis, centre={name: centre[name][0][0] for name in (
+            "loss", "half_square", "sum_of_norms")})
+        for name in whole["centre"]:
+            values = [value for piece in rest for value in piece[name][0]]
+            whole[name] = [values[i:i + len(axis)] for i in range(0, len(values), len(axis))]
+        return whole
+
+    for name, settings, origin in named:
+        if part in results.parts.get(name, {}):
+            continue
+        model, loss, batches = prepared(args, settings, origin, device, settings.micro_batch
+                                        if args.augmented else 256, args.augmented)
+        plane = functools.partial(
+            landscape, model, loss, batches, directions(model, args.direction_seed, args.normalise),
+            decayed=train.decay_groups(model, settings.decay)[0] or None)
+        if train.rank() == 0:
+            train.say(f"{name}: {args.points}² points of {batches.total:,} images")
+        # A kill costs at most PIECE points of each process; the file is not written for every one.
+        in_pieces(results, name, part, [functools.partial(plane, [0.0], [0.0])] + [
+            functools.partial(plane, axis[i:i + PIECE], [y])
+            for y in axis for i in range(0, len(axis), PIECE)], joined, "landscape")
+    if train.rank() == 0:
+        planes, rows = {}, []
+        for name, settings, _ in named:
+            found = results.parts[name][part]
+            centre, planes[name] = (regularised(of, args.l2, settings.weight_decay)
+                                    for of in (found["centre"], found))
+            finite_ones = planes[name][np.isfinite(planes[name])]
+            over = planes[name].size - len(finite_ones)
+            rows.append({"loss": name, "centre": float(centre), **{
+                what: float(of(finite_ones)) if len(finite_ones) else None
+                for what, of in (("lowest", np.min), ("median", np.median), ("mean", np.mean),
+                                 ("highest", np.max))}, "not finite": over})
+        print_rows(rows)
+        what = {"softmax": "cross-entropy", "sigmoid": "sigmoid loss"}[args.loss] + L2[args.l2]
+        figure(results.path.with_suffix(".png"), lambda axes: draw_landscape(
+            axes, np.array(axis), planes, what, args.clip), 2, len(planes))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def regularised(found, l2, weight_decay):
+    """Numbers of `landscape` -> array of the loss with an ℓ2 penalty, NaN where it is not finite."""
+    penalty = {"none": 0, "half-square": found["half_square"], "sum-of-norms": found[
+        "sum_of_norms"]}[l2]
+    return np.array(found["loss"], float) + weight_decay * np.array(penalty, float)
+
+
+def draw_landscape(axes, axis, planes, what, clip):
+    """Above surfaces, below contours; one scale for all networks, logarithmic where the highest
+    loss is more than 30 times the lowest. What is higher than `clip` or not finite is drawn flat at
+    the top of the surface, and left white among the contours."""
+    from matplotlib import colormaps, colors, ticker
+    axes = axes.reshape(2, -1)
+    picture = axes[0, 0].figure
+    known = np.concatenate([plane[np.isfinite(plane)] for plane in planes.values()])
+    high = min(clip or math.inf, known.max(initial=1e-30))
+    low = max(known.min(initial=high), high / 1e6)
+    over = sum(int((~(plane <= high)).sum()) for plane in planes.values())
+    if over:
+        train.say(f"{over} points are not finite or above --clip: drawn as {high:.4g}")
+    logarithmic = high > 30 * low
+    scale = (colors.LogNorm if logarithmic else colors.Normalize)(low, high)
+    levels = (np.geomspace if logarithmic else np.linspace)(low, high, 21)
+    number = ticker.FuncFormatter(lambda v, _: f"{10**v if logarithmic else v:.3g}")
+    for (name, plane), above, below in zip(planes.items(), *axes):
+        shown = np.where(plane <= high, np.maximum(plane, low), high)
+        place = above.get_subplotspec()
+        above.remove()
+        above = picture.add_subplot(place, projection="3d")
+        heights = np.log10(shown) if logarithmic else shown
+        above.plot_surface(*np.meshgrid(axis, axis), heights, rstride=1, cstride=1,
+                           facecolors=colormaps["viridis"](scale(shown)))
+        above.set_zlim(*np.log10([low, high]) if logarithmic else (low, high))
+        above.zaxis.set_major_formatter(number)
+        above.set_zlabel(what)
+        levelled = below.contourf(axis, axis, np.where(plane <= high, shown, np.nan), levels,
+                                  norm=scale, cmap="viridis")
+        below.contour(axis, axis, shown, levels[1:-1:2], colors="black", linewidths=0.4)
+        below.plot(0, 0, "r+")
+        below.set_aspect("equal")
+        for ax in (above, below):
+            ax.set_xlabel("x, along d₁ (filter norms)")
+            ax.set_ylabel("y, along d₂ (filter norms)")
+        above.set_title(name if len(name) < 48 else "…" + name[-46:], fontsize=8)
+    picture.colorbar(levelled, ax=list(axes[1]), label=what, format="%.3g")
+
+
+def flatness(args, rest):
+    """How fast the loss of networks rises around their weights, on a class-balanced tenth of the
+    training set: its average under Gaussian noise on all weights (average flatness), and the worst
+    that projected ascent finds in balls (what SAM minimises, Chen et al. Eq. 1). Noise and radii
+    are absolute, not relative to the weights' size. The papers at hand give no σ: the default's are
+    ours; the radii span Chen Table 9. Returns what the JSON holds under "results"."""
+    need(args, sigma=0, draws=1, rho=0, steps=1)
+    results, device, named = started(args, rest, "flatness", untrained=True)
+    first, rows, curves = f"{args.loss}, {args.images} of images", [], {}
+    noise = {f"{first}, noise of σ {sigma:g}, {args.draws} draws": sigma
+             for sigma in dict.fromkeys(args.sigma)}
+    balls = {f"{first}, ball of ρ {rho:g}, {args.steps} steps": rho
+             for rho in dict.fromkeys([0.0, *args.rho])}
+    for name, settings, origin in named:
+        done = results.parts.get(name, {}).keys()
+        if not {*noise, *balls} <= done:
+            given = prepared(args, settings, origin, device, settings.micro_batch)
+            for part, sigma in noise.items():
+                if part not in done:
+                    in_pieces(results, name, part, [
+                        functools.partial(noisy_loss, *given, sigma, draw=draw)
+                        for draw in range(args.draws)], average, f"σ = {sigma:g}")
+            share_out(results, name, {part: functools.partial(worst_loss, *given, rho, args.steps)
+                                      for part, rho in balls.items()}, "balls")
+        found = results.parts[name]
+        averages = {sigma: found[part] for part, sigma in noise.items()}
+        worst = {rho: found[part]["worst"] for part, rho in balls.items()}
+        curves[name] = averages, worst
+        rows.append({"loss": name, "σ = ρ = 0": significant(worst[0])} | {
+            f"σ = {sigma:g}": significant(of["mean"], of["standard_error"])
+            for sigma, of in averages.items()} | {
+            f"ρ = {rho:g}": significant(value) for rho, value in worst.items() if rho})
+    if train.rank() == 0:
+        print_rows(rows)
+        what = {"softmax": "cross-entropy", "sigmoid": "sigmoid loss"}[args.loss]
+        figure(results.path.with_suffix(".png"), lambda axes: draw_flatness(axes, curves, what),
+               1, 2)
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def average(losses):
+    """Of draws: mean and its standard error; None where a loss is not finite, or of one draw."""
+    known = None not in losses
+    mean = sum(losses) / len(losses) if known else None
+    error = np.std(losses, ddof=1) / len(losses)**0.5 if known and len(losses) > 1 else None
+    return dict(mean=mean, standard_error=error and float(error), losses=losses)
+
+
+def significant(number, error=None):
+    return None if number is None else f"{number:.4g}" + (f" ± {error:.2g}" if error else "")
+
+
+def draw_flatness(axes, curves, what):
+    for name, (averages, worst) in curves.items():
+        start = {0.0: dict(mean=worst[0], standard_error=0.0)}
+        points = [(sigma, of["mean"], of["standard_error"] or 0)
+                  for sigma, of in sorted((start | averages).items()) if of["mean"] is not None]
+        axes[0].errorbar(*zip(*points), fmt="o-", capsize=3, label=name)
+        axes[1].plot(*zip(*sorted((rho, loss) for rho, loss in worst.items() if loss is not None)),
+                     "o-", label=name)
+    for ax, x, y in zip(axes, ("standard deviation σ of the noise on each weight",
+                               "radius ρ of the ball"), ("mean", "worst")):
+        ax.set_xlabel(x)
+        ax.set_ylabel(f"{y} {what}")
+        ax.set_yscale("log")
+        ax.legend(fontsize=6)
 
 
 # ----------------------------------------------------------------------------------- many trainings
@@ -1083,7 +1448,8 @@ def make_parser():
     parser.commands = commands.choices
 
     def command(function, summary, of_checkpoints=True):
-        parser = commands.add_parser(function.__name__, allow_abbrev=False, help=summary,
+        name = function.__name__.removesuffix("_command")
+        parser = commands.add_parser(name, allow_abbrev=False, help=summary,
                                      description=function.__doc__, epilog=(
             "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."))
         parser.set_defaults(function=function)
@@ -1091,7 +1457,7 @@ def make_parser():
             parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE",
                                 help="of runs of train.py; else --model NAME --init-from FILE")
         parser.add_argument("--out-dir", default="", help="for its files; default: " + (
-            "the folder of the first checkpoint" if of_checkpoints else f"out/{function.__name__}"))
+            "the folder of the first checkpoint" if of_checkpoints else f"out/{name}"))
         return parser.add_argument
 
     add = command(robustness, "accuracy on benchmarks of robustness (Chen Table 2; Park Fig. 12b)")
@@ -1099,6 +1465,39 @@ def make_parser():
         "held-out images; pgd: these under PGD, 10 steps, ε = 2/255 (Chen E.5); real, v2, r, c: "
         "ImageNet-ReaL, -V2, -R, -C or CIFAR-C, looked for in --data-dir and beside it; c-lite: "
         "our own corruptions of val (default: val c-lite)")
+
+    def of_loss(add):
+        add("--loss", choices=LOSSES, default="softmax", help="softmax: cross-entropy; sigmoid, "
+            "which is sharper (Chen B.1), whatever the training's was (default: softmax)")
+        add("--images", default="1/10", metavar="N", help="of the training set, class-balanced: a "
+            "number or a fraction (default: 1/10, Chen B.1)")
+
+    add = command(landscape_command, "the loss on a plane around the weights (Chen Fig. 1, Park "
+                  "Fig. 1a)")
+    of_loss(add)
+    add("--augmented", action="store_true", help="images augmented and mixed as in training (Park "
+        "A.2)")
+    add("--l2", choices=L2, default="none", help="shown in addition, with the --weight-decay λ of "
+        "the training and over what decays in it: half-square: ½ λ Σ w² (Park A.2); sum-of-norms: "
+        "λ Σ‖p‖₂ over tensors p (Park's code) (default: none)")
+    add("--points", type=int, default=50, metavar="N", help="N × N points (default: 50, Chen B.1)")
+    add("--span", type=float, default=1.0, help="largest coordinate; 1: as long as the filters "
+        "(default: 1)")
+    add("--normalise", choices=("filter", "park"), default="filter", help="filter: Li et al.; park:"
+        " as the code of Park & Kim does (default: filter)")
+    add("--direction-seed", type=int, default=0, metavar="SEED", help="of the directions (default: "
+        "0)")
+    add("--clip", type=float, metavar="LOSS", help="draw no loss above this; Park's code: 42 above "
+        "the lowest")
+
+    add = command(flatness, "loss under Gaussian noise on the weights, worst loss in a ball")
+    of_loss(add)
+    add("--sigma", type=float, nargs="+", default=SIGMAS, help="standard deviations of the noise "
+        "(default: " + " ".join(map(str, SIGMAS)) + ")")
+    add("--draws", type=int, default=10, help="of the noise (default: 10)")
+    add("--rho", type=float, nargs="+", default=RADII, help="radii of the ball (default: "
+        + " ".join(map(str, RADII)) + ")")
+    add("--steps", type=int, default=20, help="of ascent in the ball; 1: SAM's (default: 20)")
 
     add = command(stability, "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
                   "rho (Chen Table 10), grid, doubled (Chen App. E, F)", of_checkpoints=False)
