@@ -586,8 +586,8 @@ def noisy_loss(model, loss, batches, sigma, seed=0, draw=0):
 def worst_loss(model, loss, batches, rho, steps=20, seed=0):
     """The largest loss that projected gradient ascent finds in the ball ‖ε‖₂ ≤ ρ around all the
     weights: ε ← Π(ε + η·g/‖g‖), g the gradient at w + ε of the mean loss of all images, from ε = 0
-    with η = ρ, so that the first step is SAM's (Chen et al. Eq. 2); a step that lowers the loss
-    halves η. A lower bound of the maximum. Where g = 0, a random direction takes its place.
+    with η = ρ, so that the first step is SAM's (Chen et al. Eq. 2); a step that does not raise the
+    loss halves η. A lower bound of the maximum. Where g = 0, a random direction takes its place.
 
     -> dict of worst and losses: [L(w), L after step 1, …], ending early where the loss, then None,
     or the gradient is not finite; worst is None if a loss is. Evaluation mode, no autocast or TF32.
@@ -603,7 +603,7 @@ def worst_loss(model, loss, batches, rho, steps=20, seed=0):
             if length == 0:
                 ascent = gaussian(model, seed, 3)
                 length = global_norm(ascent).item()
-            size = size / 2 if losses and value < losses[-1] else size
+            size = size / 2 if losses and value <= losses[-1] else size
             losses.append(value)
             torch._foreach_add_(epsilon, ascent, alpha=size / length)
             torch._foreach_mul_(epsilon, rho / max(rho, global_norm(epsilon).item()))
@@ -644,6 +644,10 @@ def need(args, **least):
         for value in values if isinstance(values, list) else [values]:
             if not low <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {value:g}: it is at least {low}")
+
+
+def significant(number, error=None):
+    return None if number is None else f"{number:.4g}" + (f" ± {error:.2g}" if error else "")
 
 
 def landscape_command(args, rest):
@@ -687,11 +691,10 @@ def landscape_command(args, rest):
             centre, planes[name] = (regularised(of, args.l2, settings.weight_decay)
                                     for of in (found["centre"], found))
             finite_ones = planes[name][np.isfinite(planes[name])]
-            over = planes[name].size - len(finite_ones)
-            rows.append({"loss": name, "centre": float(centre), **{
-                what: float(of(finite_ones)) if len(finite_ones) else None
-                for what, of in (("lowest", np.min), ("median", np.median), ("mean", np.mean),
-                                 ("highest", np.max))}, "not finite": over})
+            rows.append({"loss": name, "centre": significant(centre), **{
+                what: significant(of(finite_ones)) if len(finite_ones) else None for what, of in (
+                    ("lowest", np.min), ("median", np.median), ("highest", np.max))},
+                "not finite": planes[name].size - len(finite_ones)})
         print_rows(rows)
         what = {"softmax": "cross-entropy", "sigmoid": "sigmoid loss"}[args.loss] + L2[args.l2]
         figure(results.path.with_suffix(".png"), lambda axes: draw_landscape(
@@ -708,43 +711,45 @@ def regularised(found, l2, weight_decay):
 
 
 def draw_landscape(axes, axis, planes, what, clip):
-    """Above surfaces, below contours; one scale for all networks, logarithmic where the highest
-    loss is more than 30 times the lowest. What is higher than `clip` or not finite is drawn flat at
-    the top of the surface, and left white among the contours."""
+    """Above surfaces, below contours, on one scale: up to `clip`, or else three times the least of
+    the networks' highest losses, so that one that explodes does not make the others look flat;
+    logarithmic, where that is more than 30 times the lowest loss. What is higher or not finite is
+    drawn flat at the top of the surface and left white among the contours."""
     from matplotlib import colormaps, colors, ticker
     axes = axes.reshape(2, -1)
-    picture = axes[0, 0].figure
-    known = np.concatenate([plane[np.isfinite(plane)] for plane in planes.values()])
-    high = min(clip or math.inf, known.max(initial=1e-30))
-    low = max(known.min(initial=high), high / 1e6)
+    known = [plane[np.isfinite(plane)] for plane in planes.values()]
+    if not all(map(len, known)):
+        raise UserError("a network whose loss is finite nowhere is not drawn: leave it out")
+    high = min(clip or 3 * min(map(np.max, known)), max(map(np.max, known)))
+    low = max(min(high, *map(np.min, known)), high / 1e6)
     over = sum(int((~(plane <= high)).sum()) for plane in planes.values())
     if over:
-        train.say(f"{over} points are not finite or above --clip: drawn as {high:.4g}")
+        train.say(f"{over} points are not finite or above {high:.4g} (--clip), and drawn there")
     logarithmic = high > 30 * low
     scale = (colors.LogNorm if logarithmic else colors.Normalize)(low, high)
     levels = (np.geomspace if logarithmic else np.linspace)(low, high, 21)
     number = ticker.FuncFormatter(lambda v, _: f"{10**v if logarithmic else v:.3g}")
     for (name, plane), above, below in zip(planes.items(), *axes):
         shown = np.where(plane <= high, np.maximum(plane, low), high)
-        place = above.get_subplotspec()
+        place, picture = above.get_subplotspec(), above.figure
         above.remove()
         above = picture.add_subplot(place, projection="3d")
-        heights = np.log10(shown) if logarithmic else shown
-        above.plot_surface(*np.meshgrid(axis, axis), heights, rstride=1, cstride=1,
-                           facecolors=colormaps["viridis"](scale(shown)))
+        above.plot_surface(*np.meshgrid(axis, axis), np.log10(shown) if logarithmic else shown,
+                           facecolors=colormaps["viridis"](scale(shown)), rstride=1, cstride=1)
         above.set_zlim(*np.log10([low, high]) if logarithmic else (low, high))
         above.zaxis.set_major_formatter(number)
-        above.set_zlabel(what)
-        levelled = below.contourf(axis, axis, np.where(plane <= high, shown, np.nan), levels,
-                                  norm=scale, cmap="viridis")
-        below.contour(axis, axis, shown, levels[1:-1:2], colors="black", linewidths=0.4)
+        above.set_zlabel(what, labelpad=8)
+        above.set_box_aspect((4, 4, 3), zoom=0.8)
+        above.set_title(name if len(name) < 48 else "…" + name[-46:], fontsize=8)
+        whole = np.where(np.isfinite(plane), np.maximum(plane, low), 2 * high)
+        filled = below.contourf(axis, axis, whole, levels, norm=scale, cmap="viridis")
+        below.contour(axis, axis, whole, levels[1:-1:2], colors="black", linewidths=0.4)
         below.plot(0, 0, "r+")
         below.set_aspect("equal")
         for ax in (above, below):
-            ax.set_xlabel("x, along d₁ (filter norms)")
-            ax.set_ylabel("y, along d₂ (filter norms)")
-        above.set_title(name if len(name) < 48 else "…" + name[-46:], fontsize=8)
-    picture.colorbar(levelled, ax=list(axes[1]), label=what, format="%.3g")
+            ax.set_xlabel("x, along d₁")
+            ax.set_ylabel("y, along d₂")
+    picture.colorbar(filled, ax=list(axes[1]), label=what, format="%.3g")
 
 
 def flatness(args, rest):
@@ -796,10 +801,6 @@ def average(losses):
     return dict(mean=mean, standard_error=error and float(error), losses=losses)
 
 
-def significant(number, error=None):
-    return None if number is None else f"{number:.4g}" + (f" ± {error:.2g}" if error else "")
-
-
 def draw_flatness(axes, curves, what):
     for name, (averages, worst) in curves.items():
         start = {0.0: dict(mean=worst[0], standard_error=0.0)}
@@ -812,7 +813,8 @@ def draw_flatness(axes, curves, what):
                                "radius ρ of the ball"), ("mean", "worst")):
         ax.set_xlabel(x)
         ax.set_ylabel(f"{y} {what}")
-        ax.set_yscale("log")
+        low, high = ax.dataLim.intervaly
+        ax.set_yscale("log" if high > 30 * low else "linear")
         ax.legend(fontsize=6)
 
 
