@@ -542,7 +542,9 @@ def mean_loss(model, loss, batches, grad=False):
             sizes.append(len(x))
     values = torch.stack(losses).tolist()  # the one time that the device is waited for
     mean = sum(n * v for n, v in zip(sizes, values)) / sum(sizes)
-    return (mean, torch._foreach_div(total, sum(sizes))) if grad else mean
+    if grad:
+        torch._foreach_div_(total, sum(sizes))
+    return (mean, total) if grad else mean
 
 
 def landscape(model, loss, batches, vectors, xs, ys, decayed=None):
@@ -591,7 +593,7 @@ def worst_loss(model, loss, batches, rho, steps=20, seed=0):
 
     -> dict of worst and losses: [L(w), L after step 1, …], ending early where the loss, then None,
     or the gradient is not finite; worst is None if a loss is. Evaluation mode, no autocast or TF32.
-    Cost: a forward and a backward pass of all images a step. Memory: five vectors beside the
+    Cost: a forward and a backward pass of all images a step. Memory: four vectors beside the
     network."""
     with exactly(model, next(model.parameters()).device), displaced(model) as move:
         epsilon, losses, size = [torch.zeros_like(p) for p in model.parameters()], [], rho
@@ -642,7 +644,7 @@ def need(args, **least):
     for name, low in least.items():
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
-            if not low <= value < math.inf:
+            if value is not None and not low <= value < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {value:g}: it is at least {low}")
 
 
@@ -655,8 +657,8 @@ def landscape_command(args, rest):
     class-balanced tenth of the training set (Chen et al. Fig. 1, B.1), or, with --augmented --l2
     half-square, Park & Kim Fig. 1a, C.4a, C.7. BatchNorm is in evaluation mode. --l2 and --clip
     decide only what is shown. Returns what the JSON holds under "results"."""
-    need(args, points=2, direction_seed=0, span=1e-6, **dict(clip=1e-6) if args.clip else {})
-    results, device, named = started(args, rest, "landscape", untrained=True)
+    need(args, points=2, direction_seed=0, span=1e-6, clip=1e-6)
+    results, device, named = started(args, rest, "landscape")
     axis = [args.span * (2 * i - args.points + 1) / (args.points - 1) for i in range(args.points)]
     part = (f"{args.loss}, {args.images} of {'augmented ' * args.augmented}images, {args.points}² "
             f"points to ±{args.span:g}, {args.normalise}-normalised, seed {args.direction_seed}")
@@ -745,10 +747,12 @@ def draw_landscape(axes, axis, planes, what, clip):
         filled = below.contourf(axis, axis, whole, levels, norm=scale, cmap="viridis")
         below.contour(axis, axis, whole, levels[1:-1:2], colors="black", linewidths=0.4)
         below.plot(0, 0, "r+")
-        below.set_aspect("equal")
+        below.set_box_aspect(1)
         for ax in (above, below):
+            ax.locator_params(nbins=5)
             ax.set_xlabel("x, along d₁")
             ax.set_ylabel("y, along d₂")
+    picture.get_layout_engine().set(w_pad=0.2)
     picture.colorbar(filled, ax=list(axes[1]), label=what, format="%.3g")
 
 
@@ -759,7 +763,7 @@ def flatness(args, rest):
     are absolute, not relative to the weights' size. The papers at hand give no σ: the default's are
     ours; the radii span Chen Table 9. Returns what the JSON holds under "results"."""
     need(args, sigma=0, draws=1, rho=0, steps=1)
-    results, device, named = started(args, rest, "flatness", untrained=True)
+    results, device, named = started(args, rest, "flatness")
     first, rows, curves = f"{args.loss}, {args.images} of images", [], {}
     noise = {f"{first}, noise of σ {sigma:g}, {args.draws} draws": sigma
              for sigma in dict.fromkeys(args.sigma)}

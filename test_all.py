@@ -6138,11 +6138,13 @@ def test_noise_on_a_quadratic_raises_its_mean_by_half_the_trace():
 
 def test_the_worst_loss_in_a_ball_is_the_known_maximum():
     batches, zero = some_batches(1, 4), np.zeros((3, 3)).tolist()
-    slope = [2., -1, 2]  # of length 3
-    linear = analyze.worst_loss(Bowl([1., 2, 3]), quadratic(zero, slope), batches, 0.5, steps=3)
-    assert [abs(v - 6 - 1.5 * (i > 0)) < 1e-12 for i, v in enumerate(linear["losses"])] == [True] * 4
-    assert linear["worst"] == max(linear["losses"])
-    still = analyze.worst_loss(Bowl([1., 2, 3]), quadratic(zero, slope), batches, 0.0)
+    for scale in (1, 0.01):
+        slope = [2 * scale, -scale, 2 * scale]  # of length 3·scale
+        linear = analyze.worst_loss(Bowl([1., 2, 3]), quadratic(zero, slope), batches, 0.5, steps=3)
+        assert len(linear["losses"]) == 4 and linear["worst"] == max(linear["losses"])
+        for i, value in enumerate(linear["losses"]):
+            assert abs(value - (6 + 1.5 * (i > 0)) * scale) < 1e-12, (scale, i, value)
+    still = analyze.worst_loss(Bowl([1., 2, 3]), quadratic(zero, [2., -1, 2]), batches, 0.0)
     assert still == dict(worst=6, losses=[6])
 
     turned, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
@@ -6301,6 +6303,7 @@ def test_mistakes_in_a_landscape_get_one_line_that_helps(tmp_path, capsys, small
             (["landscape", "--points", "1"], "--points 1: it is at least 2"),
             (["landscape", "--span", "0"], "--span 0: it is at least 1e-06"),
             (["landscape", "--span", "nan"], "--span nan: it is at least 1e-06"),
+            (["landscape", "--clip", "0"], "--clip 0: it is at least"),
             (["landscape", "--clip", "-3"], "--clip -3: it is at least"),
             (["landscape", "--direction-seed", "-1"], "--direction-seed -1: it is at least 0"),
             (["landscape", "--images", "161"], "--images 161: a fraction of"),
