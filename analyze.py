@@ -463,9 +463,10 @@ def draw_robustness(axes, summaries):
     axes.legend(fontsize=6)
 
 
-# ---------------------------------------------------------------------------- landscape and flatness
+# -------------------------------------------------------------------------- landscape and flatness
 
 LOSSES = {"softmax": train.softmax_loss, "sigmoid": train.sigmoid_loss}
+TITLES = {"softmax": "cross-entropy", "sigmoid": "sigmoid loss"}
 L2 = {"none": "", "half-square": " + ½ λ‖w‖²", "sum-of-norms": " + λ Σ‖p‖"}
 PIECE = 5  # points that are computed and written together
 SIGMAS, RADII = [0.005, 0.01, 0.02, 0.05], [0.05, 0.1, 0.2, 0.5, 1.0]
@@ -615,9 +616,8 @@ def worst_loss(model, loss, batches, rho, steps=20, seed=0):
 
 
 def in_pieces(results, network, part, units, join, what):
-    """A part of the results that is joined from those of a list of independent units of work,
-    functions without arguments: they are shared out, each is written when it is done, and in the
-    end the whole in their place."""
+    """A part of the results that is joined from those of a list of units of work (functions): each
+    is written when it is done, and in the end the whole in their place."""
     pieces = {f"{part}, piece {i}": unit for i, unit in enumerate(units)}
     share_out(results, network, pieces, what)
     done = results.parts[network]
@@ -625,8 +625,8 @@ def in_pieces(results, network, part, units, join, what):
 
 
 def prepared(args, settings, origin, device, batch_size, augmented=False):
-    """The network, its loss, and the images that it is taken of, in batches: all on every process,
-    augmented and mixed as in training if wanted."""
+    """The network, its loss and the batches: all images on every process, augmented and mixed as
+    in training if wanted."""
     tell = train.say if train.rank() == 0 else lambda text="": None
     dataset = training_images(settings, device, args.images, tell, augmented)
     model = train.starting_network(settings, origin, len(dataset.classes), device, tell).eval()
@@ -649,7 +649,8 @@ def need(args, **least):
 
 
 def significant(number, error=None):
-    return None if number is None else f"{number:.4g}" + (f" ± {error:.2g}" if error else "")
+    if number is not None and math.isfinite(number):
+        return f"{number:.4g}" + (f" ± {error:.2g}" if error else "")
 
 
 def landscape_command(args, rest):
@@ -665,11 +666,11 @@ def landscape_command(args, rest):
 
     def joined(pieces):
         centre, *rest = pieces
-        whole = dict(x=axis, y=axis, centre={name: centre[name][0][0] for name in (
-            "loss", "half_square", "sum_of_norms")})
-        for name in whole["centre"]:
-            values = [value for piece in rest for value in piece[name][0]]
-            whole[name] = [values[i:i + len(axis)] for i in range(0, len(values), len(axis))]
+        whole = dict(x=axis, y=axis, centre={})
+        for key in ("loss", "half_square", "sum_of_norms"):
+            values = [value for piece in rest for value in piece[key][0]]
+            whole[key] = [values[i:i + len(axis)] for i in range(0, len(values), len(axis))]
+            whole["centre"][key] = centre[key][0][0]
         return whole
 
     for name, settings, origin in named:
@@ -679,7 +680,7 @@ def landscape_command(args, rest):
                                         if args.augmented else 256, args.augmented)
         plane = functools.partial(
             landscape, model, loss, batches, directions(model, args.direction_seed, args.normalise),
-            decayed=train.decay_groups(model, settings.decay)[0] or None)
+            decayed=train.decay_groups(model, settings.decay)[0])
         if train.rank() == 0:
             train.say(f"{name}: {args.points}² points of {batches.total:,} images")
         # A kill costs at most PIECE points of each process; the file is not written for every one.
@@ -692,23 +693,27 @@ def landscape_command(args, rest):
             found = results.parts[name][part]
             centre, planes[name] = (regularised(of, args.l2, settings.weight_decay)
                                     for of in (found["centre"], found))
-            finite_ones = planes[name][np.isfinite(planes[name])]
-            rows.append({"loss": name, "centre": significant(centre), **{
-                what: significant(of(finite_ones)) if len(finite_ones) else None for what, of in (
-                    ("lowest", np.min), ("median", np.median), ("highest", np.max))},
-                "not finite": planes[name].size - len(finite_ones)})
+            known = planes[name][np.isfinite(planes[name])]
+            low, middle, high = np.quantile(known, (0, 0.5, 1)) if known.size else [None] * 3
+            penalty = settings.weight_decay if L2[args.l2] else 0
+            rows.append({"loss": name} | {key: significant(value) for key, value in (
+                ("λ", penalty), ("centre", centre), ("lowest", low), ("median", middle),
+                ("highest", high))} | {"not finite": planes[name].size - known.size})
+            if not known.size:
+                train.say(f"{name}: its loss is finite nowhere, so it is not drawn")
+                del planes[name]
         print_rows(rows)
-        what = {"softmax": "cross-entropy", "sigmoid": "sigmoid loss"}[args.loss] + L2[args.l2]
-        figure(results.path.with_suffix(".png"), lambda axes: draw_landscape(
-            axes, np.array(axis), planes, what, args.clip), 2, len(planes))
+        if planes:
+            figure(results.path.with_suffix(".png"), lambda axes: draw_landscape(
+                axes, np.array(axis), planes, TITLES[args.loss] + L2[args.l2], args.clip), 2,
+                len(planes))
         train.say(f"results   {results.path}")
     return results.parts
 
 
 def regularised(found, l2, weight_decay):
-    """Numbers of `landscape` -> array of the loss with an ℓ2 penalty, NaN where it is not finite."""
-    penalty = {"none": 0, "half-square": found["half_square"], "sum-of-norms": found[
-        "sum_of_norms"]}[l2]
+    """Numbers of `landscape` -> array of the loss with an ℓ2 penalty; NaN where not finite."""
+    penalty = 0 if l2 == "none" else found[l2.replace("-", "_")]
     return np.array(found["loss"], float) + weight_decay * np.array(penalty, float)
 
 
@@ -720,22 +725,18 @@ def draw_landscape(axes, axis, planes, what, clip):
     from matplotlib import colormaps, colors, ticker
     axes = axes.reshape(2, -1)
     known = [plane[np.isfinite(plane)] for plane in planes.values()]
-    if not all(map(len, known)):
-        raise UserError("a network whose loss is finite nowhere is not drawn: leave it out")
     high = min(clip or 3 * min(map(np.max, known)), max(map(np.max, known)))
     low = max(min(high, *map(np.min, known)), high / 1e6)
-    over = sum(int((~(plane <= high)).sum()) for plane in planes.values())
-    if over:
+    if over := sum(int((~(plane <= high)).sum()) for plane in planes.values()):
         train.say(f"{over} points are not finite or above {high:.4g} (--clip), and drawn there")
     logarithmic = high > 30 * low
     scale = (colors.LogNorm if logarithmic else colors.Normalize)(low, high)
     levels = (np.geomspace if logarithmic else np.linspace)(low, high, 21)
     number = ticker.FuncFormatter(lambda v, _: f"{10**v if logarithmic else v:.3g}")
-    for (name, plane), above, below in zip(planes.items(), *axes):
-        shown = np.where(plane <= high, np.maximum(plane, low), high)
-        place, picture = above.get_subplotspec(), above.figure
-        above.remove()
-        above = picture.add_subplot(place, projection="3d")
+    for (name, plane), flat, below in zip(planes.items(), *axes):
+        shown, picture = np.where(plane <= high, np.maximum(plane, low), high), below.figure
+        flat.remove()
+        above = picture.add_subplot(flat.get_subplotspec(), projection="3d")
         above.plot_surface(*np.meshgrid(axis, axis), np.log10(shown) if logarithmic else shown,
                            facecolors=colormaps["viridis"](scale(shown)), rstride=1, cstride=1)
         above.set_zlim(*np.log10([low, high]) if logarithmic else (low, high))
@@ -773,11 +774,10 @@ def flatness(args, rest):
         done = results.parts.get(name, {}).keys()
         if not {*noise, *balls} <= done:
             given = prepared(args, settings, origin, device, settings.micro_batch)
-            for part, sigma in noise.items():
-                if part not in done:
-                    in_pieces(results, name, part, [
-                        functools.partial(noisy_loss, *given, sigma, draw=draw)
-                        for draw in range(args.draws)], average, f"σ = {sigma:g}")
+            for part in [part for part in noise if part not in done]:
+                in_pieces(results, name, part, [
+                    functools.partial(noisy_loss, *given, noise[part], draw=draw)
+                    for draw in range(args.draws)], average, f"σ = {noise[part]:g}")
             share_out(results, name, {part: functools.partial(worst_loss, *given, rho, args.steps)
                                       for part, rho in balls.items()}, "balls")
         found = results.parts[name]
@@ -790,29 +790,30 @@ def flatness(args, rest):
             f"ρ = {rho:g}": significant(value) for rho, value in worst.items() if rho})
     if train.rank() == 0:
         print_rows(rows)
-        what = {"softmax": "cross-entropy", "sigmoid": "sigmoid loss"}[args.loss]
-        figure(results.path.with_suffix(".png"), lambda axes: draw_flatness(axes, curves, what),
-               1, 2)
+        figure(results.path.with_suffix(".png"), lambda axes: draw_flatness(
+            axes, curves, TITLES[args.loss]), 1, 2)
         train.say(f"results   {results.path}")
     return results.parts
 
 
 def average(losses):
     """Of draws: mean and its standard error; None where a loss is not finite, or of one draw."""
-    known = None not in losses
-    mean = sum(losses) / len(losses) if known else None
-    error = np.std(losses, ddof=1) / len(losses)**0.5 if known and len(losses) > 1 else None
-    return dict(mean=mean, standard_error=error and float(error), losses=losses)
+    if None in losses:
+        return dict(mean=None, standard_error=None, losses=losses)
+    error = float(np.std(losses, ddof=1)) / len(losses)**0.5 if len(losses) > 1 else None
+    return dict(mean=sum(losses) / len(losses), standard_error=error, losses=losses)
 
 
 def draw_flatness(axes, curves, what):
+    """Left the mean over draws of noise with its standard error, right the worst loss in balls.
+    What is not finite, "-" in the table, is left out."""
     for name, (averages, worst) in curves.items():
         start = {0.0: dict(mean=worst[0], standard_error=0.0)}
-        points = [(sigma, of["mean"], of["standard_error"] or 0)
-                  for sigma, of in sorted((start | averages).items()) if of["mean"] is not None]
-        axes[0].errorbar(*zip(*points), fmt="o-", capsize=3, label=name)
-        axes[1].plot(*zip(*sorted((rho, loss) for rho, loss in worst.items() if loss is not None)),
-                     "o-", label=name)
+        for ax, points in ((axes[0], [(sigma, of["mean"], of["standard_error"] or 0) for sigma, of
+                                      in (start | averages).items()]),
+                           (axes[1], [(rho, loss, 0) for rho, loss in worst.items()])):
+            known = np.array(sorted(p for p in points if p[1] is not None)).reshape(-1, 3)
+            ax.errorbar(*known.T, fmt="o-", capsize=3 * (ax is axes[0]), label=name)
     for ax, x, y in zip(axes, ("standard deviation σ of the noise on each weight",
                                "radius ρ of the ball"), ("mean", "worst")):
         ax.set_xlabel(x)

@@ -6170,7 +6170,8 @@ def test_the_worst_loss_in_a_ball_is_the_known_maximum():
 
     def steep(w, y):
         return torch.where(w[0, 0] > 1, math.inf, w[0, 0])
-    assert analyze.worst_loss(Bowl([0.5]), steep, batches, 2) == dict(worst=None, losses=[0.5, None])
+    found = analyze.worst_loss(Bowl([0.5]), steep, batches, 2)
+    assert found == dict(worst=None, losses=[0.5, None])
 
 
 def planes(folder):
@@ -6225,9 +6226,10 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
     # shown otherwise, nothing is computed; other numbers are
     capsys.readouterr()
     assert analyze.main([*draw, *out, "--l2", "half-square", "--weight-decay", "0.5"]) == 0
-    row = capsys.readouterr().out.splitlines()[1]
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row[2] == "0.5", row
     centre = numbers["centre"]["loss"] + 0.5 * numbers["centre"]["half_square"]
-    assert len(count) == 4 and abs(float(row.split()[2]) / centre - 1) < 1e-3, (row, centre)
+    assert len(count) == 4 and abs(float(row[3]) / centre - 1) < 1e-3, (row, centre)
     assert analyze.main([*draw, *out, "--mixup", "0"]) == 0
     assert len(count) == 11 and len(planes(tmp_path / "b")) == 2
 
@@ -6256,12 +6258,21 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
     batches = [(x.double() / 255, y) for x, y, _ in [plain[[(0, i) for i in range(30)]]]]
     noise, start, ball = found.values()
     assert abs(start["worst"] - train.sigmoid_loss(model(batches[0][0]), batches[0][1])) < 1e-12
-    for draw, value in enumerate(noise["losses"]):
+    for k, value in enumerate(noise["losses"]):
         assert abs(value - analyze.noisy_loss(model, train.sigmoid_loss, batches, 0.1,
-                                              draw=draw)) < 1e-12
+                                              draw=k)) < 1e-12
     assert ball["losses"][0] == start["worst"] < ball["worst"]
     table = capsys.readouterr().out
     assert f"{noise['mean']:.4g} ± {noise['standard_error']:.2g}" in table, table
+    broken = tmp_path / "broken.pt"  # of which every loss is NaN
+    state = torch.load(two, weights_only=True)
+    state["model"]["head.bias"].fill_(math.nan)
+    torch.save(state, broken)
+    out = ["--checkpoint", str(broken), *out[:2], "--weights", "model"]
+    assert analyze.main([*draw, *out]) == 0
+    text = capsys.readouterr().out
+    assert "its loss is finite nowhere, so it is not drawn" in text, text
+    assert text.splitlines()[-2].split()[-6:] == ["0", *"----9"], text
     monkeypatch.setattr(analyze, "mean_loss", None)
     assert analyze.main(flat) == 0, "nothing is left to compute"
 
@@ -6328,7 +6339,7 @@ def test_a_landscape_is_drawn_to_a_top_that_all_networks_reach(tmp_path, capsys)
     axis = np.linspace(-1, 1, 5)
     bowl = 1 + axis[:, None]**2 + axis**2
     deep = np.where(bowl > 2.2, np.nan, bowl**20)
-    nowhere, drawn = np.full((5, 5), np.nan), {}
+    drawn = {}
 
     def draw(clip):
         def of(axes):
@@ -6343,9 +6354,6 @@ def test_a_landscape_is_drawn_to_a_top_that_all_networks_reach(tmp_path, capsys)
     text = draw(1e4)
     assert f"{(~(deep <= 1e4)).sum()} points are not finite or above 1e+04 (--clip)" in text, text
     assert drawn["heights"][1] == (0, 4), "a logarithmic scale"
-    with pytest.raises(train.UserError, match="finite nowhere"):
-        analyze.figure(tmp_path / "x.png", lambda axes: analyze.draw_landscape(
-            axes, axis, dict(a=bowl, b=nowhere), "loss", None), 2, 2)
 
 
 # ----------------------------------------------------------------------------------- the repository
