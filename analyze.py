@@ -522,14 +522,9 @@ def displaced(model):
         move()
 
 
-def finite(number):
-    """What JSON can hold: None for infinity and NaN."""
-    return number if math.isfinite(number) else None
-
-
 def mean_loss(model, loss, batches, grad=False):
-    """loss(logits, y), a mean over the batch, averaged over the images of all batches; with grad
-    also its gradient, in the shape of model.parameters()."""
+    """loss(logits, y), a mean over the batch, averaged over the images of all batches, None where
+    that is not finite; with grad also its gradient, in the shape of model.parameters()."""
     weights, losses, sizes = list(model.parameters()), [], []
     total = [torch.zeros_like(w) for w in weights] if grad else None
     with torch.set_grad_enabled(grad):
@@ -543,6 +538,7 @@ def mean_loss(model, loss, batches, grad=False):
             sizes.append(len(x))
     values = torch.stack(losses).tolist()  # the one time that the device is waited for
     mean = sum(n * v for n, v in zip(sizes, values)) / sum(sizes)
+    mean = mean if math.isfinite(mean) else None
     if grad:
         torch._foreach_div_(total, sum(sizes))
     return (mean, total) if grad else mean
@@ -552,13 +548,12 @@ def landscape(model, loss, batches, vectors, xs, ys, decayed=None):
     """The loss on the plane w + x·d₁ + y·d₂ (Chen et al. Fig. 1, B.1; Park & Kim Fig. 1a, C.4a,
     C.7), in evaluation mode, BatchNorm's running statistics as they are, no autocast or TF32.
 
-    vectors: (d₁, d₂), as `directions` makes them. xs, ys: coordinates. loss: a function of logits
-    and y, mean over the batch. batches: re-iterable, of (x, y). decayed: the parameters that an ℓ2
-    penalty counts; default all. -> dict of x and y; loss, the mean over all images; and of the
-    penalty of a weight decay λ, half_square = ½ Σ‖p‖² and sum_of_norms = Σ‖p‖, over tensors p: λ
-    times the first is the penalty, λ times the second what the code of Park & Kim adds. Each is a
-    list of rows, one for each y; None where a loss is not finite.
-    Cost: a forward pass of all images a point. Memory: three vectors beside the network (d₁, d₂,
+    vectors: (d₁, d₂), as of `directions`. xs, ys: coordinates. loss: of logits and y, mean over the
+    batch. decayed: the parameters that an ℓ2 penalty counts; default all. -> dict of x, y; loss,
+    the mean over all images; half_square, ½ Σ‖p‖², and sum_of_norms, Σ‖p‖, over tensors p: times
+    the weight decay λ, the penalty and what the code of Park & Kim adds instead. Each is a list of
+    rows, one for each y; None where a loss is not finite.
+    Cost: a forward pass of all images a point; three vectors of memory beside the network (d₁, d₂,
     the copy of w)."""
     weights = list(model.parameters())
     decayed = weights if decayed is None else list(decayed)
@@ -572,7 +567,7 @@ def landscape(model, loss, batches, vectors, xs, ys, decayed=None):
                 row.append((mean_loss(model, loss, batches), (norms.square().sum() / 2).item(),
                             norms.sum().item()))
             for name, values in zip(("loss", "half_square", "sum_of_norms"), zip(*row)):
-                found[name].append([finite(v) for v in values])
+                found[name].append(list(values))
     return found
 
 
@@ -583,7 +578,7 @@ def noisy_loss(model, loss, batches, sigma, seed=0, draw=0):
     noise = gaussian(model, seed, 2, draw)
     with adversarial.held_still(model, noise[0].device), displaced(model) as move:
         move((sigma, noise))
-        return finite(mean_loss(model, loss, batches))
+        return mean_loss(model, loss, batches)
 
 
 def worst_loss(model, loss, batches, rho, steps=20, seed=0):
@@ -601,7 +596,7 @@ def worst_loss(model, loss, batches, rho, steps=20, seed=0):
         for _ in range(steps if rho else 0):
             value, ascent = mean_loss(model, loss, batches, grad=True)
             length = global_norm(ascent).item()
-            if not (math.isfinite(value) and math.isfinite(length)):
+            if value is None or not math.isfinite(length):
                 break
             if length == 0:
                 ascent = gaussian(model, seed, 3)
@@ -611,7 +606,7 @@ def worst_loss(model, loss, batches, rho, steps=20, seed=0):
             torch._foreach_add_(epsilon, ascent, alpha=size / length)
             torch._foreach_mul_(epsilon, rho / max(rho, global_norm(epsilon).item()))
             move((1, epsilon))
-        losses.append(finite(mean_loss(model, loss, batches)))
+        losses.append(mean_loss(model, loss, batches))
     return dict(worst=None if None in losses else max(losses), losses=losses)
 
 
