@@ -553,8 +553,7 @@ def landscape(model, loss, batches, vectors, xs, ys, decayed=None):
     the mean over all images; half_square, ½ Σ‖p‖², and sum_of_norms, Σ‖p‖, over tensors p: times
     the weight decay λ, the penalty and what the code of Park & Kim adds instead. Each is a list of
     rows, one for each y; None where a loss is not finite.
-    Cost: a forward pass of all images a point; three vectors of memory beside the network (d₁, d₂,
-    the copy of w)."""
+    Cost of a point: all images forward. Memory beside the network: three vectors, d₁, d₂, w."""
     weights = list(model.parameters())
     decayed = weights if decayed is None else list(decayed)
     found = dict(x=list(xs), y=list(ys), loss=[], half_square=[], sum_of_norms=[])
@@ -589,8 +588,7 @@ def worst_loss(model, loss, batches, rho, steps=20, seed=0):
 
     -> dict of worst and losses: [L(w), L after step 1, …], ending early where the loss, then None,
     or the gradient is not finite; worst is None if a loss is. Evaluation mode, no autocast or TF32.
-    Cost: a forward and a backward pass of all images a step. Memory: four vectors beside the
-    network."""
+    Cost of a step: all images forward and backward. Memory beside the network: four vectors."""
     with exactly(model, next(model.parameters()).device), displaced(model) as move:
         epsilon, losses, size = [torch.zeros_like(p) for p in model.parameters()], [], rho
         for _ in range(steps if rho else 0):
@@ -630,8 +628,8 @@ def prepared(args, settings, origin, device, batch_size, augmented=False):
             dataset.padding or settings.mixup or settings.cutmix):
         tell("--augmented: this training augments nothing, so the images are the plain ones")
     workers = train.worker_count(settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    batches = Batches(dataset, model, batch_size, workers, mix, settings.seed, split=False)
-    return model, LOSSES[args.loss], batches
+    return model, LOSSES[args.loss], Batches(dataset, model, batch_size, workers, mix,
+                                             settings.seed, split=False)
 
 
 def need(args, **least):
@@ -717,7 +715,7 @@ def draw_landscape(axes, axis, planes, what, clip):
     the networks' highest losses, so that one that explodes does not make the others look flat;
     logarithmic, where that is more than 30 times the lowest loss. What is higher or not finite is
     drawn flat at the top of the surface and left white among the contours."""
-    from matplotlib import colormaps, colors, ticker
+    from matplotlib import colormaps, colors
     axes = axes.reshape(2, -1)
     known = [plane[np.isfinite(plane)] for plane in planes.values()]
     high = min(clip or 3 * min(map(np.max, known)), max(map(np.max, known)))
@@ -727,7 +725,6 @@ def draw_landscape(axes, axis, planes, what, clip):
     logarithmic = high > 30 * low
     scale = (colors.LogNorm if logarithmic else colors.Normalize)(low, high)
     levels = (np.geomspace if logarithmic else np.linspace)(low, high, 21)
-    number = ticker.FuncFormatter(lambda v, _: f"{10**v if logarithmic else v:.3g}")
     for (name, plane), flat, below in zip(planes.items(), *axes):
         shown, picture = np.where(plane <= high, np.maximum(plane, low), high), below.figure
         flat.remove()
@@ -735,7 +732,7 @@ def draw_landscape(axes, axis, planes, what, clip):
         above.plot_surface(*np.meshgrid(axis, axis), np.log10(shown) if logarithmic else shown,
                            facecolors=colormaps["viridis"](scale(shown)), rstride=1, cstride=1)
         above.set_zlim(*np.log10([low, high]) if logarithmic else (low, high))
-        above.zaxis.set_major_formatter(number)
+        above.zaxis.set_major_formatter(lambda v, _: f"{10**v if logarithmic else v:.3g}")
         above.set_zlabel(what, labelpad=8)
         above.set_box_aspect((4, 4, 3), zoom=0.8)
         above.set_title(name if len(name) < 48 else "…" + name[-46:], fontsize=8)
