@@ -554,10 +554,9 @@ def landscape(model, loss, batches, vectors, xs, ys, decayed=None):
     the weight decay λ, the penalty and what the code of Park & Kim adds instead. Each is a list of
     rows, one for each y; None where a loss is not finite.
     Cost of a point: all images forward. Memory beside the network: three vectors, d₁, d₂, w."""
-    weights = list(model.parameters())
-    decayed = weights if decayed is None else list(decayed)
+    decayed = list(model.parameters() if decayed is None else decayed)
     found = dict(x=list(xs), y=list(ys), loss=[], half_square=[], sum_of_norms=[])
-    with adversarial.held_still(model, weights[0].device), displaced(model) as move:
+    with adversarial.held_still(model, decayed[0].device), displaced(model) as move:
         for y in ys:
             row = []
             for x in xs:
@@ -720,7 +719,7 @@ def draw_landscape(axes, axis, planes, what, clip):
     known = [plane[np.isfinite(plane)] for plane in planes.values()]
     high = min(clip or 3 * min(map(np.max, known)), max(map(np.max, known)))
     low = max(min(high, *map(np.min, known)), high / 1e6)
-    if over := sum(int((~(plane <= high)).sum()) for plane in planes.values()):
+    if over := sum((~(plane <= high)).sum() for plane in planes.values()):
         train.say(f"{over} points are not finite or above {high:.4g} (--clip), and drawn there")
     logarithmic = high > 30 * low
     scale = (colors.LogNorm if logarithmic else colors.Normalize)(low, high)
@@ -733,7 +732,7 @@ def draw_landscape(axes, axis, planes, what, clip):
                            facecolors=colormaps["viridis"](scale(shown)), rstride=1, cstride=1)
         above.set_zlim(*np.log10([low, high]) if logarithmic else (low, high))
         above.zaxis.set_major_formatter(lambda v, _: f"{10**v if logarithmic else v:.3g}")
-        above.set_zlabel(what, labelpad=8)
+        above.set_zlabel(what, labelpad=14 if logarithmic else 8)
         above.set_box_aspect((4, 4, 3), zoom=0.8)
         above.set_title(name if len(name) < 48 else "…" + name[-46:], fontsize=8)
         whole = np.where(np.isfinite(plane), np.maximum(plane, low), 2 * high)
@@ -783,7 +782,7 @@ def flatness(args, rest):
     if train.rank() == 0:
         print_rows(rows)
         figure(results.path.with_suffix(".png"), lambda axes: draw_flatness(
-            axes, curves, TITLES[args.loss]), 1, 2)
+            axes, curves, TITLES[args.loss]), columns=2)
         train.say(f"results   {results.path}")
     return results.parts
 
@@ -797,8 +796,7 @@ def average(losses):
 
 
 def draw_flatness(axes, curves, what):
-    """Left the mean over draws of noise with its standard error, right the worst loss in balls.
-    What is not finite, "-" in the table, is left out."""
+    """Mean over draws of noise, worst loss in balls; what is not finite, "-" in the table, not."""
     for name, (averages, worst) in curves.items():
         start = {0.0: dict(mean=worst[0], standard_error=0.0)}
         for ax, points in ((axes[0], [(sigma, of["mean"], of["standard_error"] or 0) for sigma, of
