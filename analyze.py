@@ -7,6 +7,10 @@
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
     python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
+    python analyze.py landscape --checkpoint A/ckpt.pt B/ckpt.pt    Chen Fig. 1, B.1; --augmented
+        --l2 half-square: Park Fig. 1a, C.4a, C.7
+    python analyze.py flatness --checkpoint RUN/ckpt.pt     loss under noise on the weights, worst
+        loss in a ball around them
     torchrun --nproc_per_node=8 analyze.py …      on many devices: the same numbers
 
 A subcommand prints a table, writes OUT/SUBCOMMAND.json (numbers, settings, versions, command line)
@@ -28,8 +32,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
+import zlib
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +44,10 @@ import torch.distributed as dist
 import torchvision
 from tqdm import tqdm
 
+import adversarial
 import data
 import train
+from sam import global_norm
 from train import UserError
 
 BENCHMARKS = ("val", "real", "v2", "pgd", "r", "c", "c-lite")
@@ -97,6 +105,11 @@ def fingerprint(path):
 # Settings of train.py that decide a network's numbers; others, as of its training, do not.
 DECIDES = ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side", "model", "dtype",
            "weights", "mean", "std", *train.MODEL_FLAGS)
+AUGMENTS = ("augment", "autoaugment", "randaugment", "randaugment_prob", "randaugment_of",
+            "erasing", "flip")
+# What of its training further decides the numbers of an analysis of the loss or the weights.
+OF_TRAINING = ("seed", "train_fraction", "hold_out", "micro_batch", "mixup", "cutmix", "decay",
+               *AUGMENTS)
 
 
 def networks(checkpoints, rest, also=()):
@@ -112,13 +125,17 @@ def networks(checkpoints, rest, also=()):
     return chosen
 
 
-def label(settings):
-    """A network's name among results: its file, and a mark of that and of what decides numbers."""
-    decides = {name: getattr(settings, name) for name in DECIDES}
-    decides |= dict(data_dir=os.path.abspath(settings.data_dir), file=settings.init_from,
-                    content=train.on_main(lambda: fingerprint(settings.init_from)))
+def label(settings, also=()):
+    """A network's name among results: its file, and a mark of that and of what decides numbers,
+    DECIDES and the settings named in also."""
+    decides = {name: getattr(settings, name) for name in (*DECIDES, *also)}
+    decides |= dict(data_dir=os.path.abspath(settings.data_dir), file=settings.init_from)
+    if settings.init_from:
+        decides["content"] = train.on_main(lambda: fingerprint(settings.init_from))
+    else:
+        decides["seed"] = settings.seed
     mark = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{settings.init_from} ({mark})", decides
+    return f"{settings.init_from or settings.model + ', untrained'} ({mark})", decides
 
 
 def class_names(settings, saved):
@@ -146,6 +163,133 @@ def network_and_images(settings, origin, device, tell):
         tell(dataset.notice)
     model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
     return model.eval(), dataset.to(device)
+
+
+def started(args, rest, what, untrained=False):
+    """What an analysis of networks begins with: joins the processes. -> Results, device, and of
+    each network its name among the results, settings and who set these. Arithmetic is float32, or
+    float64 if --dtype says so. untrained: a network may come without weights, as initialised."""
+    own = make_parser().commands[what]._option_string_actions
+    chosen = networks(args.checkpoint, rest, own)
+    device = train.start_processes(chosen[0][0].device)[0]
+    results = Results(args.out_dir or (Path(chosen[0][0].init_from).parent if
+                                       chosen[0][0].init_from else Path("out", what)), what)
+    named = []
+    for settings, origin in chosen:
+        if settings.dtype in ("bfloat16", "float16"):
+            if origin["dtype"] == "command line":
+                raise UserError(f"--dtype {settings.dtype}: {what} is computed in float32 or "
+                                "float64")
+            settings.dtype = "float32"
+        name, results.settings[name] = label(settings, OF_TRAINING)
+        named.append((name, settings, origin))
+    return results, device, named
+
+
+@contextmanager
+def exactly(model, device):
+    """The model in evaluation mode, BatchNorm with its running statistics, all parameters with
+    gradients; arithmetic without autocast and TF32, attention by the kernel that has second
+    derivatives. Afterwards modes, what requires a gradient and the random state are as before."""
+    kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with adversarial.held_still(model, device), kernel:
+        for p in model.parameters():  # held_still remembers which had one
+            p.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for p in model.parameters():
+                p.requires_grad_(False)
+
+
+def training_images(settings, device, share, tell, augmented=False):
+    """A fixed class-balanced part of the images that a network was trained on: a number of them, or
+    a fraction such as "1/10"; as in evaluation, or augmented as in training."""
+    how = dict(augment="none")
+    if augmented:
+        how = {name: getattr(settings, name) for name in AUGMENTS}
+    try:
+        dataset = data.load(settings.dataset, "train", data_dir=settings.data_dir,
+                            image_size=settings.image_size, seed=settings.seed,
+                            short_side=settings.eval_short_side, **how)
+    except data.DataError as error:
+        raise UserError(str(error)) from None
+    if dataset.notice:
+        tell(dataset.notice)
+    dataset.restrict(data.subset(dataset.labels, settings.train_fraction))
+    if settings.hold_out != "0":
+        dataset.restrict(data.hold_out(dataset.labels[dataset.indices], settings.hold_out)[0])
+    try:
+        fraction = Fraction(share)
+        fraction = fraction / len(dataset) if fraction > 1 else fraction
+        dataset.restrict(data.subset(dataset.labels[dataset.indices], fraction))
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"--images {share}: {error}") from None
+    return dataset.to(device)
+
+
+class Batches:
+    """A data set's images in fixed batches on the model's device: iterates over (x, y), always the
+    same, augmentation included; x float (B, 3, H, W) in [0, 1], y classes (B,) or, where `mix`
+    (a function of x and y, as of train.py) makes them, shares (B, classes). Of n processes each has
+    every n-th batch, or all of them, where not split. Once read, up to KEPT bytes of images stay in
+    memory."""
+    KEPT = 8 * 2**30
+
+    def __init__(self, dataset, model, batch_size, workers=0, mix=None, seed=0, split=True):
+        self.model, self.mix, self.seed, self.total = model, mix, seed, len(dataset)
+        first, each = (train.rank(), world_size()) if split else (0, 1)
+        starts = range(first * batch_size, len(dataset), each * batch_size)
+        order = [[(0, i) for i in range(start, min(start + batch_size, len(dataset)))]
+                 for start in starts]
+        self.numbers = [start // batch_size for start in starts]
+        self.loader = data.loader(dataset, order, workers)
+        self.kept = None
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def __iter__(self):
+        device, read, kept, size = next(self.model.parameters()).device, self.kept, [], 0
+        for number, (x, y) in zip(self.numbers, read or data.batches(self.loader, train.say)):
+            size += x.numel()
+            if read is None and size <= self.KEPT:
+                kept.append((x, y))
+            x, y = train.to_float(x.to(device), self.model), y.to(device)
+            if self.mix is not None:
+                torch.manual_seed(data.key(self.seed, -1, number, 2))
+                x, y = self.mix(x, y)
+            yield x, y
+        if len(kept) == len(self.numbers):
+            self.kept = kept
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share_out(results, network, units, what):
+    """Computes what is not finished of {part: function -> its numbers}. Of n processes each takes
+    every n-th, and what they have done is written before they take the next."""
+    todo = [part for part in units if part not in results.parts.get(network, {})]
+    with train.progress(len(units), what, "part") as bar:
+        bar.update(len(units) - len(todo))
+        for i in range(0, len(todo), world_size()):
+            found = [(None, None, None)] * world_size()
+            if i + train.rank() < len(todo):
+                part = todo[i + train.rank()]
+                try:
+                    found[train.rank()] = part, units[part](), None
+                except (UserError, data.DataError) as error:  # all have to hear of it
+                    found[train.rank()] = part, None, str(error)
+            if dist.is_initialized():
+                dist.all_gather_object(found, found[train.rank()])
+            for part, numbers, error in found:
+                if error is not None:
+                    raise UserError(error)
+                if part is not None:
+                    results.put(network, part, numbers)
+                    bar.update()
 
 
 def figure(path, draw, rows=1, columns=1):
@@ -317,6 +461,356 @@ def draw_robustness(axes, summaries):
     axes.set_xlabel("accuracy (%)")
     axes.set_ylabel(f"mean accuracy on {'c-lite' if lite else 'corrupted images'} (%)")
     axes.legend(fontsize=6)
+
+
+# -------------------------------------------------------------------------- landscape and flatness
+
+LOSSES = {"softmax": train.softmax_loss, "sigmoid": train.sigmoid_loss}
+TITLES = {"softmax": "cross-entropy", "sigmoid": "sigmoid loss"}
+L2 = {"none": "", "half-square": " + ½ λ‖w‖²", "sum-of-norms": " + λ Σ‖p‖"}
+PIECE = 5  # points that are computed and written together
+SIGMAS, RADII = [0.005, 0.01, 0.02, 0.05], [0.05, 0.1, 0.2, 0.5, 1.0]
+
+
+def gaussian(model, *seed):
+    """A standard normal vector in weight space, in the shape of model.parameters(). What a
+    parameter gets depends on the seed (integers) and its name only: drawn in float32 on the CPU."""
+    return [torch.randn(p.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(
+        data.key(*seed, zlib.crc32(name.encode())))).to(p) for name, p in model.named_parameters()]
+
+
+@torch.no_grad()
+def directions(model, seed=0, normalise="filter"):
+    """Two normalised Gaussian directions d in weight space, each in the shape of
+    model.parameters().
+
+    normalise="filter" (Li et al. 2018, 1712.09913, §4): d_i ← d_i·‖w_i‖/‖d_i‖, where w_i is all
+    that makes output i of a weight: (in, kh, kw) of a convolution, a row of a linear layer.
+    Parameters of one dimension (biases, scales of norms) get zero: they stay as they are. Class
+    token (1, 1, D) and position embedding (1, N, D) have one i, so these are scaled as a whole.
+    "park" is what the code of Park & Kim does instead: norms run over the outputs i, one for each
+    (in, kh, kw), so a class token's numbers become ±|w|; and position embeddings too get zero."""
+    def scaled(d, w, name):
+        if w.ndim < 2 or normalise == "park" and re.search("pos_embed|relative_position", name):
+            return d.zero_()
+        over = 0 if normalise == "park" else tuple(range(1, w.ndim))
+        of_w, of_d = (torch.linalg.vector_norm(v, dim=over, keepdim=True) for v in (w, d))
+        return d.mul_(of_w / (of_d + 1e-7 * (normalise == "park")))
+
+    return [[scaled(d, w, name) for d, (name, w) in zip(gaussian(model, seed, axis),
+                                                        model.named_parameters())]
+            for axis in (0, 1)]
+
+
+@contextmanager
+def displaced(model):
+    """A function of pairs (scale, vector in the shape of model.parameters()) that puts the weights
+    to w + Σ scale·vector, from the same copy of w each time, so that no rounding adds up.
+    Afterwards they are w, bit for bit, also when the body raises."""
+    weights = list(model.parameters())
+    start = [w.detach().clone() for w in weights]
+
+    @torch.no_grad()
+    def move(*steps):
+        torch._foreach_copy_(weights, start)
+        for scale, vector in steps:
+            torch._foreach_add_(weights, vector, alpha=scale)
+
+    try:
+        yield move
+    finally:
+        move()
+
+
+def mean_loss(model, loss, batches, grad=False):
+    """loss(logits, y), a mean over the batch, averaged over the images of all batches, None where
+    that is not finite; with grad also its gradient, in the shape of model.parameters()."""
+    weights, losses, sizes = list(model.parameters()), [], []
+    total = [torch.zeros_like(w) for w in weights] if grad else None
+    with torch.set_grad_enabled(grad):
+        for x, y in batches:
+            logits = model(x)
+            value = loss(logits, y.to(logits.dtype) if y.is_floating_point() else y)
+            if grad:
+                torch._foreach_add_(total, torch.autograd.grad(
+                    value * len(x), weights, allow_unused=True, materialize_grads=True))
+            losses.append(value.detach())
+            sizes.append(len(x))
+    values = torch.stack(losses).tolist()  # the one time that the device is waited for
+    mean = sum(n * v for n, v in zip(sizes, values)) / sum(sizes)
+    mean = mean if math.isfinite(mean) else None
+    if grad:
+        torch._foreach_div_(total, sum(sizes))
+    return (mean, total) if grad else mean
+
+
+def landscape(model, loss, batches, vectors, xs, ys, decayed=None):
+    """The loss on the plane w + x·d₁ + y·d₂ (Chen et al. Fig. 1, B.1; Park & Kim Fig. 1a, C.4a,
+    C.7), in evaluation mode, BatchNorm's running statistics as they are, no autocast or TF32.
+
+    vectors: (d₁, d₂), as of `directions`. xs, ys: coordinates. loss: of logits and y, mean over the
+    batch. decayed: the parameters that an ℓ2 penalty counts; default all. -> dict of x, y; loss,
+    the mean over all images; half_square, ½ Σ‖p‖², and sum_of_norms, Σ‖p‖, over tensors p: times
+    the weight decay λ, the penalty and what the code of Park & Kim adds instead. Each is a list of
+    rows, one for each y; None where a loss is not finite.
+    Cost of a point: all images forward. Memory beside the network: three vectors, d₁, d₂, w."""
+    decayed = list(model.parameters() if decayed is None else decayed)
+    found = dict(x=list(xs), y=list(ys), loss=[], half_square=[], sum_of_norms=[])
+    with adversarial.held_still(model, decayed[0].device), displaced(model) as move:
+        for y in ys:
+            row = []
+            for x in xs:
+                move((x, vectors[0]), (y, vectors[1]))
+                norms = torch.stack(torch._foreach_norm(decayed))
+                row.append((mean_loss(model, loss, batches), (norms.square().sum() / 2).item(),
+                            norms.sum().item()))
+            for name, values in zip(("loss", "half_square", "sum_of_norms"), zip(*row)):
+                found[name].append(list(values))
+    return found
+
+
+def noisy_loss(model, loss, batches, sigma, seed=0, draw=0):
+    """L(w + σ·z), z a standard normal draw for every parameter, the same for all σ; None where it
+    is not finite. The mean over draws is the average flatness E L(w + ε), ε ~ N(0, σ²), for small σ
+    L + ½ σ² tr H. Evaluation mode. Cost: a forward pass of all images."""
+    noise = gaussian(model, seed, 2, draw)
+    with adversarial.held_still(model, noise[0].device), displaced(model) as move:
+        move((sigma, noise))
+        return mean_loss(model, loss, batches)
+
+
+def worst_loss(model, loss, batches, rho, steps=20, seed=0):
+    """The largest loss that projected gradient ascent finds in the ball ‖ε‖₂ ≤ ρ around all the
+    weights: ε ← Π(ε + η·g/‖g‖), g the gradient at w + ε of the mean loss of all images, from ε = 0
+    with η = ρ, so that the first step is SAM's (Chen et al. Eq. 2); a step that does not raise the
+    loss halves η. A lower bound of the maximum. Where g = 0, a random direction takes its place.
+
+    -> dict of worst and losses: [L(w), L after step 1, …], ending early where the loss, then None,
+    or the gradient is not finite; worst is None if a loss is. Evaluation mode, no autocast or TF32.
+    Cost of a step: all images forward and backward. Memory beside the network: four vectors."""
+    with exactly(model, next(model.parameters()).device), displaced(model) as move:
+        epsilon, losses, size = [torch.zeros_like(p) for p in model.parameters()], [], rho
+        for _ in range(steps if rho else 0):
+            value, ascent = mean_loss(model, loss, batches, grad=True)
+            length = global_norm(ascent).item()
+            if value is None or not math.isfinite(length):
+                break
+            if length == 0:
+                ascent = gaussian(model, seed, 3)
+                length = global_norm(ascent).item()
+            size = size / 2 if losses and value <= losses[-1] else size
+            losses.append(value)
+            torch._foreach_add_(epsilon, ascent, alpha=size / length)
+            torch._foreach_mul_(epsilon, rho / max(rho, global_norm(epsilon).item()))
+            move((1, epsilon))
+        losses.append(mean_loss(model, loss, batches))
+    return dict(worst=None if None in losses else max(losses), losses=losses)
+
+
+def in_pieces(results, network, part, units, join, what):
+    """A part of the results that is joined from those of a list of units of work (functions): each
+    is written when it is done, and in the end the whole in their place."""
+    pieces = {f"{part}, piece {i}": unit for i, unit in enumerate(units)}
+    share_out(results, network, pieces, what)
+    done = results.parts[network]
+    results.put(network, part, join([done.pop(piece) for piece in pieces]))
+
+
+def prepared(args, settings, origin, device, batch_size, augmented=False):
+    """The network, its loss and the batches: all images on every process, augmented and mixed as
+    in training if wanted."""
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    dataset = training_images(settings, device, args.images, tell, augmented)
+    model = train.starting_network(settings, origin, len(dataset.classes), device, tell).eval()
+    mix = train.mixing(settings, len(dataset.classes)) if augmented else None
+    if augmented and dataset.transform is None and not (
+            dataset.padding or settings.mixup or settings.cutmix):
+        tell("--augmented: this training augments nothing, so the images are the plain ones")
+    workers = train.worker_count(settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return model, LOSSES[args.loss], Batches(dataset, model, batch_size, workers, mix,
+                                             settings.seed, split=False)
+
+
+def need(args, **least):
+    """UserError for a flag, or one of its values, below its least."""
+    for name, low in least.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value:g}: it is at least {low}")
+
+
+def significant(number, error=None):
+    if number is not None and math.isfinite(number):
+        return f"{number:.4g}" + (f" ± {error:.2g}" if error else "")
+
+
+def landscape_command(args, rest):
+    """The loss around networks on a plane of two random normalised directions: cross-entropy on a
+    class-balanced tenth of the training set (Chen et al. Fig. 1, B.1), or, with --augmented --l2
+    half-square, Park & Kim Fig. 1a, C.4a, C.7. BatchNorm is in evaluation mode. --l2 and --clip
+    decide only what is shown. Returns what the JSON holds under "results"."""
+    need(args, points=2, direction_seed=0, span=1e-6, clip=1e-6)
+    results, device, named = started(args, rest, "landscape")
+    axis = [args.span * (2 * i - args.points + 1) / (args.points - 1) for i in range(args.points)]
+    part = (f"{args.loss}, {args.images} of {'augmented ' * args.augmented}images, {args.points}² "
+            f"points to ±{args.span:g}, {args.normalise}-normalised, seed {args.direction_seed}")
+
+    def joined(pieces):
+        centre, *rest = pieces
+        whole = dict(x=axis, y=axis, centre={})
+        for key in ("loss", "half_square", "sum_of_norms"):
+            values = [value for piece in rest for value in piece[key][0]]
+            whole[key] = [values[i:i + len(axis)] for i in range(0, len(values), len(axis))]
+            whole["centre"][key] = centre[key][0][0]
+        return whole
+
+    for name, settings, origin in named:
+        if part in results.parts.get(name, {}):
+            continue
+        model, loss, batches = prepared(args, settings, origin, device, settings.micro_batch
+                                        if args.augmented else 256, args.augmented)
+        plane = functools.partial(
+            landscape, model, loss, batches, directions(model, args.direction_seed, args.normalise),
+            decayed=train.decay_groups(model, settings.decay)[0])
+        if train.rank() == 0:
+            train.say(f"{name}: {args.points}² points of {batches.total:,} images")
+        # A kill costs at most PIECE points of each process; the file is not written for every one.
+        in_pieces(results, name, part, [functools.partial(plane, [0.0], [0.0])] + [
+            functools.partial(plane, axis[i:i + PIECE], [y])
+            for y in axis for i in range(0, len(axis), PIECE)], joined, "landscape")
+    if train.rank() == 0:
+        planes, rows = {}, []
+        for name, settings, _ in named:
+            found = results.parts[name][part]
+            centre, planes[name] = (regularised(of, args.l2, settings.weight_decay)
+                                    for of in (found["centre"], found))
+            known = planes[name][np.isfinite(planes[name])]
+            low, middle, high = np.quantile(known, (0, 0.5, 1)) if known.size else [None] * 3
+            penalty = settings.weight_decay if L2[args.l2] else 0
+            rows.append({"loss": name} | {key: significant(value) for key, value in (
+                ("λ", penalty), ("centre", centre), ("lowest", low), ("median", middle),
+                ("highest", high))} | {"not finite": planes[name].size - known.size})
+            if not known.size:
+                train.say(f"{name}: its loss is finite nowhere, so it is not drawn")
+                del planes[name]
+        print_rows(rows)
+        if planes:
+            figure(results.path.with_suffix(".png"), lambda axes: draw_landscape(
+                axes, np.array(axis), planes, TITLES[args.loss] + L2[args.l2], args.clip), 2,
+                len(planes))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def regularised(found, l2, weight_decay):
+    """Numbers of `landscape` -> array of the loss with an ℓ2 penalty; NaN where not finite."""
+    penalty = 0 if l2 == "none" else found[l2.replace("-", "_")]
+    return np.array(found["loss"], float) + weight_decay * np.array(penalty, float)
+
+
+def draw_landscape(axes, axis, planes, what, clip):
+    """Above surfaces, below contours, on one scale: up to `clip`, or else three times the least of
+    the networks' highest losses, so that one that explodes does not make the others look flat;
+    logarithmic, where that is more than 30 times the lowest loss. What is higher or not finite is
+    drawn flat at the top of the surface and left white among the contours."""
+    from matplotlib import colormaps, colors
+    axes = axes.reshape(2, -1)
+    known = [plane[np.isfinite(plane)] for plane in planes.values()]
+    high = min(clip or 3 * min(map(np.max, known)), max(map(np.max, known)))
+    low = max(min(high, *map(np.min, known)), high / 1e6)
+    if over := sum((~(plane <= high)).sum() for plane in planes.values()):
+        train.say(f"{over} points are not finite or above {high:.4g} (--clip), and drawn there")
+    logarithmic = high > 30 * low
+    scale = (colors.LogNorm if logarithmic else colors.Normalize)(low, high)
+    levels = (np.geomspace if logarithmic else np.linspace)(low, high, 21)
+    for (name, plane), flat, below in zip(planes.items(), *axes):
+        shown, picture = np.where(plane <= high, np.maximum(plane, low), high), below.figure
+        flat.remove()
+        above = picture.add_subplot(flat.get_subplotspec(), projection="3d")
+        above.plot_surface(*np.meshgrid(axis, axis), np.log10(shown) if logarithmic else shown,
+                           facecolors=colormaps["viridis"](scale(shown)), rstride=1, cstride=1)
+        above.set_zlim(*np.log10([low, high]) if logarithmic else (low, high))
+        above.zaxis.set_major_formatter(lambda v, _: f"{10**v if logarithmic else v:.3g}")
+        above.set_zlabel(what, labelpad=14 if logarithmic else 8)
+        above.set_box_aspect((4, 4, 3), zoom=0.8)
+        above.set_title(name if len(name) < 48 else "…" + name[-46:], fontsize=8)
+        whole = np.where(np.isfinite(plane), np.maximum(plane, low), 2 * high)
+        filled = below.contourf(axis, axis, whole, levels, norm=scale, cmap="viridis")
+        below.contour(axis, axis, whole, levels[1:-1:2], colors="black", linewidths=0.4)
+        below.plot(0, 0, "r+")
+        below.set_box_aspect(1)
+        for ax in (above, below):
+            ax.locator_params(nbins=5)
+            ax.set_xlabel("x, along d₁")
+            ax.set_ylabel("y, along d₂")
+    picture.get_layout_engine().set(w_pad=0.2)
+    picture.colorbar(filled, ax=list(axes[1]), label=what, format="%.3g")
+
+
+def flatness(args, rest):
+    """How fast the loss of networks rises around their weights, on a class-balanced tenth of the
+    training set: its average under Gaussian noise on all weights (average flatness), and the worst
+    that projected ascent finds in balls (what SAM minimises, Chen et al. Eq. 1). Noise and radii
+    are absolute, not relative to the weights' size. The papers at hand give no σ: the default's are
+    ours; the radii span Chen Table 9. Returns what the JSON holds under "results"."""
+    need(args, sigma=0, draws=1, rho=0, steps=1)
+    results, device, named = started(args, rest, "flatness")
+    first, rows, curves = f"{args.loss}, {args.images} of images", [], {}
+    noise = {f"{first}, noise of σ {sigma:g}, {args.draws} draws": sigma
+             for sigma in dict.fromkeys(args.sigma)}
+    balls = {f"{first}, ball of ρ {rho:g}, {args.steps} steps": rho
+             for rho in dict.fromkeys([0.0, *args.rho])}
+    for name, settings, origin in named:
+        done = results.parts.get(name, {}).keys()
+        if not {*noise, *balls} <= done:
+            given = prepared(args, settings, origin, device, settings.micro_batch)
+            for part in [part for part in noise if part not in done]:
+                in_pieces(results, name, part, [
+                    functools.partial(noisy_loss, *given, noise[part], draw=draw)
+                    for draw in range(args.draws)], average, f"σ = {noise[part]:g}")
+            share_out(results, name, {part: functools.partial(worst_loss, *given, rho, args.steps)
+                                      for part, rho in balls.items()}, "balls")
+        found = results.parts[name]
+        averages = {sigma: found[part] for part, sigma in noise.items()}
+        worst = {rho: found[part]["worst"] for part, rho in balls.items()}
+        curves[name] = averages, worst
+        rows.append({"loss": name, "σ = ρ = 0": significant(worst[0])} | {
+            f"σ = {sigma:g}": significant(of["mean"], of["standard_error"])
+            for sigma, of in averages.items()} | {
+            f"ρ = {rho:g}": significant(value) for rho, value in worst.items() if rho})
+    if train.rank() == 0:
+        print_rows(rows)
+        figure(results.path.with_suffix(".png"), lambda axes: draw_flatness(
+            axes, curves, TITLES[args.loss]), columns=2)
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def average(losses):
+    """Of draws: mean and its standard error; None where a loss is not finite, or of one draw."""
+    if None in losses:
+        return dict(mean=None, standard_error=None, losses=losses)
+    error = float(np.std(losses, ddof=1)) / len(losses)**0.5 if len(losses) > 1 else None
+    return dict(mean=sum(losses) / len(losses), standard_error=error, losses=losses)
+
+
+def draw_flatness(axes, curves, what):
+    """Mean over draws of noise, worst loss in balls; what is not finite, "-" in the table, not."""
+    for name, (averages, worst) in curves.items():
+        start = {0.0: dict(mean=worst[0], standard_error=0.0)}
+        for ax, points in ((axes[0], [(sigma, of["mean"], of["standard_error"] or 0) for sigma, of
+                                      in (start | averages).items()]),
+                           (axes[1], [(rho, loss, 0) for rho, loss in worst.items()])):
+            known = np.array(sorted(p for p in points if p[1] is not None)).reshape(-1, 3)
+            ax.errorbar(*known.T, fmt="o-", capsize=3 * (ax is axes[0]), label=name)
+    for ax, x, y in zip(axes, ("standard deviation σ of the noise on each weight",
+                               "radius ρ of the ball"), ("mean", "worst")):
+        ax.set_xlabel(x)
+        ax.set_ylabel(f"{y} {what}")
+        low, high = ax.dataLim.intervaly
+        ax.set_yscale("log" if high > 30 * low else "linear")
+        ax.legend(fontsize=6)
 
 
 # ----------------------------------------------------------------------------------- many trainings
@@ -948,9 +1442,11 @@ def make_parser():
     parser = train.Parser(allow_abbrev=False, description=__doc__.split("\n\n")[0], epilog=(
         "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."))
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    parser.commands = commands.choices
 
     def command(function, summary, of_checkpoints=True):
-        parser = commands.add_parser(function.__name__, allow_abbrev=False, help=summary,
+        name = function.__name__.removesuffix("_command")
+        parser = commands.add_parser(name, allow_abbrev=False, help=summary,
                                      description=function.__doc__, epilog=(
             "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."))
         parser.set_defaults(function=function)
@@ -958,7 +1454,7 @@ def make_parser():
             parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE",
                                 help="of runs of train.py; else --model NAME --init-from FILE")
         parser.add_argument("--out-dir", default="", help="for its files; default: " + (
-            "the folder of the first checkpoint" if of_checkpoints else f"out/{function.__name__}"))
+            "the folder of the first checkpoint" if of_checkpoints else f"out/{name}"))
         return parser.add_argument
 
     add = command(robustness, "accuracy on benchmarks of robustness (Chen Table 2; Park Fig. 12b)")
@@ -966,6 +1462,39 @@ def make_parser():
         "held-out images; pgd: these under PGD, 10 steps, ε = 2/255 (Chen E.5); real, v2, r, c: "
         "ImageNet-ReaL, -V2, -R, -C or CIFAR-C, looked for in --data-dir and beside it; c-lite: "
         "our own corruptions of val (default: val c-lite)")
+
+    def of_loss(add):
+        add("--loss", choices=LOSSES, default="softmax", help="softmax: cross-entropy; sigmoid, "
+            "which is sharper (Chen B.1), whatever the training's was (default: softmax)")
+        add("--images", default="1/10", metavar="N", help="of the training set, class-balanced: a "
+            "number or a fraction (default: 1/10, Chen B.1)")
+
+    add = command(landscape_command, "the loss on a plane around the weights (Chen Fig. 1, Park "
+                  "Fig. 1a)")
+    of_loss(add)
+    add("--augmented", action="store_true", help="images augmented and mixed as in training (Park "
+        "A.2)")
+    add("--l2", choices=L2, default="none", help="shown in addition, with the --weight-decay λ of "
+        "the training and over what decays in it: half-square: ½ λ Σ w² (Park A.2); sum-of-norms: "
+        "λ Σ‖p‖₂ over tensors p (Park's code) (default: none)")
+    add("--points", type=int, default=50, metavar="N", help="N × N points (default: 50, Chen B.1)")
+    add("--span", type=float, default=1.0, help="largest coordinate; 1: as long as the filters "
+        "(default: 1)")
+    add("--normalise", choices=("filter", "park"), default="filter", help="filter: Li et al.; park:"
+        " as the code of Park & Kim does (default: filter)")
+    add("--direction-seed", type=int, default=0, metavar="SEED", help="of the directions (default: "
+        "0)")
+    add("--clip", type=float, metavar="LOSS", help="draw no loss above this; Park's code: 42 above "
+        "the lowest")
+
+    add = command(flatness, "loss under Gaussian noise on the weights, worst loss in a ball")
+    of_loss(add)
+    add("--sigma", type=float, nargs="+", default=SIGMAS, help="standard deviations of the noise "
+        "(default: " + " ".join(map(str, SIGMAS)) + ")")
+    add("--draws", type=int, default=10, help="of the noise (default: 10)")
+    add("--rho", type=float, nargs="+", default=RADII, help="radii of the ball (default: "
+        + " ".join(map(str, RADII)) + ")")
+    add("--steps", type=int, default=20, help="of ascent in the ball; 1: SAM's (default: 20)")
 
     add = command(stability, "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
                   "rho (Chen Table 10), grid, doubled (Chen App. E, F)", of_checkpoints=False)

@@ -5984,6 +5984,385 @@ def test_a_training_of_a_study_that_fails_is_told_in_one_line(tmp_path, capsys):
                      line), line
 
 
+class Bowl(nn.Module):
+    """Its logits are its weights, whatever the image, so that a loss is a function of them."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weights, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.weight.flatten().expand(len(x), -1)
+
+
+def quadratic(hessian, slope):
+    """½ w·Hw + g·w of a Bowl's weights w, a mean over the images."""
+    hessian, slope = (torch.tensor(v, dtype=torch.float64) for v in (hessian, slope))
+    return lambda w, y: ((w @ hessian * w).sum(1) / 2 + w @ slope).mean()
+
+
+def some_batches(*sizes, side=16, classes=5):
+    torch.manual_seed(1)
+    return [(torch.rand(n, 3, side, side, dtype=torch.float64), torch.randint(classes, (n,)))
+            for n in sizes]
+
+
+def all_state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_directions_have_each_filters_length_or_are_zero():
+    model = nn.Sequential(nn.Conv2d(2, 2, (1, 2)), nn.BatchNorm2d(2), nn.Linear(2, 3)).double()
+    model.pos_embed, model.cls_token = (nn.Parameter(torch.ones(1, n, 2, dtype=torch.float64))
+                                        for n in (3, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[[[3., 0]], [[0, 4]]], [[[1, 1]], [[1, 1]]]]))
+        model[2].weight.copy_(torch.tensor([[5., 12], [0, 0], [-3, 4]]))
+    names = [name for name, _ in model.named_parameters()]
+    lengths = {"0.weight": [5, 2], "2.weight": [13, 0, 5], "pos_embed": [6**.5],
+               "cls_token": [2**.5]}  # by hand; all others have one dimension
+    pair = [dict(zip(names, d)) for d in analyze.directions(model, seed=3)]
+    for d in pair:
+        for name, value in d.items():
+            want = torch.tensor(lengths.get(name, [0] * len(value)), dtype=torch.float64)
+            got = value.flatten(1).norm(dim=1) if value.ndim > 1 else value
+            assert (got - want).abs().max() < 1e-12, (name, got, want)
+    cosine = torch.cosine_similarity(*(d["0.weight"].flatten() for d in pair), dim=0)
+    assert abs(cosine) < 0.9, cosine
+    generator = torch.Generator().manual_seed(data.key(3, 1, zlib.crc32(b"2.weight")))
+    noise = torch.randn(3, 2, generator=generator).double()
+    want = noise / noise.norm(dim=1, keepdim=True) * torch.tensor([[13.], [0], [5]])
+    assert (pair[1]["2.weight"] - want).abs().max() < 1e-6, "of seed, axis and name only"
+    other = dict(zip(names, analyze.directions(model, seed=4)[0]))
+    assert (other["2.weight"] - pair[0]["2.weight"]).abs().max() > 0.01
+
+    park = dict(zip(names, analyze.directions(model, seed=3, normalise="park")[0]))
+    w, d = model[2].weight.detach(), park["2.weight"]
+    for column in (0, 1):  # over the outputs, for each input
+        assert abs(d[:, column].norm() - w[:, column].norm()) < 1e-5, (d, w)
+    assert abs(d[1]).min() > 0, "a filter of zeros too is moved"
+    assert (park["cls_token"].abs() - 1).abs().max() < 1e-5 and not park["pos_embed"].any()
+    assert not park["0.bias"].any() and not park["1.weight"].any()
+
+
+def test_a_landscape_of_a_quadratic_is_its_formula_with_penalties_by_hand():
+    hessian, slope = [[2., 1, 0], [1, -3, 0], [0, 0, 0.5]], [0.1, -0.2, 0.3]
+    model = Bowl([[1., 2, 3]])
+    model.bias = nn.Parameter(torch.tensor([2.], dtype=torch.float64))
+    vectors = [[torch.tensor([v], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
+               for v in ([1., 0, -1], [0.5, 1, 2])]
+    before = all_state(model)
+    found = analyze.landscape(model, quadratic(hessian, slope), some_batches(2, 5), vectors,
+                              [-1, 0.0, 0.5], [0.0, 2])
+    assert found["x"] == [-1, 0, 0.5] and found["y"] == [0, 2]
+    for j, y in enumerate([0, 2]):
+        for i, x in enumerate([-1, 0, 0.5]):
+            w = np.array([1, 2, 3]) + x * np.array([1, 0, -1]) + y * np.array([0.5, 1, 2])
+            want = dict(loss=w @ hessian @ w / 2 + slope @ w, half_square=(w @ w + 4) / 2,
+                        sum_of_norms=np.sqrt(w @ w) + 2)
+            for name, value in want.items():
+                assert abs(found[name][j][i] - value) < 1e-12, (name, x, y)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    only = analyze.landscape(model, quadratic(hessian, slope), some_batches(2), vectors, [0.0],
+                             [0.0], decayed=[model.weight])
+    assert only["half_square"] == [[7]] and abs(only["sum_of_norms"][0][0] - 14**.5) < 1e-12
+    total = analyze.regularised(only, "half-square", 0.1) - only["loss"]
+    assert abs(total[0, 0] - 0.7) < 1e-12
+    total = analyze.regularised(only, "sum-of-norms", 0.1) - only["loss"]
+    assert abs(total[0, 0] - 0.1 * 14**.5) < 1e-12
+
+    def cliff(w, y):
+        return torch.where(w[0, 0] > 1.5, math.inf, torch.where(w[0, 0] < 0.5, math.nan, 7.0))
+    rough = analyze.landscape(model, cliff, some_batches(2), vectors, [-1.0, 0, 1], [0.0])
+    assert rough["loss"] == [[None, 7, None]]
+    assert np.isnan(analyze.regularised(rough, "half-square", 1)).tolist() == [[True, False, True]]
+
+
+@pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])
+def test_a_landscape_equals_one_of_copies_and_leaves_weights_and_statistics_alone(make):
+    model = make().double().train()
+    before, batches = all_state(model), some_batches(3, 2)
+    vectors = analyze.directions(model)
+    found = analyze.landscape(model, F.cross_entropy, batches, vectors, [-0.1, 0.0], [0.0, 0.3])
+    for j, y in enumerate([0.0, 0.3]):
+        for i, x in enumerate([-0.1, 0.0]):
+            copied = copy.deepcopy(model).eval()
+            copied.load_state_dict(before | {
+                name: p + x * a + y * b for (name, p), a, b in zip(model.named_parameters(),
+                                                                   *vectors)})
+            with torch.no_grad():  # the mean of all five images
+                want = F.cross_entropy(copied(torch.cat([x for x, _ in batches])),
+                                       torch.cat([y for _, y in batches])).item()
+            assert abs(found["loss"][j][i] - want) < 1e-12 * abs(want), (x, y)
+    model.eval()
+    plain = analyze.mean_loss(model, F.cross_entropy, batches)
+    assert found["loss"][0][1] == plain, "the centre is the plain loss, bit for bit"
+    assert len({v for row in found["loss"] for v in row}) == 4
+    model.train()
+
+    def broken(logits, y):
+        assert not torch.equal(next(model.parameters()), before[next(iter(before))]) or not moved
+        raise RuntimeError("in the middle")
+    moved = make is tiny_resnet  # whose first parameter is a filter
+    for call in (lambda: analyze.landscape(model, broken, batches, vectors, [0.5], [0.5]),
+                 lambda: analyze.noisy_loss(model, broken, batches, 0.5)):
+        with pytest.raises(RuntimeError, match="in the middle"):
+            call()
+    ascent = analyze.worst_loss(model, F.cross_entropy, batches, 0.1, steps=1)
+    copied = copy.deepcopy(model).eval()
+    x, y = (torch.cat(tensors) for tensors in zip(*batches))
+    plain = F.cross_entropy(copied(x), y)
+    grads = torch.autograd.grad(plain, list(copied.parameters()))
+    length = torch.cat([g.flatten() for g in grads]).norm()
+    with torch.no_grad():
+        for p, g in zip(copied.parameters(), grads):
+            p += 0.1 * g / length
+        climbed = F.cross_entropy(copied(x), y)
+    assert max(abs(a - b) for a, b in zip(ascent["losses"], (plain, climbed))) < 1e-12, "SAM's step"
+    for name, value in model.state_dict().items():
+        assert torch.equal(before[name], value), name
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_noise_on_a_quadratic_raises_its_mean_by_half_the_trace():
+    hessian = [[2., 1, 0], [1, -3, 0], [0, 0, 4]]
+    model, loss, batches = Bowl([0., 0, 0]), quadratic(hessian, [0., 0, 0.2]), some_batches(1)
+    plain = analyze.noisy_loss(model, loss, batches, 0.0)
+    assert plain == analyze.mean_loss(model, loss, batches)
+    found = analyze.average([analyze.noisy_loss(model, loss, batches, 0.7, draw=draw)
+                             for draw in range(400)])
+    want, error = plain + 0.5 * 0.49 * 3, found["standard_error"]
+    assert error < 0.12 and abs(found["mean"] - want) < 3 * error, (found["mean"], want, error)
+    deviation = np.sqrt(0.49 * 0.04 + 0.5 * 0.49**2 * np.square(hessian).sum())  # of such a form
+    assert abs(error * 20 / deviation - 1) < 0.15, (error * 20, deviation)
+    assert analyze.average([1.0, 2, 6]) == dict(mean=3, losses=[1, 2, 6], standard_error=(
+        pytest.approx((14 / 2 / 3)**0.5, rel=1e-12)))
+    assert analyze.average([1.0, None])["mean"] is None
+    assert analyze.average([2.0]) == dict(mean=2, standard_error=None, losses=[2])
+    one = analyze.noisy_loss(model, loss, batches, 0.7, draw=0)
+    assert one == found["losses"][0] != analyze.noisy_loss(model, loss, batches, 0.7, seed=1)
+
+
+def test_the_worst_loss_in_a_ball_is_the_known_maximum():
+    batches, zero = some_batches(1, 4), np.zeros((3, 3)).tolist()
+    for scale in (1, 0.01):
+        slope = [2 * scale, -scale, 2 * scale]  # of length 3·scale
+        linear = analyze.worst_loss(Bowl([1., 2, 3]), quadratic(zero, slope), batches, 0.5, steps=3)
+        assert len(linear["losses"]) == 4 and linear["worst"] == max(linear["losses"])
+        for i, value in enumerate(linear["losses"]):
+            assert abs(value - (6 + 1.5 * (i > 0)) * scale) < 1e-12, (scale, i, value)
+    still = analyze.worst_loss(Bowl([1., 2, 3]), quadratic(zero, [2., -1, 2]), batches, 0.0)
+    assert still == dict(worst=6, losses=[6])
+
+    turned, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
+    hessian = (turned @ np.diag([4, 1, -9]) @ turned.T).tolist()
+    found = analyze.worst_loss(Bowl([0., 0, 0]), quadratic(hessian, [0., 0, 0]), batches, 0.5,
+                               steps=60)
+    assert abs(found["worst"] - 0.5 * 4 * 0.25) < 1e-9, "½ λmax ρ², from where the gradient is 0"
+    # ½ w·Hw + g·w with H = diag(3, 1), ‖w‖ ≤ 1: w = (μ - H)⁻¹ g, μ > 3 the root of ‖w‖ = 1
+    g, h = np.array([0.3, 2.0]), np.array([3, 1])
+    low, high = 3.0, 9.0
+    for _ in range(80):
+        mu = (low + high) / 2
+        low, high = (mu, high) if np.linalg.norm(g / (mu - h)) > 1 else (low, mu)
+    w = g / (mu - h)
+    found = analyze.worst_loss(Bowl([0., 0]), quadratic([[3., 0], [0, 1]], g.tolist()), batches, 1,
+                               steps=60)
+    first = found["losses"][1]  # SAM's
+    e = g / np.linalg.norm(g)
+    assert abs(first - (e @ (h * e) / 2 + g @ e)) < 1e-12
+    assert abs(found["worst"] - (w @ (h * w) / 2 + g @ w)) < 1e-9
+    inside = analyze.worst_loss(Bowl([0.]), quadratic([[-4.]], [1.]), batches, 1, steps=30)
+    assert abs(inside["worst"] - 0.125) < 1e-9, "a maximum inside, at 1/4"
+
+    def steep(w, y):
+        return torch.where(w[0, 0] > 1, math.inf, w[0, 0])
+    found = analyze.worst_loss(Bowl([0.5]), steep, batches, 2)
+    assert found == dict(worst=None, losses=[0.5, None])
+
+
+def planes(folder):
+    return json.loads((folder / "landscape.json").read_text())["results"]
+
+
+def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
+        tmp_path, capsys, monkeypatch, small_shapes):
+    for seed in (0, 1):
+        train_ok(tiny(tmp_path / str(seed), f"--max-steps 2 --mixup 0.5 --seed {seed}",
+                      dataset="--dataset shapes --batch-size 32 --micro-batch 8 --epochs 2 "
+                              "--warmup-steps 3 --augment crop"))
+    one, two = (str(tmp_path / str(seed) / "ckpt.pt") for seed in (0, 1))
+    common = ["--device", "cpu", "--workers", "0", "--dtype", "float64", "--images", "30"]
+    draw = ["landscape", *common, "--points", "3", "--span", "0.5", "--augmented"]
+    assert analyze.main([*draw, "--out-dir", str(tmp_path / "a"), "--checkpoint", one, two]) == 0
+    text = capsys.readouterr().out
+    assert text.count(": 3² points of 30 images") == 2, text
+    whole = planes(tmp_path / "a")
+    assert (tmp_path / "a/landscape.png").exists() == (
+        importlib.util.find_spec("matplotlib") is not None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # drawing takes seconds
+    assert len(whole) == 2 and all(len(parts) == 1 for parts in whole.values())
+    name, (part, numbers) = next((n, *p.items()) for n, p in whole.items() if n.startswith(one))
+    assert numbers["loss"][1][1] == numbers["centre"]["loss"] and len(numbers["loss"]) == 3
+    assert numbers["x"] == [-0.5, 0, 0.5]
+
+    # killed after four of ten pieces, one of which is marked: none of the four is done again
+    stopped, put = [], analyze.Results.put
+
+    def kill(self, network, part, numbers):
+        put(self, network, part, numbers)
+        stopped.append(part)
+        if len(stopped) == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(analyze, "PIECE", 2)
+    out = ["--out-dir", str(tmp_path / "b"), "--checkpoint", one]
+    with monkeypatch.context() as patch:
+        patch.setattr(analyze.Results, "put", kill)
+        assert analyze.main([*draw, *out]) == 130
+    saved = json.loads((tmp_path / "b/landscape.json").read_text())
+    assert list(saved["results"][name]) == [f"{part}, piece {i}" for i in range(3)]
+    saved["results"][name][f"{part}, piece 2"]["loss"][0][0] = -1.0
+    (tmp_path / "b/landscape.json").write_text(json.dumps(saved))
+    calls, count = analyze.landscape, []
+    monkeypatch.setattr(analyze, "landscape", lambda *a, **k: count.append(a) or calls(*a, **k))
+    assert analyze.main([*draw, *out]) == 0
+    again = planes(tmp_path / "b")[name][part]
+    assert len(count) == 4 and again["loss"][0][2] == -1
+    again["loss"][0][2] = numbers["loss"][0][2]
+    assert again == numbers
+    # shown otherwise, nothing is computed; other numbers are
+    capsys.readouterr()
+    assert analyze.main([*draw, *out, "--l2", "half-square", "--weight-decay", "0.5"]) == 0
+    row = capsys.readouterr().out.splitlines()[1].split()
+    assert row[2] == "0.5", row
+    centre = numbers["centre"]["loss"] + 0.5 * numbers["centre"]["half_square"]
+    assert len(count) == 4 and abs(float(row[3]) / centre - 1) < 1e-3, (row, centre)
+    assert analyze.main([*draw, *out, "--mixup", "0"]) == 0
+    assert len(count) == 11 and len(planes(tmp_path / "b")) == 2
+
+    # the centre is the loss of the mixed, augmented images
+    settings, origin = analyze.networks([one], common[:-2])[0]
+    dataset = analyze.training_images(settings, "cpu", "30", print, True)
+    model = train.starting_network(settings, origin, 12, torch.device("cpu"), print).eval()
+    mix, want = train.mixing(settings, 12), 0
+    for b in range(4):
+        x, y, _ = dataset[[(0, i) for i in range(8 * b, min(8 * b + 8, 30))]]
+        torch.manual_seed(data.key(0, -1, b, 2))
+        x, y = mix(x.double() / 255, y)
+        assert y.ndim == 2
+        with torch.no_grad():
+            want -= (y * model(x).log_softmax(1)).sum().item() / 30
+    assert abs(numbers["centre"]["loss"] - want) < 1e-12
+
+    flat = ["flatness", *common, "--sigma", "0.1", "--draws", "3", "--rho", "0.2", "--steps", "2",
+            "--loss", "sigmoid", *out]
+    assert analyze.main(flat) == 0
+    found = json.loads((tmp_path / "b/flatness.json").read_text())["results"][name]
+    assert list(found) == ["sigmoid, 30 of images, noise of σ 0.1, 3 draws",
+                           "sigmoid, 30 of images, ball of ρ 0, 2 steps",
+                           "sigmoid, 30 of images, ball of ρ 0.2, 2 steps"]
+    plain = analyze.training_images(settings, "cpu", "30", print)
+    batches = [(x.double() / 255, y) for x, y, _ in [plain[[(0, i) for i in range(30)]]]]
+    noise, start, ball = found.values()
+    assert abs(start["worst"] - train.sigmoid_loss(model(batches[0][0]), batches[0][1])) < 1e-12
+    for k, value in enumerate(noise["losses"]):
+        assert abs(value - analyze.noisy_loss(model, train.sigmoid_loss, batches, 0.1,
+                                              draw=k)) < 1e-12
+    assert ball["losses"][0] == start["worst"] < ball["worst"]
+    table = capsys.readouterr().out
+    assert f"{noise['mean']:.4g} ± {noise['standard_error']:.2g}" in table, table
+    broken = tmp_path / "broken.pt"  # of which every loss is NaN
+    state = torch.load(two, weights_only=True)
+    state["model"]["head.bias"].fill_(math.nan)
+    torch.save(state, broken)
+    out = ["--checkpoint", str(broken), *out[:2], "--weights", "model"]
+    assert analyze.main([*draw, *out]) == 0
+    text = capsys.readouterr().out
+    assert "its loss is finite nowhere, so it is not drawn" in text, text
+    assert text.splitlines()[-2].split()[-6:] == ["0", *"----9"], text
+    monkeypatch.setattr(analyze, "mean_loss", None)
+    assert analyze.main(flat) == 0, "nothing is left to compute"
+
+
+def test_two_processes_give_the_landscape_and_the_flatness_of_one(
+        tmp_path, monkeypatch, small_shapes):
+    train_ok(tiny(tmp_path / "run", "--max-steps 2 --train-fraction 1"))
+    script = tmp_path / "both.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport analyze, data, train\n"
+        "sys.modules['matplotlib'] = None\n"
+        "data.SHAPES_SPLITS['train'] = (0, 160)\n"
+        f"flags = '--device cpu --dtype float64 --images 40 --checkpoint {tmp_path}/run/ckpt.pt'\n"
+        "out = ['--out-dir', sys.argv[1]]\n"
+        "train.start_processes('cpu')\n"
+        "sys.exit(analyze.main(['landscape', *flags.split(), '--points', '3', *out]) or "
+        "analyze.main(['flatness', *flags.split(), '--draws', '3', '--steps', '2', '--sigma', "
+        "'0.1', '--rho', '0.1', '0.3', *out]))\n")
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             "--nproc_per_node=2", str(script), str(tmp_path / "two")],
+                            capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("results   ") == 2, result.stdout
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "one")])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as end:
+        exec(script.read_text())
+    assert end.value.code == 0
+    for what in ("landscape", "flatness"):
+        one, two = (json.loads((tmp_path / folder / f"{what}.json").read_text())["results"]
+                    for folder in ("one", "two"))
+        assert one == two, what
+
+
+def test_mistakes_in_a_landscape_get_one_line_that_helps(tmp_path, capsys, small_shapes):
+    train_ok(tiny(tmp_path / "run", "--max-steps 1 --train-fraction 1"))
+    run = ["--checkpoint", tmp_path / "run", "--out-dir", tmp_path / "out", "--device", "cpu"]
+    for argv, words in [
+            (["landscape", "--points", "1"], "--points 1: it is at least 2"),
+            (["landscape", "--span", "0"], "--span 0: it is at least 1e-06"),
+            (["landscape", "--span", "nan"], "--span nan: it is at least 1e-06"),
+            (["landscape", "--clip", "0"], "--clip 0: it is at least"),
+            (["landscape", "--clip", "-3"], "--clip -3: it is at least"),
+            (["landscape", "--direction-seed", "-1"], "--direction-seed -1: it is at least 0"),
+            (["landscape", "--images", "161"], "--images 161: a fraction of"),
+            (["landscape", "--images", "-5"], "--images -5: a fraction of -5"),
+            (["landscape", "--images", "1/0"], "--images 1/0: "),
+            (["landscape", "--images", "many"], "--images many: Invalid literal for Fraction"),
+            (["landscape", "--l2", "half"], "invalid choice: 'half'"),
+            (["landscape", "--loss", "supcon"], "invalid choice: 'supcon'"),
+            (["landscape", "--augmneted"], "unknown flag --augmneted; did you mean --augmented"),
+            (["landscape", "--dtype", "bfloat16"], "computed in float32 or float64"),
+            (["flatness", "--sigma", "0.1", "-0.1"], "--sigma -0.1: it is at least 0"),
+            (["flatness", "--rho", "inf"], "--rho inf: it is at least 0"),
+            (["flatness", "--draws", "0"], "--draws 0: it is at least 1"),
+            (["flatness", "--steps", "0"], "--steps 0: it is at least 1")]:
+        line = analyze_refusal(capsys, *argv, *run)
+        assert words in line, (argv, line)
+    assert "no.pt: No such file" in analyze_refusal(capsys, "flatness", "--checkpoint", "no.pt")
+
+
+def test_a_landscape_is_drawn_to_a_top_that_all_networks_reach(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    axis = np.linspace(-1, 1, 5)
+    bowl = 1 + axis[:, None]**2 + axis**2
+    deep = np.where(bowl > 2.2, np.nan, bowl**20)
+    drawn = {}
+
+    def draw(clip):
+        def of(axes):
+            picture = axes[0, 0].figure
+            analyze.draw_landscape(axes, axis, dict(a=bowl, b=deep), "loss", clip)
+            drawn["heights"] = [a.get_zlim() for a in picture.axes if a.name == "3d"]
+        analyze.figure(tmp_path / "x.png", of, 2, 2)
+        return capsys.readouterr().out
+    # bowl's highest is 3, so 9 is the top; deep is 1.25**20 = 86.7 off the centre
+    assert f"{(~(deep <= 9)).sum()} points are not finite or above 9 (--clip)" in draw(None)
+    assert drawn["heights"] == [(1, 9)] * 2
+    text = draw(1e4)
+    assert f"{(~(deep <= 1e4)).sum()} points are not finite or above 1e+04 (--clip)" in text, text
+    assert drawn["heights"][1] == (0, 4), "a logarithmic scale"
+
+
 # ----------------------------------------------------------------------------------- the repository
 
 TRAINS_ALONE = """

@@ -1483,6 +1483,14 @@ def load_training(args, device, tell):
     return train_set, val_set, train_set.part(sample), train_set.part(sample, like=val_set)
 
 
+def mixing(args, num_classes):
+    """A function of float images and labels that mixes them as --mixup and --cutmix say, one of
+    both by a coin: then labels become shares (m, classes). Draws from the default generator."""
+    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in (
+        (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    return v2.RandomChoice(mixes) if mixes else lambda *xy: xy
+
+
 def check_network(args):
     """Builds and calls a network of ours without memory, before the data is read: what does not fit
     is said at once."""
@@ -1620,9 +1628,7 @@ def run(args, origin):
     train_set, val_set, augmented_sample, train_sample = load_training(args, device, tell)
     num_classes = len(train_set.classes)
     workers = worker_count(args, train_set, on_machine)
-    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in (
-        (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
-    mix = v2.RandomChoice(mixes) if mixes else lambda *xy: xy
+    mix = mixing(args, num_classes)
 
     # ---- model
     bare = starting_network(args, origin, num_classes, device, tell)
@@ -1927,7 +1933,7 @@ def run(args, origin):
     # and, where images are mixed, against the shares of their labels (not smoothed).
     if augments(args):
         final["training, augmented"] = measured("training, augmented", augmented_sample)
-    if mixes:
+    if args.mixup or args.cutmix:
         final["training, mixed"] = measured("training, mixed", augmented_sample, mix=mix)
     final["validation"] = result or measured("validation", val_set, attack=True)
     log(final=final, images_per_second=speed)
