@@ -4478,6 +4478,15 @@ def test_max_steps_cuts_a_run_that_then_goes_on_as_if_it_had_not_stopped(tmp_pat
     assert same_tensors(whole["model"], resumed["model"]) and resumed["step"] == 10
 
 
+def test_keep_epochs_keeps_the_weights_of_these_moments(tmp_path):
+    train_ok(tiny(tmp_path / "run", "--keep-epochs warmup 1 2"))  # 5 steps an epoch, warm-up 3
+    for name, step in (("warmup", 3), ("epoch1", 5), ("epoch2", 10)):
+        kept = train.read_checkpoint(tmp_path / f"run/{name}.pt")
+        cut = train_ok(tiny(tmp_path / name, f"--max-steps {step}"))
+        assert kept["step"] == step and same_tensors(kept["model"], cut["model"]), name
+        assert train.is_ours(kept)
+
+
 def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
         tmp_path, capsys, monkeypatch):
     seen, batches = {"train": [], "plain": []}, data.batches
@@ -5196,7 +5205,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     write_image_folder(tmp_path / "images", train=32, val=8)
     settings = (f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 "
                 "--adv-eps 2/255 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 "
-                "--workers 1 --seed 3 --eval-every 12 --save-every 5")
+                "--workers 1 --seed 3 --eval-every 12 --save-every 5 --keep-epochs warmup 30")
     setup = ("--dataset folder --epochs 60 --batch-size 16 --micro-batch 8 --log-every 4 "
              "--warmup-steps 10")
     whole = train_ok(tiny(tmp_path / "whole", settings, dataset=setup))
@@ -5210,6 +5219,9 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     killed = torch.load(tmp_path / "killed/ckpt.pt", weights_only=True)
     for part in ("model", "ema", "optimizer", "scaler", "step", "evaluated", "best", "final"):
         assert same_tensors(whole[part], killed[part]), part
+    for name in ("warmup.pt", "epoch30.pt"):
+        assert same_tensors(*(train.read_checkpoint(tmp_path / run / name)["model"]
+                              for run in ("whole", "killed"))), name
     assert log_without_times(tmp_path / "whole") == log_without_times(tmp_path / "killed")
 
 

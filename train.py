@@ -268,7 +268,7 @@ IN_MEMORY = ("shapes", "cifar10", "cifar100")
 # Where a run computes and what becomes of it: may differ when it is resumed, all else may not.
 FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "out_dir", "resume",
               "dry_run", "list_models", "list_recipes", "eval_only", "eval_split", "max_steps",
-              "save_every"}
+              "save_every", "keep_epochs"}
 MOST_SKIPPED = 25  # steps in a row; a float16 loss scaler skips some at its start, by design
 
 
@@ -458,6 +458,9 @@ def make_parser():
         "CIFAR have a test split, which for CIFAR is also val")
     add("--log-every", type=int, default=50, help="steps between records of log.jsonl")
     add("--save-every", type=int, default=0, help="steps between checkpoints, besides each epoch's")
+    add("--keep-epochs", nargs="+", default=[], metavar="EPOCH", help="keep the weights at the end "
+        "of these epochs, as epoch100.pt; warmup: at that of the warm-up (Park Fig. 1b: warmup "
+        "100 200 300)")
     add("--dry-run", **off, help="print what would happen and stop")
     add("--list-models", **off, help="print them with parameters, FLOPs and "
         "the paper's table or figure, and stop")
@@ -579,6 +582,12 @@ def check(args, origin):
         value = getattr(args, name)
         refuse(not low <= value < 2 ** 63, f"{flag(name)} is {value}; it must be at least {low}"
                + " and below 2^63" * (value > low))
+    for epoch in args.keep_epochs:
+        refuse(epoch != "warmup" and not (epoch.isdecimal() and 0 < int(epoch) <= args.epochs),
+               f"--keep-epochs {epoch}: it takes warmup and epochs from 1 to --epochs, "
+               f"{args.epochs}")
+    refuse("warmup" in args.keep_epochs and args.warmup_steps == args.warmup_epochs == 0,
+           "--keep-epochs warmup: this run has no warm-up")
     for name in ("label_smoothing", "ema_decay", "momentum", "beta1", "beta2"):
         value = getattr(args, name)
         refuse(not 0 <= value < 1, f"{flag(name)} is {value}; it must be at least 0 and below 1")
@@ -1658,6 +1667,8 @@ def run(args, origin):
     warmup_steps = args.warmup_steps + round(args.warmup_epochs * steps_per_epoch)
     total_steps = args.epochs * steps_per_epoch or args.max_steps
     last_step = min(args.max_steps or total_steps, total_steps)
+    kept = {warmup_steps if epoch == "warmup" else int(epoch) * steps_per_epoch:
+            ("" if epoch == "warmup" else "epoch") + f"{epoch}.pt" for epoch in args.keep_epochs}
     micro_batches = args.batch_size // args.micro_batch
     own_micros = range(rank() * micro_batches // world, (rank() + 1) * micro_batches // world)
 
@@ -1917,6 +1928,8 @@ def run(args, origin):
                 raise UserError(
                     f"the last {int(in_a_row)} gradients were not finite: stopped at step "
                     f"{step:,}, learning rate {lr:.3g}; what was saved is in {args.out_dir}")
+        if step in kept:  # before the checkpoint, so that no kill comes between
+            checkpoint(kept[step])
         if step == last_step or step % steps_per_epoch == 0 or (
                 args.save_every and step % args.save_every == 0):
             save_checkpoint()  # before the evaluation, which may be long
