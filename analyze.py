@@ -622,7 +622,7 @@ def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
 
     def start():
         z, g = random_vector(hessian, seed, 0), hessian.gradient()
-        v = z + g / g.norm() if g.norm() > 0 else z
+        v = z + 0.9 * g / g.norm() if g.norm() > 0 else z  # of one parameter too not 0
         n = 2 * iterations + 2
         return dict(basis=[v / v.norm()], C=torch.zeros(n, n, dtype=torch.float64),
                     done=[], waiting=[0], chain=0, before=None)
@@ -675,7 +675,7 @@ def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
             values, residuals, errors = ritz(done)
             scale = values.abs().max()
             enough = (tolerance * values.abs()).clamp(min=100 * eps * scale)  # rounding
-            good = len(values) >= wanted and bool((errors <= enough)[:wanted].all())
+            good = len(values) >= wanted and bool((residuals <= enough)[:wanted].all())
             finished = good and (k == 1 or len(done) == size)
             if good and not finished and state["before"] is None:
                 state["before"] = values[:wanted]
@@ -685,8 +685,8 @@ def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
                 last = values[wanted - 1].item()
                 if which == "magnitude":
                     own, last = abs(own), abs(last)
-                if own + own_residuals < last or own_errors <= max(tolerance * abs(own),
-                                                                   100 * eps * scale):
+                below = own + own_residuals < last and own_residuals <= 0.1 * abs(own)
+                if below or own_residuals <= max(tolerance * abs(own), 100 * eps * scale):
                     finished = bool(((values[:wanted] - state["before"]).abs()
                                      <= enough[:wanted]).all())
                     if not finished:
@@ -852,9 +852,9 @@ def check_numbers(args, **lowest):
 
 def hessian(args, rest):
     """Largest eigenvalues of the Hessian of the mean loss over a fixed part of the training images,
-    prepared as for evaluation, and of its diagonal blocks (Chen et al. Table 1, 3, Appendix C); with
-    --probes its trace and spectral density. The loss is cross-entropy without smoothing or weight
-    decay, --loss sigmoid the other one of the paper, which names none here. BatchNorm is in
+    prepared as for evaluation, and of its diagonal blocks (Chen et al. Table 1, 3, Appendix C);
+    with --probes its trace and spectral density. The loss is cross-entropy without smoothing or
+    weight decay, --loss sigmoid the other one of the paper, which names none here. BatchNorm is in
     evaluation mode. Returns what the JSON holds under "results"."""
     check_numbers(args, k=1, tolerance=0.0, iterations=1, probes=0, steps=1, chunk=1, memory=0)
     if args.method == "power" and args.k > 1:
@@ -1049,7 +1049,7 @@ def attention_size(network, what):
 
 
 def power_law(n, values):
-    """(c, a) of values = c · n^a by least squares of the logarithms; None if that is not defined."""
+    """(c, a) of values = c · n^a by least squares of logarithms; None if that is not defined."""
     if len(set(n)) < 2 or None in values:
         return None
     a, log_c = np.polyfit(np.log(n), np.log(values), 1)
@@ -1772,8 +1772,8 @@ def make_parser():
                   "density (Chen Table 1, 3)")
     add("--params", nargs="+", default=["table3"], help="diagonal blocks: whole, table3 (whole, "
         "embedding, attention or token MLPs, MLPs, first, middle and last block; of a "
-        "convolutional network: whole, stem, stages), or regular expressions, searched for in names of "
-        "parameters (default: table3)")
+        "convolutional network: whole, stem, stages), or regular expressions, searched for in "
+        "names of parameters (default: table3)")
     add("--loss", choices=LOSSES, default="softmax", help="(default: softmax, cross-entropy)")
     add("--method", choices=("lanczos", "power"), default="lanczos", help="power: the paper's 100 "
         "products, for one eigenvalue (default: lanczos)")
