@@ -718,18 +718,19 @@ def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=Non
     a diagonal block (Chen et al. Table 1, 3). -> dict of `eigenvalues`, the wanted first;
     `residuals` ‖H v - λ v‖: within one of its λ there is an eigenvalue of H; `errors`; `converged`;
     `products` with H, `images`, `parameters`, `seconds`. Fewer than k where there are fewer
-    parameters. A kill loses at most what was done since `saved`, a Saved, was written.
+    parameters. A kill loses at most what was done since `saved`, a Saved, was written. Time grows
+    linearly in images × products.
 
     lanczos: the best approximations within the span of v, H v, H² v, …, all of it kept orthogonal;
     v is half random and half the gradient, which lies close to the leading eigenvectors. It stops
-    where each error is below tolerance · |λ| (or of 100 roundings of the largest |λ|), or after
-    so many iterations, not converged. An error is min(r, r²/gap) (Kato and Temple), r the residual
-    and gap the distance to the nearest other value less that one's own residual; it holds if none
-    was missed. Spaces that grow from one vector see one direction of an eigenvalue, so for k > 1
-    a second one grows from a random vector orthogonal to the first: until its largest value plus
-    residual stays below the k-th, or is itself accurate; where that changed the values, a third. A
-    space that is exhausted is followed by another. Memory: a vector of parameters' size for
-    each product.
+    where each residual r is below tolerance · |λ| (or 100 roundings of the largest |λ|), or, not
+    converged, after so many iterations. `errors` are the usual, much smaller min(r, r²/gap) (Kato
+    and Temple), gap the distance to the nearest other value less that one's residual; they hold
+    unless two eigenvalues closer than r were taken for one. Spaces that grow from one vector see
+    one direction of a multiple eigenvalue, so for k > 1 a second one grows from a random vector
+    orthogonal to the first, until its largest value is known to 10 % and, with its residual, below
+    the k-th, or to the tolerance; where it changed the values, a third. A space that is exhausted
+    is followed by another. Memory: a vector of parameters' size for each product.
 
     power: the paper's (Appendix C: 100 iterations): v ← H v / ‖H v‖ and λ = vᵀ H v; one value only,
     of largest magnitude: if that is negative, it is what is returned, whatever `which`."""
@@ -864,7 +865,7 @@ def hessian(args, rest):
     of = f"{args.loss}, {args.images} images"
     how = (f"power, {args.iterations}" if args.method == "power" else
            f"{args.k} by {args.which}, tolerance {args.tolerance:g}, at most {args.iterations}")
-    rows, densities = [], {}
+    rows, shown = [], {}
     for name, settings, origin in named:
         dataset = training_images(settings, device, args.images, tell)
         model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
@@ -887,15 +888,16 @@ def hessian(args, rest):
                         results.put(name, part, job(memory=args.memory, saved=saved,
                                                     tick=bar.update))
                     saved.remove()
-            found, *density = (results.parts[name][part] for part in jobs)
+            shown[name, block] = [results.parts[name][part] for part in jobs]
+            found, *density = shown[name, block]
             row = {"network": name, "block": block, "parameters": found["parameters"]}
             row |= {f"λ{i + 1}": f"{value:.4g}" for i, value in enumerate(found["eigenvalues"])}
-            row |= {"error ≤": f"{max(found['errors']):.1g}", "products": found["products"],
+            row |= {"error": f"{max(found['errors']):.1g}", "products": found["products"],
                     "s": f"{found['seconds']:.1f}"}
             for numbers in density:
-                densities[name, block] = numbers
                 error = numbers["trace_error"]
-                row["trace"] = f"{numbers['trace']:.4g}" + f" ± {error:.1g}" * (error is not None)
+                row["trace"] = f"{numbers['trace']:.4g}"
+                row["trace"] += "" if error is None else f" ± {error:.1g}"
             rows.append(row)
             if not found["converged"]:
                 tell(f"{block}: not within {args.tolerance:g} after {found['products']} products"
@@ -905,37 +907,39 @@ def hessian(args, rest):
                      "iteration finds no other; --method lanczos finds the largest")
     if train.rank() == 0:
         print_rows(rows)
-        figure(results.path.with_suffix(".png"), lambda axes: draw_hessian(axes, rows, densities),
-               columns=1 + bool(densities))
+        figure(results.path.with_suffix(".png"), lambda axes: draw_hessian(axes, shown),
+               columns=2 if args.probes else 1)
         tell(f"results   {results.path}")
     return results.parts
 
 
-def draw_hessian(axes, rows, densities):
+def draw_hessian(axes, shown):
     """A bar for each network and block (Chen et al. Table 3), and spectral densities."""
-    bars, lines = axes if densities else (axes, None)
-    blocks = list(dict.fromkeys(row["block"] for row in rows))
-    names = list(dict.fromkeys(row["network"] for row in rows))
+    bars, lines = axes if isinstance(axes, np.ndarray) else (axes, None)
+    names, blocks = (list(dict.fromkeys(column)) for column in zip(*shown))
     for i, name in enumerate(names):
-        own = [row for row in rows if row["network"] == name]
-        bars.bar([blocks.index(row["block"]) + 0.8 * (i + 0.5) / len(names) - 0.4 for row in own],
-                 [float(row["λ1"]) for row in own], 0.8 / len(names), label=name)
-    bars.set_yscale("symlog" if min(float(row["λ1"]) for row in rows) <= 0 else "log")
+        own = {blocks.index(block): found[0]["eigenvalues"][0]
+               for (of, block), found in shown.items() if of == name}
+        bars.bar([x + 0.8 * (i + 0.5) / len(names) - 0.4 for x in own], list(own.values()),
+                 0.8 / len(names), label=name)
+    below = any(found[0]["eigenvalues"][0] <= 0 for found in shown.values())
+    bars.set_yscale("symlog" if below else "log")
     bars.set_xticks(range(len(blocks)), blocks, rotation=30, ha="right")
-    bars.set_ylabel("largest eigenvalue of the Hessian")
+    bars.set_ylabel("eigenvalue of the Hessian")
     bars.legend(fontsize=6)
-    for (name, block), numbers in densities.items():
-        nodes, weights = (np.concatenate(numbers[key]) for key in ("nodes", "weights"))
-        low, high = nodes.min(), nodes.max()
-        width = (high - low or 1) / 100
-        at = np.linspace(low - 5 * width, high + 5 * width, 1000)
-        lines.plot(at, kernel_density(at, nodes, weights / len(numbers["nodes"]), width),
-                   label=f"{name}, {block}")
-    if densities:
+    for (name, block), (_, *densities) in shown.items():
+        for found in densities:
+            nodes, weights = (np.concatenate(found[key]) for key in ("nodes", "weights"))
+            low, high = nodes.min(), nodes.max()
+            width = (high - low or 1) / 100
+            at = np.linspace(low - 5 * width, high + 5 * width, 1000)
+            lines.plot(at, kernel_density(at, nodes, weights / len(found["nodes"]), width),
+                       label=f"{name}, {block}")
+    if lines:
         lines.set_yscale("log")
         lines.set_ylim(bottom=1e-7)
         lines.set_xlabel("eigenvalue")
-        lines.set_ylabel("density, Gaussians of σ = 1 % of the range")
+        lines.set_ylabel("density, Gaussians of σ = 1 % of its range")
         lines.legend(fontsize=6)
 
 
