@@ -650,18 +650,19 @@ def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
         waiting.append(len(basis) - 1)
 
     def begin_chain():
-        state["chain"] = len(done)
+        state["chain"] = len(basis)
         if len(basis) < size:
             w = random_vector(hessian, seed, len(basis))
             orthogonalise(w)
             extend(w)
 
-    def ritz(of):
-        """Of H within the span of some of the basis, the wanted first: eigenvalues, norms of their
-        residuals, estimates of their errors."""
+    def ritz(first=0):
+        """Of H within the span of the basis from its vector `first`, the wanted first: eigenvalues,
+        norms of their residuals there, estimates of their errors."""
+        of, rest = ([j for j in some if j >= first] for some in (done, waiting))
         inside = C[of][:, of]
         values, vectors = torch.linalg.eigh((inside + inside.T) / 2)
-        residuals = (C[waiting][:, of] @ vectors).norm(dim=0)
+        residuals = (C[rest][:, of] @ vectors).norm(dim=0)
         gaps = (values[:, None] - values).abs() - residuals  # to where another one may be
         gaps.fill_diagonal_(math.inf if len(of) > 1 else 0)
         gaps = gaps.min(1).values
@@ -672,7 +673,7 @@ def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
     eps = torch.finfo(like.dtype).eps
     while True:
         if done:
-            values, residuals, errors = ritz(done)
+            values, residuals, errors = ritz()
             scale = values.abs().max()
             enough = (tolerance * values.abs()).clamp(min=100 * eps * scale)  # rounding
             good = len(values) >= wanted and bool((residuals <= enough)[:wanted].all())
@@ -680,13 +681,13 @@ def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
             if good and not finished and state["before"] is None:
                 state["before"] = values[:wanted]
                 begin_chain()
-            elif good and not finished and len(done) > state["chain"]:
-                own, own_residuals, own_errors = (v[0].item() for v in ritz(done[state["chain"]:]))
+            elif good and not finished and max(done) >= state["chain"]:
+                own, own_residual, _ = (v[0].item() for v in ritz(state["chain"]))
                 last = values[wanted - 1].item()
                 if which == "magnitude":
                     own, last = abs(own), abs(last)
-                below = own + own_residuals < last and own_residuals <= 0.1 * abs(own)
-                if below or own_residuals <= max(tolerance * abs(own), 100 * eps * scale):
+                below = own + own_residual < last and own_residual <= 0.1 * abs(own)
+                if below or own_residual <= max(tolerance * abs(own), 100 * eps * scale):
                     finished = bool(((values[:wanted] - state["before"]).abs()
                                      <= enough[:wanted]).all())
                     if not finished:
@@ -728,8 +729,9 @@ def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=Non
     and Temple), gap the distance to the nearest other value less that one's residual; they hold
     unless two eigenvalues closer than r were taken for one. Spaces that grow from one vector see
     one direction of a multiple eigenvalue, so for k > 1 a second one grows from a random vector
-    orthogonal to the first, until its largest value is known to 10 % and, with its residual, below
-    the k-th, or to the tolerance; where it changed the values, a third. A space that is exhausted
+    orthogonal to the first, in whose complement the other directions are, until the largest value
+    there is known to 10 % and, with its residual, below the k-th, or to the tolerance; where the
+    k values changed meanwhile, a third. A space that is exhausted
     is followed by another. Memory: a vector of parameters' size for each product.
 
     power: the paper's (Appendix C: 100 iterations): v ← H v / ‖H v‖ and λ = vᵀ H v; one value only,
@@ -927,13 +929,12 @@ def draw_hessian(axes, shown):
     bars.set_xticks(range(len(blocks)), blocks, rotation=30, ha="right")
     bars.set_ylabel("eigenvalue of the Hessian")
     bars.legend(fontsize=6)
-    for (name, block), (_, *densities) in shown.items():
-        for found in densities:
-            nodes, weights = (np.concatenate(found[key]) for key in ("nodes", "weights"))
-            low, high = nodes.min(), nodes.max()
-            width = (high - low or 1) / 100
-            at = np.linspace(low - 5 * width, high + 5 * width, 1000)
-            lines.plot(at, kernel_density(at, nodes, weights / len(found["nodes"]), width),
+    for (name, block), (_, *densities) in shown.items() if lines else ():
+        if block == blocks[0]:  # all would be a thicket
+            nodes, weights = (np.concatenate(densities[0][key]) for key in ("nodes", "weights"))
+            width = (np.ptp(nodes) or 1) / 100
+            at = np.linspace(nodes.min() - 5 * width, nodes.max() + 5 * width, 1000)
+            lines.plot(at, kernel_density(at, nodes, weights / len(densities[0]["nodes"]), width),
                        label=f"{name}, {block}")
     if lines:
         lines.set_yscale("log")

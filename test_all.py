@@ -6250,8 +6250,10 @@ def test_components_are_the_rows_of_table_3():
     for name, rows in {
             "vit_micro8": {"embedding": "patch_embed.proj.weight",
                            "MSAs or token MLPs": "blocks.2.attn.qkv.bias",
-                           "MLPs or channel MLPs": "blocks.2.mlp.fc1.bias", "block 1 of 4": "blocks.0.norm1.bias", "block 2 of 4":
-                           "blocks.1.norm2.bias", "block 4 of 4": "blocks.3.attn.proj.bias"},
+                           "MLPs or channel MLPs": "blocks.2.mlp.fc1.bias",
+                           "block 1 of 4": "blocks.0.norm1.bias",
+                           "block 2 of 4": "blocks.1.norm2.bias",
+                           "block 4 of 4": "blocks.3.attn.proj.bias"},
             "mixer_micro8": {"embedding": "stem.proj.weight",
                              "MSAs or token MLPs": "blocks.0.mlp_tokens.fc1.bias",
                              "MLPs or channel MLPs": "blocks.0.mlp_channels.fc1.bias",
@@ -6351,7 +6353,7 @@ def test_a_spectrum_is_of_the_augmented_mixed_regularised_mini_batches(
     dataset.restrict(data.subset(dataset.labels, Fraction(13, 160)))
     dataset.restrict(torch.randperm(13, generator=torch.Generator().manual_seed(data.key(5, 3))))
     mix = v2.MixUp(alpha=0.5, num_classes=12)
-    found, eigenvalues = [], []
+    eigenvalues = []
     for b in range(3):
         x, y, _ = dataset[[(0, i) for i in range(4 * b, 4 * b + 4)]]
         torch.manual_seed(data.key(5, -1, b, 2))
