@@ -6293,9 +6293,9 @@ for argv in json.load(open(sys.argv[1])):
 dist.destroy_process_group()
 """
 GEOMETRIES = {
-    "hessian": "--images 15 --chunk 4 --k 2 --which magnitude --params whole attn --probes 2 "
+    "hessian": "--images 9 --chunk 4 --k 2 --which magnitude --params attn --probes 2 "
                "--steps 3",
-    "spectrum": "--images 18 --batch 4 --k 2 --mixup 0.5 --augment crop"}
+    "spectrum": "--images 13 --batch 4 --k 2 --mixup 0.5 --augment crop"}
 
 
 def numbers_in(value):
@@ -6340,7 +6340,7 @@ def test_a_spectrum_is_of_the_augmented_mixed_regularised_mini_batches(
                   "--batch-size 32 --micro-batch 8 --epochs 2 --warmup-steps 3"))
     file = str(tmp_path / "run/ckpt.pt")
     command = ["spectrum", "--device", "cpu", "--workers", "0", "--dtype", "float64", "--images",
-               "13", "--batch", "4", "--k", "2", "--checkpoint", file]
+               "13", "--batch", "4", "--k", "2", "--tolerance", "1e-4", "--checkpoint", file]
     assert analyze.main(command) == 0
     text = capsys.readouterr().out
     results = json.loads((tmp_path / "run/spectrum.json").read_text())["results"]
@@ -6365,7 +6365,7 @@ def test_a_spectrum_is_of_the_augmented_mixed_regularised_mini_batches(
             penalty = sum(p.square().sum() for p in model.parameters())
             return -(y * logits.log_softmax(1)).sum() / 4 + 0.15 * penalty
 
-        want = analyze.hessian_eigenvalues(model, loss, [(x, y)], 2, "magnitude")
+        want = analyze.hessian_eigenvalues(model, loss, [(x, y)], 2, "magnitude", tolerance=1e-4)
         part = next(v for key, v in parts.items() if key.endswith(f": {b}"))
         assert np.allclose(part["eigenvalues"], want["eigenvalues"], rtol=1e-6), (part, want)
         eigenvalues += part["eigenvalues"]
