@@ -998,6 +998,7 @@ def spectrum(args, rest):
         model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
         dataset.restrict(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(
             data.key(settings.seed, 3))))
+        sizes = {what: attention_size(model.network, what) for what in [args.against] if what}
         loss = functools.partial(train.softmax_loss, smoothing=settings.label_smoothing)
         mix = train.mixing(settings, len(dataset.classes))
         what = (f"{args.k} of batches of {args.batch}, {args.images} images, decay "
@@ -1021,10 +1022,8 @@ def spectrum(args, rest):
         nep, ape = nep_ape(spectra[name])
         numbers = dict(nep=nep, ape=ape, batches=count, products=sum(f["products"] for f in found),
                        not_converged=sum(not f["converged"] for f in found))
-        if args.against:
-            numbers[args.against] = attention_size(model.network, args.against)
-        results.put(name, what, numbers)
-        rows.append({"network": name} | numbers)
+        results.put(name, what, numbers | sizes)
+        rows.append({"network": name} | numbers | sizes)
     fitted = None
     if args.against:
         fitted = power_law([row[args.against] for row in rows], [row["ape"] for row in rows])
