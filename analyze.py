@@ -7,6 +7,8 @@
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
     python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
+    python analyze.py hessian --checkpoint RUN/ckpt.pt      largest eigenvalues (Chen Table 1, 3)
+    python analyze.py spectrum --checkpoint A/ckpt.pt B/ckpt.pt     Park Fig. 1b, 4, 6, C.2-C.7
     python analyze.py landscape --checkpoint A/ckpt.pt B/ckpt.pt    Chen Fig. 1, B.1; --augmented
         --l2 half-square: Park Fig. 1a, C.4a, C.7
     python analyze.py flatness --checkpoint RUN/ckpt.pt     loss under noise on the weights, worst
@@ -32,6 +34,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -105,6 +108,7 @@ def fingerprint(path):
 # Settings of train.py that decide a network's numbers; others, as of its training, do not.
 DECIDES = ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side", "model", "dtype",
            "weights", "mean", "std", *train.MODEL_FLAGS)
+LOSSES = {"softmax": train.softmax_loss, "sigmoid": train.sigmoid_loss}
 AUGMENTS = ("augment", "autoaugment", "randaugment", "randaugment_prob", "randaugment_of",
             "erasing", "flip")
 # What of its training further decides the numbers of an analysis of the loss or the weights.
@@ -232,14 +236,16 @@ class Batches:
     """A data set's images in fixed batches on the model's device: iterates over (x, y), always the
     same, augmentation included; x float (B, 3, H, W) in [0, 1], y classes (B,) or, where `mix`
     (a function of x and y, as of train.py) makes them, shares (B, classes). Of n processes each has
-    every n-th batch, or all of them, where not split. Once read, up to KEPT bytes of images stay in
-    memory."""
+    every n-th batch, or all of them, where not split, or the one numbered `only`. Once read, up to
+    KEPT bytes of images stay in memory."""
     KEPT = 8 * 2**30
 
-    def __init__(self, dataset, model, batch_size, workers=0, mix=None, seed=0, split=True):
+    def __init__(self, dataset, model, batch_size, workers=0, mix=None, seed=0, split=True,
+                 only=None):
         self.model, self.mix, self.seed, self.total = model, mix, seed, len(dataset)
         first, each = (train.rank(), world_size()) if split else (0, 1)
         starts = range(first * batch_size, len(dataset), each * batch_size)
+        starts = starts if only is None else [only * batch_size]
         order = [[(0, i) for i in range(start, min(start + batch_size, len(dataset)))]
                  for start in starts]
         self.numbers = [start // batch_size for start in starts]
@@ -463,9 +469,640 @@ def draw_robustness(axes, summaries):
     axes.legend(fontsize=6)
 
 
+# ----------------------------------------------------------------------------- hessian and spectrum
+
+class Hessian:
+    """Products with the Hessian H of the loss
+
+        L(w) = 1/n Σ_i ℓ(f(x_i; w), y_i) + ½ · decay · ‖w‖²
+
+    over `params` w, of which there are `size`: all, or some for a diagonal block. A model is called
+    as it is: see `exactly`. The graph of a batch's gradient is built once and kept, as long as all
+    of them hold less than `memory` GiB (counted as autograd saves tensors); what does not fit is
+    built again for each call, which takes about half as long again. One batch has to fit besides.
+
+    batches: any re-iterable of (x, y), y classes (B,) or shares (B, classes). Under torchrun each
+    process gives its own, and H is that of all of them; alone: of this process's only.
+    loss: of logits and y, mean over the batch. tick: is told of images that are done."""
+
+    def __init__(self, model, loss, batches, params=None, decay=0.0, memory=4.0, alone=False,
+                 tick=None):
+        self.model, self.loss, self.batches, self.decay = model, loss, batches, decay
+        self.params = list(model.parameters() if params is None else params)
+        self.sizes = [p.numel() for p in self.params]
+        self.size, self.room, self.kept, self.all_kept = sum(self.sizes), memory * 2**30, [], False
+        self.together, self.images = dist.is_initialized() and not alone, 0
+        self.tick = tick or (lambda images: None)
+
+    def gradients(self):
+        """Of each batch its size and the gradient of its summed loss, with the graph."""
+        kept = len(self.kept)
+        yield from self.kept
+        for x, y in [] if self.all_kept else itertools.islice(self.batches, kept, None):
+            held = {}
+
+            def note(tensor):
+                storage = tensor.untyped_storage()
+                held[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                loss = self.loss(self.model(x), y) * len(x)
+                grads = torch.autograd.grad(loss, self.params, create_graph=True,
+                                            materialize_grads=True)
+            for p in self.params:
+                held.pop(p.untyped_storage().data_ptr(), None)
+            self.room -= sum(held.values())
+            if self.room >= 0:
+                self.kept.append((len(x), grads))
+            yield len(x), grads
+        self.all_kept = self.room >= 0
+
+    def mean(self, of_batch, vectors):
+        """1/n Σ over batches of of_batch(gradients, vector), for each of the vectors (size,)."""
+        sums = [torch.zeros(self.size).to(self.params[0]) for _ in vectors]
+        count = torch.zeros((), dtype=torch.float64)
+        for images, grads in self.gradients():
+            for total, v in zip(sums, vectors):
+                total += of_batch(grads, v)
+            count += images
+            self.tick(images * len(vectors))
+        if self.together:
+            for tensor in (*sums, count):
+                dist.all_reduce(tensor)
+        self.images = int(count)
+        if not self.images:
+            raise ValueError("there are no batches, so there is no mean loss")
+        return [total.div_(self.images) for total in sums]
+
+    def gradient(self):
+        """Of the mean loss without its penalty, (size,)."""
+        return self.mean(lambda grads, _: torch.cat([g.detach().flatten() for g in grads]), [0])[0]
+
+    def __call__(self, *vectors):
+        """Vectors (size,) -> a list of their products."""
+        def product(grads, v):
+            pairs = [(g, part.view_as(g)) for g, part in zip(grads, v.split(self.sizes))
+                     if g.requires_grad]  # else the loss is linear in these, or without them
+            if not pairs:
+                return torch.zeros_like(v)
+            rows = torch.autograd.grad([g for g, _ in pairs], self.params, [u for _, u in pairs],
+                                       retain_graph=True, materialize_grads=True)
+            return torch.cat([row.flatten() for row in rows])
+
+        return [h.add_(v, alpha=self.decay) for h, v in zip(self.mean(product, vectors), vectors)]
+
+
+@contextmanager
+def hessian_of(model, loss, batches, params=None, **options):
+    """A Hessian of a model in evaluation mode (BatchNorm with its running statistics, no dropout),
+    in the exact arithmetic of `exactly`. params: some of model.parameters()."""
+    with exactly(model, next(model.parameters()).device):
+        if params is not None:
+            for p in model.parameters():
+                p.requires_grad_(False)
+            for p in params:
+                p.requires_grad_(True)
+        yield Hessian(model, loss, batches, params, **options)
+
+
+class Saved:
+    """The state of a long computation in a file, from which it goes on after a kill: a dict of
+    tensors and plain types, written every `seconds` of work, removed when the result is safe.
+    Without a path nothing is kept."""
+
+    def __init__(self, path=None, seconds=120):
+        self.path, self.seconds, self.before = path, seconds, 0.0
+        self.began = self.written = time.monotonic()
+
+    def load(self, new):
+        """What was kept, or else what new() makes."""
+        there = self.path and train.on_main(self.path.exists)
+        state = train.on_main(lambda: train.read_checkpoint(self.path)) if there else new()
+        self.before = state.pop("spent", 0.0)
+        return state
+
+    def spent(self):
+        """Seconds of work, with those before a kill."""
+        return self.before + time.monotonic() - self.began
+
+    def keep(self, state):
+        if self.path and train.rank() == 0 and time.monotonic() - self.written >= self.seconds:
+            state = state | dict(spent=self.spent())
+            train.write_file(self.path, lambda file: torch.save(state, file))
+            self.written = time.monotonic()
+
+    def remove(self):
+        if self.path and train.rank() == 0:
+            self.path.unlink(missing_ok=True)
+
+
+def random_vector(hessian, *seed, signs=False):
+    """Of unit length, normal or, with signs, ±. Drawn in float32 on the CPU, it depends on its seed
+    only and is the same on all processes."""
+    v = torch.randn(hessian.size, dtype=torch.float32,
+                    generator=torch.Generator().manual_seed(data.key(*seed)))
+    v = (v.sign() if signs else v).to(hessian.params[0])
+    return v / v.norm()
+
+
+def power(hessian, iterations, seed, saved):
+    """v ← H v / ‖H v‖ from a normal start -> λ = vᵀ H v, ‖H v - λ v‖, products."""
+    state = saved.load(lambda: dict(v=random_vector(hessian, seed, 0), i=0))
+    while state["i"] < iterations:
+        v = state["v"].to(hessian.params[0])
+        w, = hessian(v)
+        value = v @ w
+        residual, length = (w - value * v).norm().item(), w.norm().item()
+        state = dict(v=w / length if length else v, i=state["i"] + 1, value=value.item(),
+                     residual=residual)
+        saved.keep(state)
+    return [state["value"]], [state["residual"]], state["i"]
+
+
+def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
+    """What hessian_eigenvalues describes -> values, residuals, errors, converged, products."""
+    like, size, wanted = hessian.params[0], hessian.size, min(k, hessian.size)
+
+    def start():
+        z, g = random_vector(hessian, seed, 0), hessian.gradient()
+        v = z + 0.9 * g / g.norm() if g.norm() > 0 else z  # of one parameter too not 0
+        n = 2 * iterations + 2
+        return dict(basis=[v / v.norm()], C=torch.zeros(n, n, dtype=torch.float64),
+                    done=[], waiting=[0], chain=0, before=None)
+
+    state = saved.load(start)
+    basis, C = [v.to(like) for v in state["basis"]], state["C"]  # C_ij = v_iᵀ H v_j
+    done, waiting = state["done"], state["waiting"]  # those that H was, was not yet applied to
+
+    def orthogonalise(w):
+        """w minus its part in the span of the basis, in place -> that part's coefficients."""
+        coefficients = torch.zeros(len(basis), dtype=torch.float64)
+        for _ in range(2):  # twice is enough (Kahan and Parlett)
+            inner = []
+            for v in basis:
+                inner.append(v @ w)
+                w -= inner[-1] * v
+            coefficients += torch.stack(inner).double().cpu()
+        return coefficients
+
+    def extend(w):
+        """w, of any length but 0, becomes the next vector of the basis."""
+        w = w / w.norm()
+        orthogonalise(w)
+        basis.append(w / w.norm())
+        waiting.append(len(basis) - 1)
+
+    def begin_chain():
+        state["chain"] = len(basis)
+        if len(basis) < size:
+            w = random_vector(hessian, seed, len(basis))
+            orthogonalise(w)
+            extend(w)
+
+    def ritz(first=0):
+        """Of H within the span of the basis from its vector `first`, the wanted first: eigenvalues,
+        norms of their residuals there, estimates of their errors."""
+        of, rest = ([j for j in some if j >= first] for some in (done, waiting))
+        inside = C[of][:, of]
+        values, vectors = torch.linalg.eigh((inside + inside.T) / 2)
+        residuals = (C[rest][:, of] @ vectors).norm(dim=0)
+        gaps = (values[:, None] - values).abs() - residuals  # to where another one may be
+        gaps.fill_diagonal_(math.inf if len(of) > 1 else 0)
+        gaps = gaps.min(1).values
+        errors = torch.where(gaps > residuals, residuals**2 / gaps, residuals)
+        order = (values.abs() if which == "magnitude" else values).argsort(descending=True)
+        return values[order], residuals[order], errors[order]
+
+    eps = torch.finfo(like.dtype).eps
+    while True:
+        if done:
+            values, residuals, errors = ritz()
+            scale = values.abs().max()
+            enough = (tolerance * values.abs()).clamp(min=100 * eps * scale)  # rounding
+            good = len(values) >= wanted and bool((residuals <= enough)[:wanted].all())
+            finished = good and (k == 1 or len(done) == size)
+            if good and not finished and state["before"] is None:
+                state["before"] = values[:wanted]
+                begin_chain()
+            elif good and not finished and max(done) >= state["chain"]:
+                own, own_residual, _ = (v[0].item() for v in ritz(state["chain"]))
+                last = values[wanted - 1].item()
+                if which == "magnitude":
+                    own, last = abs(own), abs(last)
+                below = own + own_residual < last and own_residual <= 0.1 * abs(own)
+                if below or own_residual <= max(tolerance * abs(own), 100 * eps * scale):
+                    finished = bool(((values[:wanted] - state["before"]).abs()
+                                     <= enough[:wanted]).all())
+                    if not finished:
+                        state["before"] = values[:wanted]
+                        begin_chain()
+            if finished or len(done) == min(iterations, size):
+                break
+        if not waiting:
+            begin_chain()
+        j = waiting.pop()
+        w, = hessian(basis[j])
+        length = w.norm().item()
+        row = orthogonalise(w)
+        C[j, :len(row)] = C[:len(row), j] = row
+        done.append(j)
+        rest = w.norm().item()
+        if rest > 10 * eps * length and len(basis) < size:
+            extend(w)
+            C[j, len(row)] = C[len(row), j] = rest
+        saved.keep(state | dict(basis=basis))
+    return [v[:wanted].tolist() for v in (values, residuals, errors)], finished, len(done)
+
+
+def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=None, *,
+                        method="lanczos", tolerance=0.01, iterations=100, decay=0.0, seed=0,
+                        saved=None, **options):
+    """The k largest eigenvalues, "algebraic" or by "magnitude" with their sign, of the Hessian of
+    a loss L (`Hessian` has the formula and further options) by all parameters of a model or some,
+    a diagonal block (Chen et al. Table 1, 3). -> dict of `eigenvalues`, the wanted first;
+    `residuals` ‖H v - λ v‖: within one of its λ there is an eigenvalue of H; `errors`; `converged`;
+    `products` with H, `images`, `parameters`, `seconds`. Fewer than k where there are fewer
+    parameters. A kill loses at most what was done since `saved`, a Saved, was written. Time grows
+    linearly in images × products.
+
+    lanczos: the best approximations within the span of v, H v, H² v, …, all of it kept orthogonal;
+    v is half random and half the gradient, which lies close to the leading eigenvectors. It stops
+    where each residual r is below tolerance · |λ| (or 100 roundings of the largest |λ|), or, not
+    converged, after so many iterations. `errors` are the usual, much smaller min(r, r²/gap) (Kato
+    and Temple), gap the distance to the nearest other value less that one's residual; they hold
+    unless two eigenvalues closer than r were taken for one. Spaces that grow from one vector see
+    one direction of a multiple eigenvalue, so for k > 1 a second one grows from a random vector
+    orthogonal to the first, in whose complement the other directions are, until the largest value
+    there is known to 10 % and, with its residual, below the k-th, or to the tolerance; where the
+    k values changed meanwhile, a third. A space that is exhausted
+    is followed by another. Memory: a vector of parameters' size for each product.
+
+    power: the paper's (Appendix C: 100 iterations): v ← H v / ‖H v‖ and λ = vᵀ H v; one value only,
+    of largest magnitude: if that is negative, it is what is returned, whatever `which`."""
+    saved = saved or Saved()
+    if k < 1 or iterations < 1 or method == "power" and k > 1:
+        raise ValueError(f"k = {k}, iterations = {iterations}: at least 1, and for power k = 1")
+    with hessian_of(model, loss, batches, params, decay=decay, **options) as H:
+        if method == "power":
+            values, residuals, products = power(H, iterations, seed, saved)
+            errors, good = residuals, residuals[0] <= tolerance * abs(values[0])
+        else:
+            (values, residuals, errors), good, products = lanczos(H, k, which, tolerance,
+                                                                  iterations, seed, saved)
+        return dict(eigenvalues=values, residuals=residuals, errors=errors, converged=good,
+                    products=products, images=H.images, parameters=H.size, seconds=saved.spent())
+
+
+def hessian_density(model, loss, batches, probes=10, steps=50, params=None, *, decay=0.0, seed=0,
+                    saved=None, **options):
+    """Trace and spectral density of a Hessian, as PyHessian (Yao et al. 2020, 1912.07145) has them,
+    from `probes` random vectors z of ±1 (Rademacher). -> dict of `trace`, the mean of zᵀ H z
+    (Hutchinson), `trace_error`, the standard error of that mean (None of one), and for each
+    probe `nodes` θ_j and `weights` τ_j: Gauss quadrature of the density weighted by z, by `steps`
+    products of Lanczos from z/‖z‖; Σ_j τ_j = 1. With a Gaussian in place of each node
+
+        φ(t) = 1/probes Σ_probes Σ_j τ_j N(t; θ_j, σ²),
+
+    which kernel_density computes. The three-term recurrence is not orthogonalised: copies of a node
+    that rounding makes share its weight. Memory: three vectors for each probe; all probes
+    take their product together, so a graph that is not kept is built `steps` times."""
+    saved = saved or Saved()
+    if probes < 1 or steps < 1:
+        raise ValueError(f"probes = {probes}, steps = {steps}: at least 1")
+    with hessian_of(model, loss, batches, params, decay=decay, **options) as H:
+        state = saved.load(lambda: dict(
+            now=[random_vector(H, seed, i, signs=True) for i in range(probes)],
+            before=[None] * probes, alphas=[[] for _ in range(probes)],
+            betas=[[] for _ in range(probes)]))
+        alphas, betas = state["alphas"], state["betas"]
+        now, before = ([v if v is None else v.to(H.params[0]) for v in state[name]]
+                       for name in ("now", "before"))
+        eps, steps = torch.finfo(H.params[0].dtype).eps, min(steps, H.size)
+        while running := [i for i in range(probes) if len(alphas[i]) == len(betas[i])]:
+            for i, w in zip(running, H(*(now[i] for i in running))):
+                length, a = w.norm().item(), now[i] @ w
+                w -= a * now[i]
+                if before[i] is not None:
+                    w -= betas[i][-1] * before[i]
+                alphas[i].append(a.item())
+                rest = w.norm().item()
+                if rest > 10 * eps * length and len(alphas[i]) < steps:  # else it ends here
+                    betas[i].append(rest)
+                    before[i], now[i] = now[i], w / rest
+            saved.keep(dict(now=now, before=before, alphas=alphas, betas=betas))
+        traces = torch.tensor([a[0] * H.size for a in alphas], dtype=torch.float64)
+        quadratures = []
+        for a, b in zip(alphas, betas):
+            a, b = (torch.tensor(v, dtype=torch.float64) for v in (a, b))
+            values, vectors = torch.linalg.eigh(a.diag() + b.diag(1) + b.diag(-1))
+            quadratures.append((values.tolist(), vectors[0].square().tolist()))
+        return dict(trace=traces.mean().item(), trace_error=(
+            (traces.std() / probes**0.5).item() if probes > 1 else None),
+            nodes=[nodes for nodes, _ in quadratures], weights=[w for _, w in quadratures],
+            products=sum(map(len, alphas)), images=H.images, parameters=H.size,
+            seconds=saved.spent())
+
+
+def kernel_density(at, points, weights, width):
+    """Σ_i weights_i · N(t; points_i, width²) at each t of an array; width: one or of each point."""
+    z = (np.asarray(at)[:, None] - points) / width
+    return np.exp(-z**2 / 2) / (math.sqrt(2 * math.pi) * np.asarray(width)) @ np.asarray(weights)
+
+
+def components(network, wanted=("table3",)):
+    """{name: parameters} of diagonal blocks: "whole"; "table3", all that Chen et al. Table 3 has;
+    others are regular expressions, searched for in the names of network.named_parameters().
+
+    Of ViT, PiT, Swin and Mixer, Table 3's are: the embedding, the layer that makes tokens of the
+    image, without class token and positions (§4.4: the first linear embedding layer); all MSAs or
+    token MLPs; all MLPs or channel MLPs, both without norms; the first, middle and last block, 1, 6
+    and 12 of 12, with norms. A convolutional network has its stem and stages instead."""
+    names = dict(network.named_parameters())
+    found = [re.match(r"((.*\.)?blocks|features\.[1357])\.\d+\.", name) for name in names]
+    blocks = list(dict.fromkeys(match[0] for match in found if match))
+    table = {"whole": ""}
+    if blocks:
+        table |= {"embedding": r"^(patch_embed|stem|features\.0)\.",
+                  "MSAs or token MLPs": r"\.(attn|mlp_tokens)\.",
+                  "MLPs or channel MLPs": r"\.(mlp|mlp_channels)\."}
+        for i in sorted({1, (len(blocks) + 1) // 2, len(blocks)}):
+            table[f"block {i} of {len(blocks)}"] = "^" + re.escape(blocks[i - 1])
+    else:
+        table["stem"] = r"^(conv1|bn1|stem)\."
+        stages = [re.match(r"(layer|trunk_output\.block)(\d)\.", name) for name in names]
+        table |= {f"stage {found[2]}": "^" + re.escape(found[0]) for found in stages if found}
+    parts = {}
+    for want in wanted:
+        rows = table if want == "table3" else {want: table.get(want, want)}
+        for name, pattern in rows.items():
+            try:
+                params = [p for key, p in names.items() if re.search(pattern, key)]
+            except re.error as error:
+                raise UserError(f"--params {want}: no regular expression, {error}") from None
+            if params:
+                parts[name] = params
+            elif want != "table3":
+                raise UserError(f"--params {want}: no parameter's name matches; there are "
+                                f"{', '.join(list(names)[:2])}, …, {list(names)[-1]}")
+    return parts
+
+
+def check_numbers(args, **lowest):
+    """UserError for a flag that is below its lowest value, or not a finite number."""
+    for name, low in lowest.items():
+        value, strictly = getattr(args, name), isinstance(low, float)
+        if not (low < value if strictly else low <= value) or not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be "
+                            + (f"above {low:g}" if strictly else f"at least {low}"))
+
+
+def hessian(args, rest):
+    """Largest eigenvalues of the Hessian of the mean loss over a fixed part of the training images,
+    prepared as for evaluation, and of its diagonal blocks (Chen et al. Table 1, 3, Appendix C);
+    with --probes its trace and spectral density. The loss is cross-entropy without smoothing or
+    weight decay, --loss sigmoid the other one of the paper, which names none here. BatchNorm is in
+    evaluation mode. Returns what the JSON holds under "results"."""
+    check_numbers(args, k=1, tolerance=0.0, iterations=1, probes=0, steps=1, chunk=1, memory=0)
+    if args.method == "power" and args.k > 1:
+        raise UserError("--method power finds one eigenvalue: leave out --k, or use lanczos")
+    results, device, named = started(args, rest, "hessian")
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    of = f"{args.loss}, {args.images} images"
+    how = (f"power, {args.iterations}" if args.method == "power" else
+           f"{args.k} by {args.which}, tolerance {args.tolerance:g}, at most {args.iterations}")
+    rows, shown = [], {}
+    for name, settings, origin in named:
+        dataset = training_images(settings, device, args.images, tell)
+        model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
+        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        batches = Batches(dataset, model, args.chunk, train.worker_count(settings, dataset,
+                                                                         on_machine))
+        for block, params in components(model.network, args.params).items():
+            common = (model, LOSSES[args.loss], batches)
+            jobs = {f"{block}: {of}, {how}": functools.partial(
+                hessian_eigenvalues, *common, args.k, args.which, params, method=args.method,
+                tolerance=args.tolerance, iterations=args.iterations)}
+            if args.probes:
+                jobs[f"{block}: {of}, density, {args.probes} probes, {args.steps} steps"] = (
+                    functools.partial(hessian_density, *common, args.probes, args.steps, params))
+            for part, job in jobs.items():
+                if part not in results.parts.get(name, {}):
+                    mark = hashlib.sha256(f"{name} {part}".encode()).hexdigest()[:8]
+                    saved = Saved(results.path.with_name(f"hessian-{mark}.state"))
+                    with train.progress(None, block) as bar:
+                        results.put(name, part, job(memory=args.memory, saved=saved,
+                                                    tick=bar.update))
+                    saved.remove()
+            shown[name, block] = [results.parts[name][part] for part in jobs]
+            found, *density = shown[name, block]
+            row = {"network": name, "block": block, "parameters": found["parameters"]}
+            row |= {f"λ{i + 1}": f"{value:.4g}" for i, value in enumerate(found["eigenvalues"])}
+            row |= {"error": f"{max(found['errors']):.1g}", "products": found["products"],
+                    "s": f"{found['seconds']:.1f}"}
+            for numbers in density:
+                error = numbers["trace_error"]
+                row["trace"] = f"{numbers['trace']:.4g}"
+                row["trace"] += "" if error is None else f" ± {error:.1g}"
+            rows.append(row)
+            if not found["converged"]:
+                tell(f"{block}: not within {args.tolerance:g} after {found['products']} products"
+                     + "; --iterations allows more" * (args.method == "lanczos"))
+            if args.method == "power" and found["eigenvalues"][0] < 0:
+                tell(f"{block}: the eigenvalue of largest magnitude is negative, and power "
+                     "iteration finds no other; --method lanczos finds the largest")
+    if train.rank() == 0:
+        print_rows(rows)
+        figure(results.path.with_suffix(".png"), lambda axes: draw_hessian(axes, shown),
+               columns=2 if args.probes else 1)
+        tell(f"results   {results.path}")
+    return results.parts
+
+
+def draw_hessian(axes, shown):
+    """A bar for each network and block (Chen et al. Table 3), and spectral densities."""
+    bars, lines = axes if isinstance(axes, np.ndarray) else (axes, None)
+    names, blocks = (list(dict.fromkeys(column)) for column in zip(*shown))
+    for i, name in enumerate(names):
+        own = {blocks.index(block): found[0]["eigenvalues"][0]
+               for (of, block), found in shown.items() if of == name}
+        bars.bar([x + 0.8 * (i + 0.5) / len(names) - 0.4 for x in own], list(own.values()),
+                 0.8 / len(names), label=name)
+    below = any(found[0]["eigenvalues"][0] <= 0 for found in shown.values())
+    bars.set_yscale("symlog" if below else "log")
+    bars.set_xticks(range(len(blocks)), blocks, rotation=30, ha="right")
+    bars.set_ylabel("eigenvalue of the Hessian")
+    bars.legend(fontsize=6)
+    for (name, block), (_, *densities) in shown.items() if lines else ():
+        if block == blocks[0]:  # all would be a thicket
+            nodes, weights = (np.concatenate(densities[0][key]) for key in ("nodes", "weights"))
+            width = (np.ptp(nodes) or 1) / 100
+            at = np.linspace(nodes.min() - 5 * width, nodes.max() + 5 * width, 1000)
+            lines.plot(at, kernel_density(at, nodes, weights / len(densities[0]["nodes"]), width),
+                       label=f"{name}, {block}")
+    if lines:
+        lines.set_yscale("log")
+        lines.set_ylim(bottom=1e-7)
+        lines.set_xlabel("eigenvalue")
+        lines.set_ylabel("density, Gaussians of σ = 1 % of its range")
+        lines.legend(fontsize=6)
+
+
+def nep_ape(eigenvalues):
+    """Of many eigenvalues λ the share below 0, NEP, and the mean of those above 0, APE (Park & Kim
+    A.2: ∫_{λ<0} p dλ; ∫_{λ>0} λ p dλ / ∫_{λ>0} p dλ, p their density); APE is None of none."""
+    values = np.asarray(eigenvalues).ravel()
+    above = values[values > 0]
+    return float((values < 0).mean()), float(above.mean()) if len(above) else None
+
+
+def hessian_spectrum(model, loss, batches, k=5, *, decay=0.0, tolerance=0.01, iterations=200,
+                     memory=4.0):
+    """The k eigenvalues of largest magnitude, with their sign, of the Hessian of the loss of each
+    mini-batch plus ½ · decay · ‖w‖² over all parameters (which adds `decay` to each eigenvalue),
+    by Lanczos; `batches` are independent, and this process's own. -> dict of `eigenvalues`, a list
+    for each batch, `nep` and `ape` of all (Park & Kim A.1, A.2), `converged` and `products`."""
+    found = [hessian_eigenvalues(model, loss, [batch], k, "magnitude", decay=decay, memory=memory,
+                                 tolerance=tolerance, iterations=iterations, alone=True)
+             for batch in batches]
+    values = [one["eigenvalues"] for one in found]
+    nep, ape = nep_ape(sum(values, []))
+    return dict(eigenvalues=values, nep=nep, ape=ape, products=sum(f["products"] for f in found),
+                converged=all(f["converged"] for f in found))
+
+
+def spectrum(args, rest):
+    """The Hessian max eigenvalue spectrum of Park & Kim (Fig. 1b, 4, 6, 7b, C.2b, C.4-C.7, 12c,
+    F.1b), of one or more checkpoints in one figure, in the order they are given: of its training
+    over time, or of networks that differ in --against. The authors' code is private; A.1 and A.2
+    and their answers say what follows here, and the rest is marked as our choice.
+
+    Images: 10 % of the training set, balanced over classes, as the training augments them in its
+    epoch 0, in a random order that depends on --seed, in mini-batches of 16 (a last smaller one is
+    left out), mixed by the training's MixUp and CutMix. Loss: the mean of cross-entropy with these
+    soft labels and the training's label smoothing (our choice: it is what was minimised) plus
+    ½ · λ · ‖w‖², λ the training's weight decay, over all parameters as in A.1, which neglects that
+    AdamW's is no penalty; so each eigenvalue is λ more than the cross-entropy's. The network is in
+    evaluation mode, as in PyHessian: BatchNorm uses running statistics, nothing is dropped.
+    Eigenvalues: of each mini-batch the 5 of largest magnitude, with their sign. PyHessian's power
+    iteration with deflation, until an estimate changes by less than 0.1 %, at most 100 times, is
+    replaced by Lanczos (see hessian_eigenvalues), until each is within --tolerance, 1 %.
+    Density: p(λ) = 1/N Σ_i N(λ; λ_i, σ_i²) over the N eigenvalues of all mini-batches, where
+    σ_i = 0.9 · min(s, IQR / 1.34) · n^(-1/5) is Silverman's width of the n that have λ_i's sign,
+    with their standard deviation s and quartile distance IQR (our choice). NEP is the share of
+    negative ones and APE the mean of the positive ones, of the eigenvalues themselves. --against
+    fits APE = c · n^a by least squares of the logarithms.
+    Returns what the JSON holds under "results"."""
+    check_numbers(args, k=1, tolerance=0.0, batch=1, memory=0)
+    results, device, named = started(args, rest, "spectrum")
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    spectra, rows = {}, []
+    for name, settings, origin in named:
+        dataset = training_images(settings, device, args.images, tell, augmented=True)
+        model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
+        dataset.restrict(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(
+            data.key(settings.seed, 3))))
+        sizes = {what: attention_size(model.network, what) for what in [args.against] if what}
+        loss = functools.partial(train.softmax_loss, smoothing=settings.label_smoothing)
+        mix = train.mixing(settings, len(dataset.classes))
+        what = (f"{args.k} of batches of {args.batch}, {args.images} images, decay "
+                f"{settings.weight_decay:g}, smoothing {settings.label_smoothing:g}, tolerance "
+                f"{args.tolerance:g}")
+
+        def unit(number):
+            batch = Batches(dataset, model, args.batch, mix=mix, seed=settings.seed, only=number)
+            found = hessian_spectrum(model, loss, batch, args.k, decay=settings.weight_decay,
+                                     tolerance=args.tolerance, memory=args.memory)
+            return found | dict(eigenvalues=found["eigenvalues"][0])
+
+        count = len(dataset) // args.batch
+        if not count:
+            raise UserError(f"--images {args.images}: {len(dataset)} images are no mini-batch of "
+                            f"{args.batch}")
+        units = {f"{what}: {i}": functools.partial(unit, i) for i in range(count)}
+        share_out(results, name, units, "mini-batches")
+        found = [results.parts[name][part] for part in units]
+        spectra[name] = [value for one in found for value in one["eigenvalues"]]
+        nep, ape = nep_ape(spectra[name])
+        numbers = dict(nep=nep, ape=ape, batches=count, products=sum(f["products"] for f in found),
+                       not_converged=sum(not f["converged"] for f in found))
+        results.put(name, what, numbers | sizes)
+        rows.append({"network": name} | numbers | sizes)
+    fitted = None
+    if args.against:
+        fitted = power_law([row[args.against] for row in rows], [row["ape"] for row in rows])
+        results.put(f"against {args.against}", "APE = c n^a", dict(zip("ca", fitted)) if fitted
+                    else None)
+    if train.rank() == 0:
+        print_rows([row | dict(nep=f"{row['nep']:.4f}", ape="-" if row["ape"] is None else
+                               f"{row['ape']:.4g}") for row in rows])
+        if args.against:
+            paper = {"heads": "-0.562 (Fig. C.5)", "head_dim": "-0.796 (Fig. C.6)"}[args.against]
+            tell(f"APE = {fitted[0]:.4g} · {args.against}^{fitted[1]:.3f}; the paper's exponent: "
+                 f"{paper}" if fitted else f"no exponent: it takes two values of {args.against} "
+                 "and a positive eigenvalue at each")
+        figure(results.path.with_suffix(".png"), lambda axes: draw_spectrum(
+            axes, spectra, rows, args.against, fitted), columns=3 if args.against else 2)
+        tell(f"results   {results.path}")
+    return results.parts
+
+
+def attention_size(network, what):
+    """heads or head_dim (width of a head) of a network's first self-attention."""
+    for module in network.modules():
+        heads = getattr(module, "heads", None) or getattr(module, "num_heads", None)
+        if heads and hasattr(module, "qkv"):
+            return heads if what == "heads" else module.qkv.weight.shape[0] // 3 // heads
+    raise UserError(f"--against {what}: {type(network).__name__} has no self-attention known here")
+
+
+def power_law(n, values):
+    """(c, a) of values = c · n^a by least squares of logarithms; None if that is not defined."""
+    if len(set(n)) < 2 or None in values:
+        return None
+    a, log_c = np.polyfit(np.log(n), np.log(values), 1)
+    return float(np.exp(log_c)), float(a)
+
+
+def draw_spectrum(axes, spectra, rows, against, fitted):
+    """Negative and positive eigenvalues with a scale each, as in the paper; NEP and APE by size."""
+    everything = np.concatenate(list(spectra.values()))
+    for panel, sign in zip(axes, (-1, 1)):
+        end = max(0, *(sign * everything)) * 1.05 or 1
+        at = np.linspace(0, sign * end, 500)
+        for name, values in spectra.items():
+            values = np.asarray(values)
+            own = values[values * sign > 0]
+            width = 0.0
+            if len(own) > 1:
+                low, high = np.quantile(own, (0.25, 0.75))
+                width = 0.9 * min(own.std(), (high - low) / 1.34) * len(own) ** -0.2
+            density = kernel_density(at, own, np.full(len(own), 1 / len(values)),
+                                     max(width, end / 500))
+            panel.plot(at, density, label=name)
+        panel.set_xlim(*sorted((0, sign * end)))
+        panel.set_ylim(bottom=0)
+        panel.set_xlabel(f"{'positive' if sign > 0 else 'negative'} eigenvalues")
+    axes[0].set_ylabel("density")
+    axes[1].legend(fontsize=6)
+    if against:
+        n, right = [row[against] for row in rows], axes[2].twinx()
+        axes[2].plot(n, [100 * row["nep"] for row in rows], "o-", color="C0")
+        right.plot(n, [row["ape"] or math.nan for row in rows], "s", color="C3")
+        if fitted:
+            at = np.geomspace(min(n), max(n))
+            right.plot(at, fitted[0] * at ** fitted[1], "--", color="C3",
+                       label=f"exponent {fitted[1]:.3f}")
+            right.legend(fontsize=6)
+        axes[2].set_xlabel({"heads": "heads", "head_dim": "width of a head"}[against])
+        axes[2].set_ylabel("NEP (%)", color="C0")
+        right.set_ylabel("APE", color="C3")
+        right.set_xscale("log")
+        right.set_yscale("log")
+
+
 # -------------------------------------------------------------------------- landscape and flatness
 
-LOSSES = {"softmax": train.softmax_loss, "sigmoid": train.sigmoid_loss}
 TITLES = {"softmax": "cross-entropy", "sigmoid": "sigmoid loss"}
 L2 = {"none": "", "half-square": " + ½ λ‖w‖²", "sum-of-norms": " + λ Σ‖p‖"}
 PIECE = 5  # points that are computed and written together
@@ -1513,6 +2150,41 @@ def make_parser():
     add = command(transfer, "accuracy after fine-tuning on other data sets (Chen Table 6)")
     add("--datasets", nargs="+", choices=data.DATASETS, default=list(HELD_OUT), help="(default: "
         "Table 6's)")
+
+    def add_geometry(k, of):
+        add("--images", default="1/10", help=f"part of the training images, balanced over classes: "
+            f"a fraction or a number (default: 1/10, {of})")
+        add("--k", type=int, default=k, help=f"eigenvalues (default: {k})")
+        add("--tolerance", type=float, default=0.01, help="their relative error (default: 0.01)")
+        add("--memory", type=float, default=4.0, help="GiB for gradient graphs to be kept; others "
+            "are built for each product (default: 4)")
+
+    add = command(hessian, "largest eigenvalues of the loss's Hessian, whole and by blocks; trace, "
+                  "density (Chen Table 1, 3)")
+    add("--params", nargs="+", default=["table3"], help="diagonal blocks: whole, table3 (whole, "
+        "embedding, attention or token MLPs, MLPs, first, middle and last block; of a "
+        "convolutional network: whole, stem, stages), or regular expressions, searched for in "
+        "names of parameters (default: table3)")
+    add("--loss", choices=LOSSES, default="softmax", help="(default: softmax, cross-entropy)")
+    add("--method", choices=("lanczos", "power"), default="lanczos", help="power: the paper's 100 "
+        "products, for one eigenvalue (default: lanczos)")
+    add("--which", choices=("algebraic", "magnitude"), default="algebraic", help="which are the "
+        "largest (default: algebraic)")
+    add_geometry(1, "App. C")
+    add("--iterations", type=int, default=100, help="products: of power, or at most of lanczos "
+        "(default: 100)")
+    add("--probes", type=int, default=0, help="random vectors for trace and spectral density "
+        "(default: 0, neither)")
+    add("--steps", type=int, default=50, help="products of each of these (default: 50)")
+    add("--chunk", type=int, default=32, help="images in one graph; the numbers do not depend on "
+        "it (default: 32)")
+
+    add = command(spectrum, "eigenvalues of mini-batches' Hessians: density, NEP, APE (Park Fig. "
+                  "1b, 4, 6, C.2b, C.4-C.7)")
+    add_geometry(5, "A.1")
+    add("--batch", type=int, default=16, help="images of a mini-batch (default: 16, A.1)")
+    add("--against", choices=("heads", "head_dim"), help="NEP and APE by it, and the exponent of "
+        "APE (Fig. C.5, C.6)")
     return parser
 
 

@@ -5998,6 +5998,473 @@ def test_a_training_of_a_study_that_fails_is_told_in_one_line(tmp_path, capsys):
                      line), line
 
 
+class Quadratic(nn.Module):
+    """Its loss, whatever the images, is ½ wᵀ A w + bᵀ w: output `w` by the loss below."""
+
+    def __init__(self, A, dtype=torch.float64):
+        super().__init__()
+        self.register_buffer("A", A.to(dtype))
+        generator = torch.Generator().manual_seed(1)
+        self.w = nn.Parameter(torch.randn(len(A), dtype=dtype, generator=generator))
+
+    def forward(self, x):
+        return (self.w @ self.A @ self.w / 2 + self.w.sum()).expand(len(x))
+
+
+QUADRATIC = dict(loss=lambda out, y: out.mean(), batches=[(torch.zeros(2, 1), torch.zeros(2))])
+
+
+def with_spectrum(values, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    n = len(values)
+    Q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
+    A = Q @ torch.tensor(values, dtype=torch.float64).diag() @ Q.T
+    return Quadratic((A + A.T) / 2, dtype)
+
+
+def small_conv():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 3, 3),
+                          nn.Flatten(), nn.Linear(12, 3)).double()
+    model[1].running_mean.fill_(0.2)
+    model[1].running_var.fill_(0.3)
+    return model
+
+
+def small_vit():
+    torch.manual_seed(0)
+    model = vit.ViT(image_size=6, patch_size=3, dim=4, depth=1, heads=2, mlp_dim=5,
+                    num_classes=3).double()
+    for p in model.parameters():
+        p.data += 0.5 * torch.randn_like(p)
+    return model
+
+
+def small_batches(soft):
+    """Of 5, 3 and 1 images."""
+    generator = torch.Generator().manual_seed(2)
+    for n in (5, 3, 1):
+        x = torch.rand(n, 3, 6, 6, dtype=torch.float64, generator=generator)
+        y = torch.randint(3, (n,), generator=generator)
+        shares = torch.rand(n, 3, dtype=torch.float64, generator=generator)
+        yield x, shares / shares.sum(1, keepdim=True) if soft else y
+
+
+def dense_hessian(model, batches, names=None, decay=0.0, sigmoid=False):
+    """∇² of 1/n Σ over images - Σ_c y_c log p_c, or of binary cross-entropies, + ½ decay ‖w‖²."""
+    names = list(dict(model.named_parameters())) if names is None else names
+    start = {name: p.detach() for name, p in model.named_parameters()}
+    sizes = [start[name].numel() for name in names]
+    x, y = (torch.cat(column) for column in zip(*batches))
+    y = y if y.is_floating_point() else F.one_hot(y, 3).double()
+
+    def loss(w):
+        own = {name: part.view_as(start[name]) for name, part in zip(names, w.split(sizes))}
+        z = torch.func.functional_call(model, start | own, x)
+        if sigmoid:
+            terms = y * z.sigmoid().log() + (1 - y) * (1 - z.sigmoid()).log()
+        else:
+            terms = y * (z - z.exp().sum(1, keepdim=True).log())
+        return -terms.sum() / len(x) + decay / 2 * (w @ w)
+
+    model.eval()
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return torch.autograd.functional.hessian(
+            loss, torch.cat([start[name].flatten() for name in names]))
+
+
+def wanted(values, k, which):
+    key = values.abs() if which == "magnitude" else values
+    return values[key.argsort(descending=True)[:k]]
+
+
+@pytest.mark.parametrize("make, block, soft, decay, sigmoid", [
+    (small_conv, None, False, 0.0, False), (small_conv, None, True, 0.3, False),
+    (small_conv, r"^0\.|^1\.", False, 0.1, False), (small_vit, None, True, 0.0, False),
+    (small_vit, "attn", False, 0.0, True)])
+def test_hessian_eigenvalues_are_those_of_the_dense_hessian(make, block, soft, decay, sigmoid):
+    model, batches = make(), list(small_batches(soft))
+    names = [name for name, _ in model.named_parameters() if re.search(block or "", name)]
+    params = None if block is None else [dict(model.named_parameters())[name] for name in names]
+    H = dense_hessian(model, batches, names, decay, sigmoid)
+    true = torch.linalg.eigvalsh(H)
+    assert true[0] < -1e-3 and true[-1] > 1e-3 or decay, "both signs"
+    model.train()
+    model[0].weight.requires_grad_(False) if make is small_conv else None
+    loss = train.sigmoid_loss if sigmoid else train.softmax_loss
+    for which, k in (("algebraic", 1), ("magnitude", 5)):
+        calls = []
+
+        def counted(logits, y):
+            calls.append(len(y))
+            return loss(logits, y)
+
+        kept = analyze.hessian_eigenvalues(model, counted, batches, k, which, params, decay=decay,
+                                           tolerance=1e-9, iterations=500)
+        want = wanted(true, k, which)
+        assert np.allclose(kept["eigenvalues"], want, rtol=1e-8), (which, kept, want)
+        assert kept["converged"]
+        assert kept["parameters"] == len(H) and kept["images"] == 9
+        assert calls == [5, 3, 1], "a graph is built once"
+        calls.clear()
+        again = analyze.hessian_eigenvalues(model, counted, batches, k, which, params, decay=decay,
+                                            tolerance=1e-9, iterations=500, memory=0)
+        assert len(calls) == 3 * (again["products"] + 1), "no graph is kept"
+        assert again["products"] == kept["products"]
+        assert np.allclose(again["eigenvalues"], want, rtol=1e-7)
+    assert model.training and model[0].training if make is small_conv else True
+    if make is small_conv:
+        assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 7
+        H = dense_hessian(model.train(), batches, names, decay)
+    density = analyze.hessian_density(model, loss, batches, 20, 2, params, decay=decay)
+    scale = H.square().sum().sqrt().item()
+    assert abs(density["trace"] - H.trace()) < 4 * density["trace_error"] + 1e-9, (density["trace"])
+    assert 0 < density["trace_error"] < 2 * scale / 20**0.5, density["trace_error"]
+    second = np.mean([np.dot(w, np.square(t)) for t, w in zip(density["nodes"],
+                                                              density["weights"])])
+    assert abs(second * len(H) - scale**2) < 0.5 * scale**2, (second * len(H), scale**2)
+
+
+DEGENERATE = {
+    "several of the largest": ([7, 7, 7, 6.99, 1, 0.5] + [0.1] * 20, 5),
+    "clustered within the tolerance": ([5 - 1e-6 * i for i in range(6)] + [-6] * 2 + [0] * 12, 4),
+    "both signs": ([-9, 8, -8, 8, 3, -2] + [0.01 * i for i in range(30)], 4),
+    "one value": ([2.5] * 8, 3),
+    "zero": ([0.0] * 7, 3),
+    "negative only": ([-1, -1, -2, -3, -40], 2),
+    "less parameters than asked for": ([3, 1, -2], 9),
+    "one parameter": ([-4.0], 1),
+    "a low rank": ([10, 10, 4] + [0] * 40, 4)}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_lanczos_finds_eigenvalues_with_their_multiplicity(name, dtype):
+    values, k = DEGENERATE[name]
+    model, digits = with_spectrum(values, 3, dtype), 1e-6 if dtype == torch.float64 else 1e-4
+    for which in ("algebraic", "magnitude"):
+        for few in {1, k}:
+            found = analyze.hessian_eigenvalues(model, **QUADRATIC, k=few, which=which,
+                                                tolerance=digits)
+            want = wanted(torch.tensor(values, dtype=torch.float64), few, which)
+            got = torch.tensor(found["eigenvalues"], dtype=torch.float64)
+            assert len(got) == min(few, len(values))
+            off = (got.sort().values - want.sort().values).abs().max()  # 8 and -8 are as large
+            assert off <= digits * 3 * max(map(abs, values)), (which, found, want)
+            assert found["converged"] and found["products"] <= len(values), found
+
+
+def test_residuals_and_errors_bound_eigenvalues_and_too_few_products_are_told():
+    generator = np.random.default_rng(0)
+    for seed in range(12):
+        values = [*generator.normal(0, 1, 300), *generator.normal(0, 3, 6)]
+        model, true = with_spectrum(values, seed), torch.tensor(sorted(values))
+        for tolerance in (0.01, 1e-4):
+            for which, k in (("algebraic", 1), ("magnitude", 3)):
+                found = analyze.hessian_eigenvalues(model, **QUADRATIC, k=k, which=which,
+                                                    tolerance=tolerance, seed=seed, iterations=400)
+                want = wanted(true, k, which)
+                got = torch.tensor(found["eigenvalues"], dtype=torch.float64)
+                nearest = (got[:, None] - true).abs().min(1).values
+                assert (nearest <= torch.tensor(found["residuals"]) + 1e-12).all()
+                off = (got - want).abs()
+                if tolerance < 0.01:  # nothing is closer to the largest than its residual
+                    assert (off <= torch.tensor(found["errors"]) + 1e-12).all(), (found, want)
+                assert (off <= tolerance * want.abs()).all() and found["converged"]
+    found = analyze.hessian_eigenvalues(model, **QUADRATIC, tolerance=1e-6, iterations=5)
+    assert not found["converged"] and found["products"] == 5
+    assert found["errors"][0] > 1e-6 * found["eigenvalues"][0]
+
+
+def test_power_iteration_finds_the_largest_magnitude_only():
+    found = analyze.hessian_eigenvalues(with_spectrum([-6, 4, 1, 0]), **QUADRATIC, method="power")
+    assert abs(found["eigenvalues"][0] + 6) < 1e-9 and found["products"] == 100, found
+    assert found["residuals"][0] < 1e-6 and found["converged"]
+    found = analyze.hessian_eigenvalues(with_spectrum([5, 4] + [1] * 50), **QUADRATIC,
+                                        method="power", iterations=7)
+    assert found["products"] == 7 and not found["converged"] and 1 < found["eigenvalues"][0] < 5
+    found = analyze.hessian_eigenvalues(with_spectrum([0.0] * 3), **QUADRATIC, method="power")
+    assert found["eigenvalues"] == [0] and found["converged"]
+    with pytest.raises(ValueError, match="for power k = 1"):
+        analyze.hessian_eigenvalues(with_spectrum([1.0]), **QUADRATIC, k=2, method="power")
+
+
+def test_trace_and_density_are_those_of_a_known_spectrum():
+    values = torch.tensor([-3.0, -1, 0, 0, 0, 2, 2, 9], dtype=torch.float64)
+    exact = analyze.hessian_density(Quadratic(values.diag()), **QUADRATIC, probes=3, steps=20)
+    assert abs(exact["trace"] - 9) < 1e-12, "±1 probes see the diagonal"
+    assert exact["trace_error"] < 1e-12
+    for nodes, weights in zip(exact["nodes"], exact["weights"]):
+        big = [(t, w) for t, w in zip(nodes, weights) if w > 1e-9]
+        by_node = [(t, sum(w for s, w in big if abs(s - t) < 1e-6)) for t in (-3, -1, 0, 2, 9)]
+        assert [round(8 * w, 6) for _, w in by_node] == [1, 1, 3, 2, 1], (nodes, weights)
+    model = with_spectrum([*values.tolist(), *[0.5] * 30])
+    found = analyze.hessian_density(model, **QUADRATIC, probes=200, steps=3)
+    assert abs(found["trace"] - 24) < 4 * found["trace_error"], found["trace"]
+    variance = 2 * (model.A.square().sum() - model.A.diag().square().sum())  # of Rademacher's zᵀAz
+    assert abs(found["trace_error"] / (variance.item() / 200) ** 0.5 - 1) < 0.2
+    assert found["products"] == 600
+    more = analyze.hessian_density(model, **QUADRATIC, probes=200, steps=4)
+    for power, same in ((5, True), (6, False)):
+        (a, b) = ([np.dot(w, np.power(t, power)) for t, w in zip(each["nodes"], each["weights"])]
+                  for each in (found, more))
+        assert np.allclose(a, b) is same, "Gauss quadrature of 3 nodes is exact to degree 5"
+    one = analyze.hessian_density(model, **QUADRATIC, probes=1, steps=1)
+    assert one["trace_error"] is None and one["nodes"] == [[pytest.approx(one["trace"] / 38)]]
+    zero = analyze.hessian_density(with_spectrum([0.0] * 5), **QUADRATIC, probes=2)
+    assert zero["trace"] == 0 and zero["nodes"] == [[0.0], [0.0]] and zero["weights"] == [[1], [1]]
+    at = np.linspace(-1, 6, 50)
+    got = analyze.kernel_density(at, [0, 3], [0.25, 0.75], np.array([0.5, 2]))
+    want = [0.25 * math.exp(-2 * t * t) / (0.5 * math.sqrt(2 * math.pi))
+            + 0.75 * math.exp(-(t - 3) ** 2 / 8) / (2 * math.sqrt(2 * math.pi)) for t in at]
+    assert np.abs(got - want).max() < 1e-12
+
+
+def test_nep_and_ape_are_those_of_a_known_density_and_of_dense_hessians():
+    # p(λ) = 1/400 on [-100, 300]: NEP = 1/4, APE = 150
+    grid = (np.arange(40_000) + 0.5) / 100 - 100
+    nep, ape = analyze.nep_ape(grid)
+    assert nep == 0.25 and abs(ape - 150) < 1e-9
+    assert analyze.nep_ape([-1.0, -2, 0]) == (pytest.approx(2 / 3), None)
+    model, batches = small_vit(), list(small_batches(True))
+    want = [wanted(torch.linalg.eigvalsh(dense_hessian(model, [batch], decay=0.02)), 5, "magnitude")
+            for batch in batches]
+    found = analyze.hessian_spectrum(model, train.softmax_loss, batches, decay=0.02, tolerance=1e-8)
+    got = torch.tensor(found["eigenvalues"], dtype=torch.float64)
+    assert found["converged"] and got.allclose(torch.stack(want), rtol=1e-6), (got, want)
+    flat = torch.cat(want)
+    assert 0 < found["nep"] < 1 and abs(found["nep"] - (flat < 0).double().mean()) < 1e-12
+    assert abs(found["ape"] - flat[flat > 0].mean()) < 1e-6
+    c, a = analyze.power_law([1, 2, 4, 8], [3 * n**-0.562 for n in (1, 2, 4, 8)])
+    assert abs(c - 3) < 1e-9 and abs(a + 0.562) < 1e-9
+    assert analyze.power_law([2, 2], [1.0, 3]) is analyze.power_law([1, 2], [None, 3]) is None
+
+
+@pytest.mark.parametrize("what", ["lanczos", "power", "density"])
+def test_a_hessian_that_was_killed_goes_on_to_the_same_bits(tmp_path, what):
+    model, batches = small_conv(), list(small_batches(False))
+    job = partial(analyze.hessian_density, model, train.softmax_loss, batches, 3, 8) if (
+        what == "density") else partial(
+        analyze.hessian_eigenvalues, model, train.softmax_loss, batches,
+        1 if what == "power" else 3, "magnitude", method=what, iterations=30, tolerance=1e-5)
+    whole, seen = job(), []
+
+    def kill(images):
+        seen.append(images)
+        if len(seen) == 3 * 6 + 2:
+            raise KeyboardInterrupt
+
+    path, saved = tmp_path / "x.state", analyze.Saved(tmp_path / "x.state", seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        job(saved=saved, tick=kill)
+    first, seen = sum(seen), []
+    ended = job(saved=analyze.Saved(path, seconds=0), tick=seen.append)
+    assert ended.pop("seconds") > 0 and whole.pop("seconds") > 0 and ended == whole
+    # images of the gradient, of the products, and of two batches whose product was cut off
+    together = 3 if what == "density" else 1
+    assert first + sum(seen) == 9 * (what == "lanczos") + 9 * whole["products"] + 8 * together
+    saved.remove()
+    assert not path.exists()
+
+
+def test_components_are_the_rows_of_table_3():
+    for name, rows in {
+            "vit_micro8": {"embedding": "patch_embed.proj.weight",
+                           "MSAs or token MLPs": "blocks.2.attn.qkv.bias",
+                           "MLPs or channel MLPs": "blocks.2.mlp.fc1.bias",
+                           "block 1 of 4": "blocks.0.norm1.bias",
+                           "block 2 of 4": "blocks.1.norm2.bias",
+                           "block 4 of 4": "blocks.3.attn.proj.bias"},
+            "mixer_micro8": {"embedding": "stem.proj.weight",
+                             "MSAs or token MLPs": "blocks.0.mlp_tokens.fc1.bias",
+                             "MLPs or channel MLPs": "blocks.0.mlp_channels.fc1.bias",
+                             "block 1 of 4": "blocks.0.norm1.bias",
+                             "block 2 of 4": "blocks.1.norm2.bias",
+                             "block 4 of 4": "blocks.3.mlp_tokens.fc1.bias"},
+            "resnet18": {"stem": "conv1.weight", "stage 1": "layer1.0.conv1.weight", "stage 2":
+                         "layer2.0.downsample.0.weight", "stage 3": "layer3.1.bn2.bias",
+                         "stage 4": "layer4.1.conv1.weight"}}.items():
+        network = train.build_model(name, 12, 32, **(dict(width=8) if "resnet" in name else {}))
+        named = dict(network.named_parameters())
+        parts = analyze.components(network)
+        assert list(parts) == ["whole", *rows], (name, list(parts))
+        assert len(parts["whole"]) == len(named)
+        for row, inside in rows.items():
+            assert any(p is named[inside] for p in parts[row]), (name, row)
+    network = train.build_model("vit_s16", 10, 32, patch_size=8, dim=12, heads=2, mlp_dim=12)
+    parts = {name: sum(p.numel() for p in params) for name, params in analyze.components(
+        network).items()}
+    assert parts["embedding"] == 12 * 192 + 12 and parts["MLPs or channel MLPs"] == 12 * 312
+    assert parts["MSAs or token MLPs"] == 12 * (12 * 48 + 48) and "block 6 of 12" in parts
+    assert parts["block 1 of 12"] == parts["block 12 of 12"] == 312 + 624 + 48
+    assert list(analyze.components(network, [r"blocks\.\d+\.norm", "whole"])) == [
+        r"blocks\.\d+\.norm", "whole"]
+    assert len(analyze.components(network, [r"blocks\.\d+\.norm"])[r"blocks\.\d+\.norm"]) == 48
+
+
+GEOMETRY = """
+import json
+import sys
+import torch.distributed as dist
+import analyze
+import train
+train.start_processes("cpu")
+for argv in json.load(open(sys.argv[1])):
+    assert analyze.main(argv) == 0
+dist.destroy_process_group()
+"""
+GEOMETRIES = {
+    "hessian": "--images 9 --chunk 4 --k 2 --which magnitude --params attn --probes 2 "
+               "--steps 3",
+    "spectrum": "--images 13 --batch 4 --k 2 --mixup 0.5 --augment crop"}
+
+
+def numbers_in(value):
+    """Of what a JSON holds, in order, without times and counts of products."""
+    if isinstance(value, dict):
+        return [n for key, v in value.items() if key not in ("seconds", "products")
+                for n in numbers_in(v)]
+    return [n for v in value for n in numbers_in(v)] if isinstance(value, list) else [value]
+
+
+def test_the_geometry_on_two_processes_is_that_of_one(tmp_path, capsys):
+    train_ok(tiny(tmp_path / "run", "--max-steps 3"))
+    commands = [[name, *words.split(), "--device", "cpu", "--workers", "0", "--dtype", "float64",
+                 "--checkpoint", str(tmp_path / "run/ckpt.pt"), "--out-dir"]
+                for name, words in GEOMETRIES.items()]
+    (tmp_path / "commands.json").write_text(json.dumps(
+        [[*command, str(tmp_path / "two")] for command in commands]))
+    (tmp_path / "worker.py").write_text(GEOMETRY)
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         tmp_path / "worker.py", tmp_path / "commands.json"], capture_output=True, text=True,
+        cwd=HERE, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=120)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert result.stdout.count("results   ") == len(commands), result.stdout
+    for command in commands:
+        assert analyze.main([*command, str(tmp_path / "one")]) == 0
+        one, two = (json.loads((tmp_path / folder / f"{command[0]}.json").read_text())["results"]
+                    for folder in ("one", "two"))
+        (of_one,), (of_two,) = one.values(), two.values()
+        assert of_one.keys() == of_two.keys(), command
+        for part in of_one:
+            a, b = numbers_in(of_one[part]), numbers_in(of_two[part])
+            assert len(a) == len(b) and np.allclose(a, b, rtol=1e-6, atol=1e-12), (part, a, b)
+    assert not list(tmp_path.rglob("*.state"))
+
+
+def test_a_spectrum_is_of_the_augmented_mixed_regularised_mini_batches(
+        tmp_path, capsys, small_shapes):
+    flags = ("--augment crop --mixup 0.5 --label-smoothing 0.1 --weight-decay 0.3 --seed 5 --dtype "
+             "float64")
+    train_ok(tiny(tmp_path / "run", flags, "--max-steps 3", dataset="--dataset shapes "
+                  "--batch-size 32 --micro-batch 8 --epochs 2 --warmup-steps 3"))
+    file = str(tmp_path / "run/ckpt.pt")
+    command = ["spectrum", "--device", "cpu", "--workers", "0", "--dtype", "float64", "--images",
+               "13", "--batch", "4", "--k", "2", "--tolerance", "1e-4", "--checkpoint", file]
+    assert analyze.main(command) == 0
+    text = capsys.readouterr().out
+    results = json.loads((tmp_path / "run/spectrum.json").read_text())["results"]
+    (name, parts), = results.items()
+    assert len(parts) == 4, "three whole mini-batches and their summary"
+    model = train.assemble(train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2,
+                                             mlp_dim=48), [0.5], [0.5]).double()
+    train.load_weights(model.network, file)
+    dataset = data.load("shapes", "train", image_size=32, augment="crop", seed=5)
+    dataset.restrict(data.subset(dataset.labels, Fraction(13, 160)))
+    dataset.restrict(torch.randperm(13, generator=torch.Generator().manual_seed(data.key(5, 3))))
+    mix = v2.MixUp(alpha=0.5, num_classes=12)
+    eigenvalues = []
+    for b in range(3):
+        x, y, _ = dataset[[(0, i) for i in range(4 * b, 4 * b + 4)]]
+        torch.manual_seed(data.key(5, -1, b, 2))
+        x, y = v2.RandomChoice([mix])(x.double() / 255, y)
+        assert y.shape == (4, 12)
+
+        def loss(logits, y):
+            y = 0.9 * y + 0.1 / 12
+            penalty = sum(p.square().sum() for p in model.parameters())
+            return -(y * logits.log_softmax(1)).sum() / 4 + 0.15 * penalty
+
+        want = analyze.hessian_eigenvalues(model, loss, [(x, y)], 2, "magnitude", tolerance=1e-4)
+        part = next(v for key, v in parts.items() if key.endswith(f": {b}"))
+        assert np.allclose(part["eigenvalues"], want["eigenvalues"], rtol=1e-6), (part, want)
+        eigenvalues += part["eigenvalues"]
+    summary = next(v for key, v in parts.items() if "batches" in v)
+    assert summary["nep"] == np.mean(np.array(eigenvalues) < 0)
+    assert summary["ape"] == pytest.approx(np.mean([v for v in eigenvalues if v > 0]))
+    assert f"{summary['ape']:.4g}" in text, text
+
+    # what is there is not done again; other numbers are not taken for these
+    part["eigenvalues"] = [-500.0, -500.0]
+    saved = json.loads((tmp_path / "run/spectrum.json").read_text())
+    saved["results"] = results
+    (tmp_path / "run/spectrum.json").write_text(json.dumps(saved))
+    assert analyze.main(command) == 0
+    again = json.loads((tmp_path / "run/spectrum.json").read_text())["results"][name]
+    summary = next(v for v in again.values() if "batches" in v)
+    assert summary["nep"] >= 1 / 3
+    assert analyze.main([*command, "--weight-decay", "0"]) == 0
+    parts = json.loads((tmp_path / "run/spectrum.json").read_text())["results"][name]
+    assert len(parts) == 8, list(parts)
+    plain = next(v for key, v in parts.items() if "decay 0," in key and key.endswith(": 0"))
+    decayed = next(v for key, v in parts.items() if "decay 0.3," in key and key.endswith(": 0"))
+    assert decayed["eigenvalues"][0] == pytest.approx(plain["eigenvalues"][0] + 0.3, abs=0.02)
+
+
+def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, small_shapes):
+    for seed in (0, 1):
+        train_ok(tiny(tmp_path / str(seed), f"--max-steps 3 --seed {seed}", dataset="--dataset "
+                      "shapes --batch-size 32 --micro-batch 8 --epochs 2 --warmup-steps 3"))
+    files = [str(tmp_path / str(seed) / "ckpt.pt") for seed in (0, 1)]
+    command = ["hessian", "--device", "cpu", "--workers", "0", "--images", "4", "--tolerance",
+               "0.001", "--checkpoint"]
+    capsys.readouterr()
+    assert analyze.main([*command, *files]) == 0
+    text = capsys.readouterr().out
+    results = json.loads((tmp_path / "0/hessian.json").read_text())["results"]
+    assert len(results) == 2 and all(len(parts) == 6 for parts in results.values()), results
+    model = train.assemble(train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2,
+                                             mlp_dim=48), [0.5], [0.5])
+    train.load_weights(model.network, files[1])
+    x, y = (t[data.subset(data.load("shapes", "train", image_size=32).labels, Fraction(4, 160))]
+            for t in data.shapes(np.arange(160), size=32)[:2])
+    name, parts = list(results.items())[1]
+    for block, pattern in (("whole", ""), ("embedding", "patch_embed"), ("MSAs or token MLPs",
+                           "attn"), ("block 2 of 2", r"blocks\.1\.")):
+        found = analyze.hessian_eigenvalues(
+            model.double(), lambda z, y: F.cross_entropy(z, y), [(x.double() / 255, y)],
+            tolerance=1e-8, params=[p for key, p in model.network.named_parameters()
+                                    if re.search(pattern, key)])["eigenvalues"][0]
+        part = next(v for key, v in parts.items() if key.startswith(f"{block}: "))
+        assert part["eigenvalues"][0] == pytest.approx(found, rel=1e-3), (block, part, found)
+        row = next(line for line in text.splitlines() if name in line and f" {block} " in line)
+        assert f" {part['eigenvalues'][0]:.4g} " in row, row
+    kept = (tmp_path / "0/hessian.json").read_text()
+    assert analyze.main([*command, *files]) == 0
+    again = (tmp_path / "0/hessian.json").read_text()
+    assert json.loads(again)["results"] == json.loads(kept)["results"], "times too: not done again"
+    assert (tmp_path / "0/hessian.png").exists() == (
+        importlib.util.find_spec("matplotlib") is not None)
+    capsys.readouterr()
+    assert analyze.main([*command, files[0], "--params", "whole", "--iterations", "2",
+                         "--loss", "sigmoid"]) == 0
+    assert "whole: not within 0.001 after 2 products; --itera" in capsys.readouterr().out
+    for argv, words in [
+            (["--params", "blocks["], "--params blocks[: no regular expression"),
+            (["--params", "layer1"], "--params layer1: no parameter's name matches; there are"),
+            (["--images", "ten"], "--images ten: "), (["--images", "-3"], "--images -3: "),
+            (["--images", "161"], "--images 161: "), (["--images", "1/0"], "--images 1/0: "),
+            (["--k", "0"], "--k is 0; it must be at least 1"),
+            (["--tolerance", "0"], "--tolerance is 0.0; it must be above 0"),
+            (["--tolerance", "nan"], "--tolerance is nan"), (["--memory", "-1"], "--memory is -1"),
+            (["--method", "power", "--k", "2"], "--method power finds one eigenvalue"),
+            (["--itertions", "2"], "did you mean --iterations"),
+            (["--dtype", "bfloat16"], "is computed in float32 or float64")]:
+        line = analyze_refusal(capsys, *command, files[0], *argv)
+        assert words in line, (argv, line)
+    line = analyze_refusal(capsys, "spectrum", *command[1:7], "--checkpoint", files[0])
+    assert "--images 4: 4 images are no mini-batch of 16" in line, line
 class Bowl(nn.Module):
     """Its logits are its weights, whatever the image, so that a loss is a function of them."""
 
