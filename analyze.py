@@ -470,6 +470,7 @@ def draw_robustness(axes, summaries):
 TABLE_1_NTK = {"vit_b16": 4205.3, "mixer_b16": 14468.0, "resnet50": 2801.6, "resnet152": 2801.6}
 # Parameters (1, …) that are added to or put beside the tokens of each image.
 OF_TOKENS = ("cls_token", "class_token", "pos_embed", "pos_embedding")
+CACHE = 2**22  # bytes of gradients that a CPU forms and multiplies before they leave its cache
 
 
 class ReluForGelu(TorchFunctionMode):
@@ -538,30 +539,33 @@ def inner(j):
 
 def by_products(layer, limit, a, g):
     """A linear or convolutional layer's part of the kernel from its input a (B, …) and the gradient
-    at its output g (K, B, …). Image i's gradient by the weight is Σ_l g_il a_ilᵀ over positions l;
-    it is formed for some output features at a time, in `limit` bytes. With one position it never
-    is: ⟨g_i a_iᵀ, g_j a_jᵀ⟩ = ⟨g_i, g_j⟩ ⟨a_i, a_j⟩."""
+    at its output g (K, B, …). Image i's gradient by the weight is Σ_l g_il a_ilᵀ over positions l,
+    by the bias that with a_il = 1; they are formed for some output features at a time, in `limit`
+    bytes. With one position they never are: ⟨g_i a_iᵀ, g_j a_jᵀ⟩ = ⟨g_i, g_j⟩ ⟨a_i, a_j⟩."""
+    bias = int(layer.bias is not None)
     if a.ndim == 2:
-        return sum(map(inner, g)) * (inner(a) + (layer.bias is not None))
+        return sum(map(inner, g)) * inner(F.pad(a, (0, bias), value=1))
     linear = isinstance(layer, nn.Linear)
     groups = 1 if linear else layer.groups
-    g = g.flatten(2, -2).movedim(-1, 2) if linear else g.flatten(3)  # (K, B, O, L)
-    total = 0 if layer.bias is None else sum(inner(s) for s in g.sum(-1))
+    g = g.flatten(2, -2).mT if linear else g.flatten(3)  # (K, B, O, L)
     g = g.unflatten(2, (groups, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)  # (B, G, K·O/G, L)
 
     def patches(a):
         if linear:
-            return a.flatten(1, -2)[:, None]  # (B, 1, L, I)
-        a = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        return a.unflatten(1, (groups, -1)).mT  # (B, G, L, I/G)
+            a = a.flatten(1, -2)[:, None]  # (B, 1, L, I)
+        else:
+            a = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            a = a.unflatten(1, (groups, -1)).mT  # (B, G, L, I/G)
+        return F.pad(a, (0, bias), value=1)
 
-    fan_in = layer.weight[0].numel()
-    size = groups * fan_in * a.element_size()  # bytes of an image's patches at one position
-    images = max(1, limit // (2 * size * g.shape[-1]))
-    rows = max(1, limit // (2 * size * len(a)))
+    size = groups * (layer.weight[0].numel() + bias) * a.element_size()  # of one position's
+    images = max(1, limit // (size * g.shape[-1]))
+    rows = max(1, min(limit, CACHE if a.device.type == "cpu" else limit) // (size * len(a)))
+    total, whole = 0, patches(a) if images >= len(a) else None
     for some in g.split(rows, dim=2):
-        j = [(h @ patches(b)).flatten(1) for h, b in zip(some.split(images), a.split(images))]
-        total = total + inner(torch.cat(j))
+        j = some @ whole if whole is not None else torch.cat([
+            h @ patches(b) for h, b in zip(some.split(images), a.split(images))])
+        total = total + inner(j.flatten(1))
     return total
 
 
