@@ -194,12 +194,15 @@ def exactly(model, device):
     gradients; arithmetic without autocast and TF32, attention by the kernel that has second
     derivatives. Afterwards modes, what requires a gradient and the random state are as before."""
     kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    fast = torch.backends.mha.get_fastpath_enabled()  # nn.MultiheadAttention's, has no derivative
     with adversarial.held_still(model, device), kernel:
+        torch.backends.mha.set_fastpath_enabled(False)
         for p in model.parameters():  # held_still remembers which had one
             p.requires_grad_(True)
         try:
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for p in model.parameters():
                 p.requires_grad_(False)
 
@@ -503,7 +506,7 @@ def owners(model, x):
     the innermost module that has the parameter wherever it is used and is called once, with one
     tensor (B, …), and returns one; and the names of those that are one for each image (OF_TOKENS,
     if image i's logits depend on the i-th copy alone)."""
-    x, calls = x[:3], {}
+    x, calls = x[:3], {}  # three: seldom a size of anything else
 
     def note(name, module, args, kwargs, output):
         batches = len(args) == 1 and not kwargs and all(
@@ -605,8 +608,8 @@ def linearised(model, owned, tokens, x, limit):
 
 def ntk_plan(model, x, projections=0, memory=4 * 2**30):
     """How ntk stays below `memory` bytes beside the network, from a call with one image: dict with
-    the images and the directions taken at once, the bytes for these, and those of the Jacobian that
-    is never formed. ValueError if two images are too many."""
+    the images and the directions taken at once, the most bytes these need, those of the Jacobian
+    that is never formed, and what owners returns. ValueError if two images are too many."""
     with exactly(model, x.device):
         owned, tokens = owners(model, x)
         weights, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -628,11 +631,11 @@ def ntk_plan(model, x, projections=0, memory=4 * 2**30):
                          f"than the {memory / 2**30:.2g} GiB allowed")
     at_once = max(1, min(directions, (room // images - graph - grads) // grads))
     jacobian = len(x) * logits.shape[1] * sum(p.nbytes for p in model.parameters())
-    return dict(images=images, directions=at_once, jacobian=jacobian,
+    return dict(images=images, directions=at_once, jacobian=jacobian, owners=(owned, tokens),
                 bytes=images * (graph + grads * (at_once + 1)) + memory // 4)
 
 
-def ntk(model, x, projections=0, seed=0, memory=4 * 2**30):
+def ntk(model, x, projections=0, seed=0, memory=4 * 2**30, plan=None):
     """The empirical neural tangent kernel of images x (B, 3, H, W) in [0, 1] and its condition
     number κ = λ_max / λ_min (Chen et al. §3, Appendix D: trainability; smaller is better).
 
@@ -655,20 +658,21 @@ def ntk(model, x, projections=0, seed=0, memory=4 * 2**30):
     Cost: a forward pass, and C (or r) backward passes without those of weights; the Jacobian
     (B·C × P) is never formed, only gradients of one layer at a time. Below `memory` bytes beside
     the network as far as ntk_plan foresees, which the largest intermediate result decides; if not
-    all images fit, pairs of groups of them do, at correspondingly more passes.
+    all images fit, pairs of groups of them do, at correspondingly more passes. plan: ntk_plan's,
+    of as many images, spares the two or three passes that find it.
 
     -> dict: kernel B lists of B numbers; eigenvalues, descending; condition, None unless λ_min > 0;
     resolved, whether λ_min is above what rounding leaves, B · eps · λ_max (else --dtype float64).
     ValueError if two images exceed the memory."""
-    plan = ntk_plan(model, x, projections, memory)
+    plan = plan or ntk_plan(model, x, projections, memory)
     with exactly(model, x.device):
-        owned, tokens = owners(model, x)
         kernel = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
         groups = torch.arange(len(x)).split(
             len(x) if plan["images"] == len(x) else plan["images"] // 2)
         pairs = [torch.cat(pair) for pair in itertools.combinations(groups, 2)] or groups
         for chosen in pairs:
-            logits, places, parts = linearised(model, owned, tokens, x[chosen], memory // 8)
+            logits, places, parts = linearised(model, *plan["owners"], x[chosen],
+                                                memory // 8)
             directions = torch.eye(logits.shape[1], dtype=torch.float64)
             if 0 < projections < len(directions):
                 gaussian = torch.randn(len(directions), projections, dtype=torch.float64,
@@ -735,7 +739,8 @@ def ntk_command(args, rest):
     for name, settings, origin in named:
         if not (fresh or settings.init_from):
             raise UserError("--at checkpoint needs --checkpoint")
-        settings = argparse.Namespace(**vars(settings) | dict(init_from="") * fresh)
+        if fresh:
+            settings = argparse.Namespace(**vars(settings) | dict(init_from=""))
         dataset = training_images(settings, device, args.images, tell)
         model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
         batches = shuffled_batches(dataset, model, args.batch)
@@ -750,6 +755,7 @@ def ntk_command(args, rest):
         elif head == "lecun":
             torch.manual_seed(data.key(settings.seed, 3))
             vit.lecun_normal_(own.weight)
+        budget, plan = int(args.memory * 2**30), None
         part = (f"{f'initialised from seed {settings.seed}' if fresh else 'trained'}, {head} head, "
                 f"activation {activation}, statistics {statistics}, {args.projections} "
                 f"projections, {args.images} images by {args.batch}, batch")
@@ -759,14 +765,13 @@ def ntk_command(args, rest):
             with mode:
                 if statistics == "batch":
                     measure_statistics(model, x)
-                found = ntk(model, x, args.projections, data.key(settings.seed, i),
-                            int(args.memory * 2**30))
+                found = ntk(model, x, args.projections, data.key(settings.seed, i), budget, plan)
             return {k: found[k] for k in ("condition", "resolved", "eigenvalues")}
 
         units = {f"{part} {i}": functools.partial(measure, i) for i in range(len(batches))}
         if units.keys() - results.parts.get(name, {}).keys():
             try:
-                plan = ntk_plan(model, batches[0](), args.projections, int(args.memory * 2**30))
+                plan = ntk_plan(model, batches[0](), args.projections, budget)
             except ValueError as error:
                 raise UserError(f"--memory: {error}") from None
             tell(f"memory    {plan['bytes'] / 2**30:.2f} GiB beside the network, for "
@@ -869,7 +874,7 @@ def blocks_of(model):
     for name in modules:
         path = name.split(".")
         around = [".".join(path[:i]) for i in range(len(path), 0, -1)]
-        blocks[name] = next((block for block in around if block[-1].isdigit()
+        blocks[name] = next((block for block in around if block[-1:].isdigit()
                              and "stem" not in block and any(modules[block].children())), "")
     return blocks
 
