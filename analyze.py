@@ -580,7 +580,7 @@ def by_mapping(model, name, names, a):
               for n, p in model.named_parameters() if n in names}
     y = torch.func.vmap(lambda w, a: torch.func.functional_call(layer, w, (a[None],))[0])(copies, a)
     return lambda g: sum(inner(j.flatten(1)) for of_one in g for j in torch.autograd.grad(
-        y, list(copies.values()), of_one, retain_graph=True))
+        y, list(copies.values()), of_one, retain_graph=True, allow_unused=True) if j is not None)
 
 
 def linearised(model, owned, tokens, x, limit):

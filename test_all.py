@@ -6050,13 +6050,16 @@ def test_the_tangent_kernel_is_that_of_the_full_jacobian(name, monkeypatch):
     assert plan["images"] == 5 and plan["directions"] == 3
     assert plan["jacobian"] == 5 * 3 * 8 * sum(p.numel() for p in model.parameters())
     monkeypatch.setattr(analyze, "CACHE", 400)
-    least = next(m for m in range(1000, 10**7, 1000) if fits(model, x, m))
+    low, least = 0, 2**24
+    while least - low > 1000:
+        middle = (low + least) // 2
+        low, least = (low, middle) if fits(model, x, middle) else (middle, least)
     plan = analyze.ntk_plan(model, x, memory=least)
     assert plan["images"] < 5 and plan["directions"] == 1 and plan["bytes"] <= least, plan
     pieces = torch.tensor(analyze.ntk(model, x, memory=least)["kernel"], dtype=torch.float64)
     assert ((pieces - expected).abs().max() / expected.abs().max()).item() < 1e-12, name
     with pytest.raises(ValueError, match=r"two images take \S+ GiB, more than the \S+ GiB allowed"):
-        analyze.ntk(model, x, memory=least - 1000)
+        analyze.ntk(model, x, memory=low)
 
 
 def fits(model, x, memory):
