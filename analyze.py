@@ -697,14 +697,17 @@ def ntk(model, x, projections=0, seed=0, memory=4 * 2**30, plan=None):
 def measure_statistics(model, x):
     """BatchNorm's running statistics become those of x, each layer's behind the ones before it:
     what training normalises by in its first step."""
-    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    before = [(m, m.training, m.momentum) for m in norms]
-    for m in norms:
-        m.training, m.momentum = True, 1.0
-    with torch.no_grad():
+    def measure(norm, args):
+        values = args[0].transpose(0, 1).flatten(1)
+        norm.running_mean.copy_(values.mean(1))
+        norm.running_var.copy_(values.var(1, correction=0))
+
+    handles = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(
+        m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    with exactly(model, x.device), torch.no_grad():
         model(x)
-    for m, m.training, m.momentum in before:
-        pass
+    for handle in handles:
+        handle.remove()
 
 
 def shuffled_batches(dataset, model, size, seed=0):
@@ -783,7 +786,8 @@ def ntk_command(args, rest):
         unresolved = sum(not of["resolved"] for of in found)
         if unresolved:
             tell(f"{name}: in {unresolved} of {len(found)} batches λ_min is lost in the rounding of "
-                 f"{settings.dtype}" + "; try --dtype float64" * (settings.dtype != "float64"))
+                 f"{settings.dtype}" + "; try --dtype float64"
+                 * (settings.dtype != "float64"))
     if train.rank() == 0:
         print_rows([{"NTK": name} | {key: value if isinstance(value, int) else significant(value)
                                      for key, value in summary.items() if key != "spectrum"}
@@ -879,6 +883,7 @@ def blocks_of(model):
     return blocks
 
 
+@torch.no_grad()
 def activity(model, batches):
     """What norms and sparsity are made of, as sums over images. -> dict: images, their number;
     activations {name: [block, values above zero, values, Σ of an image's ℓ2 norm]} of each ReLU's
@@ -894,15 +899,17 @@ def activity(model, batches):
         of[1:] = of[1] + (values > 0).sum(), of[2] + values.numel(), of[3] + norm(values)
 
     def put(block, module, args, kwargs, output):
-        outputs[block] = outputs.get(block, 0) + norm(output)
+        if isinstance(output, torch.Tensor):  # a stage of blocks may return several
+            outputs[block] = outputs.get(block, 0) + norm(output)
 
     device = next(model.parameters()).device
-    with (exactly(model, device), torch.no_grad(), Watched(model, take),
+    with (exactly(model, device), Watched(model, take),
           hooked(model, put, set(blocks.values()) - {""})):
         for x, _ in batches:
             model(x)
             images += len(x)
-    return dict(images=images, outputs={block: float(v) for block, v in outputs.items()},
+    active = {block for block, *_ in found.values()}
+    return dict(images=images, outputs={b: float(v) for b, v in outputs.items() if b in active},
                 activations={name: [block, int(active), n, float(length)]
                              for name, (block, active, n, length) in found.items()})
 

@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -6136,16 +6137,17 @@ def test_relu_takes_gelus_place_and_batchnorm_the_statistics_of_the_batch():
     model = resnet.build("resnet18", 3, 8, width=4, depth=(1, 1, 1, 1)).double()
     analyze.measure_statistics(model.eval(), x)
     out = {}
-    hooks = [m.register_forward_hook(lambda m, _, y, name=n: out.update({name: y}))
-             for n, m in model.named_modules() if n.endswith(("bn1", "bn2"))]
+    for name, norm in model.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.register_forward_hook(lambda m, _, y, name=name: out.update({name: y.clone()}))
     model(x)
-    count = len(x) * 64  # torch keeps the unbiased variance
-    assert len(hooks) == 9 and abs(out["bn1"].mean()) < 1e-12
-    assert abs(out["bn1"].var(dim=(0, 2, 3), correction=0).mean() - (1 - 1 / count)) < 1e-2
-    norm = model.bn1
-    assert torch.allclose(norm.running_mean, model.conv1(x).mean(dim=(0, 2, 3)), atol=1e-12)
-    assert torch.allclose(norm.running_var, model.conv1(x).var(dim=(0, 2, 3)), rtol=1e-10)
-    assert norm.momentum == 0.1 and not norm.training
+    assert len(out) == 12 and all(y.mean(dim=(0, 2, 3)).abs().max() < 1e-12 for y in out.values())
+    variance = model.conv1(x).var(dim=(0, 2, 3), correction=0)
+    assert torch.allclose(model.bn1.running_var, variance, rtol=1e-10)
+    as_training = model.train()(x)  # normalises by the batch
+    assert torch.allclose(model.eval()(x), as_training) is False  # that moved the statistics
+    analyze.measure_statistics(model, x)
+    assert torch.allclose(model(x), as_training, rtol=1e-9) and not model.bn1._forward_pre_hooks
 
 
 class Blocks(nn.Module):
@@ -6222,16 +6224,16 @@ def test_blocks_and_activations_of_the_papers_networks():
 
 
 def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
-        tmp_path, capsys, monkeypatch, short_shapes):
+        tmp_path, capsys, monkeypatch, small_shapes):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(analyze, "UNIT", 70)
+    monkeypatch.setattr(analyze, "UNIT", 60)
     run = str(tmp_path / "run/ckpt.pt")
-    train_ok(tiny(tmp_path / "run", "--max-steps 3"))
+    train_ok(tiny(tmp_path / "run", "--max-steps 3 --train-fraction 1"))
     common = ["--device", "cpu", "--workers", "0", "--dtype", "float64"]
     commands = {
         "ntk": ["ntk", *common, "--images", "40", "--batch", "8", "--checkpoint", run],
-        "norms": ["norms", *common, "--images", "200", "--checkpoint", run],
-        "sparsity": ["sparsity", *common, "--images", "200", "--checkpoint", run]}
+        "norms": ["norms", *common, "--images", "150", "--checkpoint", run],
+        "sparsity": ["sparsity", *common, "--images", "150", "--checkpoint", run]}
     whole = {}
     for what, command in commands.items():
         capsys.readouterr()
@@ -6242,7 +6244,7 @@ def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
         assert name.startswith(f"{run} (") and name in text and str(file) in text, text
         assert what != "ntk" or "begins with a zero head" in text and "memory    " in text, text
     assert len(whole["ntk"]) == 5
-    share = whole["sparsity"]["200 images"]["block"]
+    share = whole["sparsity"]["150 images"]["block"]
     assert list(share) == ["network.blocks.0", "network.blocks.1"]
     kappa = [of["condition"] for of in whole["ntk"].values()]
     row = next(line for line in analyze_again(commands["ntk"], tmp_path / "whole", capsys)
@@ -6302,28 +6304,33 @@ def analyze_again(command, folder, capsys):
     return capsys.readouterr().out.splitlines()
 
 
-def test_kernel_and_sparsity_on_two_processes_are_those_of_one(tmp_path):
-    script = """
+def test_kernel_and_sparsity_on_two_processes_are_those_of_one(
+        tmp_path, monkeypatch, small_shapes):
+    script = tmp_path / "both.py"
+    script.write_text("""
 import sys, analyze
-out = sys.argv[1]
-for what in (["ntk", "--images", "40", "--batch", "8"], ["sparsity", "--images", "200"]):
-    analyze.UNIT = 70
-    assert analyze.main([*what, "--dataset", "shapes", "--model", "vit_micro8", "--device", "cpu",
-                         "--dtype", "float64", "--dim", "24", "--depth", "2", "--heads", "2",
-                         "--out-dir", out]) == 0
-"""
-    (tmp_path / "both.py").write_text(script)
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    for processes in (1, 2):
-        result = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-             "--standalone", str(tmp_path / "both.py"), str(tmp_path / f"{processes}")],
-            capture_output=True, text=True, timeout=120, env=environment)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("results   ") == 2, result.stdout
+from torch import distributed
+def both(out):
+    common = ["--dataset", "shapes", "--model", "vit_micro8", "--dim", "24", "--depth", "2",
+              "--heads", "2", "--device", "cpu", "--dtype", "float64"]
+    analyze.data.SHAPES_SPLITS["train"], analyze.UNIT = (0, 160), 60
+    for what in (["ntk", "--images", "40", "--batch", "8"], ["sparsity", "--images", "150"]):
+        assert analyze.main([*what, *common, "--out-dir", out]) == 0
+if __name__ == "__main__":
+    distributed.init_process_group("gloo")
+    both(sys.argv[1])
+""")
+    monkeypatch.setattr(analyze, "UNIT", analyze.UNIT)
+    runpy.run_path(str(script))["both"](str(tmp_path / "1"))
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         str(script), str(tmp_path / "2")], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("results   ") == 2, result.stdout
     for what in ("ntk", "sparsity"):
-        one, two = (json.loads((tmp_path / f"{n}/{what}.json").read_text())["results"]
-                    for n in (1, 2))
+        one, two = (json.loads((tmp_path / n / f"{what}.json").read_text())["results"]
+                    for n in "12")
         assert one == two, "each part is one process's work"
 
 
