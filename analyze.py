@@ -474,6 +474,7 @@ TABLE_1_NTK = {"vit_b16": 4205.3, "mixer_b16": 14468.0, "resnet50": 2801.6, "res
 # Parameters (1, …) that are added to or put beside the tokens of each image.
 OF_TOKENS = ("cls_token", "class_token", "pos_embed", "pos_embedding")
 CACHE = 2**22  # bytes of gradients that a CPU forms and multiplies before they leave its cache
+WORKING = 2**27  # bytes of a layer's gradients, and of its patches, that are there at once
 
 
 class ReluForGelu(TorchFunctionMode):
@@ -608,8 +609,9 @@ def linearised(model, owned, tokens, x, limit):
 
 def ntk_plan(model, x, projections=0, memory=4 * 2**30):
     """How ntk stays below `memory` bytes beside the network, from a call with one image: dict with
-    the images and the directions taken at once, the most bytes these need, those of the Jacobian
-    that is never formed, and what owners returns. ValueError if two images are too many."""
+    the images and the directions taken at once, the bytes that these need, those of the Jacobian
+    that is never formed, and for ntk itself a layer's limit and owners. ValueError if two images are too many."""
+    limit = min(memory // 8, WORKING)
     with exactly(model, x.device):
         owned, tokens = owners(model, x)
         weights, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -619,20 +621,22 @@ def ntk_plan(model, x, projections=0, memory=4 * 2**30):
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            logits, places, _ = linearised(model, owned, tokens, x[:1], memory // 8)
+            logits, places, _ = linearised(model, owned, tokens, x[:1], limit)
             grads = torch.autograd.grad(logits.sum(), places, allow_unused=True)
     graph = sum(size for where, (size, _) in held.items() if where not in weights)
     grads = 2 * sum(g.nbytes for g in grads if g is not None)  # also stacked
     directions = projections if 0 < projections < logits.shape[1] else logits.shape[1]
-    room = memory - memory // 4
+    room = memory - 2 * limit
     images = min(len(x), room // (graph + 2 * grads))
     if images < min(2, len(x)):
-        raise ValueError(f"two images take {(graph + 2 * grads) * 8 / 3 / 2**30:.2g} GiB, more "
-                         f"than the {memory / 2**30:.2g} GiB allowed")
+        two = 2 * (graph + 2 * grads)
+        need = min(two + 2 * WORKING, two * 4 / 3)
+        raise ValueError(f"two images take {need / 2**30:.2g} GiB, more than the "
+                         f"{memory / 2**30:.2g} GiB allowed")
     at_once = max(1, min(directions, (room // images - graph - grads) // grads))
     jacobian = len(x) * logits.shape[1] * sum(p.nbytes for p in model.parameters())
     return dict(images=images, directions=at_once, jacobian=jacobian, owners=(owned, tokens),
-                bytes=images * (graph + grads * (at_once + 1)) + memory // 4)
+                limit=limit, bytes=images * (graph + grads * (at_once + 1)) + 2 * limit)
 
 
 def ntk(model, x, projections=0, seed=0, memory=4 * 2**30, plan=None):
@@ -672,7 +676,7 @@ def ntk(model, x, projections=0, seed=0, memory=4 * 2**30, plan=None):
         pairs = [torch.cat(pair) for pair in itertools.combinations(groups, 2)] or groups
         for chosen in pairs:
             logits, places, parts = linearised(model, *plan["owners"], x[chosen],
-                                                memory // 8)
+                                                plan["limit"])
             directions = torch.eye(logits.shape[1], dtype=torch.float64)
             if 0 < projections < len(directions):
                 gaussian = torch.randn(len(directions), projections, dtype=torch.float64,
@@ -785,9 +789,8 @@ def ntk_command(args, rest):
         summaries[name], shown[name] = ntk_summary(found), settings.model
         unresolved = sum(not of["resolved"] for of in found)
         if unresolved:
-            tell(f"{name}: in {unresolved} of {len(found)} batches λ_min is lost in the rounding of "
-                 f"{settings.dtype}" + "; try --dtype float64"
-                 * (settings.dtype != "float64"))
+            tell(f"{name}: in {unresolved} of {len(found)} batches λ_min is lost in the rounding "
+                 f"of {settings.dtype}" + "; try --dtype float64" * (settings.dtype != "float64"))
     if train.rank() == 0:
         print_rows([{"NTK": name} | {key: value if isinstance(value, int) else significant(value)
                                      for key, value in summary.items() if key != "spectrum"}
@@ -821,8 +824,8 @@ def draw_ntk(axes, summaries):
         kappa = "" if summary["κ"] is None else f", κ = {summary['κ']:.3g}"
         axes.plot(range(1, len(spectrum) + 1), spectrum, ".-", label=name + kappa)
     axes.set_yscale("log")
-    axes.set_xlabel("index")
-    axes.set_ylabel("eigenvalue of the tangent kernel, mean of batches")
+    axes.set_xlabel("index i")
+    axes.set_ylabel("mean eigenvalue λ_i of the tangent kernel")
     axes.legend(fontsize=6)
 
 

@@ -6051,8 +6051,8 @@ def test_the_tangent_kernel_is_that_of_the_full_jacobian(name, monkeypatch):
     assert plan["images"] == 5 and plan["directions"] == 3
     assert plan["jacobian"] == 5 * 3 * 8 * sum(p.numel() for p in model.parameters())
     monkeypatch.setattr(analyze, "CACHE", 400)
-    low, least = 0, 2**24
-    while least - low > 1000:
+    low, least = 2**10, 2**22
+    while least > 1.05 * low:
         middle = (low + least) // 2
         low, least = (low, middle) if fits(model, x, middle) else (middle, least)
     plan = analyze.ntk_plan(model, x, memory=least)
