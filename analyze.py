@@ -13,6 +13,9 @@
         --l2 half-square: Park Fig. 1a, C.4a, C.7
     python analyze.py flatness --checkpoint RUN/ckpt.pt     loss under noise on the weights, worst
         loss in a ball around them
+    python analyze.py ntk --model vit_b16 --data-dir IMAGENET       Chen Table 1, Appendix D
+    python analyze.py norms --checkpoint RUN/ckpt.pt                Chen Table 3; also sparsity,
+        Fig. 2 right
     torchrun --nproc_per_node=8 analyze.py …      on many devices: the same numbers
 
 A subcommand prints a table, writes OUT/SUBCOMMAND.json (numbers, settings, versions, command line)
@@ -23,6 +26,7 @@ runs say what is finished. What a subcommand does not know of a command line bel
 --model NAME --init-from FILE.
 """
 import argparse
+import copy
 import functools
 import hashlib
 import itertools
@@ -44,12 +48,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 import adversarial
 import data
 import train
+import vit
 from sam import global_norm
 from train import UserError
 
@@ -116,12 +125,17 @@ OF_TRAINING = ("seed", "train_fraction", "hold_out", "micro_batch", "mixup", "cu
                *AUGMENTS)
 
 
-def networks(checkpoints, rest, also=()):
-    """(settings, {flag: who set it}) of each checkpoint, or of --model with --init-from. also: the
-    caller's own flags, for hints."""
+def networks(checkpoints, rest, also=(), untrained=False):
+    """(settings, {flag: who set it}) of each checkpoint, or of --model with --init-from or, if it
+    may be untrained, without. also: the caller's own flags, for hints."""
     files = [["--init-from", f"{path}/ckpt.pt" if os.path.isdir(path) else path]
              for path in checkpoints] or [[]]
-    chosen = [train.settings(["--eval-only", *rest, *file], also) for file in files]
+    foreign = any(word.split("=")[0] == "--init-from" for word in rest)
+    if checkpoints and foreign or not (checkpoints or foreign or untrained):
+        raise UserError("needs either --checkpoint RUN/ckpt.pt or --model NAME --init-from FILE"
+                        + ", or --model NAME alone, untrained" * untrained)
+    evaluates = ["--eval-only"] * bool(checkpoints or foreign)
+    chosen = [train.settings([*evaluates, *rest, *file], also) for file in files]
     for name in ("download", "dry_run", "list_models", "list_recipes", "resume"):
         if chosen[0][1][name] == "command line":
             raise UserError(f"--{name.replace('_', '-')} is for train.py; an analysis goes on by "
@@ -174,7 +188,7 @@ def started(args, rest, what, untrained=False):
     each network its name among the results, settings and who set these. Arithmetic is float32, or
     float64 if --dtype says so. untrained: a network may come without weights, as initialised."""
     own = make_parser().commands[what]._option_string_actions
-    chosen = networks(args.checkpoint, rest, own)
+    chosen = networks(args.checkpoint, rest, own, untrained)
     device = train.start_processes(chosen[0][0].device)[0]
     results = Results(args.out_dir or (Path(chosen[0][0].init_from).parent if
                                        chosen[0][0].init_from else Path("out", what)), what)
@@ -196,12 +210,15 @@ def exactly(model, device):
     gradients; arithmetic without autocast and TF32, attention by the kernel that has second
     derivatives. Afterwards modes, what requires a gradient and the random state are as before."""
     kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    fast = torch.backends.mha.get_fastpath_enabled()  # nn.MultiheadAttention's, has no derivative
     with adversarial.held_still(model, device), kernel:
+        torch.backends.mha.set_fastpath_enabled(False)
         for p in model.parameters():  # held_still remembers which had one
             p.requires_grad_(True)
         try:
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for p in model.parameters():
                 p.requires_grad_(False)
 
@@ -296,6 +313,21 @@ def share_out(results, network, units, what):
                 if part is not None:
                     results.put(network, part, numbers)
                     bar.update()
+
+
+def print_rows(rows):
+    """A table of dicts with the same keys; numbers have two decimals, None is -."""
+    text = [list(rows[0])] + [["-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)
+                               for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text)]
+    for line in text:
+        cells = [f"{cell:>{width}}" for cell, width in zip(line, widths)]
+        train.say("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
+
+
+def significant(number, error=None):
+    if number is not None and math.isfinite(number):
+        return f"{number:.4g}" + (f" ± {error:.2g}" if error else "")
 
 
 def figure(path, draw, rows=1, columns=1):
@@ -1277,11 +1309,6 @@ def need(args, **least):
                 raise UserError(f"--{name.replace('_', '-')} {value:g}: it is at least {low}")
 
 
-def significant(number, error=None):
-    if number is not None and math.isfinite(number):
-        return f"{number:.4g}" + (f" ± {error:.2g}" if error else "")
-
-
 def landscape_command(args, rest):
     """The loss around networks on a plane of two random normalised directions: cross-entropy on a
     class-balanced tenth of the training set (Chen et al. Fig. 1, B.1), or, with --augmented --l2
@@ -1450,6 +1477,580 @@ def draw_flatness(axes, curves, what):
         ax.legend(fontsize=6)
 
 
+# ---------------------------------------------------------------------------- neural tangent kernel
+
+TABLE_1_NTK = {"vit_b16": 4205.3, "mixer_b16": 14468.0, "resnet50": 2801.6, "resnet152": 2801.6}
+# Parameters (1, …) that are added to or put beside the tokens of each image.
+OF_TOKENS = ("cls_token", "class_token", "pos_embed", "pos_embedding")
+CACHE = 2**22  # bytes of gradients that a CPU forms and multiplies before they leave its cache
+WORKING = 2**27  # bytes of a layer's gradients, and of its patches, that are there at once
+
+
+class ReluForGelu(TorchFunctionMode):
+    """Under it ReLU is computed wherever GELU is called (Chen et al., Appendix D)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return F.relu(args[0]) if function is F.gelu else function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def hooked(model, hook, names):
+    """hook(name, module, args, kwargs, output) is called after each of these modules."""
+    handles = [model.get_submodule(name).register_forward_hook(functools.partial(hook, name),
+                                                               with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def per_image(model, names, images):
+    """{name: the parameter (1, …), once for each image}."""
+    return {name: p.detach().expand(images, *p.shape[1:]).clone().requires_grad_()
+            for name, p in model.named_parameters() if name in names}
+
+
+def owners(model, x):
+    """Who has which of the parameters in the kernel: {module's name: names of parameters in it},
+    the innermost module that has the parameter wherever it is used and is called once, with one
+    tensor (B, …), and returns one; and the names of those that are one for each image (OF_TOKENS,
+    if image i's logits depend on the i-th copy alone)."""
+    x, calls = x[:3], {}  # three: seldom a size of anything else
+
+    def note(name, module, args, kwargs, output):
+        batches = len(args) == 1 and not kwargs and all(
+            isinstance(t, torch.Tensor) and t.shape[:1] == x.shape[:1] for t in (*args, output))
+        calls[name] = batches and name not in calls
+
+    with hooked(model, note, dict(model.named_modules())), torch.no_grad():
+        model(x)
+    places, tokens = {}, set()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        places.setdefault(p, []).append(name)
+        if name.rpartition(".")[2] in OF_TOKENS and len(p) == 1:
+            tokens.add(name)
+    if tokens:
+        copies = per_image(model, tokens, len(x))
+        logits = torch.func.functional_call(model, copies, (x,))
+        grads = torch.autograd.grad(logits[-1].sum(), list(copies.values()), allow_unused=True)
+        tokens = {name for name, g in zip(copies, grads) if g is None or not g[:-1].any()}
+    owned = {}
+    for names in places.values():
+        path = os.path.commonprefix([name.split(".")[:-1] for name in names])
+        while path and not calls.get(".".join(path)):
+            path = path[:-1]
+        if names[0] not in tokens:
+            owned.setdefault(".".join(path), []).append(names[0])
+    return owned, tokens
+
+
+def inner(j):
+    """Products of the rows of (B, P): (B, B)."""
+    return (j @ j.T).double()
+
+
+def by_products(layer, limit, a, g):
+    """A linear or convolutional layer's part of the kernel from its input a (B, …) and the gradient
+    at its output g (K, B, …). Image i's gradient by the weight is Σ_l g_il a_ilᵀ over positions l,
+    by the bias that with a_il = 1; they are formed for some output features at a time, in `limit`
+    bytes. With one position they never are: ⟨g_i a_iᵀ, g_j a_jᵀ⟩ = ⟨g_i, g_j⟩ ⟨a_i, a_j⟩."""
+    bias = int(layer.bias is not None)
+    if a.ndim == 2:
+        return sum(map(inner, g)) * inner(F.pad(a, (0, bias), value=1))
+    linear = isinstance(layer, nn.Linear)
+    groups = 1 if linear else layer.groups
+    g = g.flatten(2, -2).mT if linear else g.flatten(3)  # (K, B, O, L)
+    g = g.unflatten(2, (groups, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)  # (B, G, K·O/G, L)
+
+    def patches(a):
+        if linear:
+            a = a.flatten(1, -2)[:, None]  # (B, 1, L, I)
+        else:
+            a = F.unfold(a, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            a = a.unflatten(1, (groups, -1)).mT  # (B, G, L, I/G)
+        return F.pad(a, (0, bias), value=1)
+
+    size = groups * (layer.weight[0].numel() + bias) * a.element_size()  # of one position's
+    images = max(1, limit // (size * g.shape[-1]))
+    rows = max(1, min(limit, CACHE if a.device.type == "cpu" else limit) // (size * len(a)))
+    total, whole = 0, patches(a) if images >= len(a) else None
+    for some in g.split(rows, dim=2):
+        j = some @ whole if whole is not None else torch.cat([
+            h @ patches(b) for h, b in zip(some.split(images), a.split(images))])
+        total = total + inner(j.flatten(1))
+    return total
+
+
+def by_mapping(model, name, names, a):
+    """Any module's part of the kernel, as a function of the gradient at its output g (K, B, …):
+    autograd's, of the module called once for each image with parameters of its own."""
+    layer, prefix = model.get_submodule(name), f"{name}." * bool(name)
+    copies = {n.removeprefix(prefix): p.detach().expand(len(a), *p.shape).clone().requires_grad_()
+              for n, p in model.named_parameters() if n in names}
+    y = torch.func.vmap(lambda w, a: torch.func.functional_call(layer, w, (a[None],))[0])(copies, a)
+    return lambda g: sum(inner(j.flatten(1)) for of_one in g for j in torch.autograd.grad(
+        y, list(copies.values()), of_one, retain_graph=True, allow_unused=True) if j is not None)
+
+
+def linearised(model, owned, tokens, x, limit):
+    """Calls the model. -> logits (B, C) and two lists: places in their graph, and for each of these
+    the function that makes of the gradients there (K, B, …) a part of the kernel."""
+    copies, called = per_image(model, tokens, len(x)), {}
+
+    def note(name, module, args, kwargs, output):
+        called[name] = args[0].detach(), get_gradient_edge(output)
+
+    with hooked(model, note, owned):
+        logits = torch.func.functional_call(model, copies, (x,))
+    places, parts = list(copies.values()), [lambda g: sum(inner(j.flatten(1)) for j in g)
+                                            for _ in copies]
+    for name, (a, edge) in called.items():
+        layer = model.get_submodule(name)
+        plain = isinstance(layer, nn.Linear) or isinstance(layer, nn.Conv2d) and (
+            layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
+        whole = {f"{name}.{n}" for n, _ in layer.named_parameters()} == set(owned[name])
+        places.append(edge)
+        parts.append(functools.partial(by_products, layer, limit, a) if plain and whole else
+                     by_mapping(model, name, owned[name], a))
+    return logits, places, parts
+
+
+def ntk_plan(model, x, projections=0, memory=4 * 2**30):
+    """How ntk stays below `memory` bytes beside the network, from a call with one image: dict with
+    the images and the directions taken at once, the bytes that these need, those of the Jacobian
+    that is never formed, and for ntk itself a layer's limit and owners. ValueError if two images are too many."""
+    limit = min(memory // 8, WORKING)
+    with exactly(model, x.device):
+        owned, tokens = owners(model, x)
+        weights, held = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def keep(t):
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            logits, places, _ = linearised(model, owned, tokens, x[:1], limit)
+            grads = torch.autograd.grad(logits.sum(), places, allow_unused=True)
+    graph = sum(size for where, (size, _) in held.items() if where not in weights)
+    grads = 2 * sum(g.nbytes for g in grads if g is not None)  # also stacked
+    directions = projections if 0 < projections < logits.shape[1] else logits.shape[1]
+    room = memory - 2 * limit
+    images = min(len(x), room // (graph + 2 * grads))
+    if images < min(2, len(x)):
+        two = 2 * (graph + 2 * grads)
+        need = min(two + 2 * WORKING, two * 4 / 3)
+        raise ValueError(f"two images take {need / 2**30:.2g} GiB, more than the "
+                         f"{memory / 2**30:.2g} GiB allowed")
+    at_once = max(1, min(directions, (room // images - graph - grads) // grads))
+    jacobian = len(x) * logits.shape[1] * sum(p.nbytes for p in model.parameters())
+    return dict(images=images, directions=at_once, jacobian=jacobian, owners=(owned, tokens),
+                limit=limit, bytes=images * (graph + grads * (at_once + 1)) + 2 * limit)
+
+
+def ntk(model, x, projections=0, seed=0, memory=4 * 2**30, plan=None):
+    """The empirical neural tangent kernel of images x (B, 3, H, W) in [0, 1] and its condition
+    number κ = λ_max / λ_min (Chen et al. §3, Appendix D: trainability; smaller is better).
+
+        Θ(x, x') = 1/C Σ_c ∇f_c(x) · ∇f_c(x')        over all parameters and the C logits f_c
+
+    The paper's Θ = J Jᵀ leaves the outputs open. This trace is our reading of its reference (Xiao
+    et al. 2020), whose Θ in the limit of infinite width is the same for each output, and no kernel
+    between different ones. Others would be the (BC)² matrix, one logit, or the sum of the logits.
+
+    projections: 0, or at least C: all logits, exact. Else of r random orthonormal directions q in
+    the space of logits, C/r times the trace over these: unbiased, with variance
+    2 (C-r) / (r C (C-1) (C+2)) ‖S‖² for an entry, S the symmetric and traceless part of the C × C
+    matrix ∇f(x) ∇f(x')ᵀ. κ of such a kernel is biased upwards: λ_max is convex, λ_min concave.
+
+    Model: evaluation mode, BatchNorm with its running statistics; the model's precision, products
+    summed over layers in float64. At initialisation a zero head, as Google's ViT and Mixer have,
+    stops all gradients but its own, and Θ = φ(x)·φ(x') + 1, the pre-logit features' Gram matrix and
+    the bias: a statement about features, not about training. The subcommand gives a new head.
+
+    Cost: a forward pass, and C (or r) backward passes without those of weights; the Jacobian
+    (B·C × P) is never formed, only gradients of one layer at a time. Below `memory` bytes beside
+    the network as far as ntk_plan foresees, which the largest intermediate result decides; if not
+    all images fit, pairs of groups of them do, at correspondingly more passes. plan: ntk_plan's,
+    of as many images, spares the two or three passes that find it.
+
+    -> dict: kernel B lists of B numbers; eigenvalues, descending; condition, None unless λ_min > 0;
+    resolved, whether λ_min is above what rounding leaves, B · eps · λ_max (else --dtype float64).
+    ValueError if two images exceed the memory."""
+    plan = plan or ntk_plan(model, x, projections, memory)
+    with exactly(model, x.device):
+        kernel = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
+        groups = torch.arange(len(x)).split(
+            len(x) if plan["images"] == len(x) else plan["images"] // 2)
+        pairs = [torch.cat(pair) for pair in itertools.combinations(groups, 2)] or groups
+        for chosen in pairs:
+            logits, places, parts = linearised(model, *plan["owners"], x[chosen],
+                                                plan["limit"])
+            directions = torch.eye(logits.shape[1], dtype=torch.float64)
+            if 0 < projections < len(directions):
+                gaussian = torch.randn(len(directions), projections, dtype=torch.float64,
+                                       generator=torch.Generator().manual_seed(seed))
+                directions = torch.linalg.qr(gaussian)[0].T  # (r, C)
+            directions, block = directions.to(logits), 0
+            for some in directions.split(plan["directions"]):
+                grads = zip(*(torch.autograd.grad(logits, places, v.expand_as(logits),
+                                                  retain_graph=True, allow_unused=True)
+                              for v in some))
+                for g, part in zip(grads, parts):
+                    if g[0] is not None:  # of what the logits do not depend on
+                        block = block + part(torch.stack(g))
+            kernel[chosen[:, None], chosen] = block / len(directions)
+    eigenvalues = torch.linalg.eigvalsh(kernel).flip(0).tolist()
+    largest, smallest = eigenvalues[0], eigenvalues[-1]
+    return dict(kernel=kernel.tolist(), eigenvalues=eigenvalues,
+                condition=largest / smallest if smallest > 0 else None,
+                resolved=smallest > len(x) * torch.finfo(x.dtype).eps * largest)
+
+
+def measure_statistics(model, x):
+    """BatchNorm's running statistics become those of x, each layer's behind the ones before it:
+    what training normalises by in its first step."""
+    def measure(norm, args):
+        values = args[0].transpose(0, 1).flatten(1)
+        norm.running_mean.copy_(values.mean(1))
+        norm.running_var.copy_(values.var(1, correction=0))
+
+    handles = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(
+        m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    with exactly(model, x.device), torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+
+
+def shuffled_batches(dataset, model, size, seed=0):
+    """Functions that read the images (size, 3, H, W) of a batch each, on the model's device; the
+    order of images is drawn from the seed, a rest is left out. UserError if there is no batch."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    if not 2 <= size <= len(order):
+        raise UserError(f"--batch {size}: at least 2 and, of these images, at most {len(order)}")
+
+    def read(start):
+        pairs = [(0, i) for i in order[start:start + size]]
+        (x, _), = data.batches(data.loader(dataset, [pairs]), train.say)
+        return train.to_float(x.to(next(model.parameters()).device), model)
+
+    return [functools.partial(read, start) for start in range(0, len(order) - size + 1, size)]
+
+
+def ntk_command(args, rest):
+    """The condition number of the neural tangent kernel of networks at initialisation, in batches
+    of 48 training images (Chen et al. Table 1, Appendix D): the architecture of a checkpoint, or of
+    --model, with weights drawn from --seed, ReLU in place of GELU, a new head, and BatchNorm with
+    the statistics of the batch as constants. Returns what the JSON holds under "results"."""
+    fresh = args.at == "init"
+    head, activation, statistics = (given or (at_init if fresh else "own") for given, at_init in (
+        (args.head, "lecun"), (args.activation, "relu"), (args.statistics, "batch")))
+    if args.projections < 0 or not 0 < args.memory < math.inf:
+        raise UserError(f"--projections {args.projections} --memory {args.memory:g}: at least 0, "
+                        "and above 0")
+    results, device, named = started(args, rest, "ntk", untrained=True)
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    summaries, shown = {}, {}
+    for name, settings, origin in named:
+        if not (fresh or settings.init_from):
+            raise UserError("--at checkpoint needs --checkpoint")
+        if fresh:
+            settings = argparse.Namespace(**vars(settings) | dict(init_from=""))
+        dataset = training_images(settings, device, args.images, tell)
+        model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
+        batches = shuffled_batches(dataset, model, args.batch)
+        own, = train.classifier(model).values() or [None]
+        if own is None and head != "own":
+            raise UserError(f"{settings.model} has no linear head: add --head own")
+        if own is not None and not own.weight.any():
+            tell(f"head      {settings.model} begins with a zero head, through which no gradient "
+                 f"passes; taken: {head}")
+        if head == "zero":
+            nn.init.zeros_(own.weight)
+        elif head == "lecun":
+            torch.manual_seed(data.key(settings.seed, 3))
+            vit.lecun_normal_(own.weight)
+        budget, plan = int(args.memory * 2**30), None
+        part = (f"{f'initialised from seed {settings.seed}' if fresh else 'trained'}, {head} head, "
+                f"activation {activation}, statistics {statistics}, {args.projections} "
+                f"projections, {args.images} images by {args.batch}, batch")
+
+        def measure(i):
+            x, mode = batches[i](), ReluForGelu() if activation == "relu" else nullcontext()
+            with mode:
+                if statistics == "batch":
+                    measure_statistics(model, x)
+                found = ntk(model, x, args.projections, data.key(settings.seed, i), budget, plan)
+            return {k: found[k] for k in ("condition", "resolved", "eigenvalues")}
+
+        units = {f"{part} {i}": functools.partial(measure, i) for i in range(len(batches))}
+        if units.keys() - results.parts.get(name, {}).keys():
+            try:
+                plan = ntk_plan(model, batches[0](), args.projections, budget)
+            except ValueError as error:
+                raise UserError(f"--memory: {error}") from None
+            tell(f"memory    {plan['bytes'] / 2**30:.2f} GiB beside the network, for "
+                 f"{plan['images']} images and {plan['directions']} outputs at once; the Jacobian "
+                 f"has {plan['jacobian'] / 2**30:.2f} GiB")
+        share_out(results, name, units, "ntk")
+        found = [results.parts[name][unit] for unit in units]
+        summaries[name], shown[name] = ntk_summary(found), settings.model
+        unresolved = sum(not of["resolved"] for of in found)
+        if unresolved:
+            tell(f"{name}: in {unresolved} of {len(found)} batches λ_min is lost in the rounding "
+                 f"of {settings.dtype}" + "; try --dtype float64" * (settings.dtype != "float64"))
+    if train.rank() == 0:
+        print_rows([{"NTK": name} | {key: value if isinstance(value, int) else significant(value)
+                                     for key, value in summary.items() if key != "spectrum"}
+                    | {"Table 1": TABLE_1_NTK.get(shown[name])}
+                    for name, summary in summaries.items()])
+        figure(results.path.with_suffix(".png"), lambda axes: draw_ntk(axes, summaries))
+        tell(f"results   {results.path}")
+    return results.parts
+
+
+def ntk_summary(found):
+    """Of batches: mean, standard deviation and median of κ over those that have one, and the mean
+    of each eigenvalue with the ratio of these means, which a λ_min near zero disturbs less."""
+    kappa = [of["condition"] for of in found if of["condition"] is not None]
+    spectrum = np.mean([of["eigenvalues"] for of in found], axis=0).tolist()
+    return {"κ": float(np.mean(kappa)) if kappa else None,
+            "±": float(np.std(kappa, ddof=1)) if len(kappa) > 1 else None,
+            "median": float(np.median(kappa)) if kappa else None,
+            "λ_max": spectrum[0], "λ_min": spectrum[-1],
+            "λ_max / λ_min": spectrum[0] / spectrum[-1] if spectrum[-1] > 0 else None,
+            "batches": len(found), "spectrum": spectrum}
+
+
+def draw_ntk(axes, summaries):
+    for name, summary in summaries.items():
+        spectrum = [v for v in summary["spectrum"] if v > 0]
+        kappa = "" if summary["κ"] is None else f", κ = {summary['κ']:.3g}"
+        axes.plot(range(1, len(spectrum) + 1), spectrum, ".-", label=name + kappa)
+    axes.set_yscale("log")
+    axes.set_xlabel("index i")
+    axes.set_ylabel("mean eigenvalue λ_i of the tangent kernel")
+    axes.legend(fontsize=6)
+
+
+# ------------------------------------------------------------------------------- norms and sparsity
+
+ACTIVATIONS = (F.gelu, F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu,
+               torch.Tensor.relu_)
+UNIT = 1024  # images that are measured and written together
+TABLE_3 = {"vit_b16": (269.3, 104.9, 104.3, 138.1), "vit_b16, SAM": (353.8, 117.0, 120.3, 97.2),
+           "mixer_b16": (197.6, 96.7, 135.1, 74.9), "mixer_b16, SAM": (389.9, 110.9, 176.0, 216.1)}
+
+
+class Watched(TorchFunctionMode):
+    """Under it take(name, values) is called with what each ReLU and GELU returns, be it a module or
+    a function: named by the module at work and, from the second in one pass on, a number."""
+
+    def __init__(self, model, take):
+        super().__init__()
+        self.model, self.take, self.at_work, self.calls = model, take, [], {}
+
+    def __enter__(self):
+        self.handles = [handle for name, module in self.model.named_modules() for handle in (
+            module.register_forward_pre_hook(functools.partial(self.begins, name)),
+            module.register_forward_hook(self.ends))]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for handle in self.handles:
+            handle.remove()
+        return super().__exit__(*error)
+
+    def begins(self, name, module, args):
+        if not self.at_work:
+            self.calls.clear()  # a new pass
+        self.at_work.append(name)
+
+    def ends(self, module, args, output):
+        self.at_work.pop()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        values = function(*args, **(kwargs or {}))
+        if function in ACTIVATIONS:
+            name = self.at_work[-1]
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self.take(name + f" {self.calls[name]}" * (self.calls[name] > 1), values)
+        return values
+
+
+def blocks_of(model):
+    """{module's name: its block's}: of those around it the innermost whose name ends in a digit and
+    that has modules of its own, such as blocks.3, layer1.0; "" for a stem and what is outside."""
+    modules, blocks = dict(model.named_modules()), {}
+    for name in modules:
+        path = name.split(".")
+        around = [".".join(path[:i]) for i in range(len(path), 0, -1)]
+        blocks[name] = next((block for block in around if block[-1:].isdigit()
+                             and "stem" not in block and any(modules[block].children())), "")
+    return blocks
+
+
+@torch.no_grad()
+def activity(model, batches):
+    """What norms and sparsity are made of, as sums over images. -> dict: images, their number;
+    activations {name: [block, values above zero, values, Σ of an image's ℓ2 norm]} of each ReLU's
+    and GELU's output in order; outputs {block: Σ of an image's ℓ2 norm} of the block's output.
+    Evaluation mode; one forward pass for each batch."""
+    blocks, found, outputs, images = blocks_of(model), {}, {}, 0
+
+    def norm(values):
+        return torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64).sum()
+
+    def take(name, values):
+        of = found.setdefault(name, [blocks[name.partition(" ")[0]], 0, 0, 0])
+        of[1:] = of[1] + (values > 0).sum(), of[2] + values.numel(), of[3] + norm(values)
+
+    def put(block, module, args, kwargs, output):
+        if isinstance(output, torch.Tensor):  # a stage of blocks may return several
+            outputs[block] = outputs.get(block, 0) + norm(output)
+
+    device = next(model.parameters()).device
+    with (exactly(model, device), Watched(model, take),
+          hooked(model, put, set(blocks.values()) - {""})):
+        for x, _ in batches:
+            model(x)
+            images += len(x)
+    active = {block for block, *_ in found.values()}
+    return dict(images=images, outputs={b: float(v) for b, v in outputs.items() if b in active},
+                activations={name: [block, int(active), n, float(length)]
+                             for name, (block, active, n, length) in found.items()})
+
+
+def added(parts):
+    """activity of all images from those of disjoint parts of them."""
+    first, *others = parts
+    total = copy.deepcopy(first)
+    for part in others:
+        total["images"] += part["images"]
+        for block, length in part["outputs"].items():
+            total["outputs"][block] += length
+        for name, (_, *sums) in part["activations"].items():
+            total["activations"][name][1:] = map(sum, zip(total["activations"][name][1:], sums))
+    return total
+
+
+def norms(model, sums):
+    """Chen et al. Table 3 from activity's sums: ‖w‖₂, over all parameters, biases and norms' too,
+    and for each block k the mean over images of ‖a_k‖₂, over an image's tokens or pixels and
+    neurons. The post-activation a_k = f_k(h_k) is what the activation function returns (§4.4); of
+    several in a block the last: a Mixer's channel MLP, a ResNet's last ReLU. As the paper's words
+    also fit it, output is the same of what the block returns.
+    -> dict: weights, activation {block: …}, output {block: …}."""
+    last = {block: length for block, _, _, length in sums["activations"].values() if block}
+    weights = sum(p.detach().double().square().sum() for p in model.parameters()).sqrt().item()
+    return dict(weights=weights) | {name: {block: length / sums["images"]
+                                           for block, length in of.items()}
+                                    for name, of in (("activation", last),
+                                                     ("output", sums["outputs"]))}
+
+
+def sparsity(sums):
+    """Chen et al. Fig. 2 (right), §4.4 from activity's sums: the share of active neurons, those
+    above zero after the activation function, over all images, tokens or pixels, and neurons. GELU
+    is above zero where its input is, so there too a neuron with a negative value counts as not
+    active. -> dict: block {block: share}, all its functions together (a Mixer's two MLPs, a
+    ResNet's ReLUs); activation {name: share} of each, also outside blocks."""
+    of_block = {}
+    for block, active, n, _ in sums["activations"].values():
+        if block:
+            of_block[block] = [a + b for a, b in zip(of_block.get(block, (0, 0)), (active, n))]
+    return dict(block={block: active / n for block, (active, n) in of_block.items()},
+                activation={name: active / n
+                            for name, (_, active, n, _) in sums["activations"].items()})
+
+
+def measured(args, rest, what, of):
+    """Both subcommands: of(model, sums) of each network, from `what`.json or computed. -> Results,
+    {network: (its model's name, numbers)}."""
+    results, device, named = started(args, rest, what, untrained=True)
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    found = {}
+    for name, settings, origin in named:
+        part = f"{args.images} images"
+        if part not in results.parts.get(name, {}):
+            dataset = training_images(settings, device, args.images, tell)
+            model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
+            workers = train.worker_count(settings, dataset,
+                                         int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+            def batches(start):
+                stop = min(start + UNIT, len(dataset))
+                order = [[(0, i) for i in range(first, min(first + 64, stop))]
+                         for first in range(start, stop, 64)]
+                for x, y in data.batches(data.loader(dataset, order, workers), train.say):
+                    yield train.to_float(x.to(device), model), y
+
+            units = {f"{part}, from {start}": lambda start=start: activity(model, batches(start))
+                     for start in range(0, len(dataset), UNIT)}
+            share_out(results, name, units, what)
+            done = results.parts[name]
+            results.put(name, part, of(model, added([done.pop(unit) for unit in units])))
+        found[name] = settings.model, results.parts[name][part]
+    return results, found
+
+
+def norms_command(args, rest):
+    """The norms of networks' weights and of the activations of their blocks, a mean over training
+    images (Chen et al. Table 3). Returns what the JSON holds under "results"."""
+    results, found = measured(args, rest, "norms", norms)
+    if train.rank() == 0:
+        rows = []
+        for name, (_, numbers) in found.items():
+            rows.append({"network": name, "‖w‖": numbers["weights"]})
+            for key, symbol in (("activation", "a"), ("output", "x")):
+                values = list(numbers[key].values())
+                for i, which in ((0, "1"), ((len(values) - 1) // 2, "mid"), (-1, "last")):
+                    rows[-1][f"‖{symbol}_{which}‖"] = values[i] if values else None
+        rows += [{"network": f"Table 3, {name}"} | dict(zip(list(rows[0])[1:], values))
+                 | dict.fromkeys(list(rows[0])[5:]) for name, values in TABLE_3.items()
+                 if name.partition(",")[0] in {model for model, _ in found.values()}]
+        print_rows(rows)
+        train.say("a_k: after the activation function of block k, x_k: the block's output; mid: "
+                  + "; ".join(f"{(len(of['activation']) + 1) // 2} of {len(of['activation'])}"
+                              for _, of in found.values()))
+        figure(results.path.with_suffix(".png"), lambda axes: draw_blocks(
+            axes, {name: of["activation"] for name, (_, of) in found.items()},
+            "mean norm after the activation, ‖a_k‖"))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def sparsity_command(args, rest):
+    """The share of active neurons in each block of networks, on training images (Chen et al. Fig. 2
+    right, §4.4). Returns what the JSON holds under "results"."""
+    results, found = measured(args, rest, "sparsity", lambda _, sums: sparsity(sums))
+    shares = {name: {block: 100 * share for block, share in of["block"].items()}
+              for name, (_, of) in found.items()}
+    if not all(shares.values()):
+        raise UserError("no ReLU or GELU in a block of " + next(n for n in shares if not shares[n]))
+    if train.rank() == 0:
+        print_rows([{"active neurons %": name, "mean": sum(of.values()) / len(of)}
+                    | {f"block {i + 1}": dict(enumerate(of.values())).get(i)
+                       for i in range(max(map(len, shares.values())))}
+                    for name, of in shares.items()])
+        figure(results.path.with_suffix(".png"),
+               lambda axes: draw_blocks(axes, shares, "active neurons (%)"))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def draw_blocks(axes, networks, what):
+    """A curve over blocks for each network."""
+    for name, of in networks.items():
+        axes.plot(range(1, len(of) + 1), list(of.values()), "o-", label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("block k")
+    axes.set_ylabel(what)
+    axes.legend(fontsize=6)
+
+
 # ----------------------------------------------------------------------------------- many trainings
 
 def outcome(args):
@@ -1572,16 +2173,6 @@ def refuse(flags, origin, why):
     for flag in flags:
         if origin[flag] == "command line":
             raise UserError(f"--{flag.replace('_', '-')} {why}")
-
-
-def print_rows(rows):
-    """A table of dicts with the same keys; numbers have two decimals, None is -."""
-    text = [list(rows[0])] + [["-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)
-                               for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*text)]
-    for line in text:
-        cells = [f"{cell:>{width}}" for cell, width in zip(line, widths)]
-        train.say("  ".join([line[0].ljust(widths[0]), *cells[1:]]))
 
 
 # ---------------------------------------------------------------------------------------- stability
@@ -2133,6 +2724,30 @@ def make_parser():
         + " ".join(map(str, RADII)) + ")")
     add("--steps", type=int, default=20, help="of ascent in the ball; 1: SAM's (default: 20)")
 
+    add = command(ntk_command, "condition number of the neural tangent kernel (Chen Table 1)")
+    add("--images", default="1/10", metavar="N", help="of the training set, class-balanced: a "
+        "number or a fraction (default: 1/10, Chen Appendix D)")
+    add("--batch", type=int, default=48, help="images of a kernel (default: 48, Chen Appendix D)")
+    add("--projections", type=int, default=16, help="directions in the space of logits; 0, or not "
+        "fewer than there are classes: all logits, exact (default: 16)")
+    add("--memory", type=float, default=4.0, metavar="GIB", help="limit beside the network "
+        "(default: 4)")
+    add("--at", choices=("init", "checkpoint"), default="init", help="the architecture with new "
+        "weights, as the paper, or the trained one (default: init)")
+    add("--head", choices=("lecun", "own", "zero"), help="last layer: lecun-normal, the network's "
+        "own, or zero, with which Θ is the features' Gram matrix (default: lecun; of a checkpoint: "
+        "own)")
+    add("--activation", choices=("relu", "own"), help="relu: in place of GELU (Chen Appendix D) "
+        "(default: relu; of a checkpoint: own)")
+    add("--statistics", choices=("batch", "own"), help="of BatchNorm: measured on the batch, or as "
+        "they are, 0 and 1 at initialisation (default: batch; of a checkpoint: own)")
+
+    for function, summary in ((norms_command, "norms of weights and activations (Chen Table 3)"),
+                              (sparsity_command, "share of active neurons (Chen Fig. 2 right)")):
+        add = command(function, summary)
+        add("--images", default="1/10", metavar="N", help="of the training set, class-balanced: a "
+            "number or a fraction (default: 1/10, Chen §4.4)")
+
     add = command(stability, "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
                   "rho (Chen Table 10), grid, doubled (Chen App. E, F)", of_checkpoints=False)
     add("--study", choices=STUDIES, required=True, help="what is varied: " + "; ".join(
@@ -2213,10 +2828,6 @@ def answer(program, function):
 def main(argv=None):
     def command():
         args, rest = make_parser().parse_known_args(argv)
-        foreign = any(word.split("=")[0] == "--init-from" for word in rest)
-        if "checkpoint" in args and bool(args.checkpoint) == foreign:
-            raise UserError(f"{args.command} needs either --checkpoint RUN/ckpt.pt or --model NAME "
-                            "--init-from FILE")
         args.function(args, rest)
 
     return answer("analyze.py", command)

@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -6842,6 +6843,362 @@ def test_a_landscape_is_drawn_to_a_top_that_all_networks_reach(tmp_path, capsys)
     text = draw(1e4)
     assert f"{(~(deep <= 1e4)).sum()} points are not finite or above 1e+04 (--clip)" in text, text
     assert drawn["heights"][1] == (0, 4), "a logarithmic scale"
+
+
+def full_jacobian_kernel(model, x):
+    """1/C Σ_c ∇f_c(x)·∇f_c(x') from one backward pass for each image and each logit."""
+    model.eval()
+    rows = []
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for image in x:
+            grads = [torch.autograd.grad(f, list(model.parameters()), retain_graph=True,
+                                         allow_unused=True) for f in model(image[None])[0]]
+            rows.append(torch.stack([torch.cat([
+                (torch.zeros_like(p) if g is None else g).flatten()
+                for g, p in zip(of, model.parameters())]) for of in grads]))
+    j = torch.stack(rows)  # (B, C, P)
+    return torch.einsum("icp,jcp->ij", j, j) / j.shape[1]
+
+
+class Odd(nn.Module):
+    """What no rule for layers covers: a layer called twice, tied weights, attention by a function,
+    a parameter of its own, one that is never used, a class token that only one image sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=4, padding=(1, 2), dilation=(1, 2))
+        self.reflected = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+        self.twice, self.tied, self.never = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.tied.weight = self.twice.weight
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.scale, self.cls_token = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(1, 8))
+        self.norm, self.head = nn.GroupNorm(2, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.gelu(self.norm(self.reflected(self.depthwise(self.conv(x).relu_()))))
+        x = x.flatten(2).mT  # (B, N, 8)
+        x = self.scale * self.tied(torch.tanh(self.twice(self.twice(x)))) + self.cls_token[0]
+        return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+
+def kernel_networks():
+    tiny = dict(num_classes=3, image_size=8)
+    block = dict(dim=8, depth=2, mlp_dim=12)
+    return {
+        "vit": vit.build("vit_micro4", **tiny, **block, heads=2),
+        "vit conv stem": vit.build("vit_micro4", **tiny, **block, heads=2, stem="conv", pool="gap"),
+        "mixer": mixer.build("mixer_micro4", **tiny, **block, token_mlp_dim=5),
+        "resnet": resnet.build("resnet18", **tiny, width=2, depth=(1, 1, 1, 1)),
+        "preresnet": resnet.build("preresnet18", **tiny, width=2, depth=(1, 1, 1, 1)),
+        "odd": Odd()}
+
+
+@pytest.mark.parametrize("name", kernel_networks())
+def test_the_tangent_kernel_is_that_of_the_full_jacobian(name, monkeypatch):
+    torch.manual_seed(0)
+    model = train.assemble(kernel_networks()[name], [0.4], [0.3]).double()
+    for p in (*model.parameters(), *(b for n, b in model.named_buffers() if "running" in n)):
+        p.data += 0.3 * torch.rand_like(p)
+    x = torch.rand(5, 3, 8, 8, dtype=torch.float64)
+    expected = full_jacobian_kernel(model, x)
+    before = copy.deepcopy(model.state_dict())
+    found = analyze.ntk(model.train(), x)
+    error = ((torch.tensor(found["kernel"], dtype=torch.float64) - expected).abs().max()
+             / expected.abs().max()).item()
+    assert error < 1e-12, (name, error)
+    values = torch.linalg.eigvalsh(expected)
+    assert abs(found["condition"] / (values[-1] / values[0]) - 1) < 1e-9 and found["resolved"]
+    assert np.allclose(found["eigenvalues"], values.flip(0), rtol=1e-9)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+
+    # few images, directions and output features at a time
+    plan = analyze.ntk_plan(model, x)
+    assert plan["images"] == 5 and plan["directions"] == 3
+    assert plan["jacobian"] == 5 * 3 * 8 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(analyze, "CACHE", 400)
+    low, least = 2**10, 2**22
+    while least > 1.05 * low:
+        middle = (low + least) // 2
+        low, least = (low, middle) if fits(model, x, middle) else (middle, least)
+    plan = analyze.ntk_plan(model, x, memory=least)
+    assert plan["images"] < 5 and plan["directions"] == 1 and plan["bytes"] <= least, plan
+    pieces = torch.tensor(analyze.ntk(model, x, memory=least)["kernel"], dtype=torch.float64)
+    assert ((pieces - expected).abs().max() / expected.abs().max()).item() < 1e-12, name
+    with pytest.raises(ValueError, match=r"two images take \S+ GiB, more than the \S+ GiB allowed"):
+        analyze.ntk(model, x, memory=low)
+
+
+def fits(model, x, memory):
+    try:
+        return bool(analyze.ntk_plan(model, x, memory=memory))
+    except ValueError:
+        return False
+
+
+def test_the_tangent_kernel_of_a_linear_model_and_of_a_zero_head():
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 2, 2, dtype=torch.float64)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(12, 7)).double()
+    by_hand = x.flatten(1) @ x.flatten(1).T + 1  # the weight's part and the bias's
+    assert np.allclose(analyze.ntk(flat, x)["kernel"], by_hand, rtol=1e-13)
+    single = analyze.ntk(nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False)), x[:2].float())
+    a, b, c = (float(x[i].flatten() @ x[j].flatten()) for i, j in ((0, 0), (1, 1), (0, 1)))
+    root = math.sqrt((a - b)**2 + 4 * c * c)
+    assert abs(single["condition"] / ((a + b + root) / (a + b - root)) - 1) < 1e-4
+    twins = analyze.ntk(flat, torch.cat([x, x]))
+    assert not twins["resolved"], "the same image twice: no eigenvalue but rounding"
+
+    x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    for model in (vit.build("vit_micro4", 3, 8), mixer.build("mixer_micro4", 3, 8)):
+        model, out = model.double(), {"pre_logits": None}
+        assert not model.head.weight.any(), "as Google's"
+        model(x, out=out)
+        features = out["pre_logits"].detach()
+        assert np.allclose(analyze.ntk(model, x)["kernel"], features @ features.T + 1, rtol=1e-12)
+
+
+def test_projections_of_the_tangent_kernel_are_unbiased_with_the_variance_they_state():
+    torch.manual_seed(0)
+    classes, r, draws = 6, 2, 400
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, classes)).double()
+    x = torch.rand(2, 3, 2, 2, dtype=torch.float64)
+    exact = torch.tensor(analyze.ntk(model, x)["kernel"])
+    kernels = torch.tensor([analyze.ntk(model, x, r, seed)["kernel"] for seed in range(draws)])
+    jacobian = [torch.cat([j[0].flatten(1) for j in torch.autograd.functional.jacobian(
+        lambda *p: torch.func.functional_call(model, dict(zip(names, p)), (image[None],)),
+        tuple(model.parameters()))], 1) for names in [list(dict(model.named_parameters()))]
+        for image in x]
+    for i, j in ((0, 0), (0, 1), (1, 1)):
+        m = jacobian[i] @ jacobian[j].T
+        s = (m + m.T) / 2 - m.trace() / classes * torch.eye(classes)
+        variance = (2 * (classes - r) / (r * classes * (classes - 1) * (classes + 2))
+                    * s.square().sum())
+        z = (kernels[:, i, j].mean() - exact[i, j]) / math.sqrt(variance / draws)
+        assert abs(z) < 4, (i, j, z)
+        assert 0.75 < kernels[:, i, j].var() / variance < 1.3, (i, j, kernels[:, i, j].var())
+    assert analyze.ntk(model, x, classes)["kernel"] == analyze.ntk(model, x)["kernel"]
+
+
+def test_relu_takes_gelus_place_and_batchnorm_the_statistics_of_the_batch():
+    x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    for build, activations in ((partial(vit.build, "vit_micro4"), 2),
+                               (partial(mixer.build, "mixer_micro4"), 4)):
+        torch.manual_seed(0)
+        model = build(3, 8, dim=12, depth=2, mlp_dim=12).double()
+        nn.init.normal_(model.head.weight)
+        gelu = analyze.ntk(model, x)["kernel"]
+        with analyze.ReluForGelu():
+            found = analyze.ntk(model, x)["kernel"]
+        with analyze.ReluForGelu():
+            assert F.gelu(torch.tensor([-1.0, 2.0]), approximate="tanh").tolist() == [0, 2]
+        replaced = [name for name, m in model.named_modules() if isinstance(m, nn.GELU)]
+        assert len(replaced) == activations
+        for name in replaced:
+            model.set_submodule(name, nn.ReLU())
+        expected = full_jacobian_kernel(model, x)
+        assert np.allclose(found, expected, rtol=1e-10)
+        assert not np.allclose(found, gelu, rtol=1e-2)
+
+    model = resnet.build("resnet18", 3, 8, width=4, depth=(1, 1, 1, 1)).double()
+    analyze.measure_statistics(model.eval(), x)
+    out = {}
+    for name, norm in model.named_modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.register_forward_hook(lambda m, _, y, name=name: out.update({name: y.clone()}))
+    model(x)
+    assert len(out) == 12 and all(y.mean(dim=(0, 2, 3)).abs().max() < 1e-12 for y in out.values())
+    variance = model.conv1(x).var(dim=(0, 2, 3), correction=0)
+    assert torch.allclose(model.bn1.running_var, variance, rtol=1e-10)
+    as_training = model.train()(x)  # normalises by the batch
+    assert torch.allclose(model.eval()(x), as_training) is False  # that moved the statistics
+    analyze.measure_statistics(model, x)
+    assert torch.allclose(model(x), as_training, rtol=1e-9) and not model.bn1._forward_pre_hooks
+
+
+class Blocks(nn.Module):
+    """Two blocks, one with a module as its activation function, one with two functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU())
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(2, 4, 1), nn.GELU()), Second()])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class Second(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return 3 * F.gelu(self.conv(x).relu_() - 0.3)
+
+
+def test_norms_and_active_neurons_by_hand():
+    torch.manual_seed(0)
+    model, images = Blocks().double(), torch.rand(5, 3, 4, 4, dtype=torch.float64)
+    sums = analyze.added([analyze.activity(model, [(images[:2], None), (images[2:3], None)]),
+                          analyze.activity(model, [(images[3:], None)])])
+    with torch.no_grad():
+        stem = model.stem[0](images).clamp(min=0)
+        first = F.gelu(model.blocks[0][0](stem))
+        inner = model.blocks[1].conv(first).clamp(min=0)
+        second = F.gelu(inner - 0.3)
+    share = lambda *values: (sum((v > 0).sum() for v in values)
+                             / sum(v.numel() for v in values)).item()
+    length = lambda v: v.square().sum(dim=(1, 2, 3)).sqrt().mean().item()
+    close = partial(pytest.approx, rel=1e-6)
+    found = analyze.sparsity(sums)
+    assert found["block"] == {"blocks.0": close(share(first)),
+                              "blocks.1": close(share(inner, second))}, found
+    assert found["activation"] == {"stem.1": close(share(stem)), "blocks.0.1": close(share(first)),
+                                   "blocks.1": close(share(inner)),
+                                   "blocks.1 2": close(share(second))}, found
+    assert 0.05 < share(first) < 0.95 and share(second) < share(inner) < 0.95
+    found = analyze.norms(model, sums)
+    assert found["weights"] == close(math.sqrt(sum(
+        v * v for p in model.parameters() for v in p.flatten().tolist())))
+    assert found["activation"] == {"blocks.0": close(length(first)),
+                                   "blocks.1": close(length(second))}, found
+    assert found["output"] == {"blocks.0": close(length(first)),
+                               "blocks.1": close(3 * length(second))}, found
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_blocks_and_activations_of_the_papers_networks():
+    for model, size, blocks, per_block in (
+            (vit.build("vit_micro8", 12, 32), 32, 4, 1), (vit.build("pit_ti", 12, 32), 32, 12, 1),
+            (mixer.build("mixer_micro8", 12, 32), 32, 4, 2),
+            (resnet.build("resnet50", 12, 32, width=4), 32, 16, 3),
+            (resnet.build("preresnet18", 12, 32, width=4), 32, 8, 2),
+            (train.build_model("torchvision:resnet18", 12, 32), 32, 8, 2),
+            (train.build_model("torchvision:swin_t", 12, 32), 32, 12, 1)):
+        sums = analyze.activity(model, [(torch.rand(2, 3, size, size), None)])
+        found = {}
+        for block, *_ in sums["activations"].values():
+            found[block] = found.get(block, 0) + 1
+        found.pop("", None)
+        assert list(found.values()) == [per_block] * blocks, (type(model), found)
+        assert sums["images"] == 2 and sums["outputs"].keys() == found.keys()
+
+
+def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
+        tmp_path, capsys, monkeypatch, small_shapes):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(analyze, "UNIT", 60)
+    run = str(tmp_path / "run/ckpt.pt")
+    train_ok(tiny(tmp_path / "run", "--max-steps 3 --train-fraction 1"))
+    common = ["--device", "cpu", "--workers", "0", "--dtype", "float64"]
+    commands = {
+        "ntk": ["ntk", *common, "--images", "40", "--batch", "8", "--checkpoint", run],
+        "norms": ["norms", *common, "--images", "150", "--checkpoint", run],
+        "sparsity": ["sparsity", *common, "--images", "150", "--checkpoint", run]}
+    whole = {}
+    for what, command in commands.items():
+        capsys.readouterr()
+        assert analyze.main([*command, "--out-dir", str(tmp_path / "whole")]) == 0
+        text, file = capsys.readouterr().out, tmp_path / "whole" / f"{what}.json"
+        (name, parts), = json.loads(file.read_text())["results"].items()
+        whole[what] = parts
+        assert name.startswith(f"{run} (") and name in text and str(file) in text, text
+        assert what != "ntk" or "begins with a zero head" in text and "memory    " in text, text
+    assert len(whole["ntk"]) == 5
+    share = whole["sparsity"]["150 images"]["block"]
+    assert list(share) == ["network.blocks.0", "network.blocks.1"]
+    kappa = [of["condition"] for of in whole["ntk"].values()]
+    row = next(line for line in analyze_again(commands["ntk"], tmp_path / "whole", capsys)
+               if line.startswith(run))
+    assert f"{sum(kappa) / 5:.4g}" in row.split(), (row, kappa)
+
+    # one kernel by hand, from the head's own seed on
+    settings, origin = train.settings(["--eval-only", *common, "--init-from", run])
+    settings.init_from = ""
+    images = analyze.training_images(settings, torch.device("cpu"), "40", print)
+    model = train.starting_network(settings, origin, 12, torch.device("cpu"), print)
+    torch.manual_seed(data.key(settings.seed, 3))
+    vit.lecun_normal_(model.network.head.weight)
+    for name in ("blocks.0.mlp.act", "blocks.1.mlp.act"):
+        model.network.set_submodule(name, nn.ReLU())
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[8:16].tolist()
+    x = images[[(0, i) for i in order]][0].double() / 255
+    values = torch.linalg.eigvalsh(full_jacobian_kernel(model, x))
+    second = next(of for part, of in whole["ntk"].items() if part.endswith(" batch 1"))
+    assert abs(second["condition"] / (values[-1] / values[0]) - 1) < 1e-8
+
+    # killed in the middle: what is there is not done again
+    for what, broken in (("ntk", "ntk"), ("norms", "activity"), ("sparsity", "activity")):
+        calls, function = [], getattr(analyze, broken)
+
+        def dies(*args, calls=calls, function=function):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return function(*args)
+        monkeypatch.setattr(analyze, broken, dies)
+        command = [*commands[what], "--out-dir", str(tmp_path / "cut")]
+        assert analyze.main(command) == 130
+        assert analyze.main(command) == 0
+        assert len(calls) == (6 if what == "ntk" else 4), (what, calls)
+        (parts,) = json.loads((tmp_path / "cut" / f"{what}.json").read_text())["results"].values()
+        assert parts == whole[what], what
+        assert analyze.main(command) == 0 and len(calls) == (6 if what == "ntk" else 4)
+        monkeypatch.setattr(analyze, broken, function)
+
+    for flags, words in ((["--batch", "1"], "--batch 1: at least 2 and, of these images, at most"),
+                         (["--batch", "41"], "at most 40"), (["--images", "x"], "--images x: "),
+                         (["--images", "999999"], "--images 999999: a fraction of"),
+                         (["--memory", "0"], "--memory 0"), (["--memory", "1e-4"], "two images"),
+                         (["--projections", "-1"], "--projections -1"),
+                         (["--bacth", "8"], "unknown flag --bacth; did you mean --batch"),
+                         (["--dtype", "bfloat16"], "ntk is computed in float32 or float64")):
+        line = analyze_refusal(capsys, *commands["ntk"], "--out-dir", tmp_path / "x", *flags)
+        assert words in line, (flags, line)
+    assert "--at checkpoint needs --checkpoint" in analyze_refusal(
+        capsys, "ntk", "--dataset", "shapes", "--at", "checkpoint", "--device", "cpu")
+
+
+def analyze_again(command, folder, capsys):
+    capsys.readouterr()
+    assert analyze.main([*command, "--out-dir", str(folder)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_kernel_and_sparsity_on_two_processes_are_those_of_one(
+        tmp_path, monkeypatch, small_shapes):
+    script = tmp_path / "both.py"
+    script.write_text("""
+import sys, analyze
+from torch import distributed
+def both(out):
+    common = ["--dataset", "shapes", "--model", "vit_micro8", "--dim", "24", "--depth", "2",
+              "--heads", "2", "--device", "cpu", "--dtype", "float64"]
+    analyze.data.SHAPES_SPLITS["train"], analyze.UNIT = (0, 160), 60
+    for what in (["ntk", "--images", "40", "--batch", "8"], ["sparsity", "--images", "150"]):
+        assert analyze.main([*what, *common, "--out-dir", out]) == 0
+if __name__ == "__main__":
+    distributed.init_process_group("gloo")
+    both(sys.argv[1])
+""")
+    monkeypatch.setattr(analyze, "UNIT", analyze.UNIT)
+    runpy.run_path(str(script))["both"](str(tmp_path / "1"))
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         str(script), str(tmp_path / "2")], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("results   ") == 2, result.stdout
+    for what in ("ntk", "sparsity"):
+        one, two = (json.loads((tmp_path / n / f"{what}.json").read_text())["results"]
+                    for n in "12")
+        assert one == two, "each part is one process's work"
 
 
 # ----------------------------------------------------------------------------------- the repository
