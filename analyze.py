@@ -16,6 +16,7 @@
     python analyze.py ntk --model vit_b16 --data-dir IMAGENET       Chen Table 1, Appendix D
     python analyze.py norms --checkpoint RUN/ckpt.pt                Chen Table 3; also sparsity,
         Fig. 2 right
+    python analyze.py compare --checkpoint A/ckpt.pt B/ckpt.pt      Chen Table 1 and 3, whole
     torchrun --nproc_per_node=8 analyze.py …      on many devices: the same numbers
 
 A subcommand prints a table, writes OUT/SUBCOMMAND.json (numbers, settings, versions, command line)
@@ -226,27 +227,17 @@ def exactly(model, device):
 def training_images(settings, device, share, tell, augmented=False):
     """A fixed class-balanced part of the images that a network was trained on: a number of them, or
     a fraction such as "1/10"; as in evaluation, or augmented as in training."""
-    how = dict(augment="none")
-    if augmented:
-        how = {name: getattr(settings, name) for name in AUGMENTS}
-    try:
-        dataset = data.load(settings.dataset, "train", data_dir=settings.data_dir,
-                            image_size=settings.image_size, seed=settings.seed,
-                            short_side=settings.eval_short_side, **how)
-    except data.DataError as error:
-        raise UserError(str(error)) from None
-    if dataset.notice:
-        tell(dataset.notice)
+    how = {name: getattr(settings, name) for name in AUGMENTS} if augmented else {}
+    dataset = train.load_split(settings, "train", device, tell, **how)
     dataset.restrict(data.subset(dataset.labels, settings.train_fraction))
     if settings.hold_out != "0":
         dataset.restrict(data.hold_out(dataset.labels[dataset.indices], settings.hold_out)[0])
-    try:
+    with train.as_user_error(f"--images {share}"):
         fraction = Fraction(share)
+        if fraction > len(dataset):
+            raise ValueError(f"there are {len(dataset):,} training images")
         fraction = fraction / len(dataset) if fraction > 1 else fraction
-        dataset.restrict(data.subset(dataset.labels[dataset.indices], fraction))
-    except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"--images {share}: {error}") from None
-    return dataset.to(device)
+        return dataset.restrict(data.subset(dataset.labels[dataset.indices], fraction))
 
 
 class Batches:
@@ -2051,6 +2042,99 @@ def draw_blocks(axes, networks, what):
     axes.legend(fontsize=6)
 
 
+# ------------------------------------------------------------------------------------------ compare
+
+TABLE_1 = {  # Chen et al.: NTK κ, λmax, top-1, top-1 on ImageNet-C; then Table 3's λmax of blocks
+    "vit_b16": (4205.3, 738.8, 74.6, 46.6, 300.4, 179.8, 281.4, 44.4, 32.4, 26.9),
+    "vit_b16, SAM": (None, 20.9, 79.9, 56.5, 3.8, 8.5, 9.6, 1.7, 1.7, 1.5),
+    "mixer_b16": (14468.0, 1644.4, 66.4, 33.8, 1042.3, 95.8, 417.9, 239.3, 41.2, 5.1),
+    "mixer_b16, SAM": (None, 22.5, 77.4, 48.8, 18.2, 1.4, 9.5, 4.0, 1.1, 0.3),
+    "resnet50": (2801.6, 122.9, 76.0, 44.6), "resnet152": (2801.6, 179.8, 78.5, 50.0)}
+
+
+def compare_command(args, rest):
+    """Tables 1 and 3 of Chen et al. for networks: NTK κ at initialisation, largest Hessian
+    eigenvalues, accuracy, norms, by the subcommands hessian, ntk, norms and robustness with their
+    defaults, whose files are in OUT/compare. Beside these the training loss and the accuracy, both
+    on the same images: where the loss is near zero, the curvature of the cross-entropy vanishes
+    with it, whatever the network. Returns what the JSON holds under "results"."""
+    results, device, named = started(args, rest, "compare")
+    folder, images = results.path.parent / "compare", f"{args.images} images"
+
+    def run(command, *flags):
+        argv = [command, "--out-dir", str(folder), *flags]
+        argv += ["--checkpoint", *args.checkpoint] if args.checkpoint else []
+        own = make_parser().parse_args(argv)
+        return own.function(own, rest)
+
+    def of(found, name, *words):
+        """The results of a network whose parts' names have these words."""
+        return {part: numbers for part, numbers in found[name].items()
+                if all(word in part for word in words)}
+
+    hessians, kernels, lengths = (run(command, "--images", args.images)
+                                  for command in ("hessian", "ntk", "norms"))
+    imagenet = named[0][1].dataset == "imagenet"
+    run("robustness", "--benchmarks", "val", "c" if imagenet else "c-lite")
+    accuracies = Results(folder, "robustness").parts
+    first, third = [], []
+    for name, settings, origin in named:
+        model, loss, batches = prepared(
+            argparse.Namespace(images=args.images, loss="softmax"), settings, origin, device, 256)
+        share_out(results, name, {images: lambda: fit(model, loss, batches)}, "training images")
+        top1 = robustness_summary({part: numbers["top1"] for part, numbers in accuracies[
+            label(settings)[0]].items()}, imagenet)
+        blocks = {part.split(":")[0]: numbers["eigenvalues"][0]
+                  for part, numbers in of(hessians, name, images, " by algebraic").items()}
+        numbers, = of(lengths, name, images).values()
+        inside = list(numbers["activation"].values())
+        kernel = ntk_summary(list(of(kernels, name, images, "initialised").values()))
+        first.append({"Table 1": name, "parameters": sum(p.numel() for p in model.parameters()),
+                      "NTK κ": kernel["κ"], "λmax": blocks["whole"]} | results.parts[name][images]
+                     | {"top-1 %": top1.get("val"), "corrupted %": top1.get("c", top1.get("c-lite"))})
+        third.append({"Table 3": name, "whole": blocks.pop("whole"), "‖w‖": numbers["weights"]} | {
+            f"‖a_{which}‖": inside[i] for i, which in (
+                (0, "1"), ((len(inside) - 1) // 2, "mid"), (-1, "last"))} | blocks)
+    columns = {settings.model: list(row) for row, (_, settings, _) in zip(third, named)}
+    for name, (kappa, whole, top1, corrupted, *blocks) in TABLE_1.items():
+        if name.split(",")[0] in columns:
+            first.append({"Table 1": f"Chen, {name}", "NTK κ": kappa, "λmax": whole,
+                          "top-1 %": top1, "corrupted %": corrupted})
+            third.append(dict(zip(columns[name.split(",")[0]], (
+                f"Chen, {name}", whole, *TABLE_3.get(name, (None,) * 4), *blocks))))
+    if train.rank() == 0:
+        tables = []
+        for rows in (first, third):
+            columns = dict.fromkeys(column for row in rows for column in row)
+            rows = [{column: row.get(column) for column in columns} for row in rows]
+            train.say()
+            print_rows([{column: value if isinstance(value, str | int) else significant(value)
+                         for column, value in row.items()} for row in rows])
+            tables.append(markdown(rows))
+        path = results.path.with_suffix(".md")
+        train.write_file(path, lambda file: file.write("\n".join(tables).encode()))
+        train.say(f"results   {results.path}, {path}")
+    return results.parts
+
+
+def fit(model, loss, batches):
+    """Mean loss and accuracy in percent."""
+    right = 0
+    with adversarial.held_still(model, next(model.parameters()).device):
+        for x, y in batches:
+            right += (model(x).argmax(1) == y).sum().item()
+        return {"training loss": mean_loss(model, loss, batches),
+                "training top-1 %": 100 * right / batches.total}
+
+
+def markdown(rows):
+    """A table of dicts with the same keys."""
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *(
+        ["-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
+         for v in row.values()] for row in rows)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
 # ----------------------------------------------------------------------------------- many trainings
 
 def outcome(args):
@@ -2312,7 +2396,7 @@ COMPARED = {"length": (["model", "optimizer"], longest),
     ("rho", "grid", "doubled"), (["model"], best))
 
 
-def compare(study, runs):
+def subtract_reference(study, runs):
     """Gives each run "compared", its top-1 or what stands in for it, and "delta", by how many
     points that is below the one of the longest run of the model (length), of AdamW (optimizer), or
     of the best run (others)."""
@@ -2569,7 +2653,7 @@ def stability(args, rest):
     runs = trained(study, trainings)
     for i, run in enumerate(runs if study == "lr-wd" else []):
         run["random"] = i >= len(optima)  # after those at the optima
-    compare(study, runs)
+    subtract_reference(study, runs)
     results.parts = {model: {run["run"]: {k: v for k, v in run.items() if k not in (
         "model", "run")} for run in own} for model, own in group(runs, "model").items()}
     results.settings = {model: {k: v for k, v in vars(chosen).items() if k != "out_dir"}
@@ -2747,6 +2831,11 @@ def make_parser():
         add = command(function, summary)
         add("--images", default="1/10", metavar="N", help="of the training set, class-balanced: a "
             "number or a fraction (default: 1/10, Chen §4.4)")
+
+    add = command(compare_command, "hessian, ntk, norms and accuracy of networks in one (Chen Table "
+                  "1, 3)")
+    add("--images", default="1/10", metavar="N", help="of the training set, class-balanced: a "
+        "number or a fraction (default: 1/10)")
 
     add = command(stability, "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
                   "rho (Chen Table 10), grid, doubled (Chen App. E, F)", of_checkpoints=False)

@@ -7201,6 +7201,54 @@ if __name__ == "__main__":
         assert one == two, "each part is one process's work"
 
 
+def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch, small_shapes):
+    monkeypatch.setattr(data, "SEVERITIES", (5,))
+    runs = []
+    for words in ("", "--sam-rho 0.1"):
+        runs.append(str(tmp_path / f"run{words[-3:]}/ckpt.pt"))
+        train_ok(tiny(Path(runs[-1]).parent, f"--max-steps 3 --train-fraction 1 {words}"))
+    argv = ["compare", "--checkpoint", *runs, "--images", "60", "--device", "cpu", "--workers", "0",
+            "--out-dir", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert analyze.main(argv) == 0
+    printed = capsys.readouterr().out
+    tables = [[[cell.strip() for cell in line.strip("|").split("|")]
+               for line in table.splitlines()]
+              for table in (tmp_path / "out/compare.md").read_text().split("\n\n")]
+    (first, _, *ones), (third, _, *threes) = tables
+    assert len(ones) == len(threes) == 2 and ones[0][0] in printed
+    for run, one, three in zip(runs, ones, threes):
+        one, three = dict(zip(first, one)), dict(zip(third, three))
+        settings, origin = train.settings(["--eval-only", "--init-from", run, "--device", "cpu"])
+        dataset = analyze.training_images(settings, torch.device("cpu"), "60", print)
+        model = train.starting_network(settings, origin, 12, torch.device("cpu"), print).eval()
+        x, y = dataset[[(0, i) for i in range(60)]][:2]
+        x = x.float() / 255
+        blocks = {name: analyze.hessian_eigenvalues(model, F.cross_entropy, [(x, y)], params=params,
+                                                    tolerance=1e-4)["eigenvalues"][0]
+                  for name, params in analyze.components(model.network).items()}
+        with torch.no_grad():
+            logits = model(x)
+        expected = {"parameters": sum(p.numel() for p in model.parameters()),
+                    "λmax": blocks["whole"], "training loss": F.cross_entropy(logits, y).item(),
+                    "training top-1 %": 100 * (logits.argmax(1) == y).float().mean().item()}
+        for name, value in expected.items():
+            assert abs(float(one[name]) - value) <= 0.011 * abs(value), (name, one[name], value)
+        for name, value in blocks.items():
+            assert abs(float(three[name]) - value) <= 0.011 * abs(value), (name, three[name], value)
+        weights = sum(p.double().square().sum() for p in model.parameters()).sqrt().item()
+        assert abs(float(three["‖w‖"]) - weights) < 1e-3 * weights
+        assert 1 <= float(one["NTK κ"]) and 0 <= float(one["corrupted %"]) <= 100, one
+        accuracy = json.loads((tmp_path / "out/compare/robustness.json").read_text())["results"]
+        top1, = (parts["val"]["top1"] for name, parts in accuracy.items() if name.startswith(run))
+        assert abs(float(one["top-1 %"]) - top1) < 0.01
+
+    monkeypatch.setattr(analyze, "lanczos", None)  # nothing is computed again
+    monkeypatch.setattr(analyze, "fit", None)
+    before = (tmp_path / "out/compare.md").read_bytes()
+    assert analyze.main(argv) == 0 and (tmp_path / "out/compare.md").read_bytes() == before
+
+
 # ----------------------------------------------------------------------------------- the repository
 
 TRAINS_ALONE = """
