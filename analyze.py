@@ -1763,7 +1763,7 @@ def ntk_command(args, rest):
             torch.manual_seed(data.key(settings.seed, 3))
             vit.lecun_normal_(own.weight)
         budget, plan = int(args.memory * 2**30), None
-        part = (f"{f'initialised from seed {settings.seed}' if fresh else 'trained'}, {head} head, "
+        part = (f"{'initialised' if fresh else 'trained'}, seed {settings.seed}, {head} head, "
                 f"activation {activation}, statistics {statistics}, {args.projections} "
                 f"projections, {args.images} images by {args.batch}, batch")
 

@@ -7076,6 +7076,7 @@ def test_norms_and_active_neurons_by_hand():
 def test_blocks_and_activations_of_the_papers_networks():
     for model, size, blocks, per_block in (
             (vit.build("vit_micro8", 12, 32), 32, 4, 1), (vit.build("pit_ti", 12, 32), 32, 12, 1),
+            (vit.build("vit_micro8", 12, 32, stem="conv"), 32, 3, 1),  # its ReLUs are in no block
             (mixer.build("mixer_micro8", 12, 32), 32, 4, 2),
             (resnet.build("resnet50", 12, 32, width=4), 32, 16, 3),
             (resnet.build("preresnet18", 12, 32, width=4), 32, 8, 2),
