@@ -2055,7 +2055,8 @@ TABLE_1 = {  # Chen et al.: NTK κ, λmax, top-1, top-1 on ImageNet-C; then Tabl
 def compare_command(args, rest):
     """Tables 1 and 3 of Chen et al. for networks: NTK κ at initialisation, largest Hessian
     eigenvalues, accuracy, norms, by the subcommands hessian, ntk, norms and robustness with their
-    defaults, whose files are in OUT/compare. Beside these the training loss and the accuracy, both
+    defaults, whose files are in OUT/compare. The paper's corruptions are ImageNet-C (--benchmarks
+    val c). Beside these the training loss and the accuracy, both
     on the same images: where the loss is near zero, the curvature of the cross-entropy vanishes
     with it, whatever the network. Returns what the JSON holds under "results"."""
     results, device, named = started(args, rest, "compare")
@@ -2074,8 +2075,7 @@ def compare_command(args, rest):
 
     hessians, kernels, lengths = (run(command, "--images", args.images)
                                   for command in ("hessian", "ntk", "norms"))
-    imagenet = named[0][1].dataset == "imagenet"
-    run("robustness", "--benchmarks", "val", "c" if imagenet else "c-lite")
+    run("robustness", "--benchmarks", *args.benchmarks)
     accuracies = Results(folder, "robustness").parts
     first, third = [], []
     for name, settings, origin in named:
@@ -2083,7 +2083,7 @@ def compare_command(args, rest):
             argparse.Namespace(images=args.images, loss="softmax"), settings, origin, device, 256)
         share_out(results, name, {images: lambda: fit(model, loss, batches)}, "training images")
         top1 = robustness_summary({part: numbers["top1"] for part, numbers in accuracies[
-            label(settings)[0]].items()}, imagenet)
+            label(settings)[0]].items()}, "cifar" not in settings.dataset)
         blocks = {part.split(":")[0]: numbers["eigenvalues"][0]
                   for part, numbers in of(hessians, name, images, " by algebraic").items()}
         numbers, = of(lengths, name, images).values()
@@ -2836,6 +2836,8 @@ def make_parser():
                   "1, 3)")
     add("--images", default="1/10", metavar="N", help="of the training set, class-balanced: a "
         "number or a fraction (default: 1/10)")
+    add("--benchmarks", nargs="+", choices=("val", "c", "c-lite"), default=["val", "c-lite"],
+        help="see robustness (default: val c-lite)")
 
     add = command(stability, "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
                   "rho (Chen Table 10), grid, doubled (Chen App. E, F)", of_checkpoints=False)
