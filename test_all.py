@@ -7291,6 +7291,14 @@ def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
     assert not imported & siblings, imported & siblings
 
 
+def test_the_readmes_figures_are_there_and_not_ignored_by_git():
+    figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", (HERE / "README.md").read_text())
+    ignored = [line for line in (HERE / ".gitignore").read_text().split() if "*" in line
+               or not line.endswith("/") and not line.startswith("/")]
+    assert figures and all((HERE / figure).is_file() for figure in figures), figures
+    assert not ignored, f"{ignored} would keep a figure of that name out of a commit"
+
+
 def test_the_readmes_training_commands_run(tmp_path):
     """Each different `python train.py` line that needs no data set, cut to a few steps."""
     text = (HERE / "README.md").read_text().replace("$S", "0").replace("$R", "0.03")
