@@ -7111,6 +7111,9 @@ def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
         whole[what] = parts
         assert name.startswith(f"{run} (") and name in text and str(file) in text, text
         assert what != "ntk" or "begins with a zero head" in text and "memory    " in text, text
+        assert file.with_suffix(".png").exists() == (
+            importlib.util.find_spec("matplotlib") is not None)
+    monkeypatch.setattr(analyze, "figure", lambda *_: None)
     assert len(whole["ntk"]) == 5
     share = whole["sparsity"]["150 images"]["block"]
     assert list(share) == ["network.blocks.0", "network.blocks.1"]
