@@ -2070,6 +2070,8 @@ def compare_command(args, rest):
 
     def of(found, name, *words):
         """The results of a network whose parts' names have these words."""
+        if name not in found:
+            raise UserError(f"{name} changed meanwhile: wait until its training is finished")
         return {part: numbers for part, numbers in found[name].items()
                 if all(word in part for word in words)}
 
