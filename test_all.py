@@ -6455,9 +6455,9 @@ def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, sm
             (["--params", "layer1"], "--params layer1: no parameter's name matches; there are"),
             (["--images", "ten"], "--images ten: "), (["--images", "-3"], "--images -3: "),
             (["--images", "161"], "--images 161: "), (["--images", "1/0"], "--images 1/0: "),
-            (["--k", "0"], "--k is 0; it must be at least 1"),
-            (["--tolerance", "0"], "--tolerance is 0.0; it must be above 0"),
-            (["--tolerance", "nan"], "--tolerance is nan"), (["--memory", "-1"], "--memory is -1"),
+            (["--k", "0"], "--k 0: it is at least 1"),
+            (["--tolerance", "0"], "--tolerance 0: it is at least 1e-09"),
+            (["--tolerance", "nan"], "--tolerance nan"), (["--memory", "-1"], "--memory -1: "),
             (["--method", "power", "--k", "2"], "--method power finds one eigenvalue"),
             (["--itertions", "2"], "did you mean --iterations"),
             (["--dtype", "bfloat16"], "is computed in float32 or float64")]:
