@@ -719,18 +719,18 @@ class Krylov:
 
 def near_start(hessian, k, which, seed):
     """Where Lanczos starts, close to the leading eigenvectors -> vector, products with the Hessian
-    of a part. That part is an eighth of the images, the hardest; the vector is the sum of the k
-    leading eigenvectors there, each to 5 %. Where there are few batches: the gradient, half."""
-    part, products = hessian.of_hardest(8), 0
+    of a part. That part is a quarter of the images, the hardest; the vector is the sum of the k
+    leading eigenvectors there, each to 10 %. Where there are few batches: the gradient, half."""
+    part, products = hessian.of_hardest(4), 0
     of = part or hessian
     z, g = random_vector(hessian, seed, 0), of.gradient()
     v = z + 0.9 * g / g.norm() if g.norm() > 0 else z  # of one parameter too not 0
     if part:
         space = Krylov(part, [v / v.norm()])
-        for products in range(1, 17):  # as much work as two products with the whole
+        for products in range(1, 9):  # as much work as two products with the whole
             space.multiply(seed)
             values, residuals, vectors = space.ritz(which)
-            if len(values) >= k and bool((residuals <= 0.05 * values.abs())[:k].all()):
+            if len(values) >= k and bool((residuals <= 0.1 * values.abs())[:k].all()):
                 break
         weights = vectors[:, :k].sum(1)
         v = sum(weights[i].item() * space.basis[j] for i, j in enumerate(space.done))
@@ -783,12 +783,12 @@ def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=Non
     a loss L (`Hessian` has the formula and further options) by all parameters of a model or some,
     a diagonal block (Chen et al. Table 1, 3). Fewer than k where there are fewer parameters.
     -> dict of `eigenvalues`, the wanted first; `residuals` ‖H v - λ v‖: within one of its λ there
-    is an eigenvalue of H; `errors`; `converged`; `products` with H; `part_products`, each an eighth
+    is an eigenvalue of H; `errors`; `converged`; `products` with H; `part_products`, each a quarter
     of the work; `images`, `parameters`, `seconds`. Time grows linearly in images × products. A
     kill loses what was done since `saved`, a Saved, was written.
 
     lanczos: the best approximations within the span of v, H v, H² v, …, all of it kept orthogonal.
-    Of 8 batches or more, v comes from a Lanczos on the eighth of the images that has the largest
+    Of 4 batches or more, v comes from a Lanczos on the quarter of the images with the largest
     gradients by the logits; of fewer, it is half random and half the gradient. It stops where each
     residual r is below tolerance · |λ| (or 100 roundings of the largest |λ|), or, not converged,
     after so many iterations. `errors` are the usual, much smaller min(r, r²/gap) (Kato and
@@ -818,33 +818,30 @@ def hessian_density(model, loss, batches, probes=10, steps=50, params=None, *, d
                     saved=None, **options):
     """Trace and spectral density of a Hessian, as PyHessian (Yao et al. 2020, 1912.07145) has them,
     from `probes` random vectors z of ±1 (Rademacher). -> dict of `trace`, the mean of zᵀ H z
-    (Hutchinson), `trace_error`, the standard error of that mean (None of one), and for each
-    probe `nodes` θ_j and `weights` τ_j: Gauss quadrature of the density weighted by z, by `steps`
-    products of Lanczos from z/‖z‖; Σ_j τ_j = 1. With a Gaussian in place of each node
+    (Hutchinson), `trace_error`, its standard error (None of one probe), and for each probe `nodes`
+    θ_j and `weights` τ_j, Σ_j τ_j = 1, of Gauss quadrature by `steps` products of Lanczos from
+    z/‖z‖, so that the density is
 
-        φ(t) = 1/probes Σ_probes Σ_j τ_j N(t; θ_j, σ²),
+        φ(t) = 1/probes Σ_probes Σ_j τ_j N(t; θ_j, σ²)      (kernel_density).
 
-    which kernel_density computes. The three-term recurrence is not orthogonalised: copies of a node
-    that rounding makes share its weight. Memory: three vectors for each probe; all probes
-    take their product together, so a graph that is not kept is built `steps` times."""
+    The recurrence is not orthogonalised: copies of a node that rounding makes share its weight.
+    Memory: three vectors for each probe; a graph that is not kept is built `steps` times."""
     saved = saved or Saved()
     if probes < 1 or steps < 1:
         raise ValueError(f"probes = {probes}, steps = {steps}: at least 1")
     with hessian_of(model, loss, batches, params, decay=decay, **options) as H:
+        of_each = range(probes)
         state = saved.load(lambda: dict(
-            now=[random_vector(H, seed, i, signs=True) for i in range(probes)],
-            before=[None] * probes, alphas=[[] for _ in range(probes)],
-            betas=[[] for _ in range(probes)]))
+            now=[random_vector(H, seed, i, signs=True) for i in of_each],
+            before=[torch.zeros(H.size)] * probes, alphas=[[] for _ in of_each],
+            betas=[[] for _ in of_each]))
         alphas, betas = state["alphas"], state["betas"]
-        now, before = ([v if v is None else v.to(H.params[0]) for v in state[name]]
-                       for name in ("now", "before"))
+        now, before = ([v.to(H.params[0]) for v in state[name]] for name in ("now", "before"))
         eps, steps = torch.finfo(H.params[0].dtype).eps, min(steps, H.size)
-        while running := [i for i in range(probes) if len(alphas[i]) == len(betas[i])]:
+        while running := [i for i in of_each if len(alphas[i]) == len(betas[i])]:
             for i, w in zip(running, H(*(now[i] for i in running))):
                 length, a = w.norm().item(), now[i] @ w
-                w -= a * now[i]
-                if before[i] is not None:
-                    w -= betas[i][-1] * before[i]
+                w -= a * now[i] + (betas[i][-1] if betas[i] else 0) * before[i]
                 alphas[i].append(a.item())
                 rest = w.norm().item()
                 if rest > 10 * eps * length and len(alphas[i]) < steps:  # else it ends here
@@ -852,16 +849,16 @@ def hessian_density(model, loss, batches, probes=10, steps=50, params=None, *, d
                     before[i], now[i] = now[i], w / rest
             saved.keep(dict(now=now, before=before, alphas=alphas, betas=betas))
         traces = torch.tensor([a[0] * H.size for a in alphas], dtype=torch.float64)
-        quadratures = []
+        nodes, weights = [], []
         for a, b in zip(alphas, betas):
             a, b = (torch.tensor(v, dtype=torch.float64) for v in (a, b))
             values, vectors = torch.linalg.eigh(a.diag() + b.diag(1) + b.diag(-1))
-            quadratures.append((values.tolist(), vectors[0].square().tolist()))
-        return dict(trace=traces.mean().item(), trace_error=(
-            (traces.std() / probes**0.5).item() if probes > 1 else None),
-            nodes=[nodes for nodes, _ in quadratures], weights=[w for _, w in quadratures],
-            products=sum(map(len, alphas)), images=H.images, parameters=H.size,
-            seconds=saved.spent())
+            nodes.append(values.tolist())
+            weights.append(vectors[0].square().tolist())
+        error = (traces.std() / probes**0.5).item() if probes > 1 else None
+        return dict(trace=traces.mean().item(), trace_error=error, nodes=nodes, weights=weights,
+                    products=sum(map(len, alphas)), images=H.images, parameters=H.size,
+                    seconds=saved.spent())
 
 
 def kernel_density(at, points, weights, width):
@@ -926,9 +923,8 @@ def hessian(args, rest):
     for name, settings, origin in named:
         dataset = training_images(settings, device, args.images, tell)
         model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
-        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        batches = Batches(dataset, model, args.chunk, train.worker_count(settings, dataset,
-                                                                         on_machine))
+        batches = Batches(dataset, model, args.chunk, train.worker_count(
+            settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         for block, params in components(model.network, args.params).items():
             common = (model, LOSSES[args.loss], batches)
             jobs = {f"{block}: {of}, {how}": functools.partial(
