@@ -321,6 +321,15 @@ def significant(number, error=None):
         return f"{number:.4g}" + (f" ± {error:.2g}" if error else "")
 
 
+def need(args, **least):
+    """UserError for a flag, or one of its values, below its least."""
+    for name, low in least.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value:g}: it is at least {low}")
+
+
 def figure(path, draw, rows=1, columns=1):
     """Draws with matplotlib if it is installed, and says so if not: the numbers are in the JSON."""
     try:
@@ -499,22 +508,23 @@ class Hessian:
 
         L(w) = 1/n Σ_i ℓ(f(x_i; w), y_i) + ½ · decay · ‖w‖²
 
-    over `params` w, of which there are `size`: all, or some for a diagonal block. A model is called
-    as it is: see `exactly`. The graph of a batch's gradient is built once and kept, as long as all
-    of them hold less than `memory` GiB (counted as autograd saves tensors); what does not fit is
-    built again for each call, which takes about half as long again. One batch has to fit besides.
+    over `params` w, `size` numbers: all, or some for a diagonal block. A model is called as it is:
+    see `exactly`. The graph of a batch's gradient is built once and kept, as long as all of them
+    hold less than `memory` GiB (counted as autograd saves tensors); the others are built again for
+    each call, which takes half as long again. One batch has to fit besides.
 
-    batches: any re-iterable of (x, y), y classes (B,) or shares (B, classes). Under torchrun each
-    process gives its own, and H is that of all of them; alone: of this process's only.
-    loss: of logits and y, mean over the batch. tick: is told of images that are done."""
+    batches: a list, or the like, of (x, y), y classes (B,) or shares (B, classes). Under torchrun
+    each process gives its own, and H is that of all; alone: of this process's only. loss: of
+    logits and y, mean over the batch. tick: is told of images that are done."""
 
     def __init__(self, model, loss, batches, params=None, decay=0.0, memory=4.0, alone=False,
                  tick=None):
         self.model, self.loss, self.batches, self.decay = model, loss, batches, decay
         self.params = list(model.parameters() if params is None else params)
         self.sizes = [p.numel() for p in self.params]
-        self.size, self.room, self.kept, self.all_kept = sum(self.sizes), memory * 2**30, [], False
-        self.together, self.images = dist.is_initialized() and not alone, 0
+        self.size, self.images, self.memory = sum(self.sizes), 0, memory
+        self.kept, self.room, self.all_kept = [], memory * 2**30, False
+        self.together = dist.is_initialized() and not alone
         self.tick = tick or (lambda images: None)
 
     def gradients(self):
@@ -575,6 +585,37 @@ class Hessian:
 
         return [h.add_(v, alpha=self.decay) for h, v in zip(self.mean(product, vectors), vectors)]
 
+    def of_hardest(self, share):
+        """The Hessian over the 1/share of the images whose loss has the largest gradients by the
+        logits. Those of a trained network are near 0 for most images, which then add little to H.
+        None where the share is less than a batch. Cost: all images forward."""
+        batches = torch.tensor(len(self.batches))
+        if self.together:
+            dist.all_reduce(batches)
+        if batches < share:
+            return None
+        norms = []
+        for x, y in self.batches:
+            with torch.no_grad():
+                logits = self.model(x)
+            slopes, = torch.autograd.grad(self.loss(logits.requires_grad_(), y) * len(x), logits)
+            norms.append(slopes.view(len(x), -1).norm(dim=1).cpu())
+        everywhere, own = [torch.cat([torch.zeros(0), *norms])], 0
+        if self.together:
+            everywhere, own = [everywhere[0]] * world_size(), train.rank()
+            dist.all_gather_object(everywhere, everywhere[own])
+        every = torch.cat(everywhere)
+        hard = torch.zeros(len(every), dtype=torch.bool)
+        hard[every.argsort(descending=True, stable=True)[:len(every) // share]] = True
+        hard = hard.split([len(norm) for norm in everywhere])[own].split([len(n) for n in norms])
+        chosen = [(x[i.to(x.device)], y[i.to(y.device)])
+                  for (x, y), i in zip(self.batches, hard) if i.any()]
+        if chosen:  # as many at a time as before
+            at_once = max(map(len, norms))
+            chosen = list(zip(*(torch.cat(column).split(at_once) for column in zip(*chosen))))
+        return Hessian(self.model, self.loss, chosen, self.params, self.decay, self.memory,
+                       not self.together, self.tick)
+
 
 @contextmanager
 def hessian_of(model, loss, batches, params=None, **options):
@@ -590,24 +631,24 @@ def hessian_of(model, loss, batches, params=None, **options):
 
 
 class Saved:
-    """The state of a long computation in a file, from which it goes on after a kill: a dict of
-    tensors and plain types, written every `seconds` of work, removed when the result is safe.
+    """The state of a long computation, a dict of tensors and plain types, in a file from which it
+    goes on after a kill: written every `seconds` of work, to be removed when the result is safe.
     Without a path nothing is kept."""
 
     def __init__(self, path=None, seconds=120):
-        self.path, self.seconds, self.before = path, seconds, 0.0
+        self.path, self.seconds = path, seconds
         self.began = self.written = time.monotonic()
 
     def load(self, new):
         """What was kept, or else what new() makes."""
         there = self.path and train.on_main(self.path.exists)
         state = train.on_main(lambda: train.read_checkpoint(self.path)) if there else new()
-        self.before = state.pop("spent", 0.0)
+        self.began -= state.pop("spent", 0.0)
         return state
 
     def spent(self):
         """Seconds of work, with those before a kill."""
-        return self.before + time.monotonic() - self.began
+        return time.monotonic() - self.began
 
     def keep(self, state):
         if self.path and train.rank() == 0 and time.monotonic() - self.written >= self.seconds:
@@ -640,102 +681,122 @@ def power(hessian, iterations, seed, saved):
         state = dict(v=w / length if length else v, i=state["i"] + 1, value=value.item(),
                      residual=residual)
         saved.keep(state)
-    return [state["value"]], [state["residual"]], state["i"]
+    return state["value"], state["residual"], state["i"]
+
+
+class Krylov:
+    """Orthonormal vectors v_j, the `basis`, which grows by what H v_j has outside of its span. H
+    was applied to those numbered in `done`; C_ij = v_iᵀ H v_j, 0 where it was applied to
+    neither."""
+
+    def __init__(self, hessian, basis, C=None, done=()):
+        self.hessian, self.done = hessian, list(done)
+        self.basis = [v.to(hessian.params[0]) for v in basis]
+        self.C = torch.zeros(len(basis), len(basis), dtype=torch.float64) if C is None else C
+        self.eps = torch.finfo(hessian.params[0].dtype).eps
+
+    def project(self, w):
+        """Takes from w, in place, its part in the span of the basis -> that part's coefficients."""
+        inner = []
+        for v in self.basis:
+            inner.append(v @ w)
+            w -= inner[-1] * v
+        return torch.stack(inner).double().cpu()
+
+    def append(self, w):
+        """What w, not 0, has outside of the span, is the next vector, if there is room for one."""
+        if len(self.basis) < self.hessian.size:
+            for _ in range(2):  # twice is enough (Kahan and Parlett)
+                w = w / w.norm()
+                self.project(w)
+            self.basis.append(w / w.norm())
+            self.C = torch.nn.functional.pad(self.C, (0, 1, 0, 1))
+
+    def multiply(self, seed):
+        """Applies H to the latest vector that it was not applied to, or to a random one."""
+        if len(self.done) == len(self.basis):
+            self.append(random_vector(self.hessian, seed, len(self.basis)))
+        j = max(set(range(len(self.basis))) - set(self.done))
+        w, = self.hessian(self.basis[j])
+        length = w.norm().item()
+        row = self.project(w) + self.project(w)
+        self.C[j] = self.C[:, j] = row
+        self.done.append(j)
+        rest = w.norm().item()
+        if rest > 10 * self.eps * length and len(self.basis) < self.hessian.size:
+            self.append(w)
+            self.C[j, -1] = self.C[-1, j] = rest
+
+    def ritz(self, which, first=0):
+        """Of H within the span of the vectors from number `first` that it was applied to, the
+        wanted first: eigenvalues, norms of residuals, and eigenvectors as columns of
+        coefficients."""
+        of = [j for j in self.done if j >= first]
+        rest = [j for j in range(first, len(self.basis)) if j not in of]
+        inside = self.C[of][:, of]
+        values, vectors = torch.linalg.eigh((inside + inside.T) / 2)
+        order = (values.abs() if which == "magnitude" else values).argsort(descending=True)
+        values, vectors = values[order], vectors[:, order]
+        return values, (self.C[rest][:, of] @ vectors).norm(dim=0), vectors
+
+
+def near_start(hessian, k, which, seed):
+    """Where Lanczos starts, close to the leading eigenvectors -> vector, products with the Hessian
+    of a part. That part is a quarter of the images, the hardest; the vector is the sum of the k
+    leading eigenvectors there, each to 10 %. Where there are few batches: the gradient, half."""
+    part, products = hessian.of_hardest(4), 0
+    of = part or hessian
+    z, g = random_vector(hessian, seed, 0), of.gradient()
+    v = z + 0.9 * g / g.norm() if g.norm() > 0 else z  # of one parameter too not 0
+    if part:
+        space = Krylov(part, [v / v.norm()])
+        for products in range(1, 9):  # as much work as two products with the whole
+            space.multiply(seed)
+            values, residuals, vectors = space.ritz(which)
+            if len(values) >= k and bool((residuals <= 0.1 * values.abs())[:k].all()):
+                break
+        weights = vectors[:, :k].sum(1)
+        v = sum(weights[i].item() * space.basis[j] for i, j in enumerate(space.done))
+    return v / v.norm(), products
 
 
 def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
-    """What hessian_eigenvalues describes -> values, residuals, errors, converged, products."""
-    like, size, wanted = hessian.params[0], hessian.size, min(k, hessian.size)
-
+    """What hessian_eigenvalues describes -> values, residuals, errors, converged, products,
+    products of a part."""
     def start():
-        z, g = random_vector(hessian, seed, 0), hessian.gradient()
-        v = z + 0.9 * g / g.norm() if g.norm() > 0 else z  # of one parameter too not 0
-        n = 2 * iterations + 2
-        return dict(basis=[v / v.norm()], C=torch.zeros(n, n, dtype=torch.float64),
-                    done=[], waiting=[0], chain=0, before=None)
+        v, products = near_start(hessian, k, which, seed)
+        return dict(basis=[v], chain=0, before=None, part=products)
 
     state = saved.load(start)
-    basis, C = [v.to(like) for v in state["basis"]], state["C"]  # C_ij = v_iᵀ H v_j
-    done, waiting = state["done"], state["waiting"]  # those that H was, was not yet applied to
-
-    def orthogonalise(w):
-        """w minus its part in the span of the basis, in place -> that part's coefficients."""
-        coefficients = torch.zeros(len(basis), dtype=torch.float64)
-        for _ in range(2):  # twice is enough (Kahan and Parlett)
-            inner = []
-            for v in basis:
-                inner.append(v @ w)
-                w -= inner[-1] * v
-            coefficients += torch.stack(inner).double().cpu()
-        return coefficients
-
-    def extend(w):
-        """w, of any length but 0, becomes the next vector of the basis."""
-        w = w / w.norm()
-        orthogonalise(w)
-        basis.append(w / w.norm())
-        waiting.append(len(basis) - 1)
-
-    def begin_chain():
-        state["chain"] = len(basis)
-        if len(basis) < size:
-            w = random_vector(hessian, seed, len(basis))
-            orthogonalise(w)
-            extend(w)
-
-    def ritz(first=0):
-        """Of H within the span of the basis from its vector `first`, the wanted first: eigenvalues,
-        norms of their residuals there, estimates of their errors."""
-        of, rest = ([j for j in some if j >= first] for some in (done, waiting))
-        inside = C[of][:, of]
-        values, vectors = torch.linalg.eigh((inside + inside.T) / 2)
-        residuals = (C[rest][:, of] @ vectors).norm(dim=0)
-        gaps = (values[:, None] - values).abs() - residuals  # to where another one may be
-        gaps.fill_diagonal_(math.inf if len(of) > 1 else 0)
-        gaps = gaps.min(1).values
-        errors = torch.where(gaps > residuals, residuals**2 / gaps, residuals)
-        order = (values.abs() if which == "magnitude" else values).argsort(descending=True)
-        return values[order], residuals[order], errors[order]
-
-    eps = torch.finfo(like.dtype).eps
+    chain, before, part = (state.pop(name) for name in ("chain", "before", "part"))
+    space, k, good = Krylov(hessian, **state), min(k, hessian.size), False
     while True:
-        if done:
-            values, residuals, errors = ritz()
-            scale = values.abs().max()
-            enough = (tolerance * values.abs()).clamp(min=100 * eps * scale)  # rounding
-            good = len(values) >= wanted and bool((residuals <= enough)[:wanted].all())
-            finished = good and (k == 1 or len(done) == size)
-            if good and not finished and state["before"] is None:
-                state["before"] = values[:wanted]
-                begin_chain()
-            elif good and not finished and max(done) >= state["chain"]:
-                own, own_residual, _ = (v[0].item() for v in ritz(state["chain"]))
-                last = values[wanted - 1].item()
-                if which == "magnitude":
-                    own, last = abs(own), abs(last)
-                below = own + own_residual < last and own_residual <= 0.1 * abs(own)
-                if below or own_residual <= max(tolerance * abs(own), 100 * eps * scale):
-                    finished = bool(((values[:wanted] - state["before"]).abs()
-                                     <= enough[:wanted]).all())
-                    if not finished:
-                        state["before"] = values[:wanted]
-                        begin_chain()
-            if finished or len(done) == min(iterations, size):
-                break
-        if not waiting:
-            begin_chain()
-        j = waiting.pop()
-        w, = hessian(basis[j])
-        length = w.norm().item()
-        row = orthogonalise(w)
-        C[j, :len(row)] = C[:len(row), j] = row
-        done.append(j)
-        rest = w.norm().item()
-        if rest > 10 * eps * length and len(basis) < size:
-            extend(w)
-            C[j, len(row)] = C[len(row), j] = rest
-        saved.keep(state | dict(basis=basis))
-    return [v[:wanted].tolist() for v in (values, residuals, errors)], finished, len(done)
+        space.multiply(seed)
+        values, residuals, _ = space.ritz(which)
+        rounding = 100 * space.eps * values.abs().max()
+        enough = (tolerance * values.abs()).clamp(min=rounding)
+        good = len(values) >= k and bool((residuals <= enough)[:k].all())
+        if good and k > 1 and len(space.done) < hessian.size:
+            # One chain v, H v, H² v, … has one direction of a multiple eigenvalue. Others are in
+            # the complement, where another chain looks for what is as large as the k-th.
+            good, explored = False, before is None
+            if not explored and max(space.done) >= chain:
+                (own, *_), (off, *_), _ = space.ritz(which, chain)
+                size, kth = ((v.abs() if which == "magnitude" else v) for v in (own, values[k - 1]))
+                explored = off <= max(tolerance * own.abs(), rounding) or (
+                    size + off < kth and off <= 0.1 * own.abs())
+                good = bool(explored and ((values[:k] - before).abs() <= enough[:k]).all())
+            if explored and not good:
+                before, chain = values[:k], len(space.basis)
+                space.append(random_vector(hessian, seed, chain))
+        if good or len(space.done) == min(iterations, hessian.size):
+            break
+        saved.keep(dict(basis=space.basis, C=space.C, done=space.done, chain=chain, before=before,
+                        part=part))
+    gaps = (values[:, None] - values).abs() - residuals  # to where another one may be
+    gaps = gaps.fill_diagonal_(math.inf if len(values) > 1 else 0).min(1).values
+    errors = torch.where(gaps > residuals, residuals**2 / gaps, residuals)
+    return (*(v[:k].tolist() for v in (values, residuals, errors)), good, len(space.done), part)
 
 
 def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=None, *,
@@ -743,23 +804,22 @@ def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=Non
                         saved=None, **options):
     """The k largest eigenvalues, "algebraic" or by "magnitude" with their sign, of the Hessian of
     a loss L (`Hessian` has the formula and further options) by all parameters of a model or some,
-    a diagonal block (Chen et al. Table 1, 3). -> dict of `eigenvalues`, the wanted first;
-    `residuals` ‖H v - λ v‖: within one of its λ there is an eigenvalue of H; `errors`; `converged`;
-    `products` with H, `images`, `parameters`, `seconds`. Fewer than k where there are fewer
-    parameters. A kill loses at most what was done since `saved`, a Saved, was written. Time grows
-    linearly in images × products.
+    a diagonal block (Chen et al. Table 1, 3). Fewer than k where there are fewer parameters.
+    -> dict of `eigenvalues`, the wanted first; `residuals` ‖H v - λ v‖: within one of its λ there
+    is an eigenvalue of H; `errors`; `converged`; `products` with H; `part_products`, each a quarter
+    of the work; `images`, `parameters`, `seconds`. Time grows linearly in images × products. A
+    kill loses what was done since `saved`, a Saved, was written.
 
-    lanczos: the best approximations within the span of v, H v, H² v, …, all of it kept orthogonal;
-    v is half random and half the gradient, which lies close to the leading eigenvectors. It stops
-    where each residual r is below tolerance · |λ| (or 100 roundings of the largest |λ|), or, not
-    converged, after so many iterations. `errors` are the usual, much smaller min(r, r²/gap) (Kato
-    and Temple), gap the distance to the nearest other value less that one's residual; they hold
-    unless two eigenvalues closer than r were taken for one. Spaces that grow from one vector see
-    one direction of a multiple eigenvalue, so for k > 1 a second one grows from a random vector
-    orthogonal to the first, in whose complement the other directions are, until the largest value
-    there is known to 10 % and, with its residual, below the k-th, or to the tolerance; where the
-    k values changed meanwhile, a third. A space that is exhausted
-    is followed by another. Memory: a vector of parameters' size for each product.
+    lanczos: the best approximations within the span of v, H v, H² v, …, all of it kept orthogonal.
+    Of 4 batches or more, v comes from a Lanczos on the quarter of the images with the largest
+    gradients by the logits; of fewer, it is half random and half the gradient. It stops where each
+    residual r is below tolerance · |λ| (or 100 roundings of the largest |λ|), or, not converged,
+    after so many iterations. `errors` are the usual, much smaller min(r, r²/gap) (Kato and
+    Temple), gap the distance to the nearest other value less that one's residual; they hold unless
+    two eigenvalues closer than r were taken for one. For k > 1 a second span grows from a random
+    vector orthogonal to the first, for the other directions of multiple eigenvalues, until the
+    largest value there is known to the tolerance, or to 10 % and below the k-th; where the k values
+    changed meanwhile, a third. Memory: a vector of parameters' size for each product.
 
     power: the paper's (Appendix C: 100 iterations): v ← H v / ‖H v‖ and λ = vᵀ H v; one value only,
     of largest magnitude: if that is negative, it is what is returned, whatever `which`."""
@@ -768,46 +828,43 @@ def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=Non
         raise ValueError(f"k = {k}, iterations = {iterations}: at least 1, and for power k = 1")
     with hessian_of(model, loss, batches, params, decay=decay, **options) as H:
         if method == "power":
-            values, residuals, products = power(H, iterations, seed, saved)
-            errors, good = residuals, residuals[0] <= tolerance * abs(values[0])
+            value, residual, products = power(H, iterations, seed, saved)
+            found = [value], [residual], [residual], residual <= tolerance * abs(value), products, 0
         else:
-            (values, residuals, errors), good, products = lanczos(H, k, which, tolerance,
-                                                                  iterations, seed, saved)
-        return dict(eigenvalues=values, residuals=residuals, errors=errors, converged=good,
-                    products=products, images=H.images, parameters=H.size, seconds=saved.spent())
+            found = lanczos(H, k, which, tolerance, iterations, seed, saved)
+        names = "eigenvalues residuals errors converged products part_products".split()
+        return dict(zip(names, found)) | dict(images=H.images, parameters=H.size,
+                                              seconds=saved.spent())
 
 
 def hessian_density(model, loss, batches, probes=10, steps=50, params=None, *, decay=0.0, seed=0,
                     saved=None, **options):
     """Trace and spectral density of a Hessian, as PyHessian (Yao et al. 2020, 1912.07145) has them,
     from `probes` random vectors z of ±1 (Rademacher). -> dict of `trace`, the mean of zᵀ H z
-    (Hutchinson), `trace_error`, the standard error of that mean (None of one), and for each
-    probe `nodes` θ_j and `weights` τ_j: Gauss quadrature of the density weighted by z, by `steps`
-    products of Lanczos from z/‖z‖; Σ_j τ_j = 1. With a Gaussian in place of each node
+    (Hutchinson), `trace_error`, its standard error (None of one probe), and for each probe `nodes`
+    θ_j and `weights` τ_j, Σ_j τ_j = 1, of Gauss quadrature by `steps` products of Lanczos from
+    z/‖z‖, so that the density is
 
-        φ(t) = 1/probes Σ_probes Σ_j τ_j N(t; θ_j, σ²),
+        φ(t) = 1/probes Σ_probes Σ_j τ_j N(t; θ_j, σ²)      (kernel_density).
 
-    which kernel_density computes. The three-term recurrence is not orthogonalised: copies of a node
-    that rounding makes share its weight. Memory: three vectors for each probe; all probes
-    take their product together, so a graph that is not kept is built `steps` times."""
+    The recurrence is not orthogonalised: copies of a node that rounding makes share its weight.
+    Memory: three vectors for each probe; a graph that is not kept is built `steps` times."""
     saved = saved or Saved()
     if probes < 1 or steps < 1:
         raise ValueError(f"probes = {probes}, steps = {steps}: at least 1")
     with hessian_of(model, loss, batches, params, decay=decay, **options) as H:
+        of_each = range(probes)
         state = saved.load(lambda: dict(
-            now=[random_vector(H, seed, i, signs=True) for i in range(probes)],
-            before=[None] * probes, alphas=[[] for _ in range(probes)],
-            betas=[[] for _ in range(probes)]))
+            now=[random_vector(H, seed, i, signs=True) for i in of_each],
+            before=[torch.zeros(H.size)] * probes, alphas=[[] for _ in of_each],
+            betas=[[] for _ in of_each]))
         alphas, betas = state["alphas"], state["betas"]
-        now, before = ([v if v is None else v.to(H.params[0]) for v in state[name]]
-                       for name in ("now", "before"))
+        now, before = ([v.to(H.params[0]) for v in state[name]] for name in ("now", "before"))
         eps, steps = torch.finfo(H.params[0].dtype).eps, min(steps, H.size)
-        while running := [i for i in range(probes) if len(alphas[i]) == len(betas[i])]:
+        while running := [i for i in of_each if len(alphas[i]) == len(betas[i])]:
             for i, w in zip(running, H(*(now[i] for i in running))):
                 length, a = w.norm().item(), now[i] @ w
-                w -= a * now[i]
-                if before[i] is not None:
-                    w -= betas[i][-1] * before[i]
+                w -= a * now[i] + (betas[i][-1] if betas[i] else 0) * before[i]
                 alphas[i].append(a.item())
                 rest = w.norm().item()
                 if rest > 10 * eps * length and len(alphas[i]) < steps:  # else it ends here
@@ -815,16 +872,16 @@ def hessian_density(model, loss, batches, probes=10, steps=50, params=None, *, d
                     before[i], now[i] = now[i], w / rest
             saved.keep(dict(now=now, before=before, alphas=alphas, betas=betas))
         traces = torch.tensor([a[0] * H.size for a in alphas], dtype=torch.float64)
-        quadratures = []
+        nodes, weights = [], []
         for a, b in zip(alphas, betas):
             a, b = (torch.tensor(v, dtype=torch.float64) for v in (a, b))
             values, vectors = torch.linalg.eigh(a.diag() + b.diag(1) + b.diag(-1))
-            quadratures.append((values.tolist(), vectors[0].square().tolist()))
-        return dict(trace=traces.mean().item(), trace_error=(
-            (traces.std() / probes**0.5).item() if probes > 1 else None),
-            nodes=[nodes for nodes, _ in quadratures], weights=[w for _, w in quadratures],
-            products=sum(map(len, alphas)), images=H.images, parameters=H.size,
-            seconds=saved.spent())
+            nodes.append(values.tolist())
+            weights.append(vectors[0].square().tolist())
+        error = (traces.std() / probes**0.5).item() if probes > 1 else None
+        return dict(trace=traces.mean().item(), trace_error=error, nodes=nodes, weights=weights,
+                    products=sum(map(len, alphas)), images=H.images, parameters=H.size,
+                    seconds=saved.spent())
 
 
 def kernel_density(at, points, weights, width):
@@ -871,22 +928,13 @@ def components(network, wanted=("table3",)):
     return parts
 
 
-def check_numbers(args, **lowest):
-    """UserError for a flag that is below its lowest value, or not a finite number."""
-    for name, low in lowest.items():
-        value, strictly = getattr(args, name), isinstance(low, float)
-        if not (low < value if strictly else low <= value) or not math.isfinite(value):
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be "
-                            + (f"above {low:g}" if strictly else f"at least {low}"))
-
-
 def hessian(args, rest):
     """Largest eigenvalues of the Hessian of the mean loss over a fixed part of the training images,
     prepared as for evaluation, and of its diagonal blocks (Chen et al. Table 1, 3, Appendix C);
     with --probes its trace and spectral density. The loss is cross-entropy without smoothing or
     weight decay, --loss sigmoid the other one of the paper, which names none here. BatchNorm is in
     evaluation mode. Returns what the JSON holds under "results"."""
-    check_numbers(args, k=1, tolerance=0.0, iterations=1, probes=0, steps=1, chunk=1, memory=0)
+    need(args, k=1, tolerance=1e-9, iterations=1, probes=0, steps=1, chunk=1, memory=0)
     if args.method == "power" and args.k > 1:
         raise UserError("--method power finds one eigenvalue: leave out --k, or use lanczos")
     results, device, named = started(args, rest, "hessian")
@@ -898,9 +946,8 @@ def hessian(args, rest):
     for name, settings, origin in named:
         dataset = training_images(settings, device, args.images, tell)
         model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
-        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        batches = Batches(dataset, model, args.chunk, train.worker_count(settings, dataset,
-                                                                         on_machine))
+        batches = Batches(dataset, model, args.chunk, train.worker_count(
+            settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         for block, params in components(model.network, args.params).items():
             common = (model, LOSSES[args.loss], batches)
             jobs = {f"{block}: {of}, {how}": functools.partial(
@@ -1016,7 +1063,7 @@ def spectrum(args, rest):
     negative ones and APE the mean of the positive ones, of the eigenvalues themselves. --against
     fits APE = c · n^a by least squares of the logarithms.
     Returns what the JSON holds under "results"."""
-    check_numbers(args, k=1, tolerance=0.0, batch=1, memory=0)
+    need(args, k=1, tolerance=1e-9, batch=1, memory=0)
     results, device, named = started(args, rest, "spectrum")
     tell = train.say if train.rank() == 0 else lambda text="": None
     spectra, rows = {}, []
@@ -1289,15 +1336,6 @@ def prepared(args, settings, origin, device, batch_size, augmented=False):
     workers = train.worker_count(settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return model, LOSSES[args.loss], Batches(dataset, model, batch_size, workers, mix,
                                              settings.seed, split=False)
-
-
-def need(args, **least):
-    """UserError for a flag, or one of its values, below its least."""
-    for name, low in least.items():
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and not low <= value < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} {value:g}: it is at least {low}")
 
 
 def landscape_command(args, rest):

@@ -6177,6 +6177,46 @@ def test_residuals_and_errors_bound_eigenvalues_and_too_few_products_are_told():
     assert found["errors"][0] > 1e-6 * found["eigenvalues"][0]
 
 
+def test_a_start_from_the_hardest_images_saves_products_and_changes_no_eigenvalue(monkeypatch):
+    torch.manual_seed(0)
+    x, y = torch.rand(64, 3, 4, 4, dtype=torch.float64), torch.arange(64) % 3
+    x[:, 0] += 0.5 * F.one_hot(y, 4)[:, None]
+    y[::16] = (y[::16] + 1) % 3  # four of the images have wrong classes
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.GELU(), nn.Linear(8, 3)).double()
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    batches, calls = list(zip(x.split(7), y.split(7))), []
+
+    def loss(logits, y):
+        calls.append(len(y))
+        return F.cross_entropy(logits, y)
+
+    errors = (model(x).softmax(1) - F.one_hot(y, 3)).norm(dim=1)  # the gradient by the logits
+    hardest = set(errors.topk(16).indices.tolist())
+    chosen = analyze.Hessian(model, loss, batches).of_hardest(4).batches
+    assert [len(labels) for _, labels in chosen] == [7, 7, 2]
+    found = {i for i in range(64) if any((x[i] == image).all() for part, _ in chosen
+                                         for image in part)}
+    assert found == hardest, (found, hardest)
+    assert analyze.Hessian(model, loss, batches).of_hardest(11) is None, "less than a batch"
+    true = torch.linalg.eigvalsh(dense_hessian(model, batches))
+    for which, k in (("algebraic", 1), ("magnitude", 3)):
+        calls.clear()
+        near, want = (analyze.hessian_eigenvalues(model, loss, some, k, which, tolerance=0.01)
+                      for some in (batches, [(x, y)]))
+        assert near["part_products"] > 0 and want["part_products"] == 0
+        assert sum(calls) == 64 + 16 + 64 + 64, "forward, graphs of a part, of all; of one batch"
+        assert near["products"] < want["products"], (near, want)
+        assert near["images"] == 64 and near["converged"] and want["converged"]
+        for one in (near, want):
+            assert np.allclose(one["eigenvalues"], wanted(true, k, which), rtol=0.01), (one, true)
+    near = analyze.hessian_eigenvalues(model, loss, batches, 3, tolerance=1e-9, iterations=200)
+    assert np.allclose(near["eigenvalues"], wanted(true, 3, "algebraic"), rtol=1e-8)
+
+
 def test_power_iteration_finds_the_largest_magnitude_only():
     found = analyze.hessian_eigenvalues(with_spectrum([-6, 4, 1, 0]), **QUADRATIC, method="power")
     assert abs(found["eigenvalues"][0] + 6) < 1e-9 and found["products"] == 100, found
@@ -6243,7 +6283,8 @@ def test_nep_and_ape_are_those_of_a_known_density_and_of_dense_hessians():
 
 @pytest.mark.parametrize("what", ["lanczos", "power", "density"])
 def test_a_hessian_that_was_killed_goes_on_to_the_same_bits(tmp_path, what):
-    model, batches = small_conv(), list(small_batches(False))
+    (x, y), *others = small_batches(False)
+    model, batches = small_conv(), [(x[:2], y[:2]), (x[2:], y[2:]), *others]  # 2, 3, 3, 1 images
     job = partial(analyze.hessian_density, model, train.softmax_loss, batches, 3, 8) if (
         what == "density") else partial(
         analyze.hessian_eigenvalues, model, train.softmax_loss, batches,
@@ -6252,7 +6293,7 @@ def test_a_hessian_that_was_killed_goes_on_to_the_same_bits(tmp_path, what):
 
     def kill(images):
         seen.append(images)
-        if len(seen) == 3 * 6 + 2:
+        if len(seen) == 23:
             raise KeyboardInterrupt
 
     path, saved = tmp_path / "x.state", analyze.Saved(tmp_path / "x.state", seconds=0)
@@ -6261,9 +6302,10 @@ def test_a_hessian_that_was_killed_goes_on_to_the_same_bits(tmp_path, what):
     first, seen = sum(seen), []
     ended = job(saved=analyze.Saved(path, seconds=0), tick=seen.append)
     assert ended.pop("seconds") > 0 and whole.pop("seconds") > 0 and ended == whole
-    # images of the gradient, of the products, and of two batches whose product was cut off
-    together = 3 if what == "density" else 1
-    assert first + sum(seen) == 9 * (what == "lanczos") + 9 * whole["products"] + 8 * together
+    together, part = (3, 0) if what == "density" else (1, whole["part_products"])
+    assert (part > 0) is (what == "lanczos"), "the start, from a part of 2 images, is done once"
+    again = first + sum(seen) - 2 * (part + (part > 0)) - 9 * whole["products"]
+    assert 0 < again < 9 * together, "no more than the product that was cut off"
     saved.remove()
     assert not path.exists()
 
@@ -6315,7 +6357,7 @@ for argv in json.load(open(sys.argv[1])):
 dist.destroy_process_group()
 """
 GEOMETRIES = {
-    "hessian": "--images 9 --chunk 4 --k 2 --which magnitude --params attn --probes 2 "
+    "hessian": "--images 17 --chunk 2 --k 2 --which magnitude --params attn --probes 2 "
                "--steps 3",
     "spectrum": "--images 13 --batch 4 --k 2 --mixup 0.5 --augment crop"}
 
@@ -6456,9 +6498,9 @@ def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, sm
             (["--params", "layer1"], "--params layer1: no parameter's name matches; there are"),
             (["--images", "ten"], "--images ten: "), (["--images", "-3"], "--images -3: "),
             (["--images", "161"], "--images 161: "), (["--images", "1/0"], "--images 1/0: "),
-            (["--k", "0"], "--k is 0; it must be at least 1"),
-            (["--tolerance", "0"], "--tolerance is 0.0; it must be above 0"),
-            (["--tolerance", "nan"], "--tolerance is nan"), (["--memory", "-1"], "--memory is -1"),
+            (["--k", "0"], "--k 0: it is at least 1"),
+            (["--tolerance", "0"], "--tolerance 0: it is at least 1e-09"),
+            (["--tolerance", "nan"], "--tolerance nan"), (["--memory", "-1"], "--memory -1: "),
             (["--method", "power", "--k", "2"], "--method power finds one eigenvalue"),
             (["--itertions", "2"], "did you mean --iterations"),
             (["--dtype", "bfloat16"], "is computed in float32 or float64")]:
