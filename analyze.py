@@ -2145,7 +2145,8 @@ def compare_command(args, rest):
     if train.rank() == 0:
         tables = []
         for rows in (first, third):
-            columns = dict.fromkeys(column for row in rows for column in row)
+            columns = dict.fromkeys(column for row in rows for column, value in row.items()
+                                    if value is not None)
             rows = [{column: row.get(column) for column in columns} for row in rows]
             train.say()
             print_rows([{column: value if isinstance(value, str | int) else significant(value)
