@@ -1,22 +1,14 @@
 """Tables and figures of the three papers from trained networks: a function and a subcommand each.
 
-    python analyze.py robustness --checkpoint RUN/ckpt.pt --data-dir IMAGENET \\
-        --benchmarks val real v2 pgd r c    Chen et al. (arXiv 2106.01548) Table 2, 5
-    python analyze.py robustness --checkpoint A/ckpt.pt B/ckpt.pt      several; Park & Kim
-        (2202.06709) Fig. 12b, E.1; by default on corruptions of our own, without a download
+    python analyze.py robustness --checkpoint A/ckpt.pt B/ckpt.pt --benchmarks val real v2 pgd r c
+        Chen et al. (arXiv 2106.01548) Table 2, 5; Park & Kim (2202.06709) Fig. 12b, E.1
+    … hessian, spectrum       Chen Table 1, 3; Park Fig. 1b, 4, 6, C.2-C.7
+    … landscape, flatness     Chen Fig. 1, B.1; Park Fig. 1a, C.4a, C.7 (--augmented --l2 half-square)
+    … ntk, norms, sparsity    Chen Table 1, 3, Fig. 2 right
+    … compare                 Chen Table 1 and 3, whole
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
     python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
-    python analyze.py hessian --checkpoint RUN/ckpt.pt      largest eigenvalues (Chen Table 1, 3)
-    python analyze.py spectrum --checkpoint A/ckpt.pt B/ckpt.pt     Park Fig. 1b, 4, 6, C.2-C.7
-    python analyze.py landscape --checkpoint A/ckpt.pt B/ckpt.pt    Chen Fig. 1, B.1; --augmented
-        --l2 half-square: Park Fig. 1a, C.4a, C.7
-    python analyze.py flatness --checkpoint RUN/ckpt.pt     loss under noise on the weights, worst
-        loss in a ball around them
-    python analyze.py ntk --model vit_b16 --data-dir IMAGENET       Chen Table 1, Appendix D
-    python analyze.py norms --checkpoint RUN/ckpt.pt                Chen Table 3; also sparsity,
-        Fig. 2 right
-    python analyze.py compare --checkpoint A/ckpt.pt B/ckpt.pt      Chen Table 1 and 3, whole
     torchrun --nproc_per_node=8 analyze.py …      on many devices: the same numbers
 
 A subcommand prints a table, writes OUT/SUBCOMMAND.json (numbers, settings, versions, command line)
@@ -2797,7 +2789,7 @@ def make_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     parser.commands = commands.choices
 
-    def command(function, summary, of_checkpoints=True):
+    def command(function, summary, of_checkpoints=True, images="", loss=False):
         name = function.__name__.removesuffix("_command")
         parser = commands.add_parser(name, allow_abbrev=False, help=summary,
                                      description=function.__doc__, epilog=(
@@ -2808,6 +2800,13 @@ def make_parser():
                                 help="of runs of train.py; else --model NAME --init-from FILE")
         parser.add_argument("--out-dir", default="", help="for its files; default: " + (
             "the folder of the first checkpoint" if of_checkpoints else f"out/{name}"))
+        if images:
+            parser.add_argument("--images", default="1/10", metavar="N", help="of the training set, "
+                                f"class-balanced: a number or a fraction (default: 1/10, {images})")
+        if loss:
+            parser.add_argument("--loss", choices=LOSSES, default="softmax", help="softmax: cross-"
+                                "entropy; sigmoid, which is sharper (Chen B.1); whatever the "
+                                "training's was (default: softmax)")
         return parser.add_argument
 
     add = command(robustness, "accuracy on benchmarks of robustness (Chen Table 2; Park Fig. 12b)")
@@ -2816,15 +2815,39 @@ def make_parser():
         "ImageNet-ReaL, -V2, -R, -C or CIFAR-C, looked for in --data-dir and beside it; c-lite: "
         "our own corruptions of val (default: val c-lite)")
 
-    def of_loss(add):
-        add("--loss", choices=LOSSES, default="softmax", help="softmax: cross-entropy; sigmoid, "
-            "which is sharper (Chen B.1), whatever the training's was (default: softmax)")
-        add("--images", default="1/10", metavar="N", help="of the training set, class-balanced: a "
-            "number or a fraction (default: 1/10, Chen B.1)")
+    def add_eigenvalues(k):
+        add("--k", type=int, default=k, help=f"eigenvalues (default: {k})")
+        add("--tolerance", type=float, default=0.01, help="their relative error (default: 0.01)")
+        add("--memory", type=float, default=4.0, help="GiB for gradient graphs to be kept; others "
+            "are built for each product (default: 4)")
 
+    add = command(hessian, "largest eigenvalues of the loss's Hessian, whole and by blocks; trace, "
+                  "density (Chen Table 1, 3)", images="Chen App. C", loss=True)
+    add("--params", nargs="+", default=["table3"], help="diagonal blocks: whole, table3 (whole, "
+        "embedding, attention or token MLPs, MLPs, first, middle and last block; of a "
+        "convolutional network: whole, stem, stages), or regular expressions, searched for in "
+        "names of parameters (default: table3)")
+    add("--method", choices=("lanczos", "power"), default="lanczos", help="power: the paper's 100 "
+        "products, for one eigenvalue (default: lanczos)")
+    add("--which", choices=("algebraic", "magnitude"), default="algebraic", help="which are the "
+        "largest (default: algebraic)")
+    add_eigenvalues(1)
+    add("--iterations", type=int, default=100, help="products: of power, or at most of lanczos "
+        "(default: 100)")
+    add("--probes", type=int, default=0, help="random vectors for trace and spectral density "
+        "(default: 0, neither)")
+    add("--steps", type=int, default=50, help="products of each of these (default: 50)")
+    add("--chunk", type=int, default=32, help="images in one graph; the numbers do not depend on "
+        "it (default: 32)")
+
+    add = command(spectrum, "eigenvalues of mini-batches' Hessians: density, NEP, APE (Park Fig. "
+                  "1b, 4, 6, C.2b, C.4-C.7)", images="Park A.1")
+    add_eigenvalues(5)
+    add("--batch", type=int, default=16, help="images of a mini-batch (default: 16, A.1)")
+    add("--against", choices=("heads", "head_dim"), help="NEP and APE by it, and the exponent of "
+        "APE (Fig. C.5, C.6)")
     add = command(landscape_command, "the loss on a plane around the weights (Chen Fig. 1, Park "
-                  "Fig. 1a)")
-    of_loss(add)
+                  "Fig. 1a)", images="Chen B.1", loss=True)
     add("--augmented", action="store_true", help="images augmented and mixed as in training (Park "
         "A.2)")
     add("--l2", choices=L2, default="none", help="shown in addition, with the --weight-decay λ of "
@@ -2840,8 +2863,8 @@ def make_parser():
     add("--clip", type=float, metavar="LOSS", help="draw no loss above this; Park's code: 42 above "
         "the lowest")
 
-    add = command(flatness, "loss under Gaussian noise on the weights, worst loss in a ball")
-    of_loss(add)
+    add = command(flatness, "loss under Gaussian noise on the weights, worst loss in a ball",
+                  images="Chen B.1", loss=True)
     add("--sigma", type=float, nargs="+", default=SIGMAS, help="standard deviations of the noise "
         "(default: " + " ".join(map(str, SIGMAS)) + ")")
     add("--draws", type=int, default=10, help="of the noise (default: 10)")
@@ -2849,9 +2872,8 @@ def make_parser():
         + " ".join(map(str, RADII)) + ")")
     add("--steps", type=int, default=20, help="of ascent in the ball; 1: SAM's (default: 20)")
 
-    add = command(ntk_command, "condition number of the neural tangent kernel (Chen Table 1)")
-    add("--images", default="1/10", metavar="N", help="of the training set, class-balanced: a "
-        "number or a fraction (default: 1/10, Chen Appendix D)")
+    add = command(ntk_command, "condition number of the neural tangent kernel (Chen Table 1)",
+                  images="Chen App. D")
     add("--batch", type=int, default=48, help="images of a kernel (default: 48, Chen Appendix D)")
     add("--projections", type=int, default=16, help="directions in the space of logits; 0, or not "
         "fewer than there are classes: all logits, exact (default: 16)")
@@ -2867,16 +2889,10 @@ def make_parser():
     add("--statistics", choices=("batch", "own"), help="of BatchNorm: measured on the batch, or as "
         "they are, 0 and 1 at initialisation (default: batch; of a checkpoint: own)")
 
-    for function, summary in ((norms_command, "norms of weights and activations (Chen Table 3)"),
-                              (sparsity_command, "share of active neurons (Chen Fig. 2 right)")):
-        add = command(function, summary)
-        add("--images", default="1/10", metavar="N", help="of the training set, class-balanced: a "
-            "number or a fraction (default: 1/10, Chen §4.4)")
-
+    command(norms_command, "norms of weights and activations (Chen Table 3)", images="Chen §4.4")
+    command(sparsity_command, "share of active neurons (Chen Fig. 2 right)", images="Chen §4.4")
     add = command(compare_command, "hessian, ntk, norms and accuracy of networks in one (Chen Table "
-                  "1, 3)")
-    add("--images", default="1/10", metavar="N", help="of the training set, class-balanced: a "
-        "number or a fraction (default: 1/10)")
+                  "1, 3)", images="as the others")
     add("--benchmarks", nargs="+", choices=("val", "c", "c-lite"), default=["val", "c-lite"],
         help="see robustness (default: val c-lite)")
 
@@ -2897,41 +2913,6 @@ def make_parser():
     add = command(transfer, "accuracy after fine-tuning on other data sets (Chen Table 6)")
     add("--datasets", nargs="+", choices=data.DATASETS, default=list(HELD_OUT), help="(default: "
         "Table 6's)")
-
-    def add_geometry(k, of):
-        add("--images", default="1/10", help=f"part of the training images, balanced over classes: "
-            f"a fraction or a number (default: 1/10, {of})")
-        add("--k", type=int, default=k, help=f"eigenvalues (default: {k})")
-        add("--tolerance", type=float, default=0.01, help="their relative error (default: 0.01)")
-        add("--memory", type=float, default=4.0, help="GiB for gradient graphs to be kept; others "
-            "are built for each product (default: 4)")
-
-    add = command(hessian, "largest eigenvalues of the loss's Hessian, whole and by blocks; trace, "
-                  "density (Chen Table 1, 3)")
-    add("--params", nargs="+", default=["table3"], help="diagonal blocks: whole, table3 (whole, "
-        "embedding, attention or token MLPs, MLPs, first, middle and last block; of a "
-        "convolutional network: whole, stem, stages), or regular expressions, searched for in "
-        "names of parameters (default: table3)")
-    add("--loss", choices=LOSSES, default="softmax", help="(default: softmax, cross-entropy)")
-    add("--method", choices=("lanczos", "power"), default="lanczos", help="power: the paper's 100 "
-        "products, for one eigenvalue (default: lanczos)")
-    add("--which", choices=("algebraic", "magnitude"), default="algebraic", help="which are the "
-        "largest (default: algebraic)")
-    add_geometry(1, "App. C")
-    add("--iterations", type=int, default=100, help="products: of power, or at most of lanczos "
-        "(default: 100)")
-    add("--probes", type=int, default=0, help="random vectors for trace and spectral density "
-        "(default: 0, neither)")
-    add("--steps", type=int, default=50, help="products of each of these (default: 50)")
-    add("--chunk", type=int, default=32, help="images in one graph; the numbers do not depend on "
-        "it (default: 32)")
-
-    add = command(spectrum, "eigenvalues of mini-batches' Hessians: density, NEP, APE (Park Fig. "
-                  "1b, 4, 6, C.2b, C.4-C.7)")
-    add_geometry(5, "A.1")
-    add("--batch", type=int, default=16, help="images of a mini-batch (default: 16, A.1)")
-    add("--against", choices=("heads", "head_dim"), help="NEP and APE by it, and the exponent of "
-        "APE (Fig. C.5, C.6)")
     return parser
 
 
