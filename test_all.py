@@ -6848,7 +6848,7 @@ def test_mistakes_in_a_landscape_get_one_line_that_helps(tmp_path, capsys, small
             (["landscape", "--clip", "0"], "--clip 0: it is at least"),
             (["landscape", "--clip", "-3"], "--clip -3: it is at least"),
             (["landscape", "--direction-seed", "-1"], "--direction-seed -1: it is at least 0"),
-            (["landscape", "--images", "161"], "--images 161: a fraction of"),
+            (["landscape", "--images", "161"], "--images 161: there are 160 training images"),
             (["landscape", "--images", "-5"], "--images -5: a fraction of -5"),
             (["landscape", "--images", "1/0"], "--images 1/0: "),
             (["landscape", "--images", "many"], "--images many: Invalid literal for Fraction"),
