@@ -1394,17 +1394,24 @@ def regularised(found, l2, weight_decay):
     return np.array(found["loss"], float) + weight_decay * np.array(penalty, float)
 
 
-def draw_landscape(axes, axis, planes, what, clip):
-    """Above surfaces, below contours, on one scale: up to `clip`, or else three times the least of
-    the networks' highest losses, so that one that explodes does not make the others look flat;
-    logarithmic, where that is more than 30 times the lowest loss. What is higher or not finite is
-    drawn flat at the top of the surface and left white among the contours."""
-    from matplotlib import colormaps, colors
-    axes = axes.reshape(2, -1)
-    known = [plane[np.isfinite(plane)] for plane in planes.values()]
+def landscape_scale(planes, clip):
+    """The least and greatest loss that a figure of planes (arrays, NaN where not finite) shows, and
+    how many points are above. The greatest is `clip`, or else three times the least of the planes'
+    highest losses, so that one that explodes does not make the others look flat."""
+    known = [plane[np.isfinite(plane)] for plane in planes]
     high = min(clip or 3 * min(map(np.max, known)), max(map(np.max, known)))
     low = max(min(high, *map(np.min, known)), high / 1e6)
-    if over := sum((~(plane <= high)).sum() for plane in planes.values()):
+    return low, high, sum((~(plane <= high)).sum() for plane in planes)
+
+
+def draw_landscape(axes, axis, planes, what, clip):
+    """Above surfaces, below contours, on one scale, see landscape_scale; logarithmic, where its end
+    is more than 30 times the lowest loss. What is higher or not finite is drawn flat at the top of
+    the surface and left white among the contours."""
+    from matplotlib import colormaps, colors
+    axes = axes.reshape(2, -1)
+    low, high, over = landscape_scale(list(planes.values()), clip)
+    if over:
         train.say(f"{over} points are not finite or above {high:.4g} (--clip), and drawn there")
     logarithmic = high > 30 * low
     scale = (colors.LogNorm if logarithmic else colors.Normalize)(low, high)

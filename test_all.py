@@ -5725,13 +5725,13 @@ def test_error_distributions_stand_ins_and_deltas_follow_their_definitions():
                     diverged=top1 is None)
     runs = [run("adamw", 50, 70.0), run("adamw", 400, 78.0), run("sgd", 50, 66.0),
             run("sgd", 400, None)]
-    analyze.compare("optimizer", runs)
+    analyze.subtract_reference("optimizer", runs)
     assert [r["delta"] for r in runs] == [0, 0, 4, 12] and runs[3]["compared"] == 66
     assert analyze.stability_rows("optimizer", runs, {})[1] == {
         "model": "m", "epochs": 400, "adamw %": "78.00", "sgd %": "66.00*", "Δ": "12.00*"}
-    analyze.compare("length", runs)
+    analyze.subtract_reference("length", runs)
     assert [r["delta"] for r in runs] == [8, 0, 0, 0]
-    analyze.compare("lr-wd", runs)
+    analyze.subtract_reference("lr-wd", runs)
     assert [r["delta"] for r in runs] == [8, 0, 0, None]
 
 
@@ -6835,7 +6835,8 @@ def test_two_processes_give_the_landscape_and_the_flatness_of_one(
     for what in ("landscape", "flatness"):
         one, two = (json.loads((tmp_path / folder / f"{what}.json").read_text())["results"]
                     for folder in ("one", "two"))
-        assert one == two, what
+        assert [[*parts] for parts in one.values()] == [[*parts] for parts in two.values()]
+        assert np.allclose(numbers_in(one), numbers_in(two), rtol=1e-12), what
 
 
 def test_mistakes_in_a_landscape_get_one_line_that_helps(tmp_path, capsys, small_shapes):
@@ -6865,26 +6866,15 @@ def test_mistakes_in_a_landscape_get_one_line_that_helps(tmp_path, capsys, small
     assert "no.pt: No such file" in analyze_refusal(capsys, "flatness", "--checkpoint", "no.pt")
 
 
-def test_a_landscape_is_drawn_to_a_top_that_all_networks_reach(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
+def test_a_landscape_is_shown_to_a_top_that_all_networks_reach():
     axis = np.linspace(-1, 1, 5)
     bowl = 1 + axis[:, None]**2 + axis**2
     deep = np.where(bowl > 2.2, np.nan, bowl**20)
-    drawn = {}
-
-    def draw(clip):
-        def of(axes):
-            picture = axes[0, 0].figure
-            analyze.draw_landscape(axes, axis, dict(a=bowl, b=deep), "loss", clip)
-            drawn["heights"] = [a.get_zlim() for a in picture.axes if a.name == "3d"]
-        analyze.figure(tmp_path / "x.png", of, 2, 2)
-        return capsys.readouterr().out
     # bowl's highest is 3, so 9 is the top; deep is 1.25**20 = 86.7 off the centre
-    assert f"{(~(deep <= 9)).sum()} points are not finite or above 9 (--clip)" in draw(None)
-    assert drawn["heights"] == [(1, 9)] * 2
-    text = draw(1e4)
-    assert f"{(~(deep <= 1e4)).sum()} points are not finite or above 1e+04 (--clip)" in text, text
-    assert drawn["heights"][1] == (0, 4), "a logarithmic scale"
+    assert analyze.landscape_scale([bowl, deep], None) == (1, 9, (~(deep <= 9)).sum())
+    assert analyze.landscape_scale([bowl, deep], 1e4) == (1, 1e4, (~(deep <= 1e4)).sum())
+    assert analyze.landscape_scale([bowl], None) == (1, 3, 0)
+    assert analyze.landscape_scale([1e-9 * bowl, bowl], 2)[0] == 2e-6, "six decades are shown"
 
 
 def full_jacobian_kernel(model, x):
@@ -7200,7 +7190,7 @@ def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
 
     for flags, words in ((["--batch", "1"], "--batch 1: at least 2 and, of these images, at most"),
                          (["--batch", "41"], "at most 40"), (["--images", "x"], "--images x: "),
-                         (["--images", "999999"], "--images 999999: a fraction of"),
+                         (["--images", "999999"], "--images 999999: there are 160 training images"),
                          (["--memory", "0"], "--memory 0"), (["--memory", "1e-4"], "two images"),
                          (["--projections", "-1"], "--projections -1"),
                          (["--bacth", "8"], "unknown flag --bacth; did you mean --batch"),
