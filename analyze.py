@@ -3,7 +3,7 @@
     python analyze.py robustness --checkpoint A/ckpt.pt B/ckpt.pt --benchmarks val real v2 pgd r c
         Chen et al. (arXiv 2106.01548) Table 2, 5; Park & Kim (2202.06709) Fig. 12b, E.1
     … hessian, spectrum       Chen Table 1, 3; Park Fig. 1b, 4, 6, C.2-C.7
-    … landscape, flatness     Chen Fig. 1, B.1; Park Fig. 1a, C.4a, C.7 (--augmented --l2 half-square)
+    … landscape, flatness     Chen Fig. 1, B.1; with --augmented --l2 half-square Park Fig. 1a, C.7
     … ntk, norms, sparsity    Chen Table 1, 3, Fig. 2 right
     … compare                 Chen Table 1 and 3, whole
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
@@ -1647,7 +1647,8 @@ def linearised(model, owned, tokens, x, limit):
 def ntk_plan(model, x, projections=0, memory=4 * 2**30):
     """How ntk stays below `memory` bytes beside the network, from a call with one image: dict with
     the images and the directions taken at once, the bytes that these need, those of the Jacobian
-    that is never formed, and for ntk itself a layer's limit and owners. ValueError if two images are too many."""
+    that is never formed, and for ntk itself a layer's limit and owners. ValueError if two images
+    are too many."""
     limit = min(memory // 8, WORKING)
     with exactly(model, x.device):
         owned, tokens = owners(model, x)
@@ -2130,7 +2131,8 @@ def compare_command(args, rest):
         kernel = ntk_summary(list(of(kernels, name, images, "initialised").values()))
         first.append({"Table 1": name, "parameters": sum(p.numel() for p in model.parameters()),
                       "NTK κ": kernel["κ"], "λmax": blocks["whole"]} | results.parts[name][images]
-                     | {"top-1 %": top1.get("val"), "corrupted %": top1.get("c", top1.get("c-lite"))})
+                     | {"top-1 %": top1.get("val"),
+                        "corrupted %": top1.get("c", top1.get("c-lite"))})
         third.append({"Table 3": name, "whole": blocks.pop("whole"), "‖w‖": numbers["weights"]} | {
             f"‖a_{which}‖": inside[i] for i, which in (
                 (0, "1"), ((len(inside) - 1) // 2, "mid"), (-1, "last"))} | blocks)
@@ -2808,8 +2810,9 @@ def make_parser():
         parser.add_argument("--out-dir", default="", help="for its files; default: " + (
             "the folder of the first checkpoint" if of_checkpoints else f"out/{name}"))
         if images:
-            parser.add_argument("--images", default="1/10", metavar="N", help="of the training set, "
-                                f"class-balanced: a number or a fraction (default: 1/10, {images})")
+            parser.add_argument("--images", default="1/10", metavar="N", help="of the training "
+                                "set, class-balanced: a number or a fraction (default: 1/10, "
+                                f"{images})")
         if loss:
             parser.add_argument("--loss", choices=LOSSES, default="softmax", help="softmax: cross-"
                                 "entropy; sigmoid, which is sharper (Chen B.1); whatever the "
@@ -2898,8 +2901,8 @@ def make_parser():
 
     command(norms_command, "norms of weights and activations (Chen Table 3)", images="Chen §4.4")
     command(sparsity_command, "share of active neurons (Chen Fig. 2 right)", images="Chen §4.4")
-    add = command(compare_command, "hessian, ntk, norms and accuracy of networks in one (Chen Table "
-                  "1, 3)", images="as the others")
+    add = command(compare_command, "hessian, ntk, norms and accuracy in one (Chen Table 1, 3)",
+                  images="as the others")
     add("--benchmarks", nargs="+", choices=("val", "c", "c-lite"), default=["val", "c-lite"],
         help="see robustness (default: val c-lite)")
 

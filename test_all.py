@@ -6359,7 +6359,9 @@ dist.destroy_process_group()
 GEOMETRIES = {
     "hessian": "--images 17 --chunk 2 --k 2 --which magnitude --params attn --probes 2 "
                "--steps 3",
-    "spectrum": "--images 13 --batch 4 --k 2 --mixup 0.5 --augment crop"}
+    "spectrum": "--images 13 --batch 4 --k 2 --mixup 0.5 --augment crop",
+    "landscape": "--images 13 --points 3 --augmented --augment crop --mixup 0.5",
+    "flatness": "--images 13 --draws 3 --steps 2 --sigma 0.1 --rho 0.1 0.3"}
 
 
 def numbers_in(value):
@@ -6806,37 +6808,6 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
     assert text.splitlines()[-2].split()[-6:] == ["0", *"----9"], text
     monkeypatch.setattr(analyze, "mean_loss", None)
     assert analyze.main(flat) == 0, "nothing is left to compute"
-
-
-def test_two_processes_give_the_landscape_and_the_flatness_of_one(
-        tmp_path, monkeypatch, small_shapes):
-    train_ok(tiny(tmp_path / "run", "--max-steps 2 --train-fraction 1"))
-    script = tmp_path / "both.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport analyze, data, train\n"
-        "sys.modules['matplotlib'] = None\n"
-        "data.SHAPES_SPLITS['train'] = (0, 160)\n"
-        f"flags = '--device cpu --dtype float64 --images 40 --checkpoint {tmp_path}/run/ckpt.pt'\n"
-        "out = ['--out-dir', sys.argv[1]]\n"
-        "train.start_processes('cpu')\n"
-        "sys.exit(analyze.main(['landscape', *flags.split(), '--points', '3', *out]) or "
-        "analyze.main(['flatness', *flags.split(), '--draws', '3', '--steps', '2', '--sigma', "
-        "'0.1', '--rho', '0.1', '0.3', *out]))\n")
-    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                             "--nproc_per_node=2", str(script), str(tmp_path / "two")],
-                            capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("results   ") == 2, result.stdout
-    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "one")])
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(SystemExit) as end:
-        exec(script.read_text())
-    assert end.value.code == 0
-    for what in ("landscape", "flatness"):
-        one, two = (json.loads((tmp_path / folder / f"{what}.json").read_text())["results"]
-                    for folder in ("one", "two"))
-        assert [[*parts] for parts in one.values()] == [[*parts] for parts in two.values()]
-        assert np.allclose(numbers_in(one), numbers_in(two), rtol=1e-12), what
 
 
 def test_mistakes_in_a_landscape_get_one_line_that_helps(tmp_path, capsys, small_shapes):
