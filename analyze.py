@@ -6,6 +6,7 @@
     … landscape, flatness     Chen Fig. 1, B.1; with --augmented --l2 half-square Park Fig. 1a, C.7
     … ntk, norms, sparsity    Chen Table 1, 3, Fig. 2 right
     … compare                 Chen Table 1 and 3, whole
+    … fourier, variance, cka, lesion                  Park Fig. 2a, 8-10, D.1-D.4
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
     python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
@@ -224,10 +225,15 @@ def training_images(settings, device, share, tell, augmented=False):
     dataset.restrict(data.subset(dataset.labels, settings.train_fraction))
     if settings.hold_out != "0":
         dataset.restrict(data.hold_out(dataset.labels[dataset.indices], settings.hold_out)[0])
+    return share_of(dataset, share, "training")
+
+
+def share_of(dataset, share, what):
+    """Restricts it to a class-balanced part: a number of images, a fraction, or "all"."""
     with train.as_user_error(f"--images {share}"):
-        fraction = Fraction(share)
+        fraction = Fraction(1 if share == "all" else share)
         if fraction > len(dataset):
-            raise ValueError(f"there are {len(dataset):,} training images")
+            raise ValueError(f"there are {len(dataset):,} {what} images")
         fraction = fraction / len(dataset) if fraction > 1 else fraction
         return dataset.restrict(data.subset(dataset.labels[dataset.indices], fraction))
 
@@ -2177,6 +2183,411 @@ def markdown(rows):
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
+# -------------------------------------------------------------------------------- maps and lesions
+
+SHADES = {"attention": "0.85", "pooling": "lightsteelblue"}  # Park & Kim's gray and blue
+
+
+def units(model):
+    """{name: (kind, stage)} of the points at which feature maps are analysed, in order: the stem
+    and the residual stream after each attention, MLP, convolution block and pooling, as in Park &
+    Kim's code. Of a network that does not name them, torchvision's and timm's others, the blocks,
+    kind "block"; those in one module are a stage. UserError if it has none."""
+    network = getattr(model, "network", model)
+    if hasattr(network, "intermediates"):
+        return {name: of for name, of in network.intermediates.items()
+                if of[0] not in ("weights", "representation")}
+    inner = blocks_of(network)
+    blocks = dict.fromkeys(inner[name] for name, module in network.named_modules()
+                           if not any(module.children()) and inner[name])
+    if not blocks:
+        raise UserError(f"{type(network).__name__} neither names its units nor has blocks")
+    stages = list(dict.fromkeys(block.rpartition(".")[0] for block in blocks))
+    return {block: ("block", stages.index(block.rpartition(".")[0]) + 1) for block in blocks}
+
+
+def feature_maps(model, x, names):
+    """{unit: its map (B, C, H, W)} of images. Tokens lie on a square; what is left over, a class
+    token, comes first and is dropped."""
+    network, found = getattr(model, "network", model), dict.fromkeys(names)
+    if hasattr(network, "intermediates"):
+        model(x, out=found)
+    else:
+        with hooked(network, lambda name, module, args, kwargs, y: found.update({name: y}), names):
+            model(x)
+    channels_last = (isinstance(network, torchvision.models.SwinTransformer)
+                     or getattr(network, "output_fmt", "") == "NHWC")  # timm's word for it
+    for name, y in found.items():
+        if not isinstance(y, torch.Tensor) or y.ndim not in (3, 4):
+            raise UserError(f"{type(network).__name__}: its block {name} gives no feature map")
+        if y.ndim == 3:
+            side = math.isqrt(y.shape[1])
+            found[name] = y[:, -side * side:].mT.unflatten(2, (side, side))
+        elif channels_last:
+            found[name] = y.permute(0, 3, 1, 2)
+    return found
+
+
+@contextmanager
+def as_is(model):
+    """For passes that nothing is differentiated of, in evaluation mode."""
+    with adversarial.held_still(model, next(model.parameters()).device), torch.inference_mode():
+        yield
+
+
+def mean_over_images(model, batches, measure):
+    """Of measure(map (B, C, H, W)) -> (B, …), after each unit. -> dict: images, their number; units
+    {name: [kind, stage]}; side {name: the map's height}; and {name: mean}."""
+    names, sums, sides, images = units(model), {}, {}, 0
+    with as_is(model):
+        for x, _ in batches:
+            for name, y in feature_maps(model, x, names).items():
+                sides[name] = y.shape[2]
+                sums[name] = sums.get(name, 0) + measure(y).sum(0, dtype=torch.float64)
+            images += len(x)
+    return (dict(images=images, units={name: list(of) for name, of in names.items()}, side=sides),
+            {name: (total / images).cpu() for name, total in sums.items()})
+
+
+def fourier(model, batches):
+    """Park & Kim Fig. 2a, 8, D.2: Δ log amplitude of the feature map after each unit,
+        Δ(f) = A(f) − A(0),  A(f) = mean over images and channels of ln(|FFT₂(x)(f)| + 1e-6),
+    x a channel's map (H, H), the FFT not normalised. diagonal: at (f, f), f = 2πk/H, k = 0 … H//2;
+    radial: the mean over the ring of frequencies whose |f| is nearest to this f. For even H the
+    last f is π, the paper's 1.0π, where its code takes the one before, π(1 − 2/H), which for H = 2
+    would be f = 0. The logarithm's mean is lower by ½ ln 2 where FFT₂ is real, at f = 0 and
+    (π, π): white noise has Δ = 0 there and ½ ln 2 elsewhere.
+    -> dict: images; units {name: [kind, stage]}; side {name: H}; frequency {name: [f/π]}; diagonal,
+    radial {name: [Δ]}. One forward pass. UserError for a map that is not square."""
+    found, amplitudes = mean_over_images(
+        model, batches, lambda y: torch.fft.fft2(y).abs().add(1e-6).log().mean(1))
+    found |= dict(frequency={}, diagonal={}, radial={})
+    for name, a in amplitudes.items():
+        side, half = len(a), len(a) // 2 + 1
+        if a.shape != (side, side):
+            raise UserError(f"{name} has a map of {side} × {a.shape[1]}; it has to be square")
+        k = torch.fft.fftfreq(side, 1 / side, dtype=torch.float64)
+        ring = torch.hypot(k, k[:, None]).round().long().flatten()
+        rings = torch.bincount(ring, a.flatten()) / torch.bincount(ring)
+        found["frequency"][name] = [2 * i / side for i in range(half)]
+        for form, curve in (("diagonal", a.diagonal()), ("radial", rings)):
+            found[form][name] = (curve[:half] - a[0, 0]).tolist()
+    return found
+
+
+def variance(model, batches):
+    """Park & Kim Fig. 9, D.1: the variance of each unit's feature map over its H·W points
+    (unbiased), a mean over channels and images. -> dict: images, units, side as fourier's; variance
+    {name: number}, None of a map of one point. One forward pass."""
+    found, means = mean_over_images(model, batches, lambda y: y.flatten(2).var(2).mean(1))
+    return found | dict(variance={name: None if found["side"][name] == 1 else value.item()
+                                  for name, value in means.items()})
+
+
+def pooled(parts):
+    """fourier or variance over all images from those over disjoint parts of them."""
+    images = [part["images"] for part in parts]
+
+    def mean(values):
+        return None if None in values else np.average(values, axis=0, weights=images).tolist()
+
+    return parts[0] | dict(images=sum(images)) | {
+        key: {unit: mean([part[key][unit] for part in parts]) for unit in parts[0][key]}
+        for key in ("diagonal", "radial", "variance") if key in parts[0]}
+
+
+def held_out(args, settings, origin, device):
+    """A network; the held-out images or, with --images, a class-balanced part of them, in a fixed
+    random order (ImageNet's are sorted by class); how many workers read them."""
+    model, dataset = network_and_images(settings, origin, device,
+                                        train.say if train.rank() == 0 else lambda text="": None)
+    dataset = share_of(dataset, args.images, "held-out")
+    workers = train.worker_count(settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return model, dataset.restrict(torch.randperm(
+        len(dataset), generator=torch.Generator().manual_seed(0))), workers
+
+
+def of_pieces(measure, dataset, model, workers, batch_size, size):
+    """Units of work: measure(batches) of `size` images each."""
+    return [lambda start=start: measure(Batches(
+        dataset.part(range(start, min(start + size, len(dataset)))), model, batch_size, workers,
+        split=False)) for start in range(0, len(dataset), size)]
+
+
+def of_maps(args, rest, measure):
+    """Both subcommands: measure(model, batches) of each network. -> Results, {network: numbers}."""
+    results, device, named = started(args, rest, measure.__name__)
+    part = f"{args.images} images"
+    for name, settings, origin in named:
+        if part not in results.parts.get(name, {}):
+            model, dataset, workers = held_out(args, settings, origin, device)
+            in_pieces(results, name, part, of_pieces(
+                functools.partial(measure, model), dataset, model, workers, 64, UNIT), pooled,
+                measure.__name__)
+    return results, {name: results.parts[name][part] for name, *_ in named}
+
+
+def changes(of, values):
+    """{unit: its value minus that before it}, where the map has the same size before and after."""
+    pairs = itertools.pairwise(values.items())
+    return {unit: after - before for (one, before), (unit, after) in pairs
+            if of["side"][one] == of["side"][unit] and None not in (before, after)}
+
+
+def report(results, found, what, values, effects, draw, rows=1):
+    """Prints of each network {unit: value} with the unit's effect on it, and the effects by kind;
+    draw(column of axes, network, its numbers, values, effects), for each network."""
+    if train.rank() > 0:
+        return
+    summary = []
+    for name, of in found.items():
+        kinds = {}
+        for unit, effect in effects[name].items():
+            kinds.setdefault(of["units"][unit][0], []).append(effect)
+        summary += [{f"change of {what}": name, "units": kind, "mean": significant(np.mean(all_)),
+                     "lower in": f"{sum(e < 0 for e in all_)} of {len(all_)}"}
+                    for kind, all_ in kinds.items()]
+        train.say(f"{name}, {of['images']:,} held-out images")
+        print_rows([{"unit": unit, "kind": of["units"][unit][0], "stage": of["units"][unit][1],
+                     what: significant(value), "change": significant(effects[name].get(unit))}
+                    for unit, value in values[name].items()])
+        train.say()
+    print_rows(summary)
+
+    def draw_all(grid):
+        for column, (name, of) in zip(np.reshape(grid, (rows, -1)).T, found.items()):
+            draw(column, name, of, values[name], effects[name])
+
+    figure(results.path.with_suffix(".png"), draw_all, rows, len(found))
+    train.say(f"results   {results.path}")
+
+
+def fourier_command(args, rest):
+    """Δ log amplitude of feature maps, relative to the lowest frequency, after each unit of
+    networks, on held-out images (Park & Kim Fig. 2a, 8, D.2): by frequency, and that of the highest
+    by depth. --form decides only what is shown. Returns what the JSON holds under "results"."""
+    results, found = of_maps(args, rest, fourier)
+    values = {name: {unit: curve[-1] if len(curve) > 1 else None
+                     for unit, curve in of[args.form].items()} for name, of in found.items()}
+
+    def draw(column, name, of, values, effects):
+        draw_frequencies(column[0], name, of, args.form)
+        draw_depth(column[1], of["units"], values, "Δ log amplitude, highest frequency")
+
+    report(results, found, "Δ log amplitude", values,
+           {name: changes(of, values[name]) for name, of in found.items()}, draw, rows=2)
+    return results.parts
+
+
+def draw_frequencies(axes, name, of, form):
+    """Fig. 2a, D.2 left: a curve for each unit."""
+    from matplotlib import colormaps
+    for i, (unit, curve) in enumerate(of[form].items()):
+        axes.plot(of["frequency"][unit], curve, ".-",
+                  color=colormaps["viridis"](i / max(len(of[form]) - 1, 1)))
+    axes.set_title(name, fontsize=7, wrap=True)
+    axes.set_xlabel(f"frequency / π, {form} (dark: first unit, yellow: last)")
+    axes.set_ylabel("Δ log amplitude")
+
+
+def draw_depth(axes, units, values, what, name=""):
+    """Fig. 8, 9, 10b: a value of each unit against normalised depth, its index over the last; from
+    the one before to it attention gray and pooling blue; dotted where a stage begins."""
+    last, stages = max(len(values) - 1, 1), [units[unit][1] for unit in values]
+    for i, unit in enumerate(values):
+        if units[unit][0] in SHADES:
+            axes.axvspan((i - 1) / last, i / last, color=SHADES[units[unit][0]], linewidth=0)
+        if i and stages[i] > stages[i - 1]:
+            axes.axvline((i - 1) / last, color="black", linestyle=":", linewidth=1)
+    axes.plot([i / last for i in range(len(values))],
+              [math.nan if value is None else value for value in values.values()], "o-")
+    axes.set_title(name, fontsize=7, wrap=True)
+    axes.set_xlabel("normalised depth (gray: attention, blue: pooling)")
+    axes.set_ylabel(what)
+
+
+def variance_command(args, rest):
+    """The variance of feature maps over their points after each unit of networks, on held-out
+    images (Park & Kim Fig. 9, D.1). Returns what the JSON holds under "results"."""
+    results, found = of_maps(args, rest, variance)
+    values = {name: of["variance"] for name, of in found.items()}
+    report(results, found, "variance", values,
+           {name: changes(of, values[name]) for name, of in found.items()},
+           lambda column, name, of, values, effects: draw_depth(
+               column[0], of["units"], values, "variance of feature map points", name))
+    return results.parts
+
+
+def u_centred(y):
+    """Features (n, …) -> (n²,): their Gram matrix without its diagonal, U-centred (Székely & Rizzo
+    2014): HSIC₁ is then an inner product. That means are subtracted first is for the rounding."""
+    x = y.flatten(1) - y.flatten(1).mean(0)
+    gram, n = (x @ x.T).double().fill_diagonal_(0), len(x)
+    rows = gram.sum(1) / (n - 2)
+    return (gram - rows - rows[:, None] + rows.sum() / (n - 1)).fill_diagonal_(0).flatten()
+
+
+def hsic(model, batches, other=None):
+    """Sums over mini-batches of HSIC₁ between all pairs of units of two networks, or of one with
+    itself. -> dict: units, other {name: [kind, stage]}; cross (units × other); own, others: each
+    unit's with itself."""
+    networks = [model] if other is None else [model, other]
+    names, cross, own = [units(network) for network in networks], 0, [0, 0]
+    with as_is(networks[0]), as_is(networks[-1]):
+        for x, _ in batches:
+            n = len(x)
+            if n < 4:
+                raise UserError(f"a mini-batch of {n} images; HSIC needs at least 4")
+            grams = [torch.stack([u_centred(y) for y in feature_maps(network, x, of).values()])
+                     for network, of in zip(networks, names)]
+            grams = [gram / math.sqrt(n * (n - 3)) for gram in (grams[0], grams[-1])]
+            cross = cross + grams[0] @ grams[1].T
+            own = [total + gram.square().sum(1) for total, gram in zip(own, grams)]
+    return dict(units={name: list(of) for name, of in names[0].items()}, cross=cross.tolist(),
+                other={name: list(of) for name, of in names[-1].items()},
+                own=own[0].tolist(), others=own[1].tolist())
+
+
+def cka_of(parts):
+    """cka from hsic's sums over disjoint parts of the mini-batches."""
+    cross, own, others = (np.sum([part[name] for part in parts], axis=0)
+                          for name in ("cross", "own", "others"))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = (cross / np.sqrt(own[:, None] * others)).tolist()
+    return dict(units=parts[0]["units"], other=parts[0]["other"], cka=[
+        [value if math.isfinite(value) else None for value in row] for row in values])
+
+
+def cka(model, batches, other=None):
+    """Park & Kim Fig. 10a, D.3: mini-batch linear CKA (Nguyen et al. 2021, §3) of feature maps X
+    (n, C·H·W), without class token, between all pairs of units of two networks or of one,
+        CKA = Σ HSIC₁(XXᵀ, YYᵀ) / √(Σ HSIC₁(XXᵀ, XXᵀ) · Σ HSIC₁(YYᵀ, YYᵀ)),  Σ over mini-batches,
+        HSIC₁(K, L) = [tr K̃L̃ + 1ᵀK̃1 1ᵀL̃1 / ((n−1)(n−2)) − 2 1ᵀK̃L̃1 / (n−2)] / (n(n−3)),
+    K̃ being K with zeros on its diagonal. HSIC₁ is unbiased for every n ≥ 4: random mini-batches
+    give in expectation what all images at once do. 1: equal up to rotation and scale; unrelated:
+    about 0, also below. -> dict: units, other {name: [kind, stage]}; cka, a row for each of units,
+    None where a unit does not vary. One forward pass. UserError for a batch of less than 4."""
+    return cka_of([hsic(model, batches, other)])
+
+
+def cka_command(args, rest):
+    """Similarity of the feature maps of all pairs of units: CKA over mini-batches of held-out
+    images (Park & Kim Fig. 10a, D.3), of each network with itself and, where there are two, also
+    across. Returns what the JSON holds under "results"."""
+    need(args, batch=4)
+    results, device, named = started(args, rest, "cka")
+    pairs = [(of, None) for of in named] + ([named] if len(named) == 2 else [])
+    found = {}
+    for first, other in pairs:
+        name, part = first[0], f"{args.images} images in batches of {args.batch}"
+        if other:
+            part += f", against {other[0]}"
+            for flag in ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side"):
+                one, two = (results.settings[of][flag] for of in (name, other[0]))
+                if one != two:
+                    raise UserError(f"--{flag.replace('_', '-')} is {one} and {two}: two networks "
+                                    "are compared on the same images")
+        if part not in results.parts.get(name, {}):
+            model, dataset, workers = held_out(args, *first[1:], device)
+            second = held_out(args, *other[1:], device)[0] if other else None
+            count = len(dataset) // args.batch * args.batch
+            if count == 0:
+                raise UserError(f"--batch {args.batch}: there are {len(dataset)} images")
+            if count < len(dataset) and train.rank() == 0:
+                train.say(f"left out  {len(dataset) - count} images, no whole mini-batch")
+            in_pieces(results, name, part, of_pieces(
+                lambda batches: hsic(model, batches, second), dataset.part(range(count)), model,
+                workers, args.batch, max(UNIT // args.batch, 1) * args.batch), cka_of, "cka")
+        found[f"{name} (up) and {other[0]}" if other else name] = results.parts[name][part]
+    if train.rank() == 0:
+        print_rows([{"mean CKA of two units": name} | by_stage(of, " (up) and " not in name)
+                    for name, of in found.items()])
+        figure(results.path.with_suffix(".png"), lambda grid: [
+            draw_cka(axes, name, of) for axes, (name, of) in zip(np.ravel(grid), found.items())],
+            1, len(found))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def by_stage(of, itself):
+    """Mean CKA of two units, not one with itself, in the same stage and in two: the blocks."""
+    values = np.array(of["cka"], float)
+    one, other = (np.array([stage for _, stage in of[key].values()]) for key in ("units", "other"))
+    same, there = one[:, None] == other, np.isfinite(values) & ~(itself & np.eye(*values.shape) > 0)
+    return {what: float(values[there & where].mean()) if (there & where).any() else None
+            for what, where in (("same stage", same), ("two stages", ~same))}
+
+
+def draw_cka(axes, name, of):
+    """Fig. 10a, D.3: E is the stem or embedding, P pooling; lines are where stages begin."""
+    image = axes.imshow(np.array(of["cka"], float), origin="lower", vmin=0, vmax=1, cmap="magma")
+    for names, axis, line in ((of["other"], axes.xaxis, axes.axvline),
+                              (of["units"], axes.yaxis, axes.axhline)):
+        kinds, stages = zip(*names.values())
+        marks = {i: kind[0].upper() for i, kind in enumerate(kinds) if kind in ("stem", "pooling")}
+        axis.set_ticks(list(marks), [mark.replace("S", "E") for mark in marks.values()])
+        for i in range(1, len(stages)):
+            if stages[i] > stages[i - 1]:
+                line(i - 0.5, color="white", linewidth=0.5)
+    axes.set_title(name, fontsize=7, wrap=True)
+    axes.figure.colorbar(image, ax=axes, label="CKA", shrink=0.8)
+
+
+def accuracy(model, batches, skip=None):
+    """Top-1 in percent without the unit skip. Waits for the device once."""
+    right = images = 0
+    with as_is(model):
+        for x, y in batches:
+            logits = model(x) if skip is None else model(x, skip=skip)
+            right, images = right + (logits.argmax(1) == y).sum(), images + len(x)
+    return 100 * right.item() / images
+
+
+def removable(model):
+    """{name: [kind, stage]} of the units that lesion leaves out. UserError if the network, one of
+    torchvision's or timm's others, has none."""
+    network = getattr(model, "network", model)
+    if not hasattr(network, "intermediates"):
+        raise UserError(f"{type(network).__name__} has no units that can be left out: ViT, PiT, "
+                        "Mixer, ResNet, ResNeXt, AlterNet, torchvision's ResNets and Swin have")
+    return {name: list(of) for name, of in units(model).items() if of[0] not in ("stem", "pooling")}
+
+
+def lesion(model, batches):
+    """Park & Kim Fig. 10b, D.4: the accuracy of a trained network without one unit, all else as it
+    was. Of an attention or MLP the residual branch then adds nothing; of an attention block of
+    AlterNet the whole branch, 1×1 convolution and all. For one 3×3 convolution of a block (of two,
+    the second) the identity stands in, for one of stride s every s-th pixel; its normalisation and
+    ReLU stay. -> dict: units {name: [kind, stage]}; whole, top-1 in percent; without {name: top-1}.
+    As many passes over the images as there are units, and one. UserError as of removable."""
+    names = removable(model)
+    return dict(units=names, whole=accuracy(model, batches),
+                without={name: accuracy(model, batches, name) for name in names})
+
+
+def lesion_command(args, rest):
+    """The held-out accuracy of networks without one unit, for each unit: an attention, an MLP, a
+    3×3 convolution (Park & Kim Fig. 10b, D.4). Returns what the JSON holds under "results"."""
+    results, device, named = started(args, rest, "lesion")
+    found, values, effects = {}, {}, {}
+    for name, settings, origin in named:
+        model, dataset, workers = held_out(args, settings, origin, device)
+        batches, names = Batches(dataset, model, 256, workers, split=False), removable(model)
+        todo = {f"{args.images} images, {f'without {skip}' if skip else 'whole'}":
+                functools.partial(accuracy, model, batches, skip) for skip in (None, *names)}
+        share_out(results, name, todo, "lesion")
+        whole, *without = [results.parts[name][part] for part in todo]
+        found[name] = dict(units=names, images=len(dataset))
+        values[name] = dict(zip(names, without))
+        effects[name] = {unit: top1 - whole for unit, top1 in values[name].items()}
+        if train.rank() == 0:
+            train.say(f"{name}: {whole:.2f} % whole")
+    report(results, found, "accuracy (%)", values, effects,
+           lambda column, name, of, values, effects: draw_depth(
+               column[0], of["units"], effects, "Δ accuracy (percentage points)", name))
+    return results.parts
+
+
 # ----------------------------------------------------------------------------------- many trainings
 
 def outcome(args):
@@ -2905,6 +3316,24 @@ def make_parser():
                   images="as the others")
     add("--benchmarks", nargs="+", choices=("val", "c", "c-lite"), default=["val", "c-lite"],
         help="see robustness (default: val c-lite)")
+
+    def add_held_out():
+        add("--images", default="all", metavar="N", help="of the held-out set, class-balanced: a "
+            "number, a fraction or all (default: all, Park A.1)")
+
+    add = command(fourier_command, "Δ log amplitude of feature maps by frequency and depth (Park "
+                  "Fig. 2a, 8, D.2)")
+    add_held_out()
+    add("--form", choices=("diagonal", "radial"), default="diagonal", help="of the frequencies "
+        "that are shown; the JSON has both (default: diagonal, Fig. D.2)")
+    add = command(variance_command, "variance of feature maps by depth (Park Fig. 9, D.1)")
+    add_held_out()
+    add = command(cka_command, "similarity of feature maps of all pairs of units (Park Fig. 10a, "
+                  "D.3)")
+    add_held_out()
+    add("--batch", type=int, default=256, help="images of a mini-batch (default: 256)")
+    add = command(lesion_command, "accuracy without one unit (Park Fig. 10b, D.4)")
+    add_held_out()
 
     add = command(stability, "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
                   "rho (Chen Table 10), grid, doubled (Chen App. E, F)", of_checkpoints=False)
