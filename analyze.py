@@ -2278,119 +2278,109 @@ def fourier(model, batches):
 def variance(model, batches):
     """Park & Kim Fig. 9, D.1: the variance of each unit's feature map over its H·W points
     (unbiased), a mean over channels and images. -> dict: images, units, side as fourier's; variance
-    {name: number}, None of a map of one point. One forward pass."""
+    {name: number}, NaN of a map of one point. One forward pass."""
     found, means = mean_over_images(model, batches, lambda y: y.flatten(2).var(2).mean(1))
-    return found | dict(variance={name: None if found["side"][name] == 1 else value.item()
-                                  for name, value in means.items()})
+    return found | dict(variance={name: mean.item() for name, mean in means.items()})
 
 
 def pooled(parts):
     """fourier or variance over all images from those over disjoint parts of them."""
     images = [part["images"] for part in parts]
 
-    def mean(values):
-        return None if None in values else np.average(values, axis=0, weights=images).tolist()
+    def mean(*values):
+        return np.average(np.array(values, float), axis=0, weights=images).tolist()
 
     return parts[0] | dict(images=sum(images)) | {
-        key: {unit: mean([part[key][unit] for part in parts]) for unit in parts[0][key]}
+        key: {unit: mean(*(part[key][unit] for part in parts)) for unit in parts[0][key]}
         for key in ("diagonal", "radial", "variance") if key in parts[0]}
 
 
 def held_out(args, settings, origin, device):
     """A network; the held-out images or, with --images, a class-balanced part of them, in a fixed
     random order (ImageNet's are sorted by class); how many workers read them."""
-    model, dataset = network_and_images(settings, origin, device,
-                                        train.say if train.rank() == 0 else lambda text="": None)
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    model, dataset = network_and_images(settings, origin, device, tell)
     dataset = share_of(dataset, args.images, "held-out")
     workers = train.worker_count(settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return model, dataset.restrict(torch.randperm(
         len(dataset), generator=torch.Generator().manual_seed(0))), workers
 
 
-def of_pieces(measure, dataset, model, workers, batch_size, size):
-    """Units of work: measure(batches) of `size` images each."""
-    return [lambda start=start: measure(Batches(
-        dataset.part(range(start, min(start + size, len(dataset)))), model, batch_size, workers,
-        split=False)) for start in range(0, len(dataset), size)]
+def in_parts(args, results, device, part, measure, join, first, *other, batch=64):
+    """That part of the first network's results: of measure(model, batches, *other models), by
+    pieces of UNIT images or a little less. first, other: network's name, settings, origin."""
+    name, size = first[0], max(UNIT // batch, 1) * batch
+    if part not in results.parts.get(name, {}):
+        (model, dataset, workers), *others = [held_out(args, *of[1:], device)
+                                              for of in (first, *other)]
+
+        def unit(start):
+            images = dataset.part(range(start, min(start + size, len(dataset))))
+            return measure(model, Batches(images, model, batch, workers, split=False),
+                           *(model for model, *_ in others))
+
+        in_pieces(results, name, part, [functools.partial(unit, start) for start in
+                                        range(0, len(dataset), size)], join, measure.__name__)
+    return results.parts[name][part]
 
 
 def of_maps(args, rest, measure):
     """Both subcommands: measure(model, batches) of each network. -> Results, {network: numbers}."""
     results, device, named = started(args, rest, measure.__name__)
-    part = f"{args.images} images"
-    for name, settings, origin in named:
-        if part not in results.parts.get(name, {}):
-            model, dataset, workers = held_out(args, settings, origin, device)
-            in_pieces(results, name, part, of_pieces(
-                functools.partial(measure, model), dataset, model, workers, 64, UNIT), pooled,
-                measure.__name__)
-    return results, {name: results.parts[name][part] for name, *_ in named}
+    return results, {of[0]: in_parts(args, results, device, f"{args.images} images", measure,
+                                     pooled, of) for of in named}
 
 
 def changes(of, values):
     """{unit: its value minus that before it}, where the map has the same size before and after."""
-    pairs = itertools.pairwise(values.items())
-    return {unit: after - before for (one, before), (unit, after) in pairs
-            if of["side"][one] == of["side"][unit] and None not in (before, after)}
+    return {unit: after - before for (one, before), (unit, after)
+            in itertools.pairwise(values.items()) if of["side"][one] == of["side"][unit] > 1}
 
 
-def report(results, found, what, values, effects, draw, rows=1):
-    """Prints of each network {unit: value} with the unit's effect on it, and the effects by kind;
-    draw(column of axes, network, its numbers, values, effects), for each network."""
+def report(results, found, what, values, effects=None, form=None):
+    """Prints of each network the value of each unit and its effect, changes' or those given, and
+    the effects by kind; draws the value, or the given effect, by depth, above it the frequencies'
+    curves of a form."""
     if train.rank() > 0:
         return
+    drawn, ylabel = (effects, f"change of {what}") if effects else (values, what)
     summary = []
     for name, of in found.items():
-        kinds = {}
-        for unit, effect in effects[name].items():
-            kinds.setdefault(of["units"][unit][0], []).append(effect)
-        summary += [{f"change of {what}": name, "units": kind, "mean": significant(np.mean(all_)),
-                     "lower in": f"{sum(e < 0 for e in all_)} of {len(all_)}"}
-                    for kind, all_ in kinds.items()]
+        effect = effects[name] if effects else changes(of, values[name])
         train.say(f"{name}, {of['images']:,} held-out images")
-        print_rows([{"unit": unit, "kind": of["units"][unit][0], "stage": of["units"][unit][1],
-                     what: significant(value), "change": significant(effects[name].get(unit))}
-                    for unit, value in values[name].items()])
-        train.say()
+        print_rows([{"unit": unit, "kind": kind, "stage": stage, what: significant(value), "change":
+                     significant(effect.get(unit))} for (unit, value), (kind, stage) in zip(
+                         values[name].items(), of["units"].values())])
+        for kind in dict.fromkeys(kind for kind, _ in of["units"].values()):
+            of_kind = [effect[unit] for unit in effect if of["units"][unit][0] == kind]
+            if of_kind:
+                summary.append({f"change of {what}": name, "units": kind,
+                                "mean": significant(sum(of_kind) / len(of_kind)),
+                                "lower in": f"{sum(e < 0 for e in of_kind)} of {len(of_kind)}"})
     print_rows(summary)
 
-    def draw_all(grid):
-        for column, (name, of) in zip(np.reshape(grid, (rows, -1)).T, found.items()):
-            draw(column, name, of, values[name], effects[name])
+    def draw(grid):
+        for (*top, bottom), (name, of) in zip(np.reshape(grid, (-1, len(found))).T, found.items()):
+            for axes in top:
+                draw_frequencies(axes, of, form)
+            draw_depth(bottom, of["units"], drawn[name], ylabel)
+            (*top, bottom)[0].set_title(name, fontsize=7, wrap=True)
 
-    figure(results.path.with_suffix(".png"), draw_all, rows, len(found))
+    figure(results.path.with_suffix(".png"), draw, 2 if form else 1, len(found))
     train.say(f"results   {results.path}")
 
 
-def fourier_command(args, rest):
-    """Δ log amplitude of feature maps, relative to the lowest frequency, after each unit of
-    networks, on held-out images (Park & Kim Fig. 2a, 8, D.2): by frequency, and that of the highest
-    by depth. --form decides only what is shown. Returns what the JSON holds under "results"."""
-    results, found = of_maps(args, rest, fourier)
-    values = {name: {unit: curve[-1] if len(curve) > 1 else None
-                     for unit, curve in of[args.form].items()} for name, of in found.items()}
-
-    def draw(column, name, of, values, effects):
-        draw_frequencies(column[0], name, of, args.form)
-        draw_depth(column[1], of["units"], values, "Δ log amplitude, highest frequency")
-
-    report(results, found, "Δ log amplitude", values,
-           {name: changes(of, values[name]) for name, of in found.items()}, draw, rows=2)
-    return results.parts
-
-
-def draw_frequencies(axes, name, of, form):
+def draw_frequencies(axes, of, form):
     """Fig. 2a, D.2 left: a curve for each unit."""
     from matplotlib import colormaps
     for i, (unit, curve) in enumerate(of[form].items()):
         axes.plot(of["frequency"][unit], curve, ".-",
                   color=colormaps["viridis"](i / max(len(of[form]) - 1, 1)))
-    axes.set_title(name, fontsize=7, wrap=True)
     axes.set_xlabel(f"frequency / π, {form} (dark: first unit, yellow: last)")
     axes.set_ylabel("Δ log amplitude")
 
 
-def draw_depth(axes, units, values, what, name=""):
+def draw_depth(axes, units, values, what):
     """Fig. 8, 9, 10b: a value of each unit against normalised depth, its index over the last; from
     the one before to it attention gray and pooling blue; dotted where a stage begins."""
     last, stages = max(len(values) - 1, 1), [units[unit][1] for unit in values]
@@ -2399,22 +2389,27 @@ def draw_depth(axes, units, values, what, name=""):
             axes.axvspan((i - 1) / last, i / last, color=SHADES[units[unit][0]], linewidth=0)
         if i and stages[i] > stages[i - 1]:
             axes.axvline((i - 1) / last, color="black", linestyle=":", linewidth=1)
-    axes.plot([i / last for i in range(len(values))],
-              [math.nan if value is None else value for value in values.values()], "o-")
-    axes.set_title(name, fontsize=7, wrap=True)
+    axes.plot(np.arange(len(values)) / last, np.array(list(values.values()), float), "o-")
     axes.set_xlabel("normalised depth (gray: attention, blue: pooling)")
     axes.set_ylabel(what)
+
+
+def fourier_command(args, rest):
+    """Δ log amplitude of feature maps, relative to the lowest frequency, after each unit of
+    networks, on held-out images (Park & Kim Fig. 2a, 8, D.2): by frequency, and that of the highest
+    by depth. --form decides only what is shown. Returns what the JSON holds under "results"."""
+    results, found = of_maps(args, rest, fourier)
+    report(results, found, "highest Δ log amplitude", {
+        name: {unit: curve[-1] if len(curve) > 1 else math.nan for unit, curve
+               in of[args.form].items()} for name, of in found.items()}, form=args.form)
+    return results.parts
 
 
 def variance_command(args, rest):
     """The variance of feature maps over their points after each unit of networks, on held-out
     images (Park & Kim Fig. 9, D.1). Returns what the JSON holds under "results"."""
     results, found = of_maps(args, rest, variance)
-    values = {name: of["variance"] for name, of in found.items()}
-    report(results, found, "variance", values,
-           {name: changes(of, values[name]) for name, of in found.items()},
-           lambda column, name, of, values, effects: draw_depth(
-               column[0], of["units"], values, "variance of feature map points", name))
+    report(results, found, "variance", {name: of["variance"] for name, of in found.items()})
     return results.parts
 
 
@@ -2428,45 +2423,40 @@ def u_centred(y):
 
 
 def hsic(model, batches, other=None):
-    """Sums over mini-batches of HSIC₁ between all pairs of units of two networks, or of one with
-    itself. -> dict: units, other {name: [kind, stage]}; cross (units × other); own, others: each
-    unit's with itself."""
-    networks = [model] if other is None else [model, other]
-    names, cross, own = [units(network) for network in networks], 0, [0, 0]
+    """Sums over mini-batches of n·HSIC₁ between all pairs of units, of one network or of two
+    together. -> dict: units, other {name: [kind, stage]}; sums, a row for each unit, of both."""
+    networks, sums = [model] if other is None else [model, other], torch.zeros(())
+    names = [{name: list(of) for name, of in units(network).items()} for network in networks]
     with as_is(networks[0]), as_is(networks[-1]):
         for x, _ in batches:
-            n = len(x)
-            if n < 4:
-                raise UserError(f"a mini-batch of {n} images; HSIC needs at least 4")
-            grams = [torch.stack([u_centred(y) for y in feature_maps(network, x, of).values()])
-                     for network, of in zip(networks, names)]
-            grams = [gram / math.sqrt(n * (n - 3)) for gram in (grams[0], grams[-1])]
-            cross = cross + grams[0] @ grams[1].T
-            own = [total + gram.square().sum(1) for total, gram in zip(own, grams)]
-    return dict(units={name: list(of) for name, of in names[0].items()}, cross=cross.tolist(),
-                other={name: list(of) for name, of in names[-1].items()},
-                own=own[0].tolist(), others=own[1].tolist())
+            if len(x) > 3:
+                grams = torch.stack([u_centred(y) for network, of in zip(networks, names)
+                                     for y in feature_maps(network, x, of).values()])
+                sums = sums + grams @ grams.T / (len(x) - 3)
+    return dict(units=names[0], other=names[-1], sums=sums.tolist())
 
 
 def cka_of(parts):
     """cka from hsic's sums over disjoint parts of the mini-batches."""
-    cross, own, others = (np.sum([part[name] for part in parts], axis=0)
-                          for name in ("cross", "own", "others"))
+    sums, of = sum(np.array(part["sums"]) for part in parts), parts[0]
+    if not sums.ndim:
+        raise UserError("CKA needs at least 4 images")
     with np.errstate(invalid="ignore", divide="ignore"):
-        values = (cross / np.sqrt(own[:, None] * others)).tolist()
-    return dict(units=parts[0]["units"], other=parts[0]["other"], cka=[
-        [value if math.isfinite(value) else None for value in row] for row in values])
+        values = sums / np.sqrt(np.outer(sums.diagonal(), sums.diagonal()))
+    return dict(units=of["units"], other=of["other"],
+                cka=values[:len(of["units"]), -len(of["other"]):].tolist())
 
 
 def cka(model, batches, other=None):
     """Park & Kim Fig. 10a, D.3: mini-batch linear CKA (Nguyen et al. 2021, §3) of feature maps X
     (n, C·H·W), without class token, between all pairs of units of two networks or of one,
-        CKA = Σ HSIC₁(XXᵀ, YYᵀ) / √(Σ HSIC₁(XXᵀ, XXᵀ) · Σ HSIC₁(YYᵀ, YYᵀ)),  Σ over mini-batches,
+        CKA = Σ n HSIC₁(XXᵀ, YYᵀ) / √(Σ n HSIC₁(XXᵀ, XXᵀ) · Σ n HSIC₁(YYᵀ, YYᵀ)),
         HSIC₁(K, L) = [tr K̃L̃ + 1ᵀK̃1 1ᵀL̃1 / ((n−1)(n−2)) − 2 1ᵀK̃L̃1 / (n−2)] / (n(n−3)),
-    K̃ being K with zeros on its diagonal. HSIC₁ is unbiased for every n ≥ 4: random mini-batches
-    give in expectation what all images at once do. 1: equal up to rotation and scale; unrelated:
-    about 0, also below. -> dict: units, other {name: [kind, stage]}; cka, a row for each of units,
-    None where a unit does not vary. One forward pass. UserError for a batch of less than 4."""
+    K̃ being K with zeros on its diagonal, Σ over mini-batches of n ≥ 4 images, smaller ones left
+    out. HSIC₁ is unbiased for every n: random mini-batches give in expectation what all images at
+    once do. 1: equal up to rotation and scale; unrelated: about 0, also below. -> dict: units,
+    other {name: [kind, stage]}; cka, a row for each of units, NaN where a unit does not vary. One
+    forward pass. UserError for less than 4 images."""
     return cka_of([hsic(model, batches, other)])
 
 
@@ -2476,46 +2466,30 @@ def cka_command(args, rest):
     across. Returns what the JSON holds under "results"."""
     need(args, batch=4)
     results, device, named = started(args, rest, "cka")
-    pairs = [(of, None) for of in named] + ([named] if len(named) == 2 else [])
     found = {}
-    for first, other in pairs:
+    for first, *other in [*((of,) for of in named), *([named] if len(named) == 2 else [])]:
         name, part = first[0], f"{args.images} images in batches of {args.batch}"
-        if other:
-            part += f", against {other[0]}"
+        for against, *_ in other:
+            part += f", against {against}"
             for flag in ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side"):
-                one, two = (results.settings[of][flag] for of in (name, other[0]))
+                one, two = (results.settings[of][flag] for of in (name, against))
                 if one != two:
                     raise UserError(f"--{flag.replace('_', '-')} is {one} and {two}: two networks "
                                     "are compared on the same images")
-        if part not in results.parts.get(name, {}):
-            model, dataset, workers = held_out(args, *first[1:], device)
-            second = held_out(args, *other[1:], device)[0] if other else None
-            count = len(dataset) // args.batch * args.batch
-            if count == 0:
-                raise UserError(f"--batch {args.batch}: there are {len(dataset)} images")
-            if count < len(dataset) and train.rank() == 0:
-                train.say(f"left out  {len(dataset) - count} images, no whole mini-batch")
-            in_pieces(results, name, part, of_pieces(
-                lambda batches: hsic(model, batches, second), dataset.part(range(count)), model,
-                workers, args.batch, max(UNIT // args.batch, 1) * args.batch), cka_of, "cka")
-        found[f"{name} (up) and {other[0]}" if other else name] = results.parts[name][part]
+        found[" (up) and ".join(of[0] for of in (first, *other))] = in_parts(
+            args, results, device, part, hsic, cka_of, first, *other, batch=args.batch)
     if train.rank() == 0:
-        print_rows([{"mean CKA of two units": name} | by_stage(of, " (up) and " not in name)
-                    for name, of in found.items()])
+        for name, of in found.items():
+            values, (one, two) = np.array(of["cka"], float), (
+                np.array([stage for _, stage in of[key].values()]) for key in ("units", "other"))
+            print_rows([{f"mean CKA, {name}": f"stage {i}"} | {
+                f"stage {j}": float(values[one == i][:, two == j].mean()) for j in np.unique(two)}
+                for i in np.unique(one)])
         figure(results.path.with_suffix(".png"), lambda grid: [
             draw_cka(axes, name, of) for axes, (name, of) in zip(np.ravel(grid), found.items())],
             1, len(found))
         train.say(f"results   {results.path}")
     return results.parts
-
-
-def by_stage(of, itself):
-    """Mean CKA of two units, not one with itself, in the same stage and in two: the blocks."""
-    values = np.array(of["cka"], float)
-    one, other = (np.array([stage for _, stage in of[key].values()]) for key in ("units", "other"))
-    same, there = one[:, None] == other, np.isfinite(values) & ~(itself & np.eye(*values.shape) > 0)
-    return {what: float(values[there & where].mean()) if (there & where).any() else None
-            for what, where in (("same stage", same), ("two stages", ~same))}
 
 
 def draw_cka(axes, name, of):
@@ -2581,10 +2555,8 @@ def lesion_command(args, rest):
         values[name] = dict(zip(names, without))
         effects[name] = {unit: top1 - whole for unit, top1 in values[name].items()}
         if train.rank() == 0:
-            train.say(f"{name}: {whole:.2f} % whole")
-    report(results, found, "accuracy (%)", values, effects,
-           lambda column, name, of, values, effects: draw_depth(
-               column[0], of["units"], effects, "Δ accuracy (percentage points)", name))
+            train.say(f"{name}: whole {whole:.2f} %")
+    report(results, found, "accuracy (%)", values, effects)
     return results.parts
 
 
