@@ -2202,8 +2202,8 @@ def units(model):
                            if not any(module.children()) and inner[name])
     if not blocks:
         raise UserError(f"{type(network).__name__} neither names its units nor has blocks")
-    stages = list(dict.fromkeys(block.rpartition(".")[0] for block in blocks))
-    return {block: ("block", stages.index(block.rpartition(".")[0]) + 1) for block in blocks}
+    stages = itertools.groupby(blocks, lambda block: block.rpartition(".")[0])
+    return {block: ("block", i) for i, (_, stage) in enumerate(stages, 1) for block in stage}
 
 
 def feature_maps(model, x, names):
@@ -2278,20 +2278,18 @@ def fourier(model, batches):
 def variance(model, batches):
     """Park & Kim Fig. 9, D.1: the variance of each unit's feature map over its H·W points
     (unbiased), a mean over channels and images. -> dict: images, units, side as fourier's; variance
-    {name: number}, NaN of a map of one point. One forward pass."""
-    found, means = mean_over_images(model, batches, lambda y: y.flatten(2).var(2).mean(1))
+    {name: number}, 0 of a map of one point. One forward pass."""
+    found, means = mean_over_images(model, batches, lambda y: y.flatten(2).var(
+        2, correction=min(1, y[0, 0].numel() - 1)).mean(1))
     return found | dict(variance={name: mean.item() for name, mean in means.items()})
 
 
 def pooled(parts):
     """fourier or variance over all images from those over disjoint parts of them."""
     images = [part["images"] for part in parts]
-
-    def mean(*values):
-        return np.average(np.array(values, float), axis=0, weights=images).tolist()
-
     return parts[0] | dict(images=sum(images)) | {
-        key: {unit: mean(*(part[key][unit] for part in parts)) for unit in parts[0][key]}
+        key: {unit: np.average([part[key][unit] for part in parts], axis=0, weights=images).tolist()
+              for unit in parts[0][key]}
         for key in ("diagonal", "radial", "variance") if key in parts[0]}
 
 
@@ -2389,7 +2387,7 @@ def draw_depth(axes, units, values, what):
             axes.axvspan((i - 1) / last, i / last, color=SHADES[units[unit][0]], linewidth=0)
         if i and stages[i] > stages[i - 1]:
             axes.axvline((i - 1) / last, color="black", linestyle=":", linewidth=1)
-    axes.plot(np.arange(len(values)) / last, np.array(list(values.values()), float), "o-")
+    axes.plot(np.arange(len(values)) / last, list(values.values()), "o-")
     axes.set_xlabel("normalised depth (gray: attention, blue: pooling)")
     axes.set_ylabel(what)
 
@@ -2400,8 +2398,8 @@ def fourier_command(args, rest):
     by depth. --form decides only what is shown. Returns what the JSON holds under "results"."""
     results, found = of_maps(args, rest, fourier)
     report(results, found, "highest Δ log amplitude", {
-        name: {unit: curve[-1] if len(curve) > 1 else math.nan for unit, curve
-               in of[args.form].items()} for name, of in found.items()}, form=args.form)
+        name: {unit: curve[-1] for unit, curve in of[args.form].items()}
+        for name, of in found.items()}, form=args.form)
     return results.parts
 
 

@@ -6,10 +6,12 @@ the code under test; what must hold between processes runs under torchrun with g
 import argparse
 import copy
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -7254,6 +7256,317 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(analyze, "fit", None)
     before = (tmp_path / "out/compare.md").read_bytes()
     assert analyze.main(argv) == 0 and (tmp_path / "out/compare.md").read_bytes() == before
+
+
+class Maps(nn.Module):
+    """A network whose units are functions of the images, and whose logits their means."""
+
+    def __init__(self, **functions):
+        super().__init__()
+        self.functions, self.scale = functions, nn.Parameter(torch.ones(()))
+        self.intermediates = {name: ("conv", i) for i, name in enumerate(functions)}
+        self.intermediates |= {"weights": ("weights", 0), "last": ("representation", 9)}
+
+    def forward(self, x, out=None):
+        for name in out or ():
+            out[name] = self.functions[name](x * self.scale)
+        return x.mean(dim=(2, 3))
+
+
+def test_waves_show_at_their_frequency_on_the_diagonal_and_on_its_ring():
+    position = 2 * math.pi * torch.arange(8, dtype=torch.float64) / 8
+    floor = math.log(1e-6)
+    for k in range(1, 5):
+        amplitude = (0.5 if k < 4 else 1) * 0.1 * 64  # half of it is at −k, which at π is π itself
+        diagonal = 1 + 0.1 * torch.cos(k * (position + position[:, None]))
+        across = 1 + 0.1 * torch.cos(k * position).expand(8, 8)
+        model = Maps(diagonal=lambda x: diagonal.expand(len(x), 3, 8, 8),
+                     across=lambda x: across.expand(len(x), 3, 8, 8))
+        found = analyze.fourier(model, [(torch.zeros(2, 3, 8, 8), None)])
+        assert found["frequency"]["diagonal"] == [0, 0.25, 0.5, 0.75, 1]
+        expected = [floor - math.log(64)] * 5
+        expected[0], expected[k] = 0, math.log(amplitude / 64)
+        assert np.allclose(found["diagonal"]["diagonal"], expected, atol=1e-4), (k, found)
+        on_ring = [(i, j) for i in range(-4, 4) for j in range(-4, 4)
+                   if k - 0.5 <= math.hypot(i, j) < k + 0.5]
+        peaks = sum(j == 0 and abs(i) == k for i, j in on_ring)
+        assert peaks == (2 if k < 4 else 1)
+        expected = (peaks * math.log(amplitude) + (len(on_ring) - peaks) * floor) / len(on_ring)
+        assert abs(found["radial"]["across"][k] - expected + math.log(64)) < 1e-4, (k, found)
+    assert found["images"] == 2 and found["units"]["across"] == ["conv", 1]
+    with pytest.raises(train.UserError, match="wide has a map of 8 × 4; it has to be square"):
+        analyze.fourier(Maps(wide=lambda x: x[..., :4]), [(torch.zeros(2, 3, 8, 8), None)])
+
+
+def test_white_noise_is_flat_but_for_what_a_mean_of_logarithms_makes_of_real_numbers():
+    torch.manual_seed(0)
+    noise = [(torch.randn(500, 3, 8, 8), None) for _ in range(4)]
+    found = analyze.fourier(Maps(it=lambda x: x), noise)
+    offset = math.log(2) / 2
+    assert np.allclose(found["diagonal"]["it"], [0, offset, offset, offset, 0], atol=0.06), found
+    assert np.allclose(found["radial"]["it"][1:4], offset, atol=0.06)  # its π has real ones too
+
+
+def test_half_diagonal_and_variance_are_those_of_the_program_of_park_and_kim():
+    torch.manual_seed(0)
+    batch = [(torch.randn(2, 3, 14, 14), None)]
+    theirs = [0, -0.3717, 0.3697, 0.0192, -0.0294, -0.1997, -0.3329]  # it ends before π
+    found = analyze.fourier(Maps(it=lambda x: x), batch)
+    assert np.allclose(found["diagonal"]["it"][:-1], theirs, atol=1e-4), found["diagonal"]
+    assert found["frequency"]["it"][-2:] == [12 / 14, 1] and found["side"] == {"it": 14}
+    found = analyze.variance(Maps(it=lambda x: x), batch)["variance"]["it"]
+    assert abs(found - 1.0360156) < 1e-6
+
+
+def test_variance_is_over_the_points_of_a_map_and_means_are_over_images_and_channels():
+    torch.manual_seed(0)
+    images = torch.rand(5, 3, 4, 4, dtype=torch.float64)
+    model = Maps(constant=lambda x: x * 0 + x[..., :1, :1], it=lambda x: x,
+                 one=lambda x: x[..., :1, :1]).double()
+    whole = analyze.variance(model, [(images, None)])
+    by_hand = [sum((v - sum(m) / 16) ** 2 for v in m) / 15
+               for m in images.reshape(15, 16).tolist()]
+    assert abs(whole["variance"]["constant"]) < 1e-15
+    assert whole["variance"]["it"] == pytest.approx(sum(by_hand) / 15, rel=1e-12)
+    assert whole["variance"]["one"] == 0
+    parts = [images[:3], images[3:]]
+    for measure, key in ((analyze.variance, "variance"), (analyze.fourier, "diagonal")):
+        one = measure(model, [(images, None)])
+        two = analyze.pooled([json.loads(train.to_json(measure(model, [(part, None)])))
+                              for part in parts])
+        assert one.keys() == two.keys() and two["images"] == 5 and two["units"] == one["units"]
+        for unit, value in one[key].items():
+            assert np.allclose(two[key][unit], value, rtol=1e-12), (key, unit)
+    assert analyze.changes(whole, whole["variance"]) == {  # "one" has another size
+        "it": whole["variance"]["it"] - whole["variance"]["constant"]}
+
+
+def test_maps_of_every_family_are_channels_by_rows_by_columns():
+    convs = dict(width=8, depth=(1, 1, 1, 1))
+    for name, options, sides, channels in (
+            ("vit_micro8", dict(depth=2), [4] * 5, [96] * 5),
+            ("vit_micro8", dict(depth=2, stem="conv", pool="gap"), [4] * 5, [96] * 5),
+            ("mixer_micro8", dict(depth=2), [4] * 5, [96] * 5),
+            ("pit_ti", dict(depth=(1, 1), heads=(1, 2), patch_size=4, stride=4),
+             [8] * 3 + [4] * 3, [32] * 3 + [64] * 3),
+            ("resnet50", convs, [32, 32, 16, 8, 4], [8, 32, 64, 128, 256]),
+            ("preresnet18", convs, [32, 32, 16, 8, 4], [8, 8, 16, 32, 64]),
+            ("alter_resnet18", dict(width=8, depth=(1, 1, 1, 2), msa_blocks=(0, 0, 0, 1)),
+             [32, 32, 16, 8, 4, 4], [8, 8, 16, 32, 64, 64]),
+            ("torchvision:swin_t", dict(dim=12, depth=(1, 1), heads=(1, 2), patch_size=2),
+             [16] * 3 + [8] * 3, [12] * 3 + [24] * 3),
+            ("torchvision:resnet18", {}, [8, 8, 8, 4, 4, 2, 2, 1, 1],
+             [64, 64, 64, 128, 128, 256, 256, 512, 512]),
+            ("regnety_1gf", {}, None, None),
+            ("torchvision:swin_v2_t", {}, None, None)):
+        model = train.assemble(train.build_model(name, 5, 32, **options), [0.5], [0.5]).eval()
+        with torch.no_grad():
+            maps = analyze.feature_maps(model, torch.rand(2, 3, 32, 32), analyze.units(model))
+        shapes = [tuple(y.shape) for y in maps.values()]
+        assert all(len(shape) == 4 and shape[2] == shape[3] for shape in shapes), (name, shapes)
+        assert sides is None or [s[2] for s in shapes] == sides, (name, shapes)
+        assert channels is None or [s[1] for s in shapes] == channels, (name, shapes)
+        stages = [stage for _, stage in analyze.units(model).values()]
+        assert stages == sorted(stages) and list(maps) == list(analyze.units(model)), name
+
+    model, x, out = tiny_vit(), tiny_images(), dict.fromkeys(["stem", "blocks.1.mlp"])
+    with torch.no_grad():
+        model(x, out=out)
+        first = analyze.feature_maps(model, x, ["stem", "blocks.1.mlp"])
+    for name, tokens in out.items():  # token 1 + 4·row + column
+        assert first[name][1, 7, 2, 3] == tokens[1, 1 + 4 * 2 + 3, 7], name
+    with pytest.raises(train.UserError, match="VGG neither names its units nor has blocks"):
+        analyze.units(train.build_model("torchvision:vgg11", 5, 32))
+
+
+def hsic_by_hand(x, y):
+    """Song et al. 2012, Eq. 5, as Nguyen et al. 2021 print it."""
+    n, K, L = len(x), x.flatten(1) @ x.flatten(1).T, y.flatten(1) @ y.flatten(1).T
+    K, L, one = K - torch.diag(K.diag()), L - torch.diag(L.diag()), torch.ones(len(x)).to(K)
+    return ((K @ L).trace() + (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
+            - 2 * (one @ K @ L @ one) / (n - 2)) / (n * (n - 3))
+
+
+def test_cka_is_the_dense_one_and_blind_to_rotation_and_scale():
+    torch.manual_seed(0)
+    rotation = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64))[0]
+    mixed = torch.randn(3, 3, dtype=torch.float64)
+    functions = dict(
+        it=lambda x: x, turned=lambda x: -7 * (x.flatten(1) @ rotation).reshape(x.shape) + 3,
+        other=lambda x: torch.einsum("ij,bjhw->bihw", mixed, x).relu()[..., ::2, ::2],
+        constant=lambda x: x * 0 + 1)
+    model = Maps(**functions).double()
+    batches = [(torch.rand(n, 3, 4, 4, dtype=torch.float64), None) for n in (12, 12, 6, 3)]
+    found = analyze.cka(model, batches)
+    values = np.array(found["cka"])
+    for i, f in enumerate(functions.values()):
+        for j, g in enumerate(functions.values()):
+            cross, first, second = (sum(len(x) * hsic_by_hand(a(x), b(x)) for x, _ in batches[:3])
+                                    for a, b in ((f, g), (f, f), (g, g)))  # the 3 are left out
+            if 3 in (i, j):
+                assert math.isnan(values[i, j])
+            else:
+                expected = (cross / (first * second).sqrt()).item()
+                assert abs(values[i, j] - expected) < 1e-9, (i, j, values, expected)
+    assert np.allclose(values.diagonal()[:3], 1, atol=1e-12)
+    assert abs(values[0, 1] - 1) < 1e-9 and abs(values[0, 2]) < 0.9
+    second = Maps(**{name: functions[name] for name in ("other", "it")}).double()
+    across = analyze.cka(model, batches, second)
+    assert list(across["units"]) == list(functions) and list(across["other"]) == ["other", "it"]
+    assert np.allclose(np.array(across["cka"])[:3], values[:3, [2, 0]], atol=1e-12)
+    with pytest.raises(train.UserError, match="at least 4 images"):
+        analyze.cka(model, batches[3:])
+
+
+def test_cka_of_minibatches_is_in_expectation_that_of_all_images():
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 2, 2, dtype=torch.float64)
+    model = Maps(it=lambda x: x, other=lambda x: x.relu() + 0.3 * x.flip(1)).double()
+    subsets = [(x[list(of)], None) for of in itertools.combinations(range(8), 4)]  # all 70
+    whole = np.array(analyze.hsic(model, [(x, None)])["sums"]) / 8
+    mean = np.array(analyze.hsic(model, subsets)["sums"]) / (4 * 70)
+    assert np.allclose(mean, whole, rtol=1e-10), (mean, whole)
+
+    x = torch.randn(256, 3, 4, 4, dtype=torch.float64)
+    model = Maps(it=lambda x: x, other=lambda x: x.square()).double()
+    whole = analyze.cka(model, [(x, None)])["cka"][0][1]
+    of_8 = [analyze.cka(model, [(x[i:i + 8], None) for i in range(0, 256, 8)])["cka"][0][1]
+            for x in (x[torch.randperm(256)] for _ in range(20))]
+    error = np.std(of_8) / math.sqrt(20)
+    assert abs(np.mean(of_8) - whole) < 4 * error and error < 0.01, (np.mean(of_8), whole, error)
+
+
+def test_without_a_unit_is_as_if_it_were_the_identity():
+    torch.manual_seed(0)
+    x = torch.rand(120, 3, 16, 16)
+    small = dict(width=8, depth=(1, 1, 2, 1))
+    for model, name, weight in (
+            (vit.build("vit_micro8", 3, 16, depth=2, dim=24, heads=2), "blocks.1.mlp",
+             "blocks.1.mlp.fc2"),
+            (vit.build("vit_micro8", 3, 16, depth=2, dim=24, heads=2), "blocks.0.attn",
+             "blocks.0.attn.proj"),
+            (resnet.build("resnet50", 3, 16, **small), "layer2.0", "layer2.0.conv2"),  # of stride 2
+            (alternet.build("alter_resnet18", 3, 16, window_size=2, msa_blocks=(0, 0, 1, 0),
+                            **small), "layer3.1", "layer3.1.attn.proj")):
+        for p in model.parameters():
+            p.data += 0.2 * torch.randn_like(p)
+        head = model.fc if hasattr(model, "fc") else model.head
+        with torch.no_grad():
+            head.bias -= model.eval()(x).mean(dim=0)  # else one class wins everywhere
+            y = model(x).argmax(dim=1)
+        batches = [(x[:100], y[:100]), (x[100:], y[100:])]
+        found = analyze.lesion(model, batches)
+        assert found["whole"] == 100 and found["units"].keys() == found["without"].keys() == {
+            unit for unit, (kind, _) in analyze.units(model).items() if kind != "stem"}
+        identity = copy.deepcopy(model)
+        layer = identity.get_submodule(weight)
+        for p in layer.parameters():
+            p.data.zero_()
+        if name == "layer2.0":
+            nn.init.dirac_(layer.weight)
+        expected = analyze.accuracy(identity, batches)
+        assert found["without"][name] == expected < 100, (name, found)
+        assert analyze.accuracy(identity, batches, name) == expected, "it was the identity"
+    with pytest.raises(train.UserError, match="RegNet has no units that can be left out"):
+        analyze.lesion(train.build_model("regnety_1gf", 3, 32), [])
+
+
+FEATURES = {"fourier": ["--images", "140"], "variance": [], "cka": ["--batch", "8"],
+            "lesion": ["--images", "1/2"]}
+
+
+def test_analyses_of_maps_go_on_where_they_were(tmp_path, capsys, monkeypatch, small_shapes):
+    monkeypatch.setattr(analyze, "UNIT", 64)
+    monkeypatch.setitem(data.SHAPES_SPLITS, "val", (2**30, 150))
+    runs = [str(tmp_path / name / "ckpt.pt") for name in ("a", "b")]
+    for run, words in zip(runs, ("", "--depth 1 --pool gap")):
+        train_ok(tiny(Path(run).parent, "--max-steps 2 --train-fraction 1", words))
+    common = ["--checkpoint", *runs, "--device", "cpu", "--workers", "0"]
+    monkeypatch.setattr(analyze, "figure", lambda *_: None)
+    broken = dict(fourier="fourier", variance="variance", cka="hsic", lesion="accuracy")
+    for what, flags in FEATURES.items():
+        command, whole, cut = [what, *common, *flags], tmp_path / "whole", tmp_path / "cut"
+        assert analyze.main([*command, "--out-dir", str(whole)]) == 0
+        printed = capsys.readouterr().out
+        results = json.loads((whole / f"{what}.json").read_text())["results"]
+        assert [name[:-11] for name in results] == runs and all(n in printed for n in results)
+        calls, function = [], getattr(analyze, broken[what])
+
+        @functools.wraps(function)
+        def dies(*args, calls=calls, function=function):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return function(*args)
+
+        monkeypatch.setattr(analyze, broken[what], dies)
+        assert analyze.main([*command, "--out-dir", str(cut)]) == 130
+        assert analyze.main([*command, "--out-dir", str(cut)]) == 0
+        units = dict(fourier=2 * 3, variance=2 * 3, cka=3 * 3, lesion=5 + 3)[what]
+        assert len(calls) == units + 1, (what, len(calls))
+        assert json.loads((cut / f"{what}.json").read_text())["results"] == results, what
+        assert analyze.main([*command, "--out-dir", str(cut)]) == 0 and len(calls) == units + 1
+        monkeypatch.setattr(analyze, broken[what], function)
+        capsys.readouterr()
+        if what == "cka":
+            assert all(list(parts) == ["all images in batches of 8"] for parts in
+                       list(results.values())[1:]), "the pair is with the first"
+            against = [list(parts) for parts in results.values()][0][1]
+            assert against.endswith(f"against {list(results)[1]}"), against
+
+    # by hand: 140 images, class-balanced, on the trained network
+    settings, origin = train.settings(["--eval-only", "--init-from", runs[0], "--device", "cpu"])
+    model, images = analyze.network_and_images(settings, origin, torch.device("cpu"), print)
+    images.restrict(data.subset(images.labels, Fraction(140, 150)))
+    x = images[[(0, i) for i in range(140)]][0].float() / 255
+    name, parts = next(iter(json.loads((tmp_path / "whole/fourier.json").read_text())[
+        "results"].items()))
+    assert parts["140 images"]["images"] == 140
+    for unit, curve in analyze.fourier(model, [(x, None)])["radial"].items():
+        assert np.allclose(parts["140 images"]["radial"][unit], curve, atol=1e-5), unit
+
+    for argv, words in (
+            ([*common, "--images", "151"], "--images 151: there are 150 held-out images"),
+            ([*common, "--images", "-3"], "--images -3: a fraction of"),
+            ([*common, "--image", "3"], "unknown flag --image; did you mean --image"),
+            ([*common, "--dtype", "bfloat16"], "fourier is computed in float32 or float64"),
+            (["--checkpoint", str(tmp_path / "none.pt")], "none.pt"),
+            ([], "needs either --checkpoint RUN/ckpt.pt or")):
+        line = analyze_refusal(capsys, "fourier", *argv, "--out-dir", tmp_path / "x")
+        assert words in line, (argv, line)
+    for batch, words in (("3", "--batch 3: it is at least 4"), ("-8", "--batch -8")):
+        assert words in analyze_refusal(capsys, "cka", *common, "--batch", batch)
+
+
+def test_maps_and_lesions_on_two_processes_are_those_of_one(tmp_path, monkeypatch, small_shapes):
+    run = str(tmp_path / "run/ckpt.pt")
+    train_ok(tiny(Path(run).parent, "--max-steps 2 --train-fraction 1 --depth 1"))
+    script = tmp_path / "features.py"
+    script.write_text(f"""
+import sys, analyze
+from torch import distributed
+def every(out):
+    analyze.UNIT = 64
+    analyze.data.SHAPES_SPLITS["val"] = (2**30, 150)
+    for what, flags in {FEATURES}.items():
+        assert analyze.main([what, *flags, "--checkpoint", {run!r}, "--device", "cpu", "--workers",
+                             "0", "--out-dir", out]) == 0
+if __name__ == "__main__":
+    distributed.init_process_group("gloo")
+    every(sys.argv[1])
+""")
+    monkeypatch.setattr(analyze, "UNIT", analyze.UNIT)
+    runpy.run_path(str(script))["every"](str(tmp_path / "1"))
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         str(script), str(tmp_path / "2")], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("results   ") == 4, result.stdout
+    for what in FEATURES:
+        one, two = (json.loads((tmp_path / n / f"{what}.json").read_text())["results"]
+                    for n in "12")
+        assert one == two, "each piece is one process's work"
 
 
 # ----------------------------------------------------------------------------------- the repository
