@@ -2189,21 +2189,21 @@ SHADES = {"attention": "0.85", "pooling": "lightsteelblue"}  # Park & Kim's gray
 
 
 def units(model):
-    """{name: (kind, stage)} of the points at which feature maps are analysed, in order: the stem
+    """{name: [kind, stage]} of the points at which feature maps are analysed, in order: the stem
     and the residual stream after each attention, MLP, convolution block and pooling, as in Park &
     Kim's code. Of a network that does not name them, torchvision's and timm's others, the blocks,
     kind "block"; those in one module are a stage. UserError if it has none."""
     network = getattr(model, "network", model)
     if hasattr(network, "intermediates"):
-        return {name: of for name, of in network.intermediates.items()
-                if of[0] not in ("weights", "representation")}
+        return {name: [kind, stage] for name, (kind, stage) in network.intermediates.items()
+                if kind not in ("weights", "representation")}
     inner = blocks_of(network)
     blocks = dict.fromkeys(inner[name] for name, module in network.named_modules()
                            if not any(module.children()) and inner[name])
     if not blocks:
         raise UserError(f"{type(network).__name__} neither names its units nor has blocks")
     stages = itertools.groupby(blocks, lambda block: block.rpartition(".")[0])
-    return {block: ("block", i) for i, (_, stage) in enumerate(stages, 1) for block in stage}
+    return {block: ["block", i] for i, (_, stage) in enumerate(stages, 1) for block in stage}
 
 
 def feature_maps(model, x, names):
@@ -2245,7 +2245,7 @@ def mean_over_images(model, batches, measure):
                 sides[name] = y.shape[2]
                 sums[name] = sums.get(name, 0) + measure(y).sum(0, dtype=torch.float64)
             images += len(x)
-    return (dict(images=images, units={name: list(of) for name, of in names.items()}, side=sides),
+    return (dict(images=images, units=names, side=sides),
             {name: (total / images).cpu() for name, total in sums.items()})
 
 
@@ -2311,14 +2311,10 @@ def in_parts(args, results, device, part, measure, join, first, *other, batch=64
     if part not in results.parts.get(name, {}):
         (model, dataset, workers), *others = [held_out(args, *of[1:], device)
                                               for of in (first, *other)]
-
-        def unit(start):
-            images = dataset.part(range(start, min(start + size, len(dataset))))
-            return measure(model, Batches(images, model, batch, workers, split=False),
-                           *(model for model, *_ in others))
-
-        in_pieces(results, name, part, [functools.partial(unit, start) for start in
-                                        range(0, len(dataset), size)], join, measure.__name__)
+        in_pieces(results, name, part, [lambda start=start: measure(model, Batches(
+            dataset.part(range(start, min(start + size, len(dataset)))), model, batch, workers,
+            split=False), *(model for model, *_ in others))
+            for start in range(0, len(dataset), size)], join, measure.__name__)
     return results.parts[name][part]
 
 
@@ -2335,34 +2331,30 @@ def changes(of, values):
             in itertools.pairwise(values.items()) if of["side"][one] == of["side"][unit] > 1}
 
 
-def report(results, found, what, values, effects=None, form=None):
-    """Prints of each network the value of each unit and its effect, changes' or those given, and
-    the effects by kind; draws the value, or the given effect, by depth, above it the frequencies'
-    curves of a form."""
+def report(results, found, what, values, form=None):
+    """Prints of each network the value of each unit and, by kind, the units' changes of it (of
+    lesions, which are changes, themselves); draws values by depth, above them a form's curves."""
     if train.rank() > 0:
         return
-    drawn, ylabel = (effects, f"change of {what}") if effects else (values, what)
     summary = []
     for name, of in found.items():
-        effect = effects[name] if effects else changes(of, values[name])
         train.say(f"{name}, {of['images']:,} held-out images")
-        print_rows([{"unit": unit, "kind": kind, "stage": stage, what: significant(value), "change":
-                     significant(effect.get(unit))} for (unit, value), (kind, stage) in zip(
-                         values[name].items(), of["units"].values())])
-        for kind in dict.fromkeys(kind for kind, _ in of["units"].values()):
-            of_kind = [effect[unit] for unit in effect if of["units"][unit][0] == kind]
-            if of_kind:
-                summary.append({f"change of {what}": name, "units": kind,
-                                "mean": significant(sum(of_kind) / len(of_kind)),
-                                "lower in": f"{sum(e < 0 for e in of_kind)} of {len(of_kind)}"})
+        print_rows([{"unit": unit, "kind": kind, "stage": stage, what: significant(
+            values[name][unit])} for unit, (kind, stage) in of["units"].items()])
+        effects = changes(of, values[name]) if "side" in of else values[name]
+        for kind in dict.fromkeys(of["units"][unit][0] for unit in effects):
+            numbers = [e for unit, e in effects.items() if of["units"][unit][0] == kind]
+            summary.append({f"change of {what}": name, "units": kind, "mean": significant(
+                sum(numbers) / len(numbers)), "lower in": sum(e < 0 for e in numbers),
+                "of": len(numbers)})
     print_rows(summary)
 
     def draw(grid):
-        for (*top, bottom), (name, of) in zip(np.reshape(grid, (-1, len(found))).T, found.items()):
-            for axes in top:
-                draw_frequencies(axes, of, form)
-            draw_depth(bottom, of["units"], drawn[name], ylabel)
-            (*top, bottom)[0].set_title(name, fontsize=7, wrap=True)
+        for column, (name, of) in zip(np.reshape(grid, (-1, len(found))).T, found.items()):
+            column[0].set_title(name, fontsize=7, wrap=True)
+            draw_depth(column[-1], of["units"], values[name], what)
+            if form:
+                draw_frequencies(column[0], of, form)
 
     figure(results.path.with_suffix(".png"), draw, 2 if form else 1, len(found))
     train.say(f"results   {results.path}")
@@ -2424,7 +2416,7 @@ def hsic(model, batches, other=None):
     """Sums over mini-batches of n·HSIC₁ between all pairs of units, of one network or of two
     together. -> dict: units, other {name: [kind, stage]}; sums, a row for each unit, of both."""
     networks, sums = [model] if other is None else [model, other], torch.zeros(())
-    names = [{name: list(of) for name, of in units(network).items()} for network in networks]
+    names = [units(network) for network in networks]
     with as_is(networks[0]), as_is(networks[-1]):
         for x, _ in batches:
             if len(x) > 3:
@@ -2452,8 +2444,8 @@ def cka(model, batches, other=None):
         HSIC₁(K, L) = [tr K̃L̃ + 1ᵀK̃1 1ᵀL̃1 / ((n−1)(n−2)) − 2 1ᵀK̃L̃1 / (n−2)] / (n(n−3)),
     K̃ being K with zeros on its diagonal, Σ over mini-batches of n ≥ 4 images, smaller ones left
     out. HSIC₁ is unbiased for every n: random mini-batches give in expectation what all images at
-    once do. 1: equal up to rotation and scale; unrelated: about 0, also below. -> dict: units,
-    other {name: [kind, stage]}; cka, a row for each of units, NaN where a unit does not vary. One
+    once do. 1: equal up to rotation and scale; unrelated: about 0, also below. -> dict: units and
+    other {name: [kind, stage]}; cka, a row for each of units, NaN where one does not vary. One
     forward pass. UserError for less than 4 images."""
     return cka_of([hsic(model, batches, other)])
 
@@ -2464,18 +2456,17 @@ def cka_command(args, rest):
     across. Returns what the JSON holds under "results"."""
     need(args, batch=4)
     results, device, named = started(args, rest, "cka")
-    found = {}
-    for first, *other in [*((of,) for of in named), *([named] if len(named) == 2 else [])]:
-        name, part = first[0], f"{args.images} images in batches of {args.batch}"
-        for against, *_ in other:
-            part += f", against {against}"
-            for flag in ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side"):
-                one, two = (results.settings[of][flag] for of in (name, against))
-                if one != two:
-                    raise UserError(f"--{flag.replace('_', '-')} is {one} and {two}: two networks "
-                                    "are compared on the same images")
-        found[" (up) and ".join(of[0] for of in (first, *other))] = in_parts(
-            args, results, device, part, hsic, cka_of, first, *other, batch=args.batch)
+    groups, found = [[of] for of in named] + ([named] if len(named) == 2 else []), {}
+    flags = ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side")
+    images = [{flag: getattr(settings, flag) for flag in flags} for _, settings, _ in named]
+    if len(named) == 2 and images[0] != images[1]:
+        raise UserError(f"two networks are compared on the same images, these have {images[0]} and "
+                        f"{images[1]}")
+    for group in groups:
+        part = ", against ".join([f"{args.images} images in batches of {args.batch}",
+                                  *(name for name, *_ in group[1:])])
+        found[" (up) and ".join(name for name, *_ in group)] = in_parts(
+            args, results, device, part, hsic, cka_of, *group, batch=args.batch)
     if train.rank() == 0:
         for name, of in found.items():
             values, (one, two) = np.array(of["cka"], float), (
@@ -2496,8 +2487,9 @@ def draw_cka(axes, name, of):
     for names, axis, line in ((of["other"], axes.xaxis, axes.axvline),
                               (of["units"], axes.yaxis, axes.axhline)):
         kinds, stages = zip(*names.values())
-        marks = {i: kind[0].upper() for i, kind in enumerate(kinds) if kind in ("stem", "pooling")}
-        axis.set_ticks(list(marks), [mark.replace("S", "E") for mark in marks.values()])
+        marks = {i: "EP"[kind == "pooling"] for i, kind in enumerate(kinds)
+                 if kind in ("stem", "pooling")}
+        axis.set_ticks(list(marks), list(marks.values()))
         for i in range(1, len(stages)):
             if stages[i] > stages[i - 1]:
                 line(i - 0.5, color="white", linewidth=0.5)
@@ -2516,13 +2508,13 @@ def accuracy(model, batches, skip=None):
 
 
 def removable(model):
-    """{name: [kind, stage]} of the units that lesion leaves out. UserError if the network, one of
-    torchvision's or timm's others, has none."""
-    network = getattr(model, "network", model)
-    if not hasattr(network, "intermediates"):
-        raise UserError(f"{type(network).__name__} has no units that can be left out: ViT, PiT, "
-                        "Mixer, ResNet, ResNeXt, AlterNet, torchvision's ResNets and Swin have")
-    return {name: list(of) for name, of in units(model).items() if of[0] not in ("stem", "pooling")}
+    """units that lesion leaves out; UserError if it has none, as torchvision's and timm's others."""
+    names = {name: of for name, of in units(model).items()
+             if of[0] in ("attention", "token mlp", "mlp", "conv")}
+    if not names:
+        raise UserError(f"{type(getattr(model, 'network', model)).__name__} has no units that can "
+                        "be left out; our networks, torchvision's ResNets and its Swin have")
+    return names
 
 
 def lesion(model, batches):
@@ -2541,7 +2533,7 @@ def lesion_command(args, rest):
     """The held-out accuracy of networks without one unit, for each unit: an attention, an MLP, a
     3×3 convolution (Park & Kim Fig. 10b, D.4). Returns what the JSON holds under "results"."""
     results, device, named = started(args, rest, "lesion")
-    found, values, effects = {}, {}, {}
+    found, values = {}, {}
     for name, settings, origin in named:
         model, dataset, workers = held_out(args, settings, origin, device)
         batches, names = Batches(dataset, model, 256, workers, split=False), removable(model)
@@ -2550,11 +2542,10 @@ def lesion_command(args, rest):
         share_out(results, name, todo, "lesion")
         whole, *without = [results.parts[name][part] for part in todo]
         found[name] = dict(units=names, images=len(dataset))
-        values[name] = dict(zip(names, without))
-        effects[name] = {unit: top1 - whole for unit, top1 in values[name].items()}
+        values[name] = {unit: top1 - whole for unit, top1 in zip(names, without)}
         if train.rank() == 0:
-            train.say(f"{name}: whole {whole:.2f} %")
-    report(results, found, "accuracy (%)", values, effects)
+            train.say(f"{name}: {whole:.2f} % with all units")
+    report(results, found, "Δ accuracy (points)", values)
     return results.parts
 
 
@@ -3287,23 +3278,18 @@ def make_parser():
     add("--benchmarks", nargs="+", choices=("val", "c", "c-lite"), default=["val", "c-lite"],
         help="see robustness (default: val c-lite)")
 
-    def add_held_out():
+    for function, summary in (
+            (variance_command, "variance of feature maps by depth (Park Fig. 9, D.1)"),
+            (lesion_command, "accuracy without one unit (Park Fig. 10b, D.4)"),
+            (fourier_command, "Δ log amplitude of feature maps (Park Fig. 2a, 8, D.2)"),
+            (cka_command, "similarity of all pairs of feature maps (Park Fig. 10a, D.3)")):
+        add = command(function, summary)
         add("--images", default="all", metavar="N", help="of the held-out set, class-balanced: a "
             "number, a fraction or all (default: all, Park A.1)")
-
-    add = command(fourier_command, "Δ log amplitude of feature maps by frequency and depth (Park "
-                  "Fig. 2a, 8, D.2)")
-    add_held_out()
-    add("--form", choices=("diagonal", "radial"), default="diagonal", help="of the frequencies "
-        "that are shown; the JSON has both (default: diagonal, Fig. D.2)")
-    add = command(variance_command, "variance of feature maps by depth (Park Fig. 9, D.1)")
-    add_held_out()
-    add = command(cka_command, "similarity of feature maps of all pairs of units (Park Fig. 10a, "
-                  "D.3)")
-    add_held_out()
+        if function is fourier_command:
+            add("--form", choices=("diagonal", "radial"), default="diagonal", help="of frequencies "
+                "shown; the JSON has both (default: diagonal, Fig. D.2)")
     add("--batch", type=int, default=256, help="images of a mini-batch (default: 256)")
-    add = command(lesion_command, "accuracy without one unit (Park Fig. 10b, D.4)")
-    add_held_out()
 
     add = command(stability, "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
                   "rho (Chen Table 10), grid, doubled (Chen App. E, F)", of_checkpoints=False)
