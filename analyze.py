@@ -2319,7 +2319,7 @@ def in_parts(args, results, device, part, measure, join, first, *other, batch=64
 
 
 def of_maps(args, rest, measure):
-    """Both subcommands: measure(model, batches) of each network. -> Results, {network: numbers}."""
+    """measure(model, batches) of each network. -> Results, {network: numbers}."""
     results, device, named = started(args, rest, measure.__name__)
     return results, {of[0]: in_parts(args, results, device, f"{args.images} images", measure,
                                      pooled, of) for of in named}
@@ -2344,15 +2344,15 @@ def report(results, found, what, values, form=None):
         effects = changes(of, values[name]) if "side" in of else values[name]
         for kind in dict.fromkeys(of["units"][unit][0] for unit in effects):
             numbers = [e for unit, e in effects.items() if of["units"][unit][0] == kind]
-            summary.append({f"change of {what}": name, "units": kind, "mean": significant(
-                sum(numbers) / len(numbers)), "lower in": sum(e < 0 for e in numbers),
-                "of": len(numbers)})
+            summary.append({"network": name, "units": kind, "number": len(numbers), "lowering":
+                            sum(e < 0 for e in numbers), "mean change": significant(
+                                sum(numbers) / len(numbers))})
     print_rows(summary)
 
     def draw(grid):
         for column, (name, of) in zip(np.reshape(grid, (-1, len(found))).T, found.items()):
             column[0].set_title(name, fontsize=7, wrap=True)
-            draw_depth(column[-1], of["units"], values[name], what)
+            draw_depth(column[-1], of["units"], values[name], what, 1 if "side" in of else 0.5)
             if form:
                 draw_frequencies(column[0], of, form)
 
@@ -2370,15 +2370,16 @@ def draw_frequencies(axes, of, form):
     axes.set_ylabel("Δ log amplitude")
 
 
-def draw_depth(axes, units, values, what):
+def draw_depth(axes, units, values, what, width):
     """Fig. 8, 9, 10b: a value of each unit against normalised depth, its index over the last; from
-    the one before to it attention gray and pooling blue; dotted where a stage begins."""
+    the point before it, or half a width, attention gray, pooling blue; dotted: a stage begins."""
     last, stages = max(len(values) - 1, 1), [units[unit][1] for unit in values]
     for i, unit in enumerate(values):
         if units[unit][0] in SHADES:
-            axes.axvspan((i - 1) / last, i / last, color=SHADES[units[unit][0]], linewidth=0)
+            axes.axvspan((i - width) / last, (i - width + 1) / last, color=SHADES[units[unit][0]],
+                         linewidth=0)
         if i and stages[i] > stages[i - 1]:
-            axes.axvline((i - 1) / last, color="black", linestyle=":", linewidth=1)
+            axes.axvline((i - width) / last, color="black", linestyle=":", linewidth=1)
     axes.plot(np.arange(len(values)) / last, list(values.values()), "o-")
     axes.set_xlabel("normalised depth (gray: attention, blue: pooling)")
     axes.set_ylabel(what)
