@@ -2509,7 +2509,7 @@ def accuracy(model, batches, skip=None):
 
 
 def removable(model):
-    """units that lesion leaves out; UserError if it has none, as torchvision's and timm's others."""
+    """units that lesion leaves out; UserError if there are none (torchvision's, timm's others)."""
     names = {name: of for name, of in units(model).items()
              if of[0] in ("attention", "token mlp", "mlp", "conv")}
     if not names:
