@@ -577,37 +577,6 @@ class Hessian:
 
         return [h.add_(v, alpha=self.decay) for h, v in zip(self.mean(product, vectors), vectors)]
 
-    def of_hardest(self, share):
-        """The Hessian over the 1/share of the images whose loss has the largest gradients by the
-        logits. Those of a trained network are near 0 for most images, which then add little to H.
-        None where the share is less than a batch. Cost: all images forward."""
-        batches = torch.tensor(len(self.batches))
-        if self.together:
-            dist.all_reduce(batches)
-        if batches < share:
-            return None
-        norms = []
-        for x, y in self.batches:
-            with torch.no_grad():
-                logits = self.model(x)
-            slopes, = torch.autograd.grad(self.loss(logits.requires_grad_(), y) * len(x), logits)
-            norms.append(slopes.view(len(x), -1).norm(dim=1).cpu())
-        everywhere, own = [torch.cat([torch.zeros(0), *norms])], 0
-        if self.together:
-            everywhere, own = [everywhere[0]] * world_size(), train.rank()
-            dist.all_gather_object(everywhere, everywhere[own])
-        every = torch.cat(everywhere)
-        hard = torch.zeros(len(every), dtype=torch.bool)
-        hard[every.argsort(descending=True, stable=True)[:len(every) // share]] = True
-        hard = hard.split([len(norm) for norm in everywhere])[own].split([len(n) for n in norms])
-        chosen = [(x[i.to(x.device)], y[i.to(y.device)])
-                  for (x, y), i in zip(self.batches, hard) if i.any()]
-        if chosen:  # as many at a time as before
-            at_once = max(map(len, norms))
-            chosen = list(zip(*(torch.cat(column).split(at_once) for column in zip(*chosen))))
-        return Hessian(self.model, self.loss, chosen, self.params, self.decay, self.memory,
-                       not self.together, self.tick)
-
 
 @contextmanager
 def hessian_of(model, loss, batches, params=None, **options):
@@ -732,35 +701,15 @@ class Krylov:
         return values, (self.C[rest][:, of] @ vectors).norm(dim=0), vectors
 
 
-def near_start(hessian, k, which, seed):
-    """Where Lanczos starts, close to the leading eigenvectors -> vector, products with the Hessian
-    of a part. That part is a quarter of the images, the hardest; the vector is the sum of the k
-    leading eigenvectors there, each to 10 %. Where there are few batches: the gradient, half."""
-    part, products = hessian.of_hardest(4), 0
-    of = part or hessian
-    z, g = random_vector(hessian, seed, 0), of.gradient()
-    v = z + 0.9 * g / g.norm() if g.norm() > 0 else z  # of one parameter too not 0
-    if part:
-        space = Krylov(part, [v / v.norm()])
-        for products in range(1, 9):  # as much work as two products with the whole
-            space.multiply(seed)
-            values, residuals, vectors = space.ritz(which)
-            if len(values) >= k and bool((residuals <= 0.1 * values.abs())[:k].all()):
-                break
-        weights = vectors[:, :k].sum(1)
-        v = sum(weights[i].item() * space.basis[j] for i, j in enumerate(space.done))
-    return v / v.norm(), products
-
-
 def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
-    """What hessian_eigenvalues describes -> values, residuals, errors, converged, products,
-    products of a part."""
+    """What hessian_eigenvalues describes -> values, residuals, errors, converged, products."""
     def start():
-        v, products = near_start(hessian, k, which, seed)
-        return dict(basis=[v], chain=0, before=None, part=products)
+        z, g = random_vector(hessian, seed, 0), hessian.gradient()
+        v = z + 0.9 * g / g.norm() if g.norm() > 0 else z  # of one parameter too not 0
+        return dict(basis=[v / v.norm()], chain=0, before=None)
 
     state = saved.load(start)
-    chain, before, part = (state.pop(name) for name in ("chain", "before", "part"))
+    chain, before = state.pop("chain"), state.pop("before")
     space, k, good = Krylov(hessian, **state), min(k, hessian.size), False
     while True:
         space.multiply(seed)
@@ -783,12 +732,11 @@ def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
                 space.append(random_vector(hessian, seed, chain))
         if good or len(space.done) == min(iterations, hessian.size):
             break
-        saved.keep(dict(basis=space.basis, C=space.C, done=space.done, chain=chain, before=before,
-                        part=part))
+        saved.keep(dict(basis=space.basis, C=space.C, done=space.done, chain=chain, before=before))
     gaps = (values[:, None] - values).abs() - residuals  # to where another one may be
     gaps = gaps.fill_diagonal_(math.inf if len(values) > 1 else 0).min(1).values
     errors = torch.where(gaps > residuals, residuals**2 / gaps, residuals)
-    return (*(v[:k].tolist() for v in (values, residuals, errors)), good, len(space.done), part)
+    return (*(v[:k].tolist() for v in (values, residuals, errors)), good, len(space.done))
 
 
 def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=None, *,
@@ -798,15 +746,14 @@ def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=Non
     a loss L (`Hessian` has the formula and further options) by all parameters of a model or some,
     a diagonal block (Chen et al. Table 1, 3). Fewer than k where there are fewer parameters.
     -> dict of `eigenvalues`, the wanted first; `residuals` ‖H v - λ v‖: within one of its λ there
-    is an eigenvalue of H; `errors`; `converged`; `products` with H; `part_products`, each a quarter
-    of the work; `images`, `parameters`, `seconds`. Time grows linearly in images × products. A
-    kill loses what was done since `saved`, a Saved, was written.
+    is an eigenvalue of H; `errors`; `converged`; `products` with H; `images`, `parameters`,
+    `seconds`. Time grows linearly in images × products. A kill loses what was done since `saved`, a
+    Saved, was written.
 
-    lanczos: the best approximations within the span of v, H v, H² v, …, all of it kept orthogonal.
-    Of 4 batches or more, v comes from a Lanczos on the quarter of the images with the largest
-    gradients by the logits; of fewer, it is half random and half the gradient. It stops where each
-    residual r is below tolerance · |λ| (or 100 roundings of the largest |λ|), or, not converged,
-    after so many iterations. `errors` are the usual, much smaller min(r, r²/gap) (Kato and
+    lanczos: the best approximations within the span of v, H v, H² v, …, all of it kept orthogonal;
+    v is half random and half the gradient, which lies near the leading eigenvectors. It stops where
+    each residual r is below tolerance · |λ| (or 100 roundings of the largest |λ|), or, not
+    converged, after so many iterations. `errors` are the usual, much smaller min(r, r²/gap) (Kato and
     Temple), gap the distance to the nearest other value less that one's residual; they hold unless
     two eigenvalues closer than r were taken for one. For k > 1 a second span grows from a random
     vector orthogonal to the first, for the other directions of multiple eigenvalues, until the
@@ -821,10 +768,10 @@ def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=Non
     with hessian_of(model, loss, batches, params, decay=decay, **options) as H:
         if method == "power":
             value, residual, products = power(H, iterations, seed, saved)
-            found = [value], [residual], [residual], residual <= tolerance * abs(value), products, 0
+            found = [value], [residual], [residual], residual <= tolerance * abs(value), products
         else:
             found = lanczos(H, k, which, tolerance, iterations, seed, saved)
-        names = "eigenvalues residuals errors converged products part_products".split()
+        names = "eigenvalues residuals errors converged products".split()
         return dict(zip(names, found)) | dict(images=H.images, parameters=H.size,
                                               seconds=saved.spent())
 

@@ -6177,46 +6177,6 @@ def test_residuals_and_errors_bound_eigenvalues_and_too_few_products_are_told():
     assert found["errors"][0] > 1e-6 * found["eigenvalues"][0]
 
 
-def test_a_start_from_the_hardest_images_saves_products_and_changes_no_eigenvalue(monkeypatch):
-    torch.manual_seed(0)
-    x, y = torch.rand(64, 3, 4, 4, dtype=torch.float64), torch.arange(64) % 3
-    x[:, 0] += 0.5 * F.one_hot(y, 4)[:, None]
-    y[::16] = (y[::16] + 1) % 3  # four of the images have wrong classes
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.GELU(), nn.Linear(8, 3)).double()
-    optimizer = torch.optim.Adam(model.parameters(), 0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    batches, calls = list(zip(x.split(7), y.split(7))), []
-
-    def loss(logits, y):
-        calls.append(len(y))
-        return F.cross_entropy(logits, y)
-
-    errors = (model(x).softmax(1) - F.one_hot(y, 3)).norm(dim=1)  # the gradient by the logits
-    hardest = set(errors.topk(16).indices.tolist())
-    chosen = analyze.Hessian(model, loss, batches).of_hardest(4).batches
-    assert [len(labels) for _, labels in chosen] == [7, 7, 2]
-    found = {i for i in range(64) if any((x[i] == image).all() for part, _ in chosen
-                                         for image in part)}
-    assert found == hardest, (found, hardest)
-    assert analyze.Hessian(model, loss, batches).of_hardest(11) is None, "less than a batch"
-    true = torch.linalg.eigvalsh(dense_hessian(model, batches))
-    for which, k in (("algebraic", 1), ("magnitude", 3)):
-        calls.clear()
-        near, want = (analyze.hessian_eigenvalues(model, loss, some, k, which, tolerance=0.01)
-                      for some in (batches, [(x, y)]))
-        assert near["part_products"] > 0 and want["part_products"] == 0
-        assert sum(calls) == 64 + 16 + 64 + 64, "forward, graphs of a part, of all; of one batch"
-        assert near["products"] < want["products"], (near, want)
-        assert near["images"] == 64 and near["converged"] and want["converged"]
-        for one in (near, want):
-            assert np.allclose(one["eigenvalues"], wanted(true, k, which), rtol=0.01), (one, true)
-    near = analyze.hessian_eigenvalues(model, loss, batches, 3, tolerance=1e-9, iterations=200)
-    assert np.allclose(near["eigenvalues"], wanted(true, 3, "algebraic"), rtol=1e-8)
-
-
 def test_power_iteration_finds_the_largest_magnitude_only():
     found = analyze.hessian_eigenvalues(with_spectrum([-6, 4, 1, 0]), **QUADRATIC, method="power")
     assert abs(found["eigenvalues"][0] + 6) < 1e-9 and found["products"] == 100, found
@@ -6302,10 +6262,9 @@ def test_a_hessian_that_was_killed_goes_on_to_the_same_bits(tmp_path, what):
     first, seen = sum(seen), []
     ended = job(saved=analyze.Saved(path, seconds=0), tick=seen.append)
     assert ended.pop("seconds") > 0 and whole.pop("seconds") > 0 and ended == whole
-    together, part = (3, 0) if what == "density" else (1, whole["part_products"])
-    assert (part > 0) is (what == "lanczos"), "the start, from a part of 2 images, is done once"
-    again = first + sum(seen) - 2 * (part + (part > 0)) - 9 * whole["products"]
-    assert 0 < again < 9 * together, "no more than the product that was cut off"
+    at_once = 3 if what == "density" else 1
+    again = first + sum(seen) - 9 * (whole["products"] + (what == "lanczos"))  # and the gradient
+    assert 0 < again < 9 * at_once, "no more than the product that was cut off"
     saved.remove()
     assert not path.exists()
 
