@@ -232,6 +232,16 @@ def training_images(settings, device, share, tell, augmented=False):
         return dataset.restrict(data.subset(dataset.labels[dataset.indices], fraction))
 
 
+def network_and_training_images(settings, origin, device, share, augmented=False):
+    """The network of a checkpoint, to be evaluated, training_images, and the workers to read
+    them."""
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    dataset = training_images(settings, device, share, tell, augmented)
+    model = train.starting_network(settings, origin, len(dataset.classes), device, tell).eval()
+    return model, dataset, train.worker_count(settings, dataset,
+                                              int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 class Batches:
     """A data set's images in fixed batches on the model's device: iterates over (x, y), always the
     same, augmentation included; x float (B, 3, H, W) in [0, 1], y classes (B,) or, where `mix`
@@ -883,10 +893,8 @@ def hessian(args, rest):
            f"{args.k} by {args.which}, tolerance {args.tolerance:g}, at most {args.iterations}")
     rows, shown = [], {}
     for name, settings, origin in named:
-        dataset = training_images(settings, device, args.images, tell)
-        model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
-        batches = Batches(dataset, model, args.chunk, train.worker_count(
-            settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        model, dataset, workers = network_and_training_images(settings, origin, device, args.images)
+        batches = Batches(dataset, model, args.chunk, workers)
         for block, params in components(model.network, args.params).items():
             common = (model, LOSSES[args.loss], batches)
             jobs = {f"{block}: {of}, {how}": functools.partial(
@@ -1007,8 +1015,8 @@ def spectrum(args, rest):
     tell = train.say if train.rank() == 0 else lambda text="": None
     spectra, rows = {}, []
     for name, settings, origin in named:
-        dataset = training_images(settings, device, args.images, tell, augmented=True)
-        model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
+        model, dataset, _ = network_and_training_images(settings, origin, device, args.images,
+                                                        augmented=True)
         dataset.restrict(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(
             data.key(settings.seed, 3))))
         sizes = {what: attention_size(model.network, what) for what in [args.against] if what}
@@ -1265,14 +1273,12 @@ def in_pieces(results, network, part, units, join, what):
 def prepared(args, settings, origin, device, batch_size, augmented=False):
     """The network, its loss and the batches: all images on every process, augmented and mixed as
     in training if wanted."""
-    tell = train.say if train.rank() == 0 else lambda text="": None
-    dataset = training_images(settings, device, args.images, tell, augmented)
-    model = train.starting_network(settings, origin, len(dataset.classes), device, tell).eval()
+    model, dataset, workers = network_and_training_images(settings, origin, device, args.images,
+                                                          augmented)
     mix = train.mixing(settings, len(dataset.classes)) if augmented else None
     if augmented and dataset.transform is None and not (
-            dataset.padding or settings.mixup or settings.cutmix):
-        tell("--augmented: this training augments nothing, so the images are the plain ones")
-    workers = train.worker_count(settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            dataset.padding or settings.mixup or settings.cutmix) and train.rank() == 0:
+        train.say("--augmented: this training augments nothing, so the images are the plain ones")
     return model, LOSSES[args.loss], Batches(dataset, model, batch_size, workers, mix,
                                              settings.seed, split=False)
 
@@ -1733,8 +1739,7 @@ def ntk_command(args, rest):
             raise UserError("--at checkpoint needs --checkpoint")
         if fresh:
             settings = argparse.Namespace(**vars(settings) | dict(init_from=""))
-        dataset = training_images(settings, device, args.images, tell)
-        model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
+        model, dataset, _ = network_and_training_images(settings, origin, device, args.images)
         batches = shuffled_batches(dataset, model, args.batch)
         own, = train.classifier(model).values() or [None]
         if own is None and head != "own":
@@ -1945,25 +1950,19 @@ def measured(args, rest, what, of):
     """Both subcommands: of(model, sums) of each network, from `what`.json or computed. -> Results,
     {network: (its model's name, numbers)}."""
     results, device, named = started(args, rest, what, untrained=True)
-    tell = train.say if train.rank() == 0 else lambda text="": None
     found = {}
     for name, settings, origin in named:
         part = f"{args.images} images"
         if part not in results.parts.get(name, {}):
-            dataset = training_images(settings, device, args.images, tell)
-            model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
-            workers = train.worker_count(settings, dataset,
-                                         int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            model, dataset, workers = network_and_training_images(settings, origin, device,
+                                                                  args.images)
 
-            def batches(start):
-                stop = min(start + UNIT, len(dataset))
-                order = [[(0, i) for i in range(first, min(first + 64, stop))]
-                         for first in range(start, stop, 64)]
-                for x, y in data.batches(data.loader(dataset, order, workers), train.say):
-                    yield train.to_float(x.to(device), model), y
+            def unit(images):
+                return activity(model, Batches(dataset.part(images), model, 64, workers,
+                                               split=False))
 
-            units = {f"{part}, from {start}": lambda start=start: activity(model, batches(start))
-                     for start in range(0, len(dataset), UNIT)}
+            units = {f"{part}, from {i * UNIT}": functools.partial(unit, images)
+                     for i, images in enumerate(torch.arange(len(dataset)).split(UNIT))}
             share_out(results, name, units, what)
             done = results.parts[name]
             results.put(name, part, of(model, added([done.pop(unit) for unit in units])))
