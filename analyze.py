@@ -22,6 +22,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import html
 import itertools
 import json
 import math
@@ -37,6 +38,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -2736,6 +2738,67 @@ def draw_transfer(axes, held_out):
     axes.legend(fontsize=6)
 
 
+# ---------------------------------------------------------------------------------------------- all
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
+<style>body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: auto; padding: 1em }}
+img {{ max-width: 100%; background: white }} pre {{ overflow-x: auto }}</style>
+<h1>{title}</h1>
+{body}</html>
+"""
+
+
+def all_command(args, rest):
+    """Every figure that the networks allow, by the other subcommands with their defaults, in one
+    folder with an index.html that shows each with its numbers and its command, or why there is
+    none. What is finished is not computed again. Returns {subcommand: None, or why not}."""
+    networks(args.checkpoint, rest)
+    folder = Path(args.out_dir or (Path(args.checkpoint[0]).parent / "figures"
+                                   if args.checkpoint else Path("out", "all")))
+    commands, answers, argvs = make_parser().commands, {}, {}
+    for what in args.figures:
+        argv = [what, "--out-dir", str(folder)]
+        argv += ["--checkpoint", *args.checkpoint] if args.checkpoint else []
+        for flag, value in (("--images", args.images), ("--points", args.points)):
+            if value and flag in commands[what]._option_string_actions:
+                argv += [flag, value]
+        argvs[what], own = [*argv, *rest], make_parser().parse_args(argv)
+        if train.rank() == 0:
+            train.say(f"\n{what}")
+        try:
+            own.function(own, rest)
+            answers[what] = None
+        except UserError as error:
+            answers[what] = str(error)
+            if train.rank() == 0:
+                train.say(f"none      {error}")
+        if train.rank() == 0:  # after each: it may be looked at meanwhile
+            page = index_page(folder, commands, argvs, answers)
+            train.write_file(folder / "index.html", lambda file: file.write(page.encode()))
+    if train.rank() == 0:
+        train.say(f"\nfigures   {folder / 'index.html'}")
+    return answers
+
+
+def index_page(folder, commands, argvs, answers):
+    """The text of index.html: of each subcommand what it shows, its figures or why there are none,
+    and links to its numbers; commands {name: parser}, argvs and answers as all_command has them."""
+    body = []
+    for what, answer in answers.items():
+        body.append(f"<h2 id={what}>{what}</h2>\n<p>{html.escape(commands[what].summary)}</p>")
+        if answer is None:
+            figures = sorted(path.name for path in folder.glob(f"{what}*.png")
+                             if re.fullmatch(rf"{what}(-.*)?\.png", path.name))
+            body += [f'<p><img src="{quote(name)}" alt="{html.escape(name)}">' for name in figures]
+            body.append(f'<p><a href="{what}.json">{what}.json</a>')
+        else:
+            body.append(f"<p>Not made: {html.escape(answer)}")
+        body.append(f"<pre>{html.escape(shlex.join(['python', 'analyze.py', *argvs[what]]))}</pre>")
+    return PAGE.format(title="Figures", body="\n".join(body))
+
+
 # --------------------------------------------------------------------------------------------- main
 
 def make_parser():
@@ -2750,6 +2813,7 @@ def make_parser():
                                      description=function.__doc__, epilog=(
             "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."))
         parser.set_defaults(function=function)
+        parser.summary = summary
         if of_checkpoints:
             parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE",
                                 help="of runs of train.py; else --model NAME --init-from FILE")
@@ -2869,6 +2933,16 @@ def make_parser():
     add = command(transfer, "accuracy after fine-tuning on other data sets (Chen Table 6)")
     add("--datasets", nargs="+", choices=data.DATASETS, default=list(HELD_OUT), help="(default: "
         "Table 6's)")
+
+    figures = ("robustness", "hessian", "spectrum", "landscape", "flatness", "ntk", "norms",
+               "sparsity", "fourier", "variance", "cka", "lesion", "noise", "attention",
+               "calibration", "nll", "curves")
+    add = command(all_command, "every figure that checkpoints allow, in one folder with an "
+                  "index.html")
+    add("--figures", nargs="+", choices=figures, default=figures, metavar="SUBCOMMAND", help="only "
+        "these (default: " + " ".join(figures) + ")")
+    add("--images", help="for each that has this flag; default: its own")
+    add("--points", help="of the landscape; default: its own")
     return parser
 
 
