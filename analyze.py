@@ -2416,7 +2416,8 @@ def nll_command(args, rest):
         training = training_images(settings, device, args.images, tell, augmented=True)
         training.restrict(torch.randperm(len(training), generator=torch.Generator().manual_seed(
             data.key(settings.seed, 3))))  # a folder's are sorted: like would be mixed with like
-        augmented = {name: getattr(settings, name) for name in (*AUGMENTS, "mixup", "cutmix")}
+        augmented = {name: getattr(settings, name) for name in (
+            "augment", "autoaugment", "randaugment", "erasing", "mixup", "cutmix")}
         return nll(model, training, held_out, settings, device, workers) | sizes(
             model.network, settings, n, len(held_out.classes)) | dict(augmented=augmented)
 
@@ -2426,7 +2427,8 @@ def nll_command(args, rest):
         if row[args.against] is None:
             raise UserError(f"--against {args.against}: {row['network']} has no such number")
     if train.rank() == 0:
-        table = [{"network": row["network"], args.against: str(row[args.against]),
+        table = [{"network": row["network"], args.against: row[args.against] if
+                  args.against == "model" else significant(row[args.against]),
                   "NLL, training": significant(row["nll"]), "error %": row["error"],
                   "training error %": row["training_error"], "NLL, held out": significant(
                   row["test_nll"])} for row in rows]
@@ -2509,7 +2511,7 @@ def attention(model, image):
 
 def upsampled(values, size):
     """A map (h, w), bilinearly, to (size, size) (Chen et al. B.2)."""
-    return F.interpolate(torch.tensor(values)[None, None], (size, size), mode="bilinear")[0, 0]
+    return F.interpolate(torch.tensor(values)[None, None], (size, size), mode="bilinear")[0, 0].numpy()
 
 
 def attention_distance(model, batches):
@@ -2616,7 +2618,7 @@ def draw_attention(axes, title, x, found, rows):
                 ax.imshow(upsampled(values, x.shape[-1]), vmin=0, cmap="inferno")
                 ax.set_title(f"{name if len(name) < 48 else '…' + name[-46:]}\n{what}, "
                              f"{own['shown']}", fontsize=8)
-    axes[0, 0].imshow(x.permute(1, 2, 0))
+    axes[0, 0].imshow(x.permute(1, 2, 0).numpy())
     axes[0, 0].set_title(title, fontsize=8)
 
 
