@@ -7520,9 +7520,9 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
     for name, flags in commands.items():
         argv = [str(a) for a in (name, "--checkpoint", *two_runs, *flags, *out)]
         before = analyze_again(argv[:-2], argv[-1], capsys)
-        monkeypatch.setattr(analyze, name, lambda *_: 1 / 0)  # nothing is computed again
-        assert analyze_again(argv[:-2], argv[-1], capsys) == before
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(analyze, name, lambda *_: 1 / 0)  # nothing is computed again
+            assert analyze_again(argv[:-2], argv[-1], capsys) == before
     text = "\n".join(before)
     assert "ResNet shows no map of global attention" in text and "image 59" in text, text
     results = {name: json.loads((tmp_path / f"out/{name}.json").read_text())["results"]
