@@ -2182,8 +2182,8 @@ def markdown(rows):
 
 def together(results, device, named, parts, what):
     """Computes what is not finished of {part: function of (model, held-out images, settings,
-    device, workers) -> its numbers}, all processes on each part together; yields each network's
-    name and {part: numbers}."""
+    workers) -> its numbers}, all processes on each part together; yields each network's name and
+    {part: numbers}."""
     tell = train.say if train.rank() == 0 else lambda text="": None
     for name, settings, origin in named:
         todo = [part for part in parts if part not in results.parts.get(name, {})]
@@ -2194,7 +2194,7 @@ def together(results, device, named, parts, what):
         with train.progress(len(parts), what, "part") as bar:
             bar.update(len(parts) - len(todo))
             for part in todo:
-                results.put(name, part, parts[part](model, dataset, settings, device, workers))
+                results.put(name, part, parts[part](model, dataset, settings, workers))
                 bar.update()
         yield name, {part: results.parts[name][part] for part in parts}
 
@@ -2220,17 +2220,17 @@ def ring(size, frequency, window=0.1, form="paper"):
 def band_noise(delta, mask):
     """F⁻¹(F(δ) ⊙ M), the part of δ (…, H, W) in the band M (H, W). A ring has -k with each k, so
     that it is real; of the code's band the real part."""
-    return torch.fft.ifft2(torch.fft.fft2(delta) * mask.to(delta)).real
+    return torch.fft.ifft2(torch.fft.fft2(delta) * mask).real
 
 
-def noise(model, dataset, device, frequency, sigma=0.5, window=0.1, *, form="paper",
-          equal_energy=False, seed=0, workers=0, batch_size=256):
+def noise(model, dataset, frequency, sigma=0.5, window=0.1, *, form="paper", equal_energy=False,
+          seed=0, workers=0, batch_size=256):
     """Accuracy on images x₀ + F⁻¹(F(δ) ⊙ M_f), noise of frequencies around f·π only (Park & Kim §3,
     Fig. 2b), not clamped to [0, 1]. δ is N(0, σ²) in each value, so the noise has the expected
     energy Σ|·|² = σ²·|M_f| in a channel: in proportion to the band's area; with equal_energy, σ²
     times H·W in each band. form "code": δ = σ·sign(N(0, 1)) and other bands, see ring. δ depends on
     seed, f and the image's index only. frequency None: no noise. -> dict of train.evaluate, over
-    all processes; None where the band is empty. Cost: an evaluation; 1 ms for δ of 224²."""
+    all processes. Cost: an evaluation, and 1 ms for the δ of an image of 224²."""
     def disturbed(number, x, y):
         mine = dataset.indices[train.rank()::world_size()][number * batch_size:][:len(x)]
         delta = torch.stack([torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(
@@ -2238,12 +2238,9 @@ def noise(model, dataset, device, frequency, sigma=0.5, window=0.1, *, form="pap
         mask = ring(x.shape[-1], frequency, window, form)
         scale = sigma / mask.double().mean().item() ** (0.5 * equal_energy)
         delta = scale * (delta.sign() if form == "code" else delta)
-        return (x + band_noise(delta, mask.to(device)),
-                F.one_hot(y, len(dataset.classes)).to(x.dtype))
+        return x + band_noise(delta, mask.to(x)), F.one_hot(y, len(dataset.classes)).to(x)
 
-    side = dataset[[(0, 0)]][0].shape[-1]
-    if frequency is not None and not ring(side, frequency, window, form).any():
-        return None
+    device = next(model.parameters()).device
     loader = train.own_share(dataset, device, workers, batch_size)
     with adversarial.held_still(model, device):
         return train.evaluate(model, loader, device, mix=None if frequency is None else disturbed)
@@ -2259,8 +2256,11 @@ def noise_command(args, rest):
            f"{', equal energy' * args.equal_energy}, seed {args.noise_seed}")
     bands = {"no noise": None} | {f"{f:g}π, {how}": f for f in sorted(set(args.frequencies))}
 
-    def at(frequency, model, dataset, settings, device, workers):
-        return noise(model, dataset, device, frequency, args.sigma, args.window, form=args.form,
+    def at(frequency, model, dataset, settings, workers):
+        if frequency is not None and not ring(settings.image_size, frequency, args.window,
+                                              args.form).any():
+            return None
+        return noise(model, dataset, frequency, args.sigma, args.window, form=args.form,
                      equal_energy=args.equal_energy, seed=args.noise_seed, workers=workers)
 
     rows = []
@@ -2319,7 +2319,7 @@ def calibration(batches, bins=10):
     equal, n = np.array_split(np.lexsort((right, confidence)), bins), len(right)
     nll, brier = (scores / n).tolist()
     ece, classwise = (train.calibration_error(of).mean().item() for of in (top, classes))
-    adaptive = sum(abs((right - confidence)[bin].sum()) for bin in equal).item()
+    adaptive = sum(abs((right - confidence)[images].sum()) for images in equal).item()
     shares = [[100 * v / m if m else None for v, m in zip(of.tolist(), top[0, 0].tolist())]
               for of in top[1:, 0]]
     return dict(images=n, top1=100 * right.mean().item(), confidence=100 * confidence.mean().item(),
@@ -2334,21 +2334,20 @@ def calibration_command(args, rest):
     need(args, bins=1)
     results, device, named = started(args, rest, "calibration")
 
-    def of(model, dataset, settings, device, workers):
+    def of(model, dataset, settings, workers):
         with adversarial.held_still(model, device), torch.inference_mode():
             loader = train.own_share(dataset, device, workers)
             return calibration(((model(train.to_float(x.to(device), model)), y)
                                 for x, y in data.batches(loader, train.say)), args.bins)
 
-    found = {name: numbers for name, own in together(
-        results, device, named, {f"{args.bins} bins": of}, "calibration")
-        for numbers in own.values()}
+    found = {name: numbers for name, own in together(results, device, named, {
+        f"{args.bins} bins": of}, "calibration") for numbers in own.values()}
     if train.rank() == 0:
-        columns = {"top1": "top-1 %", "confidence": "confidence %", "ece": "ECE %", "classwise_ece":
-                   "classwise ECE %", "adaptive_ece": "adaptive ECE %", "nll": "NLL",
-                   "brier": "Brier"}
-        print_rows([{"network": name} | {title: significant(numbers[key]) for key, title in
-                                         columns.items()} for name, numbers in found.items()])
+        units = dict.fromkeys(("images", "nll", "brier"), "")
+        print_rows([{"network": name} | {
+            key.replace("_", " ") + units.get(key, " %"): value if key == "images" else significant(
+                value) for key, value in numbers.items() if key != "bins"}
+            for name, numbers in found.items()])
         figure(results.path.with_suffix(".png"), lambda axes: draw_calibration(axes, found))
         train.say(f"results   {results.path}")
     return results.parts
@@ -2373,19 +2372,18 @@ AGAINST = {"model": "model", "images": "training images per class", "patch": "pa
            "kernel": "kernel of the attention (tokens)", "epochs": "epochs trained"}
 
 
-def nll(model, training, held_out, settings, device, workers=0):
+def nll(model, training, held_out, settings, workers=0):
     """How well a network fits the images it was trained on, as these were then, and generalises
     (Park & Kim A.2, Fig. 5). training: augmented images, mixed here in micro-batches by the MixUp
     and CutMix of `settings`. -> dict: nll, the cross-entropy against these soft labels, in nats, a
     mean over images (their code: over batches), no label smoothing, no decay; training_error,
     against the larger share; test_nll and error of the held-out images, clean; errors in percent.
     Evaluation mode; over all processes. Cost: both sets forward."""
-    mix = train.mixing(settings, len(training.classes))
+    mixes, device = settings.mixup or settings.cutmix, next(model.parameters()).device
     with adversarial.held_still(model, device):
-        fit, test = (train.measure(what, dataset, model, settings, device, workers, mix=mix)
-                     for what, dataset, mix in (
-            ("training images", training, mix if settings.mixup or settings.cutmix else None),
-            ("held-out images", held_out, None)))
+        fit = train.measure("training images", training, model, settings, device, workers, mix=(
+            train.mixing(settings, len(training.classes)) if mixes else None))
+        test = train.measure("held-out images", held_out, model, settings, device, workers)
     return dict(nll=fit["nll"], training_error=100 - fit["top1"], test_nll=test["nll"],
                 error=100 - test["top1"])
 
@@ -2410,7 +2408,7 @@ def nll_command(args, rest):
     JSON holds under "results"."""
     results, device, named = started(args, rest, "nll")
 
-    def of(model, held_out, settings, device, workers):
+    def of(model, held_out, settings, workers):
         tell = train.say if train.rank() == 0 else lambda text="": None
         n = len(training_images(settings, device, "1", tell))
         training = training_images(settings, device, args.images, tell, augmented=True)
@@ -2418,7 +2416,7 @@ def nll_command(args, rest):
             data.key(settings.seed, 3))))  # a folder's are sorted: like would be mixed with like
         augmented = {name: getattr(settings, name) for name in (
             "augment", "autoaugment", "randaugment", "erasing", "mixup", "cutmix")}
-        return nll(model, training, held_out, settings, device, workers) | sizes(
+        return nll(model, training, held_out, settings, workers) | sizes(
             model.network, settings, n, len(held_out.classes)) | dict(augmented=augmented)
 
     rows = [dict(network=name) | numbers for name, found in together(results, device, named, {
@@ -2511,7 +2509,8 @@ def attention(model, image):
 
 def upsampled(values, size):
     """A map (h, w), bilinearly, to (size, size) (Chen et al. B.2)."""
-    return F.interpolate(torch.tensor(values)[None, None], (size, size), mode="bilinear")[0, 0].numpy()
+    values = torch.tensor(values)[None, None]
+    return F.interpolate(values, (size, size), mode="bilinear")[0, 0].numpy()
 
 
 def attention_distance(model, batches):
@@ -2597,10 +2596,10 @@ def attention_command(args, rest):
                    lambda axes: draw_distances(axes, distances))
         for of, x in pictures.items():
             found = {name: own[of] for name, own in maps.items()}
-            rows = {"mean of heads": [one["map"] for one in found.values()]}
-            rows |= {"rollout": [one["rollout"] for one in found.values()]} if args.rollout else {}
-            rows |= {f"head {i + 1}": heads for i, heads in enumerate(itertools.zip_longest(*(
-                one["heads"] for one in found.values())))} if args.heads else {}
+            rows = {"mean of heads": "map"} | ({"rollout": "rollout"} if args.rollout else {})
+            rows = {what: [one[key] for one in found.values()] for what, key in rows.items()}
+            heads = itertools.zip_longest(*(one["heads"] for one in found.values()))
+            rows |= {f"head {i}": of_all for i, of_all in enumerate(heads, 1) if args.heads}
             stem = re.sub(r"[^\w.]+", "-", Path(of).name).strip("-")
             figure(results.path.with_name(f"attention-{stem}.png"), lambda axes: draw_attention(
                 np.atleast_2d(axes), of, x, found, rows), len(rows), 1 + len(found))

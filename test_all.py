@@ -7272,7 +7272,7 @@ def noise_seen(images, frequency, **how):
     """What `noise` adds to a data set's images (N, 3, H, W), by order of their evaluation."""
     model, plain = Recorder(), Recorder()
     for each, f in ((model, frequency), (plain, None)):
-        analyze.noise(each, images, torch.device("cpu"), f, **how)
+        analyze.noise(each, images, f, **how)
     return torch.cat(model.seen) - torch.cat(plain.seen)
 
 
@@ -7336,7 +7336,6 @@ def test_the_noises_energy_follows_the_bands_area_or_is_equal_on_request(grey):
             assert spectrum[..., ~analyze.ring(16, f)].max() < 1e-5 * spectrum.max()
     signs = noise_seen(grey, 1, sigma=0.2, window=2, form="code")  # -1 to 1 in both: everything
     assert (signs.abs() - 0.2).abs().max() < 1e-6, "the code's noise is of signs"
-    assert analyze.noise(Recorder(), grey, torch.device("cpu"), 0.05, window=0.01) is None
 
 
 def test_noise_depends_on_image_frequency_and_seed_only(grey):
@@ -7534,6 +7533,8 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
         for key in ("top1", "nll", "ece"):  # the same by train.evaluate
             assert abs(own["no noise"][key] - calibrated["10 bins"][key]) < 1e-4, key
     common = ["--checkpoint", first, *out]
+    argv = [str(a) for a in ("noise", *common[:-2], "--frequencies", "0", "--form", "code")]
+    assert analyze_again(argv, tmp_path / "code", capsys)[1].split()[-1] == "-", "an empty band"
     for argv, words in (
             (["noise", "--sigma", "-1"], "--sigma -1: it is at least 0"),
             (["noise", "--frequencies", "-0.1"], "--frequencies -0.1"),
