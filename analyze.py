@@ -3381,8 +3381,8 @@ def make_parser():
         "(default, without --image and --distance: 0 1 2 3)")
     add("--heads", action="store_true", help="also draw each head")
     add("--rollout", action="store_true", help="also draw the attention rollout over all layers")
-    add("--distance", type=int, default=0, metavar="N", help="mean attention distance of each layer "
-        "and head over N held-out images, class-balanced (Dosovitskiy et al. Fig. 11: 128)")
+    add("--distance", type=int, default=0, metavar="N", help="mean attention distance of each "
+        "layer and head over N held-out images, class-balanced (Dosovitskiy et al. Fig. 11: 128)")
 
     add = command(calibration_command, "reliability diagram, calibration errors (Park Fig. F.1a)")
     add("--bins", type=int, default=10, help="of the confidence (default: 10, Park's code)")
