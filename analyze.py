@@ -6,6 +6,7 @@
     … landscape, flatness     Chen Fig. 1, B.1; with --augmented --l2 half-square Park Fig. 1a, C.7
     … ntk, norms, sparsity    Chen Table 1, 3, Fig. 2 right
     … compare                 Chen Table 1 and 3, whole
+    … noise, attention, calibration, nll      Park Fig. 2b, F.1a, 5, 7a, C.1-C.3; Chen Fig. 3, B.2
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
     python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
@@ -2125,6 +2126,461 @@ def markdown(rows):
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
+# -------------------------------------------------------------------- noise, calibration, fit (NLL)
+
+def together(results, device, named, parts, what):
+    """Computes what is not finished of {part: function of (model, held-out images, settings,
+    workers) -> its numbers}, all processes on each part together; yields each network's name and
+    {part: numbers}."""
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    for name, settings, origin in named:
+        todo = [part for part in parts if part not in results.parts.get(name, {})]
+        if todo:
+            model, dataset = network_and_images(settings, origin, device, tell)
+            workers = train.worker_count(settings, dataset,
+                                         int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        with train.progress(len(parts), what, "part") as bar:
+            bar.update(len(parts) - len(todo))
+            for part in todo:
+                results.put(name, part, parts[part](model, dataset, settings, workers))
+                bar.update()
+        yield name, {part: results.parts[name][part] for part in parts}
+
+
+def ring(size, frequency, window=0.1, form="paper"):
+    """The mask M_f of a band of frequencies of size² pixels, bool, in the order of torch.fft.fft2.
+    paper: the ring f - window/2 ≤ r < f + window/2 of radii r = 2·‖k‖₂ / size of the wave numbers
+    k, in units of π: Nyquist's is 1, a corner √2. code: Park & Kim's: wave numbers from -n to n - 1
+    in both directions, n = int((f + window/2)·size/2), but those likewise within f - window/2;
+    UserError for odd sizes, where that is wrong."""
+    k = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
+    edges = [round(frequency + side * window / 2, 9) for side in (-1, 1)]
+    if form == "paper":
+        radius = torch.hypot(k[:, None], k) * 2 / size
+        return (edges[0] <= radius) & (radius < edges[1])
+    if size % 2:
+        raise UserError(f"--form code: its bands need an even image size, not {size}")
+    lines = [(-n <= k) & (k < n) for n in (max(int(edge * size / 2), 0) for edge in edges)]
+    inner, outer = (line[:, None] & line for line in lines)
+    return outer & ~inner
+
+
+def band_noise(delta, mask):
+    """F⁻¹(F(δ) ⊙ M), the part of δ (…, H, W) in the band M (H, W). A ring has -k with each k, so
+    that it is real; of the code's band the real part."""
+    return torch.fft.ifft2(torch.fft.fft2(delta) * mask).real
+
+
+def noise(model, dataset, frequency, sigma=0.5, window=0.1, *, form="paper", equal_energy=False,
+          seed=0, workers=0, batch_size=256):
+    """Accuracy on images x₀ + F⁻¹(F(δ) ⊙ M_f), noise of frequencies around f·π only (Park & Kim §3,
+    Fig. 2b), not clamped to [0, 1]. δ is N(0, σ²) in each value, so the noise has the expected
+    energy Σ|·|² = σ²·|M_f| in a channel: in proportion to the band's area; with equal_energy, σ²
+    times H·W in each band. form "code": δ = σ·sign(N(0, 1)) and other bands, see ring. δ depends on
+    seed, f and the image's index only. frequency None: no noise. -> dict of train.evaluate, over
+    all processes. Cost: an evaluation, and 1 ms for the δ of an image of 224²."""
+    def disturbed(number, x, y):
+        mine = dataset.indices[train.rank()::world_size()][number * batch_size:][:len(x)]
+        delta = torch.stack([torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(
+            data.key(seed, i, round(1e6 * frequency), 4))) for i in mine.tolist()]).to(x)
+        mask = ring(x.shape[-1], frequency, window, form)
+        scale = sigma / mask.double().mean().item() ** (0.5 * equal_energy)
+        delta = scale * (delta.sign() if form == "code" else delta)
+        return x + band_noise(delta, mask.to(x)), F.one_hot(y, len(dataset.classes)).to(x)
+
+    device = next(model.parameters()).device
+    loader = train.own_share(dataset, device, workers, batch_size)
+    with adversarial.held_still(model, device):
+        return train.evaluate(model, loader, device, mix=None if frequency is None else disturbed)
+
+
+def noise_command(args, rest):
+    """Decrease of the accuracy on held-out images under noise of one band of frequencies after
+    another (Park & Kim Fig. 2b); "-" where images of that size have none in the band. The paper
+    gives the window, 0.1π; σ is our choice. Returns what the JSON holds under "results"."""
+    need(args, frequencies=0, sigma=0, window=1e-6, noise_seed=0)
+    results, device, named = started(args, rest, "noise")
+    how = (f"σ {args.sigma:g}, window {args.window:g}π, {args.form}"
+           f"{', equal energy' * args.equal_energy}, seed {args.noise_seed}")
+    bands = {"no noise": None} | {f"{f:g}π, {how}": f for f in sorted(set(args.frequencies))}
+
+    def at(frequency, model, dataset, settings, workers):
+        if frequency is not None and not ring(settings.image_size, frequency, args.window,
+                                              args.form).any():
+            return None
+        return noise(model, dataset, frequency, args.sigma, args.window, form=args.form,
+                     equal_energy=args.equal_energy, seed=args.noise_seed, workers=workers)
+
+    rows = []
+    for name, found in together(results, device, named, {
+            part: functools.partial(at, f) for part, f in bands.items()}, "bands"):
+        clean, *top1 = (of and of["top1"] for of in found.values())
+        rows.append({"decrease of top-1": name, "top-1 %": clean} | {
+            f"{f:g}π": None if value is None else clean - value
+            for f, value in zip(list(bands.values())[1:], top1)})
+    if train.rank() == 0:
+        print_rows(rows)
+        figure(results.path.with_suffix(".png"), lambda axes: draw_noise(axes, rows, how))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def draw_noise(axes, rows, how):
+    for name, _, *decrease in (row.values() for row in rows):
+        axes.plot([float(key[:-1]) for key in list(rows[0])[2:]],
+                  [math.nan if v is None else v for v in decrease], "o-", label=name)
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set_xlabel(f"frequency of the noise (π); {how}", fontsize=8)
+    axes.set_ylabel("decrease of accuracy (points)")
+    axes.figure.legend(fontsize=6, loc="outside upper left")
+
+
+@torch.inference_mode()
+def calibration(batches, bins=10):
+    """How well p = softmax(logits) agrees with what is right. batches: of logits (m, K) and classes
+    (m,), of n processes each its own; -> dict over all: images; top1, confidence: accuracy and mean
+    of max p, in percent; nll: mean -ln p_y; brier: mean Σ_k (p_k - [k = y])², up to 2; in percent:
+    ece, of max p, and classwise_ece, mean over classes k of that of p_k against [k = y] (Kull et
+    al. 2019, 1910.12656), see train.calibration_error; adaptive_ece: as ece, in bins of equally
+    many images (Nguyen & O'Connor 2015); bins: images, accuracy and confidence in percent of each
+    of ece's, None of an empty one. An exact 1 is in the last bin with its confidence, which the
+    code of Park & Kim takes for 0; their NLL is a mean over batches, ours over images."""
+    top = classes = scores = 0
+    seen = []
+    for logits, y in batches:
+        exact = dict(dtype=torch.float64, device="cpu" if logits.is_mps else logits.device)
+        logits, y = logits.to(**exact), y.to(exact["device"])
+        p, truth = logits.softmax(1), F.one_hot(y, logits.shape[1])
+        confidence, best = p.max(1, keepdim=True)
+        right = best == y[:, None]
+        top = top + train.bin_sums(confidence, right, bins)
+        classes = classes + train.bin_sums(p, truth, bins)
+        scores = scores + torch.stack([F.cross_entropy(logits, y, reduction="sum"),
+                                       (p - truth).square().sum()])
+        seen.append(torch.cat([confidence, right], dim=1))
+    every = [[part.cpu() for part in (top, classes, scores, torch.cat(seen))] if seen else None]
+    if dist.is_initialized():
+        own, every = every[0], [None] * world_size()
+        dist.all_gather_object(every, own)
+    *sums, seen = zip(*filter(None, every))
+    (top, classes, scores), (confidence, right) = map(sum, sums), torch.cat(seen).numpy().T
+    equal, n = np.array_split(np.lexsort((right, confidence)), bins), len(right)
+    nll, brier = (scores / n).tolist()
+    ece, classwise = (train.calibration_error(of).mean().item() for of in (top, classes))
+    adaptive = sum(abs((right - confidence)[images].sum()) for images in equal).item()
+    shares = [[100 * v / m if m else None for v, m in zip(of.tolist(), top[0, 0].tolist())]
+              for of in top[1:, 0]]
+    return dict(images=n, top1=100 * right.mean().item(), confidence=100 * confidence.mean().item(),
+                nll=nll, brier=brier, ece=ece, classwise_ece=classwise,
+                adaptive_ece=100 * adaptive / n, bins=dict(
+                    images=top[0, 0].int().tolist(), accuracy=shares[0], confidence=shares[1]))
+
+
+def calibration_command(args, rest):
+    """Reliability diagram and calibration errors of networks on held-out images (Park & Kim Fig.
+    F.1a). Returns what the JSON holds under "results"."""
+    need(args, bins=1)
+    results, device, named = started(args, rest, "calibration")
+
+    def of(model, dataset, settings, workers):
+        with adversarial.held_still(model, device), torch.inference_mode():
+            loader = train.own_share(dataset, device, workers)
+            return calibration(((model(train.to_float(x.to(device), model)), y)
+                                for x, y in data.batches(loader, train.say)), args.bins)
+
+    found = {name: numbers for name, own in together(results, device, named, {
+        f"{args.bins} bins": of}, "calibration") for numbers in own.values()}
+    if train.rank() == 0:
+        units = dict.fromkeys(("images", "nll", "brier"), "")
+        print_rows([{"network": name} | {
+            key.replace("_", " ") + units.get(key, " %"): value if key == "images" else significant(
+                value) for key, value in numbers.items() if key != "bins"}
+            for name, numbers in found.items()])
+        figure(results.path.with_suffix(".png"), lambda axes: draw_calibration(axes, found))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def draw_calibration(axes, found):
+    """Accuracy of the images of each bin, at their mean confidence."""
+    axes.plot([0, 100], [0, 100], "--", color="grey")
+    for name, of in found.items():
+        axes.plot(*([math.nan if v is None else v for v in of["bins"][key]]
+                    for key in ("confidence", "accuracy")), "o-", label=name)
+    axes.set_xlabel("confidence (%)")
+    axes.set_ylabel("accuracy (%)")
+    axes.figure.legend(fontsize=6, loc="outside upper left")
+
+
+# Park & Kim App. C: NLL of the training set and test error in percent on CIFAR-100. ResNet-50's is
+# 1.9 points below PiT's. Other values are in figures only.
+NLL_TEXT = {"resnet18": (2.31, 22.0), "resnet50": (None, 22.2), "pit_ti": (2.29, 24.1),
+            "vit_s2": (2.17, 30.4)}
+AGAINST = {"model": "model", "images": "training images per class", "patch": "patch (pixels)",
+           "kernel": "kernel of the attention (tokens)", "epochs": "epochs trained"}
+
+
+def nll(model, training, held_out, settings, workers=0):
+    """How well a network fits the images it was trained on, as these were then, and generalises
+    (Park & Kim A.2, Fig. 5). training: augmented images, mixed here in micro-batches by the MixUp
+    and CutMix of `settings`. -> dict: nll, the cross-entropy against these soft labels, in nats, a
+    mean over images (their code: over batches), no label smoothing, no decay; training_error,
+    against the larger share; test_nll and error of the held-out images, clean; errors in percent.
+    Evaluation mode; over all processes. Cost: both sets forward."""
+    mixes, device = settings.mixup or settings.cutmix, next(model.parameters()).device
+    with adversarial.held_still(model, device):
+        fit = train.measure("training images", training, model, settings, device, workers, mix=(
+            train.mixing(settings, len(training.classes)) if mixes else None))
+        test = train.measure("held-out images", held_out, model, settings, device, workers)
+    return dict(nll=fit["nll"], training_error=100 - fit["top1"], test_nll=test["nll"],
+                error=100 - test["top1"])
+
+
+def sizes(network, settings, n, classes):
+    """What --against asks for, of a network trained on n images; None where it has no such."""
+    kind, saved = train.family(settings.model), train.own_checkpoint(settings.init_from)
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    grid = getattr(network, "grid", [None])[0]
+    return dict(
+        model=settings.model, images=n / classes,
+        patch=settings.image_size // grid if kind in ("vit", "mixer") else
+        first.kernel_size[0] if kind in ("pit", "swin") else None,  # PiT's may overlap
+        kernel=settings.kernel_size or grid if kind == "vit" else None,  # global: all (Fig. 7)
+        epochs=saved["step"] / max(n // settings.batch_size, 1) if saved else None)
+
+
+def nll_command(args, rest):
+    """The NLL of training images, augmented and mixed as in training, and the error on held-out
+    images, of networks that differ in --against (Park & Kim Fig. 5, 7a, C.1, C.2a, C.3): what fits
+    worse, does it generalise worse? Epochs are those trained, with the warm-up. Returns what the
+    JSON holds under "results"."""
+    results, device, named = started(args, rest, "nll")
+
+    def of(model, held_out, settings, workers):
+        tell = train.say if train.rank() == 0 else lambda text="": None
+        n = len(training_images(settings, device, "1", tell))
+        training = training_images(settings, device, args.images, tell, augmented=True)
+        training.restrict(torch.randperm(len(training), generator=torch.Generator().manual_seed(
+            data.key(settings.seed, 3))))  # a folder's are sorted: like would be mixed with like
+        augmented = {name: getattr(settings, name) for name in (
+            "augment", "autoaugment", "randaugment", "erasing", "mixup", "cutmix")}
+        return nll(model, training, held_out, settings, workers) | sizes(
+            model.network, settings, n, len(held_out.classes)) | dict(augmented=augmented)
+
+    rows = [dict(network=name) | numbers for name, found in together(results, device, named, {
+        f"{args.images} of the training images": of}, "networks") for numbers in found.values()]
+    for row in rows:
+        if row[args.against] is None:
+            raise UserError(f"--against {args.against}: {row['network']} has no such number")
+    if train.rank() == 0:
+        table = [{"network": row["network"], args.against: row[args.against] if
+                  args.against == "model" else significant(row[args.against]),
+                  "NLL, training": significant(row["nll"]), "error %": row["error"],
+                  "training error %": row["training_error"], "NLL, held out": significant(
+                  row["test_nll"])} for row in rows]
+        table += [dict(zip(table[0], (f"Park & Kim, CIFAR-100, {model}", None, *of, None, None)))
+                  for model, of in NLL_TEXT.items() if model in {row["model"] for row in rows}]
+        print_rows(table)
+        for row in rows:
+            train.say(f"{row['network']}: training images with " + ", ".join(
+                f"{name} {value}" for name, value in row["augmented"].items()))
+        figure(results.path.with_suffix(".png"), lambda axes: draw_nll(axes, rows, args.against))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def draw_nll(axes, rows, against):
+    """Two scales, as in the paper: error and training NLL by what the networks differ in."""
+    right, of_model = axes.twinx(), against == "model"
+    for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        own = sorted((row for row in rows if row["model"] == model), key=lambda row: row[against])
+        at = [rows.index(row) if of_model else row[against] for row in own]
+        for ax, key, style in ((axes, "error", "^-"), (right, "nll", "o--")):
+            ax.plot(at, [row[key] for row in own], style[:1] if of_model else style, color=f"C{i}",
+                    label=model)
+    if of_model:
+        axes.set_xticks(range(len(rows)), [row["model"] for row in rows], rotation=30, ha="right")
+    elif against in ("images", "epochs"):
+        axes.set_xscale("log")
+    axes.set_xlabel(AGAINST[against])
+    axes.set_ylabel("▲ error on held-out images (%)")
+    right.set_ylabel("● NLL of augmented training images")
+    axes.legend(fontsize=6)
+
+
+# ----------------------------------------------------------------------------------- attention maps
+
+def attention_weights(model, x=None):
+    """{block: softmax(q·kᵀ/√d) (B, H, N, N)} of each global self-attention for images x, in order;
+    a query's row sums to one; the class token, where there is one, is first. UserError where there
+    is none, also without x."""
+    network = model.network
+    out = {name: None for name, (kind, _) in getattr(network, "intermediates", {}).items()
+           if kind == "weights"}
+    if not out:
+        raise UserError(f"{type(network).__name__} shows no map of global attention: Swin and "
+                        "AlterNet attend within windows, ResNet and Mixer not at all; timm's and "
+                        "torchvision's ViTs tell none (timm's weights load into --model vit_…)")
+    if x is not None:
+        with adversarial.held_still(model, x.device), torch.inference_mode():
+            model(x, out=out)
+    return {name.removesuffix(".attn.weights"): weights for name, weights in out.items()}
+
+
+def as_map(weights, prefix):
+    """Attention (…, N, N) -> (…, h, w), whose sum is one: the class token's to the patches, without
+    that to itself, or, prefix 0, what a patch receives, a mean over the queries."""
+    row = weights[..., 0, 1:] if prefix else weights.mean(-2)
+    return (row / row.sum(-1, keepdim=True)).unflatten(-1, (math.isqrt(row.shape[-1]), -1))
+
+
+def rollout(layers):
+    """Attention rollout (Abnar & Zuidema 2020, 2005.00928): ∏ ½ (mean over heads of A_l + 1), the
+    last layer leftmost. layers: [A_l (H, N, N)] -> (N, N), whose rows sum to one."""
+    eye = torch.eye(layers[0].shape[-1]).to(layers[0])
+    return functools.reduce(lambda below, a: (a.mean(0) + eye) / 2 @ below, layers, eye)
+
+
+def attention(model, image):
+    """Maps for an image (3, H, W) in [0, 1], each of sum one over the patches. -> dict: map (h, w),
+    the last layer's attention of the class token, averaged over heads (Chen et al. Fig. 3, B.2);
+    heads (H, h, w); rollout (h, w), over all layers, of PiT over the last stage's; shown: whose
+    attention it is. Without class token (global average pooling) it is what a patch receives, a
+    mean over all queries. Cost: a forward pass."""
+    weights = [layer[0].cpu().double() for layer in attention_weights(model, image[None]).values()]
+    last, prefix = weights[-1], model.network.prefix_tokens
+    whole = rollout([layer for layer in weights if layer.shape == last.shape])
+    return dict(map=as_map(last.mean(0), prefix).tolist(), heads=as_map(last, prefix).tolist(),
+                rollout=as_map(whole, prefix).tolist(),
+                shown="of the class token" if prefix else "received, mean over queries")
+
+
+def upsampled(values, size):
+    """A map (h, w), bilinearly, to (size, size) (Chen et al. B.2)."""
+    values = torch.tensor(values)[None, None]
+    return F.interpolate(values, (size, size), mode="bilinear")[0, 0].numpy()
+
+
+def attention_distance(model, batches):
+    """{block: [mean attention distance of each head]} in pixels (Dosovitskiy et al. 2020,
+    2010.11929, Fig. 11): from a query patch to a key patch, averaged with the attention as weights,
+    over queries and images; the class token left out, the weights of the others scaled to sum one.
+    From patch to patch it is the image's side / the map's side. batches: of (x, y)."""
+    sums, images, prefix = {}, 0, model.network.prefix_tokens
+    for x, _ in batches:
+        images += len(x)
+        for name, weights in attention_weights(model, x).items():
+            weights = weights[..., prefix:, prefix:]
+            side = math.isqrt(weights.shape[-1])
+            at = torch.cartesian_prod(*[torch.arange(side) * x.shape[-1] / side] * 2).to(weights)
+            apart = (at[:, None] - at).norm(dim=-1)  # (N, N)
+            mean = ((weights * apart).sum(-1) / weights.sum(-1)).mean(-1)  # (B, H)
+            sums[name] = sums.get(name, 0) + mean.sum(0)
+    return {name: (of_heads / images).tolist() for name, of_heads in sums.items()}
+
+
+def attention_command(args, rest):
+    """Where networks look: the last layer's attention of the class token to the patches, averaged
+    over heads, upsampled to the image (Chen et al. Fig. 3, B.2); of a network without class token
+    the attention that a patch receives, a mean over all queries. A figure of each image, networks
+    side by side. Networks without global attention are named and left out. Returns what the JSON
+    holds under "results"."""
+    need(args, indices=0, distance=0)
+    results, device, named = started(args, rest, "attention")
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    indices = args.indices or ([] if args.image or args.distance else [0, 1, 2, 3])
+    files = {f"{path} ({train.on_main(lambda: fingerprint(path))})": path for path in args.image}
+    sets = {f"{settings.dataset} {settings.eval_split}" for _, settings, _ in named}
+    if indices and len(sets) > 1:
+        raise UserError(f"--indices: networks of several data sets, {', '.join(sorted(sets))}, "
+                        "have no images in common; give --image FILE")
+    pictures, maps, distances, part = {}, {}, {}, f"distance, {args.distance} images"
+    for name, settings, origin in named:
+        if indices or args.distance:
+            model, dataset = network_and_images(settings, origin, device, tell)
+            if max([args.distance, *(i + 1 for i in indices)]) > len(dataset):
+                raise UserError(f"--indices, --distance: there are {len(dataset):,} held-out "
+                                "images, the first is 0")
+        else:  # these need no data set
+            classes = class_names(settings, train.own_checkpoint(settings.init_from))
+            model = train.starting_network(settings, origin, len(classes), device, tell)
+        try:
+            attention_weights(model)
+        except UserError as error:
+            tell(f"{name}: {error}")
+            continue
+        prepare, notes = data.transforms("none", settings.image_size,
+                                         short_side=settings.eval_short_side), []
+        own = {of: prepare(data.read_image(path, path, notes)) for of, path in files.items()}
+        if indices:
+            loader = data.loader(dataset, [[(0, i)] for i in indices])
+            own |= {f"image {i}": x[0] for i, (x, _) in zip(indices, data.batches(loader, tell))}
+        for note in notes:
+            tell(note)
+        pictures = own | pictures  # as the first network sees them
+        units = {of: functools.partial(attention, model, train.to_float(x.to(device), model))
+                 for of, x in own.items()}
+        if args.distance:
+            some = data.subset(dataset.labels, Fraction(args.distance, len(dataset)))
+            units[part] = functools.partial(attention_distance, model, Batches(
+                dataset.part(some), model, 16, split=False))
+        share_out(results, name, units, "images")
+        maps[name] = {of: results.parts[name][of] for of in own}
+        if args.distance:
+            distances[name] = results.parts[name][part]
+    if not maps:
+        raise UserError("none of the networks has a map of global attention")
+    if train.rank() == 0:
+        if pictures:
+            print_rows([{"attention": f"{name}, {of}", "is": found["shown"], "highest":
+                         significant(np.max(found["map"])), "uniform":
+                         significant(1 / np.size(found["map"]))}
+                        for name, own in maps.items() for of, found in own.items()])
+        if distances:
+            print_rows([{"distance, pixels": f"{name}, {block}", "mean": sum(heads) / len(heads),
+                         "nearest head": min(heads), "farthest": max(heads)}
+                        for name, of in distances.items() for block, heads in of.items()])
+            figure(results.path.with_name("attention-distance.png"),
+                   lambda axes: draw_distances(axes, distances))
+        for of, x in pictures.items():
+            found = {name: own[of] for name, own in maps.items()}
+            rows = {"mean of heads": "map"} | ({"rollout": "rollout"} if args.rollout else {})
+            rows = {what: [one[key] for one in found.values()] for what, key in rows.items()}
+            heads = itertools.zip_longest(*(one["heads"] for one in found.values()))
+            rows |= {f"head {i}": of_all for i, of_all in enumerate(heads, 1) if args.heads}
+            stem = re.sub(r"[^\w.]+", "-", Path(of).name).strip("-")
+            figure(results.path.with_name(f"attention-{stem}.png"), lambda axes: draw_attention(
+                np.atleast_2d(axes), of, x, found, rows), len(rows), 1 + len(found))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def draw_attention(axes, title, x, found, rows):
+    """The image, beside it a column for each network; each map on a scale of its own, from 0."""
+    for row, (what, maps) in zip(axes, rows.items()):
+        for ax in row:
+            ax.set_axis_off()
+        for ax, (name, own), values in zip(row[1:], found.items(), maps):
+            if values is not None:  # others have more heads
+                ax.imshow(upsampled(values, x.shape[-1]), vmin=0, cmap="inferno")
+                ax.set_title(f"{name if len(name) < 48 else '…' + name[-46:]}\n{what}, "
+                             f"{own['shown']}", fontsize=8)
+    axes[0, 0].imshow(x.permute(1, 2, 0).numpy())
+    axes[0, 0].set_title(title, fontsize=8)
+
+
+def draw_distances(axes, distances):
+    """A point for each head."""
+    for i, (name, of) in enumerate(distances.items()):
+        points = [(layer, value) for layer, heads in enumerate(of.values(), 1) for value in heads]
+        axes.plot(*zip(*points), "o", color=f"C{i}", markersize=4, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("attention layer")
+    axes.set_ylabel("mean attention distance (pixels)")
+    axes.legend(fontsize=6)
+
+
 # ----------------------------------------------------------------------------------- many trainings
 
 def outcome(args):
@@ -2915,6 +3371,38 @@ def make_parser():
                   images="as the others")
     add("--benchmarks", nargs="+", choices=("val", "c", "c-lite"), default=["val", "c-lite"],
         help="see robustness (default: val c-lite)")
+
+    add = command(noise_command, "accuracy under noise of a band of frequencies (Park Fig. 2b)")
+    add("--frequencies", type=float, nargs="+", default=[i / 10 for i in range(11)], metavar="F",
+        help="middles of the bands, in units of π (default: 0 0.1 … 1)")
+    add("--sigma", type=float, default=0.5, help="of the noise in all bands together, 1 being from "
+        "black to white (default: 0.5)")
+    add("--window", type=float, default=0.1, help="width of a band, in π (default: 0.1, Fig. 2b)")
+    add("--equal-energy", action="store_true", help="noise of σ in every band, not in proportion "
+        "to its area")
+    add("--form", choices=("paper", "code"), default="paper", help="code: as Park & Kim's code, "
+        "signs in place of a Gaussian, square bands of the half-width window / 2")
+    add("--noise-seed", type=int, default=0, metavar="SEED", help="of the noise (default: 0)")
+
+    add = command(attention_command, "attention maps of the class token, rollout, mean distance "
+                  "(Chen Fig. 3, B.2)")
+    add("--image", nargs="+", default=[], metavar="FILE", help="images, cropped as in evaluation")
+    add("--indices", type=int, nargs="+", default=[], metavar="I", help="of held-out images "
+        "(default, without --image and --distance: 0 1 2 3)")
+    add("--heads", action="store_true", help="also draw each head")
+    add("--rollout", action="store_true", help="also draw the attention rollout over all layers")
+    add("--distance", type=int, default=0, metavar="N", help="mean attention distance of each "
+        "layer and head over N held-out images, class-balanced (Dosovitskiy et al. Fig. 11: 128)")
+
+    add = command(calibration_command, "reliability diagram, calibration errors (Park Fig. F.1a)")
+    add("--bins", type=int, default=10, help="of the confidence (default: 10, Park's code)")
+
+    add = command(nll_command, "NLL of augmented training images and test error (Park Fig. 5, 7a, "
+                  "C.1, C.2a, C.3)")
+    add("--against", choices=AGAINST, default="model", help="; ".join(
+        f"{name}: {text}" for name, text in AGAINST.items()) + " (default: model)")
+    add("--images", default="1", metavar="N", help="of the training set, class-balanced: a number "
+        "or a fraction (default: 1, all)")
 
     add = command(stability, "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
                   "rho (Chen Table 10), grid, doubled (Chen App. E, F)", of_checkpoints=False)
