@@ -2427,6 +2427,78 @@ def cka_command(args, rest):
         figure(results.path.with_suffix(".png"), lambda grid: [
             draw_cka(axes, name, of) for axes, (name, of) in zip(np.ravel(grid), found.items())],
             1, len(found))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def draw_cka(axes, name, of):
+    """Fig. 10a, D.3: E is the stem or embedding, P pooling; lines are where stages begin."""
+    image = axes.imshow(np.array(of["cka"], float), origin="lower", vmin=0, vmax=1, cmap="magma")
+    for names, axis, line in ((of["other"], axes.xaxis, axes.axvline),
+                              (of["units"], axes.yaxis, axes.axhline)):
+        kinds, stages = zip(*names.values())
+        marks = {i: "EP"[kind == "pooling"] for i, kind in enumerate(kinds)
+                 if kind in ("stem", "pooling")}
+        axis.set_ticks(list(marks), list(marks.values()))
+        for i in range(1, len(stages)):
+            if stages[i] > stages[i - 1]:
+                line(i - 0.5, color="white", linewidth=0.5)
+    axes.set_title(name, fontsize=7, wrap=True)
+    axes.figure.colorbar(image, ax=axes, label="CKA", shrink=0.8)
+
+
+def accuracy(model, batches, skip=None):
+    """Top-1 in percent without the unit skip. Waits for the device once."""
+    right = images = 0
+    with as_is(model):
+        for x, y in batches:
+            logits = model(x) if skip is None else model(x, skip=skip)
+            right, images = right + (logits.argmax(1) == y).sum(), images + len(x)
+    return 100 * right.item() / images
+
+
+def removable(model):
+    """units that lesion leaves out; UserError if there are none (torchvision's, timm's others)."""
+    names = {name: of for name, of in units(model).items()
+             if of[0] in ("attention", "token mlp", "mlp", "conv")}
+    if not names:
+        raise UserError(f"{type(getattr(model, 'network', model)).__name__} has no units that can "
+                        "be left out; our networks, torchvision's ResNets and its Swin have")
+    return names
+
+
+def lesion(model, batches):
+    """Park & Kim Fig. 10b, D.4: the accuracy of a trained network without one unit, all else as it
+    was. Of an attention or MLP the residual branch then adds nothing; of an attention block of
+    AlterNet the whole branch, 1×1 convolution and all. For one 3×3 convolution of a block (of two,
+    the second) the identity stands in, for one of stride s every s-th pixel; its normalisation and
+    ReLU stay. -> dict: units {name: [kind, stage]}; whole, top-1 in percent; without {name: top-1}.
+    As many passes over the images as there are units, and one. UserError as of removable."""
+    names = removable(model)
+    return dict(units=names, whole=accuracy(model, batches),
+                without={name: accuracy(model, batches, name) for name in names})
+
+
+def lesion_command(args, rest):
+    """The held-out accuracy of networks without one unit, for each unit: an attention, an MLP, a
+    3×3 convolution (Park & Kim Fig. 10b, D.4). Returns what the JSON holds under "results"."""
+    results, device, named = started(args, rest, "lesion")
+    found, values = {}, {}
+    for name, settings, origin in named:
+        model, dataset, workers = held_out(args, settings, origin, device)
+        batches, names = Batches(dataset, model, 256, workers, split=False), removable(model)
+        todo = {f"{args.images} images, {f'without {skip}' if skip else 'whole'}":
+                functools.partial(accuracy, model, batches, skip) for skip in (None, *names)}
+        share_out(results, name, todo, "lesion")
+        whole, *without = [results.parts[name][part] for part in todo]
+        found[name] = dict(units=names, images=len(dataset))
+        values[name] = {unit: top1 - whole for unit, top1 in zip(names, without)}
+        if train.rank() == 0:
+            train.say(f"{name}: {whole:.2f} % with all units")
+    report(results, found, "Δ accuracy (points)", values)
+    return results.parts
+
+
 # -------------------------------------------------------------------- noise, calibration, fit (NLL)
 
 def together(results, device, named, parts, what):
@@ -2523,74 +2595,6 @@ def noise_command(args, rest):
         print_rows(rows)
         figure(results.path.with_suffix(".png"), lambda axes: draw_noise(axes, rows, how))
         train.say(f"results   {results.path}")
-    return results.parts
-
-
-def draw_cka(axes, name, of):
-    """Fig. 10a, D.3: E is the stem or embedding, P pooling; lines are where stages begin."""
-    image = axes.imshow(np.array(of["cka"], float), origin="lower", vmin=0, vmax=1, cmap="magma")
-    for names, axis, line in ((of["other"], axes.xaxis, axes.axvline),
-                              (of["units"], axes.yaxis, axes.axhline)):
-        kinds, stages = zip(*names.values())
-        marks = {i: "EP"[kind == "pooling"] for i, kind in enumerate(kinds)
-                 if kind in ("stem", "pooling")}
-        axis.set_ticks(list(marks), list(marks.values()))
-        for i in range(1, len(stages)):
-            if stages[i] > stages[i - 1]:
-                line(i - 0.5, color="white", linewidth=0.5)
-    axes.set_title(name, fontsize=7, wrap=True)
-    axes.figure.colorbar(image, ax=axes, label="CKA", shrink=0.8)
-
-
-def accuracy(model, batches, skip=None):
-    """Top-1 in percent without the unit skip. Waits for the device once."""
-    right = images = 0
-    with as_is(model):
-        for x, y in batches:
-            logits = model(x) if skip is None else model(x, skip=skip)
-            right, images = right + (logits.argmax(1) == y).sum(), images + len(x)
-    return 100 * right.item() / images
-
-
-def removable(model):
-    """units that lesion leaves out; UserError if there are none (torchvision's, timm's others)."""
-    names = {name: of for name, of in units(model).items()
-             if of[0] in ("attention", "token mlp", "mlp", "conv")}
-    if not names:
-        raise UserError(f"{type(getattr(model, 'network', model)).__name__} has no units that can "
-                        "be left out; our networks, torchvision's ResNets and its Swin have")
-    return names
-
-
-def lesion(model, batches):
-    """Park & Kim Fig. 10b, D.4: the accuracy of a trained network without one unit, all else as it
-    was. Of an attention or MLP the residual branch then adds nothing; of an attention block of
-    AlterNet the whole branch, 1×1 convolution and all. For one 3×3 convolution of a block (of two,
-    the second) the identity stands in, for one of stride s every s-th pixel; its normalisation and
-    ReLU stay. -> dict: units {name: [kind, stage]}; whole, top-1 in percent; without {name: top-1}.
-    As many passes over the images as there are units, and one. UserError as of removable."""
-    names = removable(model)
-    return dict(units=names, whole=accuracy(model, batches),
-                without={name: accuracy(model, batches, name) for name in names})
-
-
-def lesion_command(args, rest):
-    """The held-out accuracy of networks without one unit, for each unit: an attention, an MLP, a
-    3×3 convolution (Park & Kim Fig. 10b, D.4). Returns what the JSON holds under "results"."""
-    results, device, named = started(args, rest, "lesion")
-    found, values = {}, {}
-    for name, settings, origin in named:
-        model, dataset, workers = held_out(args, settings, origin, device)
-        batches, names = Batches(dataset, model, 256, workers, split=False), removable(model)
-        todo = {f"{args.images} images, {f'without {skip}' if skip else 'whole'}":
-                functools.partial(accuracy, model, batches, skip) for skip in (None, *names)}
-        share_out(results, name, todo, "lesion")
-        whole, *without = [results.parts[name][part] for part in todo]
-        found[name] = dict(units=names, images=len(dataset))
-        values[name] = {unit: top1 - whole for unit, top1 in zip(names, without)}
-        if train.rank() == 0:
-            train.say(f"{name}: {whole:.2f} % with all units")
-    report(results, found, "Δ accuracy (points)", values)
     return results.parts
 
 
