@@ -2223,18 +2223,26 @@ def read_log(run):
     return records
 
 
-def nothing_else(rest):
-    """For subcommands that have no use for train.py's flags."""
+def finished(results, columns, draw, *shown):
+    """The figure, and where the numbers are."""
+    figure(results.path.with_suffix(".png"), lambda axes: draw(axes, *shown), columns=columns)
+    train.say(f"results   {results.path}")
+
+
+def opened(args, rest, name):
+    """Results of a subcommand that has no use for train.py's flags, and computes all anew."""
     if rest:
         make_parser().error(f"unrecognized arguments: {rest[0]}")
+    results = Results(args.out_dir or f"out/{name}", name)
+    results.parts, results.settings = {}, {}
+    return results
 
 
 def curves(args, rest):
     """Training loss and validation accuracy against step or epoch, of any number of runs, those
     under way included (Chen et al. Fig. 2 left and middle; Xiao et al. Fig. 2). The training error
     is known at a run's end only. Returns what the JSON holds under "results"."""
-    nothing_else(rest)
-    results = Results(args.out_dir or "out/curves", "curves")
+    results = opened(args, rest, "curves")
     results.parts = {run: training_curve(train.on_main(functools.partial(read_log, run)))
                      for run in dict.fromkeys(args.runs)}
     train.on_main(results.write)
@@ -2248,19 +2256,17 @@ def curves(args, rest):
                          "training error %": of["training error"],
                          "top-1 %": top1[-1] if top1 else None, "best": max(top1, default=None)})
         print_rows(rows)
-        figure(results.path.with_suffix(".png"), lambda axes: draw_curves(
-            axes, results.parts, ("step", "epoch").index(args.against)), columns=2)
-        train.say(f"results   {results.path}")
+        finished(results, 2, draw_curves, results.parts, args.against)
     return results.parts
 
 
 def draw_curves(axes, runs, against):
     for one, key, what in zip(axes, ("loss", "top1"), ("training loss", "validation top-1 (%)")):
         for run, of in runs.items():
-            one.plot([point[against] for point in of[key]],
-                     [math.nan if v is None else v for *_, v in of[key]],
-                     "-" if len(of[key]) > 1 else "o", label=run)
-        one.set_xlabel(("step", "epoch")[against])
+            points = [(step if against == "step" else epoch, math.nan if value is None else value)
+                      for step, epoch, value in of[key]]
+            one.plot(*zip(*points or [(math.nan, math.nan)]), "o-", markersize=2, label=run)
+        one.set_xlabel(against)
         one.set_ylabel(what)
     axes[1].legend(fontsize=6)
 
@@ -2305,9 +2311,7 @@ def peak(args, rest):
     of networks (Xiao et al. Fig. 6), from finished runs: the minutes are the images of an epoch
     over the median of the speeds in log.jsonl, without evaluations, on the run's devices. Beside it
     the paper's Table 2. Returns what the JSON holds under "results"."""
-    nothing_else(rest)
-    results = Results(args.out_dir or "out/peak", "peak")
-    results.parts, results.settings = {}, {}
+    results = opened(args, rest, "peak")
     for run in dict.fromkeys(args.runs):
         records = train.on_main(functools.partial(read_log, run))
         if training_curve(records)["ended"] != "finished":
@@ -2337,9 +2341,7 @@ def peak(args, rest):
         print_rows([{"Xiao Table 2": model} | dict(zip(
             ("minutes", "100 epochs %", "200 %", "400 %", "21k %"), row[3:]))
             for model, row in XIAO_2.items()])
-        figure(results.path.with_suffix(".png"), lambda axes: draw_peak(
-            axes, results.parts.values()), columns=2)
-        train.say(f"results   {results.path}")
+        finished(results, 2, draw_peak, results.parts.values())
     return results.parts
 
 
@@ -2417,10 +2419,9 @@ def complexity(args, rest):
     et al. Table 1 and 2, Chen et al. Table 7). FLOPs are multiply-adds of convolutions, linear
     layers and attention, activations the outputs of these and of max-pooling (vit.complexity).
     Returns what the JSON holds under "results"."""
-    results, rows = Results(args.out_dir or "out/complexity", "complexity"), []
+    results, rows = opened(args, [], "complexity"), []
     models = args.models or dict.fromkeys([*CHEN_7, *(
         m for m in XIAO_2 if family_of(m) not in ("regnetz", "efficientnet"))])
-    results.parts, results.settings = {}, {}
     for words, (settings, _) in of_models(models, rest, "complexity").items():
         cost = results.parts[words] = cost_of(settings)
         results.settings[words] = label(settings)[1]
@@ -2433,8 +2434,7 @@ def complexity(args, rest):
     train.on_main(results.write)
     if train.rank() == 0:
         print_rows(rows)
-        figure(results.path.with_suffix(".png"), lambda axes: draw_complexity(axes, rows))
-        train.say(f"results   {results.path}")
+        finished(results, 1, draw_complexity, rows)
     return results.parts
 
 
@@ -2677,9 +2677,8 @@ def throughput(args, rest):
         print_rows([{"correlation of time with": cell} | {
             f"{what}, {kind}": value for what, pair in of.items()
             for kind, value in zip(("linear", "ranks"), pair)} for cell, of in fits.items()])
-        figure(results.path.with_suffix(".png"), lambda axes: draw_throughput(
-            axes, seconds, {words: of[2] for words, of in timed.items()}), columns=2)
-        tell(f"results   {results.path}")
+        finished(results, 2, draw_throughput, seconds, {
+            words: cost for words, (_, _, cost, *_) in timed.items()})
     return results.parts
 
 
@@ -2696,7 +2695,7 @@ def draw_throughput(axes, seconds, costs):
         one.set_yscale("log")
         one.set_xlabel(f"{word} of an image (M)")
         one.set_ylabel("time of an image (ms)")
-    axes[1].legend(fontsize=6)
+    axes[1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 # ------------------------------------------------------------------------------------ training sets
@@ -2770,9 +2769,7 @@ def datasize(args, rest):
         print_rows([{"top-1 %": name, "fraction": f"{share:g}", "images": n} | {
             column: found.get(column, {}).get(share) for column in (*METHODS, *GAINS)}
             for name, found in tables.items() for share, n in images.items() if found["plain"]])
-        figure(results.path.with_suffix(".png"), lambda axes: draw_datasize(axes, tables),
-               columns=2)
-        train.say(f"results   {results.path}")
+        finished(results, 2, draw_datasize, tables)
     return results.parts
 
 
