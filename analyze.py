@@ -35,7 +35,7 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -2302,7 +2302,7 @@ XIAO_2 = {name: [None if n == "-" else float(n) for n in row] for name, *row in 
 
 def family_of(model, stem=None):
     """The name of a curve of Fig. 6."""
-    kind = re.match("vit_[pc]_|[a-z]*", model.split(":")[-1])[0].strip("_")
+    kind = re.match("vit_[pc]_|[a-z]*", model.split(":")[-1])[0].removesuffix("_")
     return f"{kind}, {stem} stem" if stem else kind
 
 
@@ -2409,7 +2409,8 @@ def cost_of(settings):
     try:
         return vit.complexity(network, settings.image_size)
     except NotImplementedError as error:
-        train.say(f"{settings.model}: {error}: no FLOPs and activations")
+        if train.rank() == 0:
+            train.say(f"{settings.model}: {error}: no FLOPs and activations")
         return dict(params=sum(p.numel() for p in network.parameters()), macs=math.nan,
                     acts=math.nan)
 
@@ -2518,14 +2519,6 @@ def seconds_of(call, seconds, device):
     return once if once > seconds else clock(math.ceil(seconds / once))
 
 
-def slowest(seconds):
-    """Of all processes, each of which has timed its own device."""
-    longest = torch.tensor(seconds, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-    return longest.item()
-
-
 def correlations(x, y):
     """Pearson's, and Spearman's: of the ranks, equal values having their mean rank."""
     ranks = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in map(np.array, (x, y))]
@@ -2596,11 +2589,12 @@ def throughput(args, rest):
         """Calls per second times batch, from the results or measured; 0 if memory is lacking."""
         key = timed[words][0]
         if part not in results.parts.get(key, {}):
-            try:
-                seconds = seconds_of(prepare(), args.seconds, device)
-            except torch.OutOfMemoryError:
-                seconds = math.inf
-            results.put(key, part, batch / slowest(seconds))
+            longest = torch.full((), math.inf, dtype=torch.float64)
+            with suppress(torch.OutOfMemoryError):
+                longest.fill_(seconds_of(prepare(), args.seconds, device))
+            if dist.is_initialized():
+                dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+            results.put(key, part, batch / longest.item())
             bar.update()
         return results.parts[key][part]
 
@@ -2618,7 +2612,7 @@ def throughput(args, rest):
           train.progress(None, "throughput", "measurement") as bar):
         for words, cell in itertools.product(timed, cells):
             rates = {}
-            for batch in args.batch_sizes:
+            for batch in sorted(set(args.batch_sizes)):
                 rates[batch] = rate(words, f"{cell}, batch {batch}", batch,
                                     functools.partial(ready, words, cell, batch, {}))
                 most = max(rates.values())
@@ -2658,7 +2652,7 @@ def throughput(args, rest):
             "min/epoch": epoch / speed[1], "GFLOPs": cost["macs"] / 1e9,
             "M acts": cost["acts"] / 1e6, "papers' images/s": {
                 "inference": CHEN_7.get(words, [None] * 2)[1], "training": at_32}.get(mode),
-            "min": XIAO_2.get(words, [None] * 4)[3] if mode == "training" else None})
+            "Xiao min": XIAO_2.get(words, [None] * 4)[3] if mode == "training" else None})
     seconds = {cell: [1 / np.median(rounds[words, cell]) for words in timed] for cell in cells}
     for cell, times in seconds.items():
         of = [(t, cost) for t, (_, _, cost, *_) in zip(times, timed.values())

@@ -7460,8 +7460,8 @@ def test_all_networks_of_throughput_take_the_step_of_the_first(tmp_path, monkeyp
         seen[settings.model] = settings, optimizer, compiled
         return lambda: None
     monkeypatch.setattr(analyze, "work", work)
-    models = ["resnet18 --width 8 --image-size 32", "mixer_s16 --image-size 32 --dropout 0.2 --depth"
-              " 1", "torchvision:vgg11 --image-size 32 --grad-clip 3"]
+    models = ["resnet18 --width 8 --image-size 32",
+              "mixer_s16 --image-size 32 --dropout 0.2 --depth 1", "torchvision:vgg11 --image-size 32 --grad-clip 3"]
     assert analyze.main(["throughput", "--device", "cpu", "--models", *models, "--rounds", "1",
                          "--modes", "training", "--batch-sizes", "2", "--seconds", "0.01",
                          "--compile", "both", "--out-dir", str(tmp_path)]) == 0
@@ -7497,6 +7497,11 @@ def test_the_smaller_training_sets_are_those_of_the_papers_recipes(capsys):
 
 
 def test_sams_gain_is_the_difference_of_runs_of_the_same_images(tmp_path, capsys, in_process):
+    runs = [dict(method=method, fraction=f, top1=top1) for method, f, top1 in (
+        ("plain", 1, 60), ("sam", 1, 75), ("plain", 0.5, 50), ("sam", 0.5, None), ("both", 1, 9))]
+    assert analyze.with_gains(runs, "top1") == {
+        "plain": {1: 60, 0.5: 50}, "sam": {1: 75}, "augmented": {}, "both": {1: 9},
+        "gain": {1: 15}, "gain, augmented": {}}, "a run that diverged has none"
     argv = ["datasize", "--models", STUDIED, "--dataset", "shapes", "--device", "cpu", "--workers",
             "0", "--max-steps", "2", "--log-every", "1", "--batch-size", "40", "--micro-batch",
             "20", "--fractions", "1", "1/4", "--out-dir", str(tmp_path)]
