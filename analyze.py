@@ -2779,14 +2779,19 @@ def with_gains(runs, key):
 def draw_datasize(axes, tables):
     """Color: the model; line: the method; crosses: the paper's."""
     for one, columns, what in zip(axes, (METHODS, GAINS), ("top-1 (%)", "gain by SAM (points)")):
-        for i, (name, found) in enumerate(tables.items()):
+        for i, (name, found) in enumerate(tables.items()):  # each model, and the paper's of it
+            if i % 2 == 0 and columns is METHODS:
+                one.plot([], [], label=name, color=f"C{i // 2}", linewidth=4)
             for column, line in zip(columns, ("-", "--", ":", "-.")):
-                points = sorted(found[column].items())
-                if points:
-                    one.plot(*zip(*points), "ox"[i % 2] + line, color=f"C{i // 2}",
-                             label=f"{name}, {column}")
+                points = sorted(found[column].items()) or [(math.nan, math.nan)]
+                one.plot(*zip(*points), "ox"[i % 2] + line, color=f"C{i // 2}")
+        for column, line in zip(columns, ("-", "--", ":", "-.")):
+            one.plot([], [], "k" + line, label=column)
+        shares = sorted({share for found in tables.values() for share in found["plain"]})
         one.set_xscale("log")
-        one.set_xlabel("fraction of the training images")
+        one.set_xticks(shares, [f"{share:g}" for share in shares])
+        one.xaxis.set_minor_formatter("")
+        one.set_xlabel("fraction of the training images (crosses: Chen Table 4)")
         one.set_ylabel(what)
         one.legend(fontsize=6)
 
