@@ -2687,6 +2687,7 @@ def draw_throughput(axes, seconds, costs):
             one.plot([], [], "k" + marker, label=cell)
         one.set_xscale("log")
         one.set_yscale("log")
+        one.xaxis.set_minor_formatter("")
         one.set_xlabel(f"{word} of an image (M)")
         one.set_ylabel("time of an image (ms)")
     axes[1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
