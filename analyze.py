@@ -6,6 +6,7 @@
     … landscape, flatness     Chen Fig. 1, B.1; with --augmented --l2 half-square Park Fig. 1a, C.7
     … ntk, norms, sparsity    Chen Table 1, 3, Fig. 2 right
     … compare                 Chen Table 1 and 3, whole
+    … noise, attention, calibration, nll      Park Fig. 2b, F.1a, 5, 7a, C.1-C.3; Chen Fig. 3, B.2
     … datasize, curves, peak, complexity, throughput   Chen Fig. 2, 4, Table 4, 7; Xiao Fig. 6
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
@@ -23,6 +24,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import html
 import itertools
 import json
 import math
@@ -39,6 +41,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -232,6 +235,16 @@ def training_images(settings, device, share, tell, augmented=False):
             raise ValueError(f"there are {len(dataset):,} training images")
         fraction = fraction / len(dataset) if fraction > 1 else fraction
         return dataset.restrict(data.subset(dataset.labels[dataset.indices], fraction))
+
+
+def network_and_training_images(settings, origin, device, share, augmented=False):
+    """The network of a checkpoint, to be evaluated, training_images, and the workers to read
+    them."""
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    dataset = training_images(settings, device, share, tell, augmented)
+    model = train.starting_network(settings, origin, len(dataset.classes), device, tell).eval()
+    return model, dataset, train.worker_count(settings, dataset,
+                                              int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class Batches:
@@ -579,37 +592,6 @@ class Hessian:
 
         return [h.add_(v, alpha=self.decay) for h, v in zip(self.mean(product, vectors), vectors)]
 
-    def of_hardest(self, share):
-        """The Hessian over the 1/share of the images whose loss has the largest gradients by the
-        logits. Those of a trained network are near 0 for most images, which then add little to H.
-        None where the share is less than a batch. Cost: all images forward."""
-        batches = torch.tensor(len(self.batches))
-        if self.together:
-            dist.all_reduce(batches)
-        if batches < share:
-            return None
-        norms = []
-        for x, y in self.batches:
-            with torch.no_grad():
-                logits = self.model(x)
-            slopes, = torch.autograd.grad(self.loss(logits.requires_grad_(), y) * len(x), logits)
-            norms.append(slopes.view(len(x), -1).norm(dim=1).cpu())
-        everywhere, own = [torch.cat([torch.zeros(0), *norms])], 0
-        if self.together:
-            everywhere, own = [everywhere[0]] * world_size(), train.rank()
-            dist.all_gather_object(everywhere, everywhere[own])
-        every = torch.cat(everywhere)
-        hard = torch.zeros(len(every), dtype=torch.bool)
-        hard[every.argsort(descending=True, stable=True)[:len(every) // share]] = True
-        hard = hard.split([len(norm) for norm in everywhere])[own].split([len(n) for n in norms])
-        chosen = [(x[i.to(x.device)], y[i.to(y.device)])
-                  for (x, y), i in zip(self.batches, hard) if i.any()]
-        if chosen:  # as many at a time as before
-            at_once = max(map(len, norms))
-            chosen = list(zip(*(torch.cat(column).split(at_once) for column in zip(*chosen))))
-        return Hessian(self.model, self.loss, chosen, self.params, self.decay, self.memory,
-                       not self.together, self.tick)
-
 
 @contextmanager
 def hessian_of(model, loss, batches, params=None, **options):
@@ -734,35 +716,15 @@ class Krylov:
         return values, (self.C[rest][:, of] @ vectors).norm(dim=0), vectors
 
 
-def near_start(hessian, k, which, seed):
-    """Where Lanczos starts, close to the leading eigenvectors -> vector, products with the Hessian
-    of a part. That part is a quarter of the images, the hardest; the vector is the sum of the k
-    leading eigenvectors there, each to 10 %. Where there are few batches: the gradient, half."""
-    part, products = hessian.of_hardest(4), 0
-    of = part or hessian
-    z, g = random_vector(hessian, seed, 0), of.gradient()
-    v = z + 0.9 * g / g.norm() if g.norm() > 0 else z  # of one parameter too not 0
-    if part:
-        space = Krylov(part, [v / v.norm()])
-        for products in range(1, 9):  # as much work as two products with the whole
-            space.multiply(seed)
-            values, residuals, vectors = space.ritz(which)
-            if len(values) >= k and bool((residuals <= 0.1 * values.abs())[:k].all()):
-                break
-        weights = vectors[:, :k].sum(1)
-        v = sum(weights[i].item() * space.basis[j] for i, j in enumerate(space.done))
-    return v / v.norm(), products
-
-
 def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
-    """What hessian_eigenvalues describes -> values, residuals, errors, converged, products,
-    products of a part."""
+    """What hessian_eigenvalues describes -> values, residuals, errors, converged, products."""
     def start():
-        v, products = near_start(hessian, k, which, seed)
-        return dict(basis=[v], chain=0, before=None, part=products)
+        z, g = random_vector(hessian, seed, 0), hessian.gradient()
+        v = z + 0.9 * g / g.norm() if g.norm() > 0 else z  # of one parameter too not 0
+        return dict(basis=[v / v.norm()], chain=0, before=None)
 
     state = saved.load(start)
-    chain, before, part = (state.pop(name) for name in ("chain", "before", "part"))
+    chain, before = state.pop("chain"), state.pop("before")
     space, k, good = Krylov(hessian, **state), min(k, hessian.size), False
     while True:
         space.multiply(seed)
@@ -785,12 +747,11 @@ def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
                 space.append(random_vector(hessian, seed, chain))
         if good or len(space.done) == min(iterations, hessian.size):
             break
-        saved.keep(dict(basis=space.basis, C=space.C, done=space.done, chain=chain, before=before,
-                        part=part))
+        saved.keep(dict(basis=space.basis, C=space.C, done=space.done, chain=chain, before=before))
     gaps = (values[:, None] - values).abs() - residuals  # to where another one may be
     gaps = gaps.fill_diagonal_(math.inf if len(values) > 1 else 0).min(1).values
     errors = torch.where(gaps > residuals, residuals**2 / gaps, residuals)
-    return (*(v[:k].tolist() for v in (values, residuals, errors)), good, len(space.done), part)
+    return (*(v[:k].tolist() for v in (values, residuals, errors)), good, len(space.done))
 
 
 def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=None, *,
@@ -800,15 +761,14 @@ def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=Non
     a loss L (`Hessian` has the formula and further options) by all parameters of a model or some,
     a diagonal block (Chen et al. Table 1, 3). Fewer than k where there are fewer parameters.
     -> dict of `eigenvalues`, the wanted first; `residuals` ‖H v - λ v‖: within one of its λ there
-    is an eigenvalue of H; `errors`; `converged`; `products` with H; `part_products`, each a quarter
-    of the work; `images`, `parameters`, `seconds`. Time grows linearly in images × products. A
-    kill loses what was done since `saved`, a Saved, was written.
+    is an eigenvalue of H; `errors`; `converged`; `products` with H; `images`, `parameters`,
+    `seconds`. Time grows linearly in images × products. A kill loses what was done since `saved`, a
+    Saved, was written.
 
-    lanczos: the best approximations within the span of v, H v, H² v, …, all of it kept orthogonal.
-    Of 4 batches or more, v comes from a Lanczos on the quarter of the images with the largest
-    gradients by the logits; of fewer, it is half random and half the gradient. It stops where each
-    residual r is below tolerance · |λ| (or 100 roundings of the largest |λ|), or, not converged,
-    after so many iterations. `errors` are the usual, much smaller min(r, r²/gap) (Kato and
+    lanczos: the best approximations within the span of v, H v, H² v, …, all of it kept orthogonal;
+    v is half random and half the gradient, which lies near the leading eigenvectors. It stops where
+    each residual r is below tolerance · |λ| (or 100 roundings of the largest |λ|), or, not
+    converged, after so many iterations. `errors` are the usual, much smaller min(r, r²/gap) (Kato and
     Temple), gap the distance to the nearest other value less that one's residual; they hold unless
     two eigenvalues closer than r were taken for one. For k > 1 a second span grows from a random
     vector orthogonal to the first, for the other directions of multiple eigenvalues, until the
@@ -823,10 +783,10 @@ def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=Non
     with hessian_of(model, loss, batches, params, decay=decay, **options) as H:
         if method == "power":
             value, residual, products = power(H, iterations, seed, saved)
-            found = [value], [residual], [residual], residual <= tolerance * abs(value), products, 0
+            found = [value], [residual], [residual], residual <= tolerance * abs(value), products
         else:
             found = lanczos(H, k, which, tolerance, iterations, seed, saved)
-        names = "eigenvalues residuals errors converged products part_products".split()
+        names = "eigenvalues residuals errors converged products".split()
         return dict(zip(names, found)) | dict(images=H.images, parameters=H.size,
                                               seconds=saved.spent())
 
@@ -938,10 +898,8 @@ def hessian(args, rest):
            f"{args.k} by {args.which}, tolerance {args.tolerance:g}, at most {args.iterations}")
     rows, shown = [], {}
     for name, settings, origin in named:
-        dataset = training_images(settings, device, args.images, tell)
-        model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
-        batches = Batches(dataset, model, args.chunk, train.worker_count(
-            settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        model, dataset, workers = network_and_training_images(settings, origin, device, args.images)
+        batches = Batches(dataset, model, args.chunk, workers)
         for block, params in components(model.network, args.params).items():
             common = (model, LOSSES[args.loss], batches)
             jobs = {f"{block}: {of}, {how}": functools.partial(
@@ -1062,8 +1020,8 @@ def spectrum(args, rest):
     tell = train.say if train.rank() == 0 else lambda text="": None
     spectra, rows = {}, []
     for name, settings, origin in named:
-        dataset = training_images(settings, device, args.images, tell, augmented=True)
-        model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
+        model, dataset, _ = network_and_training_images(settings, origin, device, args.images,
+                                                        augmented=True)
         dataset.restrict(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(
             data.key(settings.seed, 3))))
         sizes = {what: attention_size(model.network, what) for what in [args.against] if what}
@@ -1320,14 +1278,12 @@ def in_pieces(results, network, part, units, join, what):
 def prepared(args, settings, origin, device, batch_size, augmented=False):
     """The network, its loss and the batches: all images on every process, augmented and mixed as
     in training if wanted."""
-    tell = train.say if train.rank() == 0 else lambda text="": None
-    dataset = training_images(settings, device, args.images, tell, augmented)
-    model = train.starting_network(settings, origin, len(dataset.classes), device, tell).eval()
+    model, dataset, workers = network_and_training_images(settings, origin, device, args.images,
+                                                          augmented)
     mix = train.mixing(settings, len(dataset.classes)) if augmented else None
     if augmented and dataset.transform is None and not (
-            dataset.padding or settings.mixup or settings.cutmix):
-        tell("--augmented: this training augments nothing, so the images are the plain ones")
-    workers = train.worker_count(settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            dataset.padding or settings.mixup or settings.cutmix) and train.rank() == 0:
+        train.say("--augmented: this training augments nothing, so the images are the plain ones")
     return model, LOSSES[args.loss], Batches(dataset, model, batch_size, workers, mix,
                                              settings.seed, split=False)
 
@@ -1788,8 +1744,7 @@ def ntk_command(args, rest):
             raise UserError("--at checkpoint needs --checkpoint")
         if fresh:
             settings = argparse.Namespace(**vars(settings) | dict(init_from=""))
-        dataset = training_images(settings, device, args.images, tell)
-        model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
+        model, dataset, _ = network_and_training_images(settings, origin, device, args.images)
         batches = shuffled_batches(dataset, model, args.batch)
         own, = train.classifier(model).values() or [None]
         if own is None and head != "own":
@@ -2000,25 +1955,19 @@ def measured(args, rest, what, of):
     """Both subcommands: of(model, sums) of each network, from `what`.json or computed. -> Results,
     {network: (its model's name, numbers)}."""
     results, device, named = started(args, rest, what, untrained=True)
-    tell = train.say if train.rank() == 0 else lambda text="": None
     found = {}
     for name, settings, origin in named:
         part = f"{args.images} images"
         if part not in results.parts.get(name, {}):
-            dataset = training_images(settings, device, args.images, tell)
-            model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
-            workers = train.worker_count(settings, dataset,
-                                         int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            model, dataset, workers = network_and_training_images(settings, origin, device,
+                                                                  args.images)
 
-            def batches(start):
-                stop = min(start + UNIT, len(dataset))
-                order = [[(0, i) for i in range(first, min(first + 64, stop))]
-                         for first in range(start, stop, 64)]
-                for x, y in data.batches(data.loader(dataset, order, workers), train.say):
-                    yield train.to_float(x.to(device), model), y
+            def unit(images):
+                return activity(model, Batches(dataset.part(images), model, 64, workers,
+                                               split=False))
 
-            units = {f"{part}, from {start}": lambda start=start: activity(model, batches(start))
-                     for start in range(0, len(dataset), UNIT)}
+            units = {f"{part}, from {i * UNIT}": functools.partial(unit, images)
+                     for i, images in enumerate(torch.arange(len(dataset)).split(UNIT))}
             share_out(results, name, units, what)
             done = results.parts[name]
             results.put(name, part, of(model, added([done.pop(unit) for unit in units])))
@@ -2179,6 +2128,459 @@ def markdown(rows):
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
+# -------------------------------------------------------------------- noise, calibration, fit (NLL)
+
+def together(results, device, named, parts, what):
+    """Computes what is not finished of {part: function of (model, held-out images, settings,
+    workers) -> its numbers}, all processes on each part together; yields each network's name and
+    {part: numbers}."""
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    for name, settings, origin in named:
+        todo = [part for part in parts if part not in results.parts.get(name, {})]
+        if todo:
+            model, dataset = network_and_images(settings, origin, device, tell)
+            workers = train.worker_count(settings, dataset,
+                                         int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        with train.progress(len(parts), what, "part") as bar:
+            bar.update(len(parts) - len(todo))
+            for part in todo:
+                results.put(name, part, parts[part](model, dataset, settings, workers))
+                bar.update()
+        yield name, {part: results.parts[name][part] for part in parts}
+
+
+def ring(size, frequency, window=0.1, form="paper"):
+    """The mask M_f of a band of frequencies of size² pixels, bool, in the order of torch.fft.fft2.
+    paper: the ring f - window/2 ≤ r < f + window/2 of radii r = 2·‖k‖₂ / size of the wave numbers
+    k, in units of π: Nyquist's is 1, a corner √2. code: Park & Kim's: wave numbers from -n to n - 1
+    in both directions, n = int((f + window/2)·size/2), but those likewise within f - window/2;
+    UserError for odd sizes, where that is wrong."""
+    k = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
+    edges = [round(frequency + side * window / 2, 9) for side in (-1, 1)]
+    if form == "paper":
+        radius = torch.hypot(k[:, None], k) * 2 / size
+        return (edges[0] <= radius) & (radius < edges[1])
+    if size % 2:
+        raise UserError(f"--form code: its bands need an even image size, not {size}")
+    lines = [(-n <= k) & (k < n) for n in (max(int(edge * size / 2), 0) for edge in edges)]
+    inner, outer = (line[:, None] & line for line in lines)
+    return outer & ~inner
+
+
+def band_noise(delta, mask):
+    """F⁻¹(F(δ) ⊙ M), the part of δ (…, H, W) in the band M (H, W). A ring has -k with each k, so
+    that it is real; of the code's band the real part."""
+    return torch.fft.ifft2(torch.fft.fft2(delta) * mask).real
+
+
+def noise(model, dataset, frequency, sigma=0.5, window=0.1, *, form="paper", equal_energy=False,
+          seed=0, workers=0, batch_size=256):
+    """Accuracy on images x₀ + F⁻¹(F(δ) ⊙ M_f), noise of frequencies around f·π only (Park & Kim §3,
+    Fig. 2b), not clamped to [0, 1]. δ is N(0, σ²) in each value, so the noise has the expected
+    energy Σ|·|² = σ²·|M_f| in a channel: in proportion to the band's area; with equal_energy, σ²
+    times H·W in each band. form "code": δ = σ·sign(N(0, 1)) and other bands, see ring. δ depends on
+    seed, f and the image's index only. frequency None: no noise. -> dict of train.evaluate, over
+    all processes. Cost: an evaluation, and 1 ms for the δ of an image of 224²."""
+    def disturbed(number, x, y):
+        mine = dataset.indices[train.rank()::world_size()][number * batch_size:][:len(x)]
+        delta = torch.stack([torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(
+            data.key(seed, i, round(1e6 * frequency), 4))) for i in mine.tolist()]).to(x)
+        mask = ring(x.shape[-1], frequency, window, form)
+        scale = sigma / mask.double().mean().item() ** (0.5 * equal_energy)
+        delta = scale * (delta.sign() if form == "code" else delta)
+        return x + band_noise(delta, mask.to(x)), F.one_hot(y, len(dataset.classes)).to(x)
+
+    device = next(model.parameters()).device
+    loader = train.own_share(dataset, device, workers, batch_size)
+    with adversarial.held_still(model, device):
+        return train.evaluate(model, loader, device, mix=None if frequency is None else disturbed)
+
+
+def noise_command(args, rest):
+    """Decrease of the accuracy on held-out images under noise of one band of frequencies after
+    another (Park & Kim Fig. 2b); "-" where images of that size have none in the band. The paper
+    gives the window, 0.1π; σ is our choice. Returns what the JSON holds under "results"."""
+    need(args, frequencies=0, sigma=0, window=1e-6, noise_seed=0)
+    results, device, named = started(args, rest, "noise")
+    how = (f"σ {args.sigma:g}, window {args.window:g}π, {args.form}"
+           f"{', equal energy' * args.equal_energy}, seed {args.noise_seed}")
+    bands = {"no noise": None} | {f"{f:g}π, {how}": f for f in sorted(set(args.frequencies))}
+
+    def at(frequency, model, dataset, settings, workers):
+        if frequency is not None and not ring(settings.image_size, frequency, args.window,
+                                              args.form).any():
+            return None
+        return noise(model, dataset, frequency, args.sigma, args.window, form=args.form,
+                     equal_energy=args.equal_energy, seed=args.noise_seed, workers=workers)
+
+    rows = []
+    for name, found in together(results, device, named, {
+            part: functools.partial(at, f) for part, f in bands.items()}, "bands"):
+        clean, *top1 = (of and of["top1"] for of in found.values())
+        rows.append({"decrease of top-1": name, "top-1 %": clean} | {
+            f"{f:g}π": None if value is None else clean - value
+            for f, value in zip(list(bands.values())[1:], top1)})
+    if train.rank() == 0:
+        print_rows(rows)
+        figure(results.path.with_suffix(".png"), lambda axes: draw_noise(axes, rows, how))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def draw_noise(axes, rows, how):
+    for name, _, *decrease in (row.values() for row in rows):
+        axes.plot([float(key[:-1]) for key in list(rows[0])[2:]],
+                  [math.nan if v is None else v for v in decrease], "o-", label=name)
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set_xlabel(f"frequency of the noise (π); {how}", fontsize=8)
+    axes.set_ylabel("decrease of accuracy (points)")
+    axes.figure.legend(fontsize=6, loc="outside upper left")
+
+
+@torch.inference_mode()
+def calibration(batches, bins=10):
+    """How well p = softmax(logits) agrees with what is right. batches: of logits (m, K) and classes
+    (m,), of n processes each its own; -> dict over all: images; top1, confidence: accuracy and mean
+    of max p, in percent; nll: mean -ln p_y; brier: mean Σ_k (p_k - [k = y])², up to 2; in percent:
+    ece, of max p, and classwise_ece, mean over classes k of that of p_k against [k = y] (Kull et
+    al. 2019, 1910.12656), see train.calibration_error; adaptive_ece: as ece, in bins of equally
+    many images (Nguyen & O'Connor 2015); bins: images, accuracy and confidence in percent of each
+    of ece's, None of an empty one. An exact 1 is in the last bin with its confidence, which the
+    code of Park & Kim takes for 0; their NLL is a mean over batches, ours over images."""
+    top = classes = scores = 0
+    seen = []
+    for logits, y in batches:
+        exact = dict(dtype=torch.float64, device="cpu" if logits.is_mps else logits.device)
+        logits, y = logits.to(**exact), y.to(exact["device"])
+        p, truth = logits.softmax(1), F.one_hot(y, logits.shape[1])
+        confidence, best = p.max(1, keepdim=True)
+        right = best == y[:, None]
+        top = top + train.bin_sums(confidence, right, bins)
+        classes = classes + train.bin_sums(p, truth, bins)
+        scores = scores + torch.stack([F.cross_entropy(logits, y, reduction="sum"),
+                                       (p - truth).square().sum()])
+        seen.append(torch.cat([confidence, right], dim=1))
+    every = [[part.cpu() for part in (top, classes, scores, torch.cat(seen))] if seen else None]
+    if dist.is_initialized():
+        own, every = every[0], [None] * world_size()
+        dist.all_gather_object(every, own)
+    *sums, seen = zip(*filter(None, every))
+    (top, classes, scores), (confidence, right) = map(sum, sums), torch.cat(seen).numpy().T
+    equal, n = np.array_split(np.lexsort((right, confidence)), bins), len(right)
+    nll, brier = (scores / n).tolist()
+    ece, classwise = (train.calibration_error(of).mean().item() for of in (top, classes))
+    adaptive = sum(abs((right - confidence)[images].sum()) for images in equal).item()
+    shares = [[100 * v / m if m else None for v, m in zip(of.tolist(), top[0, 0].tolist())]
+              for of in top[1:, 0]]
+    return dict(images=n, top1=100 * right.mean().item(), confidence=100 * confidence.mean().item(),
+                nll=nll, brier=brier, ece=ece, classwise_ece=classwise,
+                adaptive_ece=100 * adaptive / n, bins=dict(
+                    images=top[0, 0].int().tolist(), accuracy=shares[0], confidence=shares[1]))
+
+
+def calibration_command(args, rest):
+    """Reliability diagram and calibration errors of networks on held-out images (Park & Kim Fig.
+    F.1a). Returns what the JSON holds under "results"."""
+    need(args, bins=1)
+    results, device, named = started(args, rest, "calibration")
+
+    def of(model, dataset, settings, workers):
+        with adversarial.held_still(model, device), torch.inference_mode():
+            loader = train.own_share(dataset, device, workers)
+            return calibration(((model(train.to_float(x.to(device), model)), y)
+                                for x, y in data.batches(loader, train.say)), args.bins)
+
+    found = {name: numbers for name, own in together(results, device, named, {
+        f"{args.bins} bins": of}, "calibration") for numbers in own.values()}
+    if train.rank() == 0:
+        units = dict.fromkeys(("images", "nll", "brier"), "")
+        print_rows([{"network": name} | {
+            key.replace("_", " ") + units.get(key, " %"): value if key == "images" else significant(
+                value) for key, value in numbers.items() if key != "bins"}
+            for name, numbers in found.items()])
+        figure(results.path.with_suffix(".png"), lambda axes: draw_calibration(axes, found))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def draw_calibration(axes, found):
+    """Accuracy of the images of each bin, at their mean confidence."""
+    axes.plot([0, 100], [0, 100], "--", color="grey")
+    for name, of in found.items():
+        axes.plot(*([math.nan if v is None else v for v in of["bins"][key]]
+                    for key in ("confidence", "accuracy")), "o-", label=name)
+    axes.set_xlabel("confidence (%)")
+    axes.set_ylabel("accuracy (%)")
+    axes.figure.legend(fontsize=6, loc="outside upper left")
+
+
+# Park & Kim App. C: NLL of the training set and test error in percent on CIFAR-100. ResNet-50's is
+# 1.9 points below PiT's. Other values are in figures only.
+NLL_TEXT = {"resnet18": (2.31, 22.0), "resnet50": (None, 22.2), "pit_ti": (2.29, 24.1),
+            "vit_s2": (2.17, 30.4)}
+AGAINST = {"model": "model", "images": "training images per class", "patch": "patch (pixels)",
+           "kernel": "kernel of the attention (tokens)", "epochs": "epochs trained"}
+
+
+def nll(model, training, held_out, settings, workers=0):
+    """How well a network fits the images it was trained on, as these were then, and generalises
+    (Park & Kim A.2, Fig. 5). training: augmented images, mixed here in micro-batches by the MixUp
+    and CutMix of `settings`. -> dict: nll, the cross-entropy against these soft labels, in nats, a
+    mean over images (their code: over batches), no label smoothing, no decay; training_error,
+    against the larger share; test_nll and error of the held-out images, clean; errors in percent.
+    Evaluation mode; over all processes. Cost: both sets forward."""
+    mixes, device = settings.mixup or settings.cutmix, next(model.parameters()).device
+    with adversarial.held_still(model, device):
+        fit = train.measure("training images", training, model, settings, device, workers, mix=(
+            train.mixing(settings, len(training.classes)) if mixes else None))
+        test = train.measure("held-out images", held_out, model, settings, device, workers)
+    return dict(nll=fit["nll"], training_error=100 - fit["top1"], test_nll=test["nll"],
+                error=100 - test["top1"])
+
+
+def sizes(network, settings, n, classes):
+    """What --against asks for, of a network trained on n images; None where it has no such."""
+    kind, saved = train.family(settings.model), train.own_checkpoint(settings.init_from)
+    first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
+    grid = getattr(network, "grid", [None])[0]
+    return dict(
+        model=settings.model, images=n / classes,
+        patch=settings.image_size // grid if kind in ("vit", "mixer") else
+        first.kernel_size[0] if kind in ("pit", "swin") else None,  # PiT's may overlap
+        kernel=settings.kernel_size or grid if kind == "vit" else None,  # global: all (Fig. 7)
+        epochs=saved["step"] / max(n // settings.batch_size, 1) if saved else None)
+
+
+def nll_command(args, rest):
+    """The NLL of training images, augmented and mixed as in training, and the error on held-out
+    images, of networks that differ in --against (Park & Kim Fig. 5, 7a, C.1, C.2a, C.3): what fits
+    worse, does it generalise worse? Epochs are those trained, with the warm-up. Returns what the
+    JSON holds under "results"."""
+    results, device, named = started(args, rest, "nll")
+
+    def of(model, held_out, settings, workers):
+        tell = train.say if train.rank() == 0 else lambda text="": None
+        n = len(training_images(settings, device, "1", tell))
+        training = training_images(settings, device, args.images, tell, augmented=True)
+        training.restrict(torch.randperm(len(training), generator=torch.Generator().manual_seed(
+            data.key(settings.seed, 3))))  # a folder's are sorted: like would be mixed with like
+        augmented = {name: getattr(settings, name) for name in (
+            "augment", "autoaugment", "randaugment", "erasing", "mixup", "cutmix")}
+        return nll(model, training, held_out, settings, workers) | sizes(
+            model.network, settings, n, len(held_out.classes)) | dict(augmented=augmented)
+
+    rows = [dict(network=name) | numbers for name, found in together(results, device, named, {
+        f"{args.images} of the training images": of}, "networks") for numbers in found.values()]
+    for row in rows:
+        if row[args.against] is None:
+            raise UserError(f"--against {args.against}: {row['network']} has no such number")
+    if train.rank() == 0:
+        table = [{"network": row["network"], args.against: row[args.against] if
+                  args.against == "model" else significant(row[args.against]),
+                  "NLL, training": significant(row["nll"]), "error %": row["error"],
+                  "training error %": row["training_error"], "NLL, held out": significant(
+                  row["test_nll"])} for row in rows]
+        table += [dict(zip(table[0], (f"Park & Kim, CIFAR-100, {model}", None, *of, None, None)))
+                  for model, of in NLL_TEXT.items() if model in {row["model"] for row in rows}]
+        print_rows(table)
+        for row in rows:
+            train.say(f"{row['network']}: training images with " + ", ".join(
+                f"{name} {value}" for name, value in row["augmented"].items()))
+        figure(results.path.with_suffix(".png"), lambda axes: draw_nll(axes, rows, args.against))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def draw_nll(axes, rows, against):
+    """Two scales, as in the paper: error and training NLL by what the networks differ in."""
+    right, of_model = axes.twinx(), against == "model"
+    for i, model in enumerate(dict.fromkeys(row["model"] for row in rows)):
+        own = sorted((row for row in rows if row["model"] == model), key=lambda row: row[against])
+        at = [rows.index(row) if of_model else row[against] for row in own]
+        for ax, key, style in ((axes, "error", "^-"), (right, "nll", "o--")):
+            ax.plot(at, [row[key] for row in own], style[:1] if of_model else style, color=f"C{i}",
+                    label=model)
+    if of_model:
+        axes.set_xticks(range(len(rows)), [row["model"] for row in rows], rotation=30, ha="right")
+    elif against in ("images", "epochs"):
+        axes.set_xscale("log")
+    axes.set_xlabel(AGAINST[against])
+    axes.set_ylabel("▲ error on held-out images (%)")
+    right.set_ylabel("● NLL of augmented training images")
+    axes.legend(fontsize=6)
+
+
+# ----------------------------------------------------------------------------------- attention maps
+
+def attention_weights(model, x=None):
+    """{block: softmax(q·kᵀ/√d) (B, H, N, N)} of each global self-attention for images x, in order;
+    a query's row sums to one; the class token, where there is one, is first. UserError where there
+    is none, also without x."""
+    network = model.network
+    out = {name: None for name, (kind, _) in getattr(network, "intermediates", {}).items()
+           if kind == "weights"}
+    if not out:
+        raise UserError(f"{type(network).__name__} shows no map of global attention: Swin and "
+                        "AlterNet attend within windows, ResNet and Mixer not at all; timm's and "
+                        "torchvision's ViTs tell none (timm's weights load into --model vit_…)")
+    if x is not None:
+        with adversarial.held_still(model, x.device), torch.inference_mode():
+            model(x, out=out)
+    return {name.removesuffix(".attn.weights"): weights for name, weights in out.items()}
+
+
+def as_map(weights, prefix):
+    """Attention (…, N, N) -> (…, h, w), whose sum is one: the class token's to the patches, without
+    that to itself, or, prefix 0, what a patch receives, a mean over the queries."""
+    row = weights[..., 0, 1:] if prefix else weights.mean(-2)
+    return (row / row.sum(-1, keepdim=True)).unflatten(-1, (math.isqrt(row.shape[-1]), -1))
+
+
+def rollout(layers):
+    """Attention rollout (Abnar & Zuidema 2020, 2005.00928): ∏ ½ (mean over heads of A_l + 1), the
+    last layer leftmost. layers: [A_l (H, N, N)] -> (N, N), whose rows sum to one."""
+    eye = torch.eye(layers[0].shape[-1]).to(layers[0])
+    return functools.reduce(lambda below, a: (a.mean(0) + eye) / 2 @ below, layers, eye)
+
+
+def attention(model, image):
+    """Maps for an image (3, H, W) in [0, 1], each of sum one over the patches. -> dict: map (h, w),
+    the last layer's attention of the class token, averaged over heads (Chen et al. Fig. 3, B.2);
+    heads (H, h, w); rollout (h, w), over all layers, of PiT over the last stage's; shown: whose
+    attention it is. Without class token (global average pooling) it is what a patch receives, a
+    mean over all queries. Cost: a forward pass."""
+    weights = [layer[0].cpu().double() for layer in attention_weights(model, image[None]).values()]
+    last, prefix = weights[-1], model.network.prefix_tokens
+    whole = rollout([layer for layer in weights if layer.shape == last.shape])
+    return dict(map=as_map(last.mean(0), prefix).tolist(), heads=as_map(last, prefix).tolist(),
+                rollout=as_map(whole, prefix).tolist(),
+                shown="of the class token" if prefix else "received, mean over queries")
+
+
+def upsampled(values, size):
+    """A map (h, w), bilinearly, to (size, size) (Chen et al. B.2)."""
+    values = torch.tensor(values)[None, None]
+    return F.interpolate(values, (size, size), mode="bilinear")[0, 0].numpy()
+
+
+def attention_distance(model, batches):
+    """{block: [mean attention distance of each head]} in pixels (Dosovitskiy et al. 2020,
+    2010.11929, Fig. 11): from a query patch to a key patch, averaged with the attention as weights,
+    over queries and images; the class token left out, the weights of the others scaled to sum one.
+    From patch to patch it is the image's side / the map's side. batches: of (x, y)."""
+    sums, images, prefix = {}, 0, model.network.prefix_tokens
+    for x, _ in batches:
+        images += len(x)
+        for name, weights in attention_weights(model, x).items():
+            weights = weights[..., prefix:, prefix:]
+            side = math.isqrt(weights.shape[-1])
+            at = torch.cartesian_prod(*[torch.arange(side) * x.shape[-1] / side] * 2).to(weights)
+            apart = (at[:, None] - at).norm(dim=-1)  # (N, N)
+            mean = ((weights * apart).sum(-1) / weights.sum(-1)).mean(-1)  # (B, H)
+            sums[name] = sums.get(name, 0) + mean.sum(0)
+    return {name: (of_heads / images).tolist() for name, of_heads in sums.items()}
+
+
+def attention_command(args, rest):
+    """Where networks look: the last layer's attention of the class token to the patches, averaged
+    over heads, upsampled to the image (Chen et al. Fig. 3, B.2); of a network without class token
+    the attention that a patch receives, a mean over all queries. A figure of each image, networks
+    side by side. Networks without global attention are named and left out. Returns what the JSON
+    holds under "results"."""
+    need(args, indices=0, distance=0)
+    results, device, named = started(args, rest, "attention")
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    indices = args.indices or ([] if args.image or args.distance else [0, 1, 2, 3])
+    files = {f"{path} ({train.on_main(lambda: fingerprint(path))})": path for path in args.image}
+    sets = {f"{settings.dataset} {settings.eval_split}" for _, settings, _ in named}
+    if indices and len(sets) > 1:
+        raise UserError(f"--indices: networks of several data sets, {', '.join(sorted(sets))}, "
+                        "have no images in common; give --image FILE")
+    pictures, maps, distances, part = {}, {}, {}, f"distance, {args.distance} images"
+    for name, settings, origin in named:
+        if indices or args.distance:
+            model, dataset = network_and_images(settings, origin, device, tell)
+            if max([args.distance, *(i + 1 for i in indices)]) > len(dataset):
+                raise UserError(f"--indices, --distance: there are {len(dataset):,} held-out "
+                                "images, the first is 0")
+        else:  # these need no data set
+            classes = class_names(settings, train.own_checkpoint(settings.init_from))
+            model = train.starting_network(settings, origin, len(classes), device, tell)
+        try:
+            attention_weights(model)
+        except UserError as error:
+            tell(f"{name}: {error}")
+            continue
+        prepare, notes = data.transforms("none", settings.image_size,
+                                         short_side=settings.eval_short_side), []
+        own = {of: prepare(data.read_image(path, path, notes)) for of, path in files.items()}
+        if indices:
+            loader = data.loader(dataset, [[(0, i)] for i in indices])
+            own |= {f"image {i}": x[0] for i, (x, _) in zip(indices, data.batches(loader, tell))}
+        for note in notes:
+            tell(note)
+        pictures = own | pictures  # as the first network sees them
+        units = {of: functools.partial(attention, model, train.to_float(x.to(device), model))
+                 for of, x in own.items()}
+        if args.distance:
+            some = data.subset(dataset.labels, Fraction(args.distance, len(dataset)))
+            units[part] = functools.partial(attention_distance, model, Batches(
+                dataset.part(some), model, 16, split=False))
+        share_out(results, name, units, "images")
+        maps[name] = {of: results.parts[name][of] for of in own}
+        if args.distance:
+            distances[name] = results.parts[name][part]
+    if not maps:
+        raise UserError("none of the networks has a map of global attention")
+    if train.rank() == 0:
+        if pictures:
+            print_rows([{"attention": f"{name}, {of}", "is": found["shown"], "highest":
+                         significant(np.max(found["map"])), "uniform":
+                         significant(1 / np.size(found["map"]))}
+                        for name, own in maps.items() for of, found in own.items()])
+        if distances:
+            print_rows([{"distance, pixels": f"{name}, {block}", "mean": sum(heads) / len(heads),
+                         "nearest head": min(heads), "farthest": max(heads)}
+                        for name, of in distances.items() for block, heads in of.items()])
+            figure(results.path.with_name("attention-distance.png"),
+                   lambda axes: draw_distances(axes, distances))
+        for of, x in pictures.items():
+            found = {name: own[of] for name, own in maps.items()}
+            rows = {"mean of heads": "map"} | ({"rollout": "rollout"} if args.rollout else {})
+            rows = {what: [one[key] for one in found.values()] for what, key in rows.items()}
+            heads = itertools.zip_longest(*(one["heads"] for one in found.values()))
+            rows |= {f"head {i}": of_all for i, of_all in enumerate(heads, 1) if args.heads}
+            stem = re.sub(r"[^\w.]+", "-", Path(of).name).strip("-")
+            figure(results.path.with_name(f"attention-{stem}.png"), lambda axes: draw_attention(
+                np.atleast_2d(axes), of, x, found, rows), len(rows), 1 + len(found))
+        train.say(f"results   {results.path}")
+    return results.parts
+
+
+def draw_attention(axes, title, x, found, rows):
+    """The image, beside it a column for each network; each map on a scale of its own, from 0."""
+    for row, (what, maps) in zip(axes, rows.items()):
+        for ax in row:
+            ax.set_axis_off()
+        for ax, (name, own), values in zip(row[1:], found.items(), maps):
+            if values is not None:  # others have more heads
+                ax.imshow(upsampled(values, x.shape[-1]), vmin=0, cmap="inferno")
+                ax.set_title(f"{name if len(name) < 48 else '…' + name[-46:]}\n{what}, "
+                             f"{own['shown']}", fontsize=8)
+    axes[0, 0].imshow(x.permute(1, 2, 0).numpy())
+    axes[0, 0].set_title(title, fontsize=8)
+
+
+def draw_distances(axes, distances):
+    """A point for each head."""
+    for i, (name, of) in enumerate(distances.items()):
+        points = [(layer, value) for layer, heads in enumerate(of.values(), 1) for value in heads]
+        axes.plot(*zip(*points), "o", color=f"C{i}", markersize=4, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("attention layer")
+    axes.set_ylabel("mean attention distance (pixels)")
+    axes.legend(fontsize=6)
 # ----------------------------------------------------------------------------------- finished runs
 
 def training_curve(records):
@@ -3410,6 +3812,67 @@ def draw_transfer(axes, held_out):
     axes.legend(fontsize=6)
 
 
+# ---------------------------------------------------------------------------------------------- all
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
+<style>body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: auto; padding: 1em }}
+img {{ max-width: 100%; background: white }} pre {{ overflow-x: auto }}</style>
+<h1>{title}</h1>
+{body}</html>
+"""
+
+
+def all_command(args, rest):
+    """Every figure that the networks allow, by the other subcommands with their defaults, in one
+    folder with an index.html that shows each with its numbers and its command, or why there is
+    none. What is finished is not computed again. Returns {subcommand: None, or why not}."""
+    networks(args.checkpoint, rest)
+    folder = Path(args.out_dir or (Path(args.checkpoint[0]).parent / "figures"
+                                   if args.checkpoint else Path("out", "all")))
+    commands, answers, argvs = make_parser().commands, {}, {}
+    for what in args.figures:
+        argv = [what, "--out-dir", str(folder)]
+        argv += ["--checkpoint", *args.checkpoint] if args.checkpoint else []
+        for flag, value in (("--images", args.images), ("--points", args.points)):
+            if value and flag in commands[what]._option_string_actions:
+                argv += [flag, value]
+        argvs[what], own = [*argv, *rest], make_parser().parse_args(argv)
+        if train.rank() == 0:
+            train.say(f"\n{what}")
+        try:
+            own.function(own, rest)
+            answers[what] = None
+        except UserError as error:
+            answers[what] = str(error)
+            if train.rank() == 0:
+                train.say(f"none      {error}")
+        if train.rank() == 0:  # after each: it may be looked at meanwhile
+            page = index_page(folder, commands, argvs, answers)
+            train.write_file(folder / "index.html", lambda file: file.write(page.encode()))
+    if train.rank() == 0:
+        train.say(f"\nfigures   {folder / 'index.html'}")
+    return answers
+
+
+def index_page(folder, commands, argvs, answers):
+    """The text of index.html: of each subcommand what it shows, its figures or why there are none,
+    and links to its numbers; commands {name: parser}, argvs and answers as all_command has them."""
+    body = []
+    for what, answer in answers.items():
+        body.append(f"<h2 id={what}>{what}</h2>\n<p>{html.escape(commands[what].summary)}</p>")
+        if answer is None:
+            figures = sorted(path.name for path in folder.glob(f"{what}*.png")
+                             if re.fullmatch(rf"{what}(-.*)?\.png", path.name))
+            body += [f'<p><img src="{quote(name)}" alt="{html.escape(name)}">' for name in figures]
+            body.append(f'<p><a href="{what}.json">{what}.json</a>')
+        else:
+            body.append(f"<p>Not made: {html.escape(answer)}")
+        body.append(f"<pre>{html.escape(shlex.join(['python', 'analyze.py', *argvs[what]]))}</pre>")
+    return PAGE.format(title="Figures", body="\n".join(body))
+
+
 # --------------------------------------------------------------------------------------------- main
 
 def make_parser():
@@ -3424,6 +3887,7 @@ def make_parser():
                                      description=function.__doc__, epilog=(
             "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."))
         parser.set_defaults(function=function)
+        parser.summary = summary
         if of_checkpoints:
             parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE",
                                 help="of runs of train.py; else --model NAME --init-from FILE")
@@ -3526,6 +3990,37 @@ def make_parser():
     add("--benchmarks", nargs="+", choices=("val", "c", "c-lite"), default=["val", "c-lite"],
         help="see robustness (default: val c-lite)")
 
+    add = command(noise_command, "accuracy under noise of a band of frequencies (Park Fig. 2b)")
+    add("--frequencies", type=float, nargs="+", default=[i / 10 for i in range(11)], metavar="F",
+        help="middles of the bands, in units of π (default: 0 0.1 … 1)")
+    add("--sigma", type=float, default=0.5, help="of the noise in all bands together, 1 being from "
+        "black to white (default: 0.5)")
+    add("--window", type=float, default=0.1, help="width of a band, in π (default: 0.1, Fig. 2b)")
+    add("--equal-energy", action="store_true", help="noise of σ in every band, not in proportion "
+        "to its area")
+    add("--form", choices=("paper", "code"), default="paper", help="code: as Park & Kim's code, "
+        "signs in place of a Gaussian, square bands of the half-width window / 2")
+    add("--noise-seed", type=int, default=0, metavar="SEED", help="of the noise (default: 0)")
+
+    add = command(attention_command, "attention maps of the class token, rollout, mean distance "
+                  "(Chen Fig. 3, B.2)")
+    add("--image", nargs="+", default=[], metavar="FILE", help="images, cropped as in evaluation")
+    add("--indices", type=int, nargs="+", default=[], metavar="I", help="of held-out images "
+        "(default, without --image and --distance: 0 1 2 3)")
+    add("--heads", action="store_true", help="also draw each head")
+    add("--rollout", action="store_true", help="also draw the attention rollout over all layers")
+    add("--distance", type=int, default=0, metavar="N", help="mean attention distance of each "
+        "layer and head over N held-out images, class-balanced (Dosovitskiy et al. Fig. 11: 128)")
+
+    add = command(calibration_command, "reliability diagram, calibration errors (Park Fig. F.1a)")
+    add("--bins", type=int, default=10, help="of the confidence (default: 10, Park's code)")
+
+    add = command(nll_command, "NLL of augmented training images and test error (Park Fig. 5, 7a, "
+                  "C.1, C.2a, C.3)")
+    add("--against", choices=AGAINST, default="model", help="; ".join(
+        f"{name}: {text}" for name, text in AGAINST.items()) + " (default: model)")
+    add("--images", default="1", metavar="N", help="of the training set, class-balanced: a number "
+        "or a fraction (default: 1, all)")
     for function, summary in (
             (curves, "training loss and validation accuracy of runs (Chen Fig. 2, Xiao Fig. 2)"),
             (peak, "error of finished runs against minutes per epoch (Xiao Fig. 6, Table 2)")):
@@ -3580,6 +4075,16 @@ def make_parser():
     add = command(transfer, "accuracy after fine-tuning on other data sets (Chen Table 6)")
     add("--datasets", nargs="+", choices=data.DATASETS, default=list(HELD_OUT), help="(default: "
         "Table 6's)")
+
+    figures = ("robustness", "hessian", "spectrum", "landscape", "flatness", "ntk", "norms",
+               "sparsity", "fourier", "variance", "cka", "lesion", "noise", "attention",
+               "calibration", "nll", "curves")
+    add = command(all_command, "every figure that checkpoints allow, in one folder with an "
+                  "index.html")
+    add("--figures", nargs="+", choices=figures, default=figures, metavar="SUBCOMMAND", help="only "
+        "these (default: " + " ".join(figures) + ")")
+    add("--images", help="for each that has this flag; default: its own")
+    add("--points", help="of the landscape; default: its own")
     return parser
 
 

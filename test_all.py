@@ -6177,46 +6177,6 @@ def test_residuals_and_errors_bound_eigenvalues_and_too_few_products_are_told():
     assert found["errors"][0] > 1e-6 * found["eigenvalues"][0]
 
 
-def test_a_start_from_the_hardest_images_saves_products_and_changes_no_eigenvalue(monkeypatch):
-    torch.manual_seed(0)
-    x, y = torch.rand(64, 3, 4, 4, dtype=torch.float64), torch.arange(64) % 3
-    x[:, 0] += 0.5 * F.one_hot(y, 4)[:, None]
-    y[::16] = (y[::16] + 1) % 3  # four of the images have wrong classes
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.GELU(), nn.Linear(8, 3)).double()
-    optimizer = torch.optim.Adam(model.parameters(), 0.02)
-    for _ in range(60):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    batches, calls = list(zip(x.split(7), y.split(7))), []
-
-    def loss(logits, y):
-        calls.append(len(y))
-        return F.cross_entropy(logits, y)
-
-    errors = (model(x).softmax(1) - F.one_hot(y, 3)).norm(dim=1)  # the gradient by the logits
-    hardest = set(errors.topk(16).indices.tolist())
-    chosen = analyze.Hessian(model, loss, batches).of_hardest(4).batches
-    assert [len(labels) for _, labels in chosen] == [7, 7, 2]
-    found = {i for i in range(64) if any((x[i] == image).all() for part, _ in chosen
-                                         for image in part)}
-    assert found == hardest, (found, hardest)
-    assert analyze.Hessian(model, loss, batches).of_hardest(11) is None, "less than a batch"
-    true = torch.linalg.eigvalsh(dense_hessian(model, batches))
-    for which, k in (("algebraic", 1), ("magnitude", 3)):
-        calls.clear()
-        near, want = (analyze.hessian_eigenvalues(model, loss, some, k, which, tolerance=0.01)
-                      for some in (batches, [(x, y)]))
-        assert near["part_products"] > 0 and want["part_products"] == 0
-        assert sum(calls) == 64 + 16 + 64 + 64, "forward, graphs of a part, of all; of one batch"
-        assert near["products"] < want["products"], (near, want)
-        assert near["images"] == 64 and near["converged"] and want["converged"]
-        for one in (near, want):
-            assert np.allclose(one["eigenvalues"], wanted(true, k, which), rtol=0.01), (one, true)
-    near = analyze.hessian_eigenvalues(model, loss, batches, 3, tolerance=1e-9, iterations=200)
-    assert np.allclose(near["eigenvalues"], wanted(true, 3, "algebraic"), rtol=1e-8)
-
-
 def test_power_iteration_finds_the_largest_magnitude_only():
     found = analyze.hessian_eigenvalues(with_spectrum([-6, 4, 1, 0]), **QUADRATIC, method="power")
     assert abs(found["eigenvalues"][0] + 6) < 1e-9 and found["products"] == 100, found
@@ -6302,10 +6262,9 @@ def test_a_hessian_that_was_killed_goes_on_to_the_same_bits(tmp_path, what):
     first, seen = sum(seen), []
     ended = job(saved=analyze.Saved(path, seconds=0), tick=seen.append)
     assert ended.pop("seconds") > 0 and whole.pop("seconds") > 0 and ended == whole
-    together, part = (3, 0) if what == "density" else (1, whole["part_products"])
-    assert (part > 0) is (what == "lanczos"), "the start, from a part of 2 images, is done once"
-    again = first + sum(seen) - 2 * (part + (part > 0)) - 9 * whole["products"]
-    assert 0 < again < 9 * together, "no more than the product that was cut off"
+    at_once = 3 if what == "density" else 1
+    again = first + sum(seen) - 9 * (whole["products"] + (what == "lanczos"))  # and the gradient
+    assert 0 < again < 9 * at_once, "no more than the product that was cut off"
     saved.remove()
     assert not path.exists()
 
@@ -7256,6 +7215,339 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
     assert analyze.main(argv) == 0 and (tmp_path / "out/compare.md").read_bytes() == before
 
 
+class Recorder(nn.Module):
+    """Keeps the images that it is shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.seen = nn.Parameter(torch.ones(1, dtype=torch.float64)), []
+
+    def forward(self, x):
+        self.seen.append(x)
+        return x.mean((2, 3)) * self.weight
+
+
+def noise_seen(images, frequency, **how):
+    """What `noise` adds to a data set's images (N, 3, H, W), by order of their evaluation."""
+    model, plain = Recorder(), Recorder()
+    for each, f in ((model, frequency), (plain, None)):
+        analyze.noise(each, images, f, **how)
+    return torch.cat(model.seen) - torch.cat(plain.seen)
+
+
+@pytest.fixture
+def grey():
+    """48 grey images of 16² pixels."""
+    return data.InMemory(torch.full((48, 3, 16, 16), 128, dtype=torch.uint8),
+                         torch.arange(48) % 3, list("abc"))
+
+
+def test_the_bands_of_the_noise_are_rings_that_tile_all_frequencies():
+    for n in (9, 16):
+        k = [i if 2 * i < n else i - n for i in range(n)]
+        radius = [[2 * math.sqrt(a * a + b * b) / n for b in k] for a in k]
+        for f, window in ((0, 0.1), (0.5, 0.1), (0.5, 0.4), (1, 0.3)):
+            expected = [[f - window / 2 <= r < f + window / 2 for r in row] for row in radius]
+            assert analyze.ring(n, f, window).tolist() == expected, (n, f, window)
+        rings = torch.stack([analyze.ring(n, f / 10) for f in range(15)])
+        assert (rings.sum(0) == 1).all(), "each frequency is in one of the bands"
+
+
+def test_the_bands_of_the_papers_code_are_its_squares():
+    # (size, frequency / π, window / π): the number of frequencies, by how-do-vits-work's FreqAttack
+    for (n, f, window), number in {
+            (32, 0.5, 0.1): 60, (32, 0.9, 0.1): 224, (32, 1, 0.1): 124, (32, 0, 0.1): 0,
+            (32, 0.1, 0.1): 16, (224, 0.25, 0.1): 2420, (224, 1, 0.1): 5232, (8, 0.5, 0.4): 12,
+            (16, 0.9, 0.2): 112}.items():
+        assert analyze.ring(n, f, window, "code").sum() == number, (n, f, window)
+    k = torch.fft.fftfreq(16, 1 / 16)
+    band = analyze.ring(16, 0.5, 0.2, "code")  # 2·int(4.8) and 2·int(3.2) wide, about index 8
+    inside = lambda half: ((k >= -half) & (k < half)).float()
+    expected = torch.outer(inside(4), inside(4)) - torch.outer(inside(3), inside(3))
+    assert torch.equal(band.float(), expected)
+    with pytest.raises(analyze.UserError, match="even image size, not 9"):
+        analyze.ring(9, 0.5, 0.1, "code")
+
+
+def test_band_noise_is_the_real_part_of_a_noise_in_its_band_and_nowhere_else():
+    delta = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    wave = np.exp(-2j * np.pi * np.outer(range(16), range(16)) / 16)  # the transform, by its matrix
+    spectrum = wave @ delta.numpy() @ wave
+    for f in (0, 0.3, 1):
+        mask = analyze.ring(16, f)
+        exact = wave.conj() @ (spectrum * mask.numpy()) @ wave.conj() / 16**2
+        assert abs(exact.imag).max() < 1e-12, "the ring is symmetric, so the noise is real"
+        found = analyze.band_noise(delta, mask)
+        assert found.dtype == torch.float64 and abs(found.numpy() - exact.real).max() < 1e-12
+        outside = wave @ found.numpy() @ wave * ~mask.numpy()
+        assert abs(outside).max() < 1e-11 and found.abs().max() > 1e-3
+
+
+def test_the_noises_energy_follows_the_bands_area_or_is_equal_on_request(grey):
+    for f in (0.3, 0.5, 1):
+        area = analyze.ring(16, f).sum().item()
+        for equal, expected in ((False, area), (True, 256)):
+            noise = noise_seen(grey, f, sigma=0.2, equal_energy=equal)
+            energy = noise.square().sum().item() / (48 * 3 * 0.2**2)
+            spread = math.sqrt(2 / (48 * 3 * area))  # of a χ² with as many degrees of freedom
+            assert abs(energy / expected - 1) < 4 * spread, (f, equal, energy, expected)
+            spectrum = torch.fft.fft2(noise).abs()
+            assert spectrum[..., ~analyze.ring(16, f)].max() < 1e-5 * spectrum.max()
+    signs = noise_seen(grey, 1, sigma=0.2, window=2, form="code")  # -1 to 1 in both: everything
+    assert (signs.abs() - 0.2).abs().max() < 1e-6, "the code's noise is of signs"
+
+
+def test_noise_depends_on_image_frequency_and_seed_only(grey):
+    whole = noise_seen(grey, 0.5)
+    assert torch.equal(noise_seen(grey, 0.5, batch_size=7), whole)
+    assert torch.equal(noise_seen(grey.part([5, 3, 40]), 0.5), whole[[5, 3, 40]])
+    assert not torch.equal(noise_seen(grey, 0.5, seed=1), whole)
+    assert (whole[0] - whole[1]).abs().max() > 0.01 < (whole[0, 0] - whole[0, 1]).abs().max()
+    other = noise_seen(grey, 0.5001)  # the same ring, another draw
+    assert not torch.equal(other, whole)
+
+
+def test_calibration_errors_against_their_definitions_one_image_at_a_time():
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(83, 4, dtype=torch.float64)
+    y = torch.where(torch.rand(83) < 0.6, logits.argmax(1), torch.randint(4, (83,)))
+    logits[0], y[0] = torch.tensor([800.0, 0, 0, 0]), 0   # a confidence of exactly 1
+    logits[1], y[1] = torch.tensor([0, 800.0, 0, 0]), 2
+    p = [[math.exp(z - max(row)) / sum(math.exp(v - max(row)) for v in row) for z in row]
+         for row in logits.tolist()]
+    assert p[0][0] == p[1][1] == 1
+
+    def ece(pairs):
+        bins = [[] for _ in range(5)]
+        for confidence, right in pairs:
+            bins[max(0, math.ceil(5 * confidence) - 1)].append((confidence, right))
+        return bins, 100 / 83 * sum(abs(sum(c - r for c, r in one)) for one in bins)
+
+    top = [(max(row), row.index(max(row)) == k) for row, k in zip(p, y.tolist())]
+    bins, expected = ece(top)
+    ordered, start, adaptive = sorted(top), 0, 0
+    for size in (17, 17, 17, 16, 16):
+        adaptive += abs(sum(c - r for c, r in ordered[start:start + size])) / 83
+        start += size
+    classwise = sum(ece([(row[k], label == k) for row, label in zip(p, y.tolist())])[1]
+                    for k in range(4)) / 4
+    brier = sum((q - (k == label)) ** 2 for row, label in zip(p, y.tolist())
+                for k, q in enumerate(row)) / 83
+    nll = F.cross_entropy(logits, y).item()
+    found = analyze.calibration([(logits, y)], bins=5)
+    for key, value in dict(images=83, ece=expected, adaptive_ece=100 * adaptive, brier=brier,
+                           classwise_ece=classwise, nll=nll, top1=100 / 83 * sum(r for _, r in top),
+                           confidence=100 / 83 * sum(c for c, _ in top)).items():
+        assert abs(found[key] - value) < 1e-9, (key, found[key], value)
+    assert found["bins"]["images"] == [len(one) for one in bins]
+    for key, of in (("confidence", 0), ("accuracy", 1)):
+        for value, one in zip(found["bins"][key], bins):
+            assert (value is None if not one else
+                    abs(value - 100 * sum(pair[of] for pair in one) / len(one)) < 1e-9), (key, one)
+    parts = analyze.calibration(zip(logits.split(30), y.split(30)), bins=5)
+    assert all(abs(parts[key] - found[key]) < 1e-9 for key in found if key != "bins")
+
+
+def test_bins_have_their_upper_edge_and_an_exact_one_is_in_the_last():
+    p = torch.tensor([0, 0.5, 0.75, 0.75 + 1e-9, 1, math.nan], dtype=torch.float64)
+    count, right, total = train.bin_sums(p[:, None], torch.ones(6, 1), 4)
+    assert count.tolist() == [[2, 1, 1, 2]] and right.tolist() == count.tolist()
+    assert total[0].tolist() == [0, 0.5, 0.75, 1.75 + 1e-9]
+
+
+def attention_by_hand(model, x):
+    """Softmax of q·kᵀ/√d from what each layer of queries, keys and values returns."""
+    found, handles = [], []
+
+    def take(module, args, qkv):
+        for image in qkv:
+            heads = module.heads
+            q, k, _ = image.view(len(image), 3, heads, -1).unbind(1)  # (N, H, d) each
+            scores = torch.stack([q[:, h] @ k[:, h].T for h in range(heads)]) / q.shape[-1] ** 0.5
+            found.append(scores.exp() / scores.exp().sum(-1, keepdim=True))
+
+    for module in model.modules():
+        if isinstance(module, vit.Attention):
+            module.qkv.heads = module.heads
+            handles.append(module.qkv.register_forward_hook(take))
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("vit_micro8", {}), ("vit_micro8", dict(pool="gap")), ("vit_micro8", dict(stem="conv")),
+    ("pit_ti", dict(patch_size=4, stride=4, depth=(1, 2), heads=(1, 2)))])
+def test_attention_maps_are_the_softmax_and_sum_to_one(name, flags):
+    torch.manual_seed(0)
+    network = vit.build(name, num_classes=3, image_size=32, **flags).double()
+    for p in network.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    model, x = train.assemble(network, [0.5], [0.5]).eval(), torch.rand(1, 3, 32, 32).double()
+    by_hand = attention_by_hand(model, x)
+    found = analyze.attention(model, x[0])
+    side, prefix = (8 if name == "pit_ti" else 4), flags.get("pool") != "gap"
+    side = side // 2 if name == "pit_ti" else side  # of the last stage
+    last = by_hand[-1]
+
+    def shown(matrix):
+        row = [sum(matrix[q, k].item() for q in ([0] if prefix else range(len(matrix))))
+               for k in range(prefix, len(matrix))]
+        return torch.tensor(row, dtype=torch.float64).view(side, side) / sum(row)
+
+    eye, joint = torch.eye(len(last[0])), torch.eye(len(last[0])).double()
+    for layer in by_hand:
+        if layer.shape == last.shape:
+            joint = (layer.mean(0) + eye) / 2 @ joint
+    for key, expected in (("map", shown(last.mean(0))), ("rollout", shown(joint)),
+                          ("heads", torch.stack([shown(head) for head in last]))):
+        got = torch.tensor(found[key], dtype=torch.float64)
+        assert got.shape == expected.shape and (got - expected).abs().max() < 1e-12, key
+        assert (got.sum((-2, -1)) - 1).abs().max() < 1e-12
+    assert found["shown"] == ("of the class token" if prefix else "received, mean over queries")
+
+    images = torch.rand(3, 3, 32, 32).double()
+    distances = analyze.attention_distance(model, [(images[:2], None), (images[2:], None)])
+    assert len(distances) == len(by_hand)
+    weights = attention_by_hand(model, images)
+    for i, heads in enumerate(distances.values()):
+        of_images = [layer[:, prefix:, prefix:] for layer in weights[3 * i:3 * i + 3]]
+        n = math.isqrt(of_images[0].shape[-1])
+        at = [(32 / n * (j // n), 32 / n * (j % n)) for j in range(n * n)]
+        for h, value in enumerate(heads):
+            expected = sum(sum(a * math.dist(at[q], at[k]) for k, a in enumerate(row)) / sum(row)
+                           for layer in of_images for q, row in enumerate(layer[h].tolist()))
+            assert abs(value - expected / (3 * n * n)) < 1e-9, (i, h)
+
+
+def test_upsampling_a_map_keeps_its_place():
+    values = [[0.0, 1.0], [2.0, 3.0]]
+    big = torch.from_numpy(analyze.upsampled(values, 8))
+    assert big.shape == (8, 8) and big[[0, 0, -1, -1], [0, -1, 0, -1]].tolist() == [0, 1, 2, 3]
+    assert abs(big.mean() - 1.5) < 1e-6 and abs(big[0, 3] - 0.375) < 1e-6  # (3.5 - 1.5) / 4 - 1/8
+
+
+@pytest.fixture
+def two_runs(tmp_path, small_shapes):
+    """Checkpoints of a ViT, augmented and mixed, and of a ResNet."""
+    train_ok(tiny(tmp_path / "vit", "--max-steps 7 --train-fraction 1 --augment crop --mixup 0.8 "
+                  "--cutmix 1 --seed 3"))
+    train_ok(["--out-dir", str(tmp_path / "resnet"), *(
+        "--dataset shapes --model resnet18 --width 8 --max-steps 5 --train-fraction 1/2 --epochs 2 "
+        "--batch-size 16 --micro-batch 8 --device cpu").split()])
+    return [str(tmp_path / name / "ckpt.pt") for name in ("vit", "resnet")]
+
+
+def test_training_nll_is_of_augmented_mixed_images_and_what_networks_differ_in_is_read_off(
+        tmp_path, two_runs):
+    for against in ("model", "images", "epochs"):
+        argv = ["nll", "--checkpoint", *two_runs, "--device", "cpu", "--workers", "0", "--dtype",
+                "float64", "--against", against, "--out-dir", str(tmp_path / "out")]
+        assert analyze.main(argv) == 0
+    results = json.loads((tmp_path / "out/nll.json").read_text())["results"]
+    found, plain = (of["1 of the training images"] for of in results.values())
+    settings, origin = train.settings(["--eval-only", "--init-from", two_runs[0], "--device",
+                                       "cpu", "--dtype", "float64"])
+    cpu = torch.device("cpu")
+    dataset = train.load_split(settings, "train", cpu, print, augment="crop")
+    dataset.restrict(torch.randperm(160, generator=torch.Generator().manual_seed(data.key(3, 3))))
+    model = train.starting_network(settings, origin, 12, cpu, print).eval()
+    mix, nll = train.mixing(settings, 12), 0
+    for number, first in enumerate(range(0, 160, 8)):
+        x, y = dataset[[(0, i) for i in range(first, first + 8)]][:2]
+        torch.manual_seed(data.key(3, -1, number, 2))
+        x, shares = mix(x.double() / 255, y)
+        with torch.no_grad():
+            nll -= (shares * model(x).log_softmax(1)).sum().item() / 160
+    assert abs(found["nll"] - nll) < 1e-9, (found, nll)
+    assert found["augmented"]["augment"] == "crop" and plain["augmented"]["mixup"] == 0
+    assert (found["images"], plain["images"]) == (160 / 12, 80 / 12)
+    assert (found["epochs"], plain["epochs"]) == (7 / 5, 5 / (80 // 16))
+    assert (found["patch"], found["kernel"]) == (8, 4) and plain["patch"] is plain["kernel"] is None
+
+
+def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_what_is_wrong(
+        tmp_path, capsys, monkeypatch, two_runs):
+    Image.new("RGB", (40, 50), "red").save(tmp_path / "red.png")
+    first, out = two_runs[0], ["--device", "cpu", "--workers", "0", "--out-dir", tmp_path / "out"]
+    commands = {"noise": ["--frequencies", "0", "0.5"], "calibration": [],
+                "attention": ["--image", tmp_path / "red.png", "--indices", "59", "--heads",
+                              "--rollout", "--distance", "24"]}
+    for name, flags in commands.items():
+        argv = [str(a) for a in (name, "--checkpoint", *two_runs, *flags, *out)]
+        before = analyze_again(argv[:-2], argv[-1], capsys)
+        with monkeypatch.context() as patch:
+            patch.setattr(analyze, name, lambda *_: 1 / 0)  # nothing is computed again
+            assert analyze_again(argv[:-2], argv[-1], capsys) == before
+    text = "\n".join(before)
+    assert "ResNet shows no map of global attention" in text and "image 59" in text, text
+    results = {name: json.loads((tmp_path / f"out/{name}.json").read_text())["results"]
+               for name in commands}
+    assert all(len(of) == 2 for name, of in results.items() if name != "attention")
+    assert [len(of) for of in results["attention"].values()] == [3]
+    for own, calibrated in zip(results["noise"].values(), results["calibration"].values()):
+        assert list(own)[1].startswith("0π, σ 0.5") and len(own) == 3
+        for key in ("top1", "nll", "ece"):  # the same by train.evaluate
+            assert abs(own["no noise"][key] - calibrated["10 bins"][key]) < 1e-4, key
+    common = ["--checkpoint", first, *out]
+    argv = [str(a) for a in ("noise", *common[:-2], "--frequencies", "0", "--form", "code")]
+    assert analyze_again(argv, tmp_path / "code", capsys)[1].split()[-1] == "-", "an empty band"
+    for argv, words in (
+            (["noise", "--sigma", "-1"], "--sigma -1: it is at least 0"),
+            (["noise", "--frequencies", "-0.1"], "--frequencies -0.1"),
+            (["noise", "--fromo", "code"], "unknown flag --fromo; did you mean --form"),
+            (["calibration", "--bins", "0"], "--bins 0: it is at least 1"),
+            (["attention", "--indices", "60"], "there are 60 held-out images, the first is 0"),
+            (["attention", "--image", tmp_path / "no.png"], "no.png: No such file"),
+            (["attention", "--image", first], "ckpt.pt is not an image"),
+            (["nll", "--against", "size"], "invalid choice: 'size'"),
+            (["nll", "--images", "1000"], "there are 160 training images")):
+        line = analyze_refusal(capsys, *argv, *common)
+        assert words in line, (argv, line)
+    line = analyze_refusal(capsys, "attention", "--checkpoint", two_runs[1], *out)
+    assert "none of the networks has a map of global attention" in line
+    line = analyze_refusal(capsys, "nll", "--checkpoint", *two_runs, *out, "--against", "patch")
+    assert "resnet/ckpt.pt" in line and "has no such number" in line
+
+
+def test_noise_attention_calibration_and_nll_on_two_processes_are_those_of_one(tmp_path, two_runs):
+    script = tmp_path / "four.py"
+    script.write_text("""
+import sys, analyze
+from torch import distributed
+def four(run, out):
+    analyze.data.SHAPES_SPLITS.update(train=(0, 160), val=(2**30, 60))
+    for what in (["noise", "--frequencies", "0.5"], ["calibration"], ["nll"],
+                 ["attention", "--indices", "0", "1", "2"]):
+        assert analyze.main([*what, "--checkpoint", run, "--device", "cpu", "--workers", "0",
+                             "--dtype", "float64", "--out-dir", out]) == 0
+if __name__ == "__main__":
+    distributed.init_process_group("gloo")
+    four(*sys.argv[1:])
+""")
+    runpy.run_path(str(script))["four"](two_runs[0], str(tmp_path / "1"))
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+         str(script), two_runs[0], str(tmp_path / "2")], capture_output=True, text=True,
+        timeout=120, env=os.environ | {"PYTHONPATH": str(HERE)})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("results   ") == 4, result.stdout
+
+    def numbers(value):
+        if isinstance(value, dict | list):
+            return [n for of in (value.values() if isinstance(value, dict) else value)
+                    for n in numbers(of)]
+        return [value]
+
+    for what in ("noise", "calibration", "nll", "attention"):
+        one, two = (json.loads((tmp_path / n / f"{what}.json").read_text())["results"]
+                    for n in "12")
+        one, two = numbers(one), numbers(two)
+        assert len(one) == len(two) > 3, what
+        for a, b in zip(one, two):
+            assert a == b or abs(a - b) < 1e-9, (what, a, b)
 def run_folder(path, model="vit_p_1gf", speeds=(100.0, 400.0, 300.0), top1=60.0, end="final",
                **settings):
     """Of a run of 3 epochs of 10 steps, as train.py writes it."""

@@ -1158,6 +1158,25 @@ def update(optimizer, scaler, params, grad_clip, statistics, micro_batches):
 
 # --------------------------------------------------------------------------------------- evaluation
 
+def bin_sums(confidence, right, bins):
+    """Probabilities (m, K) and whether what they were given to was right (m, K), in `bins` equal
+    bins (lo, hi] of [0, 1] -> (3, K, bins) float64: how many, Σ right, Σ probability. 0 belongs to
+    the first bin, an exact 1 to the last; NaN counts as 0."""
+    m, columns = confidence.shape
+    values = torch.stack([torch.ones_like(confidence), right.to(confidence),
+                          confidence.nan_to_num(0)]).flatten(1)
+    index = (torch.ceil(values[2] * bins) - 1).clamp(0, bins - 1).long()
+    index += bins * torch.arange(columns, device=index.device).repeat(m)
+    return values.new_zeros(3, columns * bins).index_add_(1, index, values).unflatten(1, (-1, bins))
+
+
+def calibration_error(sums):
+    """bin_sums -> (K,) in percent: the mean of |Σ right - Σ probability| / how many over the bins,
+    weighted by their share."""
+    count, right, confidence = sums
+    return 100 * (right - confidence).abs().sum(1) / count.sum(1)
+
+
 @torch.no_grad()
 def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=None,
              restrict_logits=None, mix=None):
@@ -1174,7 +1193,7 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
     training = model.training
     model.eval()
     exact = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    sums, by_bin = torch.zeros(4, **exact), torch.zeros(2, bins, **exact)
+    sums, by_bin = torch.zeros(4, **exact), torch.zeros(3, 1, bins, **exact)
     for number, (x, y) in enumerate(data.batches(loader, tell=say)):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         x, shares = to_float(x, model), None
@@ -1196,10 +1215,7 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
                F.cross_entropy(logits, shares, reduction="none"))
         sums += torch.stack([torch.ones_like(y[:, 0]).sum(), hits[:, 0].sum(), hits.any(1).sum(),
                              nll.sum()]).to(sums)
-        confidence = logits.softmax(1).amax(1).to(sums).nan_to_num(0)  # the NLL is NaN then
-        index = (torch.ceil(confidence * bins) - 1).clamp(0, bins - 1).long()
-        by_bin[0].index_add_(0, index, hits[:, 0].to(sums))
-        by_bin[1].index_add_(0, index, confidence)
+        by_bin += bin_sums(logits.softmax(1).amax(1, keepdim=True).to(sums), hits[:, :1], bins)
         if progress is not None:
             progress.update()
     model.train(training)
@@ -1208,7 +1224,7 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
         dist.all_reduce(by_bin)
     n, top1, top5, nll = sums.tolist()
     return dict(images=round(n), top1=100 * top1 / n, top5=100 * top5 / n, nll=nll / n,
-                ece=100 * (by_bin[0] - by_bin[1]).abs().sum().item() / n)
+                ece=calibration_error(by_bin).item())
 
 
 def own_share(dataset, device, workers, batch_size=256):
