@@ -7753,7 +7753,8 @@ def test_all_networks_of_throughput_take_the_step_of_the_first(tmp_path, monkeyp
         return lambda: None
     monkeypatch.setattr(analyze, "work", work)
     models = ["resnet18 --width 8 --image-size 32",
-              "mixer_s16 --image-size 32 --dropout 0.2 --depth 1", "torchvision:vgg11 --image-size 32 --grad-clip 3"]
+              "mixer_s16 --image-size 32 --dropout 0.2 --depth 1",
+              "torchvision:vgg11 --image-size 32 --grad-clip 3"]
     assert analyze.main(["throughput", "--device", "cpu", "--models", *models, "--rounds", "1",
                          "--modes", "training", "--batch-sizes", "2", "--seconds", "0.01",
                          "--compile", "both", "--out-dir", str(tmp_path)]) == 0
