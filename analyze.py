@@ -8,6 +8,7 @@
     … compare                 Chen Table 1 and 3, whole
     … fourier, variance, cka, lesion                  Park Fig. 2a, 8-10, D.1-D.4
     … noise, attention, calibration, nll      Park Fig. 2b, F.1a, 5, 7a, C.1-C.3; Chen Fig. 3, B.2
+    … datasize, curves, peak, complexity, throughput   Chen Fig. 2, 4, Table 4, 7; Xiao Fig. 6
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
     python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
@@ -29,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import signal
@@ -36,7 +38,7 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -2952,6 +2954,622 @@ def draw_distances(axes, distances):
     axes.set_xlabel("attention layer")
     axes.set_ylabel("mean attention distance (pixels)")
     axes.legend(fontsize=6)
+# ----------------------------------------------------------------------------------- finished runs
+
+def training_curve(records):
+    """Of a run's records: "loss", [[step, epoch, loss]], the mean training loss of the steps since
+    the record before; "top1", [[step, epoch, validation top-1 in percent]]; "ended": finished,
+    diverged or None; "training error" in percent at the end, of images without augmentation."""
+    found = {"loss": [], "top1": [], "ended": None, "training error": None}
+    for record in records:
+        at = [int(record["step"]), float(record["epoch"])]
+        if "loss" in record:
+            found["loss"].append([*at, record["loss"]])
+        if "val" in record:
+            found["top1"].append([*at, record["val"]["top1"]])
+        if "final" in record:
+            found |= {"ended": "finished",
+                      "training error": 100 - record["final"]["training"]["top1"]}
+        if "diverged" in record:
+            found["ended"] = "diverged"
+    return found
+
+
+def read_log(run):
+    """The records of a run, finished or not: of its folder, or of the file log.jsonl. A last line
+    that is half written is left out, and said. UserError for other damage."""
+    path = Path(run, "log.jsonl") if Path(run).is_dir() else Path(run)
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give folders of train.py, or their "
+                        "log.jsonl") from None
+    records = []
+    for i, line in enumerate(lines):
+        try:
+            records += [json.loads(line)] if line else []
+            training_curve(records[-1:])
+        except (ValueError, KeyError, TypeError):
+            if i < len(lines) - 1:
+                raise UserError(f"{path}, line {i + 1}: not a record of train.py; the file is "
+                                "damaged, or another program's") from None
+            train.say(f"{path}: the last line is half written and left out")
+            records = [record for record in records if isinstance(record, dict)]
+    return records
+
+
+def finished(results, columns, draw, *shown):
+    """The figure, and where the numbers are."""
+    figure(results.path.with_suffix(".png"), lambda axes: draw(axes, *shown), columns=columns)
+    train.say(f"results   {results.path}")
+
+
+def opened(args, rest, name):
+    """Results of a subcommand that has no use for train.py's flags, and computes all anew."""
+    if rest:
+        make_parser().error(f"unrecognized arguments: {rest[0]}")
+    results = Results(args.out_dir or f"out/{name}", name)
+    results.parts, results.settings = {}, {}
+    return results
+
+
+def curves(args, rest):
+    """Training loss and validation accuracy against step or epoch, of any number of runs, those
+    under way included (Chen et al. Fig. 2 left and middle; Xiao et al. Fig. 2). The training error
+    is known at a run's end only. Returns what the JSON holds under "results"."""
+    results = opened(args, rest, "curves")
+    results.parts = {run: training_curve(train.on_main(functools.partial(read_log, run)))
+                     for run in dict.fromkeys(args.runs)}
+    train.on_main(results.write)
+    if train.rank() == 0:
+        rows = []
+        for run, of in results.parts.items():
+            losses, top1 = ([v for *_, v in of[key] if v is not None] for key in ("loss", "top1"))
+            steps = max([step for step, *_ in of["loss"] + of["top1"]], default=0)
+            rows.append({"run": run, "step": f"{steps:,}", "state": of["ended"] or "not ended",
+                         "loss": significant(losses[-1]) if losses else None,
+                         "training error %": of["training error"],
+                         "top-1 %": top1[-1] if top1 else None, "best": max(top1, default=None)})
+        print_rows(rows)
+        finished(results, 2, draw_curves, results.parts, args.against)
+    return results.parts
+
+
+def draw_curves(axes, runs, against):
+    for one, key, what in zip(axes, ("loss", "top1"), ("training loss", "validation top-1 (%)")):
+        for run, of in runs.items():
+            points = [(step if against == "step" else epoch, math.nan if value is None else value)
+                      for step, epoch, value in of[key]]
+            one.plot(*zip(*points or [(math.nan, math.nan)]), "o-", markersize=2, label=run)
+        one.set_xlabel(against)
+        one.set_ylabel(what)
+    axes[1].legend(fontsize=6)
+
+
+# Xiao et al. Table 2: G multiply-adds, M parameters (Table 1: vit_p_18gf 86.7), M activations,
+# minutes for an epoch of ImageNet on 8 V100, top-1 error after 100, 200 and 400 epochs, and after
+# pre-training on ImageNet-21k.
+XIAO_2 = {name: [None if n == "-" else float(n) for n in row] for name, *row in map(str.split, """
+    resnet50 4.1 25.6 11.3 3.4 22.5 21.2 20.7 21.6
+    resnet101 7.8 44.5 16.4 5.5 20.3 19.1 18.5 19.2
+    resnet152 11.5 60.2 22.8 7.7 19.5 18.4 17.7 18.2
+    resnet200 15.0 64.7 32.3 10.7 19.5 18.3 17.6 17.7
+    regnety_1gf 1.0 9.6 6.2 3.1 23.2 22.2 21.5 -
+    regnety_4gf 4.1 22.4 14.5 7.6 19.4 18.3 17.9 18.4
+    regnety_16gf 15.5 72.3 30.7 17.9 17.1 16.4 16.3 15.6
+    regnety_32gf 31.1 128.6 46.2 35.1 16.2 15.9 15.9 15.0
+    regnetz_1gf 1.0 11.0 8.8 4.2 20.8 20.2 19.6 -
+    regnetz_4gf 4.0 28.1 24.3 12.9 17.4 16.9 16.6 -
+    regnetz_16gf 16.0 95.3 51.3 32.0 16.0 15.9 15.9 -
+    regnetz_32gf 32.0 175.1 79.6 55.3 16.3 16.2 16.1 -
+    efficientnet_b2 1.0 9.1 13.8 5.9 21.4 20.5 19.9 -
+    efficientnet_b4 4.4 19.3 49.5 19.4 18.5 17.8 17.5 -
+    efficientnet_b5 10.3 30.4 98.9 41.7 17.3 17.0 17.0 -
+    vit_p_1gf 1.1 4.8 5.5 2.6 33.2 29.7 27.7 -
+    vit_p_4gf 3.9 18.5 11.1 3.8 23.3 20.8 19.6 20.6
+    vit_p_18gf 17.5 86.6 24.0 11.5 19.9 18.4 17.9 16.4
+    vit_p_36gf 35.9 178.4 37.3 18.8 19.9 18.8 18.2 15.1
+    vit_c_1gf 1.1 4.6 5.7 2.7 28.6 26.1 24.7 -
+    vit_c_4gf 4.0 17.8 11.3 3.9 20.9 19.2 18.6 18.8
+    vit_c_18gf 17.7 81.6 24.1 11.4 18.4 17.5 17.0 15.1
+    vit_c_36gf 35.0 167.8 36.7 18.6 18.3 17.6 16.8 14.2""".splitlines()[1:])}
+
+
+def family_of(model, stem=None):
+    """The name of a curve of Fig. 6."""
+    kind = re.match("vit_[pc]_|[a-z]*", model.split(":")[-1])[0].removesuffix("_")
+    return f"{kind}, {stem} stem" if stem else kind
+
+
+def peak(args, rest):
+    """Validation error against the minutes that an epoch of training takes, a curve for each family
+    of networks (Xiao et al. Fig. 6), from finished runs: the minutes are the images of an epoch
+    over the median of the speeds in log.jsonl, without evaluations, on the run's devices. Beside it
+    the paper's Table 2. Returns what the JSON holds under "results"."""
+    results = opened(args, rest, "peak")
+    for run in dict.fromkeys(args.runs):
+        records = train.on_main(functools.partial(read_log, run))
+        if training_curve(records)["ended"] != "finished":
+            train.say(f"{run} is not finished and left out")
+            continue
+        config = (Path(run) if Path(run).is_dir() else Path(run).parent) / "config.json"
+        try:
+            own = json.loads(config.read_bytes())["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{config} is missing or damaged, and with it the settings") from None
+        speed = np.median([record["images_per_second"] for record in records if "loss" in record])
+        *_, end = records
+        results.settings[run] = own
+        results.parts[run] = dict(
+            family=family_of(own["model"], own["stem"]), dataset=own["dataset"],
+            training=f"{own['epochs']} epochs, SAM's ρ {own['sam_rho']:g}",
+            minutes=end["step"] / end["epoch"] * own["batch_size"] / speed / 60,
+            error=100 - end["final"]["validation"]["top1"])
+    sets = {of["dataset"] for of in results.parts.values()}
+    if len(sets) != 1 and args.runs:
+        raise UserError("runs of several data sets, whose errors do not compare: "
+                        + " ".join(sorted(sets)) if sets else "none of the runs is finished")
+    train.on_main(results.write)
+    if train.rank() == 0:
+        if args.runs:
+            print_rows([{"run": run} | of for run, of in results.parts.items()])
+        print_rows([{"Xiao Table 2": model} | dict(zip(
+            ("minutes", "100 epochs %", "200 %", "400 %", "21k %"), row[3:]))
+            for model, row in XIAO_2.items()])
+        finished(results, 2, draw_peak, results.parts.values())
+    return results.parts
+
+
+def draw_peak(axes, runs):
+    """Left the runs; right Table 2 after 400 epochs and, dashed, after ImageNet-21k."""
+    for name, own in group(runs, "family", "training").items():
+        axes[0].plot(*zip(*sorted((of["minutes"], of["error"]) for of in own)), "o-",
+                     label=", ".join(name))
+    rows = [dict(family=family_of(model), row=row) for model, row in XIAO_2.items()]
+    for color, (name, own) in enumerate(group(rows, "family").items()):
+        for error, style, title in ((6, "o-", name), (7, "s--", None)):
+            points = [(of["row"][3], of["row"][error] or math.nan) for of in own]
+            axes[1].plot(*zip(*points), style, color=f"C{color}", markersize=4, label=title)
+    for one, title in zip(axes, ("", "Xiao Table 2: 400 epochs; dashed: after ImageNet-21k")):
+        one.set_title(title, fontsize=8)
+        one.set_xlabel("minutes for an epoch of training")
+        one.set_ylabel("validation top-1 error (%)")
+        one.set_xscale("log")
+        one.legend(fontsize=6)
+
+
+# ------------------------------------------------------------------------ complexity and throughput
+
+# Chen et al. Table 2 and 7: M parameters (some cut, not rounded), images per second in inference on
+# a core of a TPU v3.
+CHEN_7 = {
+    "vit_s32": (23, 6888), "vit_s16": (22, 2043), "vit_s14": (22, 1234), "vit_s8": (22, 333),
+    "vit_b32": (88, 2805), "vit_b16": (87, 863), "mixer_s32": (19, 11401),
+    "mixer_s16": (18, 4005), "mixer_s8": (20, 1498), "mixer_b32": (60, 4209),
+    "mixer_b16": (59, 1390), "mixer_b8": (64, 466), "resnet50": (25, 2161),
+    "resnet101": (44, 1334), "resnet152": (60, 935), "resnet50x2": (98, 891),
+    "resnet101x2": (173, 519), "resnet152x2": (236, 356)}
+# Park & Kim A.1: images per second in training on CIFAR-100. App. E: alter_resnet50's 473 are 20 %
+# above the pre-activation ResNet-50, whose own number it does not give.
+PARK_A1 = {"resnet50": 320, "vit_ti2": 434, "pit_ti": 364, "torchvision:swin_t": 469,
+           "alter_resnet50": 473, "preresnet50": 394}
+CLASSES = dict(shapes=12, imagenet=1000, imagenet21k=21_841, cifar10=10, cifar100=100,
+               flowers102=102, pets=37, folder=1000)
+
+
+def of_models(models, rest, what):
+    """{value of --models: (settings, {flag: who set it})}; a value is a name and, in quotes with
+    it, flags of train.py."""
+    if any(word.split("=")[0] == "--model" for word in rest):
+        raise UserError(f"--model: {what} has --models")
+    own, chosen = make_parser().commands[what]._option_string_actions, {}
+    for words in dict.fromkeys(models):
+        with train.as_user_error(f"--models {words!r}"):
+            chosen[words] = train.settings(["--model", *shlex.split(words), *rest], own)
+        refuse(NOT_OF_RUNS, chosen[words][1], f"is for train.py, not for {what}")
+    return chosen
+
+
+def cost_of(settings):
+    """vit.complexity of a network, built without memory where that is possible. What cannot be
+    counted, as nn.MultiheadAttention, is said, and NaN."""
+    build = functools.partial(train.build_model, settings.model, CLASSES[settings.dataset],
+                              settings.image_size, **train.knobs(settings))
+    with train.as_user_error(settings.model):
+        try:
+            with torch.device("meta"):
+                network = build()
+        except RuntimeError:  # some of torchvision's and timm's compute with their weights
+            network = build()
+    try:
+        return vit.complexity(network, settings.image_size)
+    except NotImplementedError as error:
+        if train.rank() == 0:
+            train.say(f"{settings.model}: {error}: no FLOPs and activations")
+        return dict(params=sum(p.numel() for p in network.parameters()), macs=math.nan,
+                    acts=math.nan)
+
+
+def complexity(args, rest):
+    """Parameters, FLOPs and activations of networks for one image beside the papers' figures (Xiao
+    et al. Table 1 and 2, Chen et al. Table 7). FLOPs are multiply-adds of convolutions, linear
+    layers and attention, activations the outputs of these and of max-pooling (vit.complexity).
+    Returns what the JSON holds under "results"."""
+    results, rows = opened(args, [], "complexity"), []
+    models = args.models or dict.fromkeys([*CHEN_7, *(
+        m for m in XIAO_2 if family_of(m) not in ("regnetz", "efficientnet"))])
+    for words, (settings, _) in of_models(models, rest, "complexity").items():
+        cost = results.parts[words] = cost_of(settings)
+        results.settings[words] = label(settings)[1]
+        flops, params, acts = XIAO_2.get(words, [None] * 3)[:3]
+        rows.append({
+            "network": words, "pixels": settings.image_size, "G multiply-adds": cost["macs"] / 1e9,
+            "Xiao": flops, "M parameters": cost["params"] / 1e6, "Xiao ": params,
+            "Chen": CHEN_7.get(words, [None])[0], "M activations": cost["acts"] / 1e6,
+            " Xiao": acts})
+    train.on_main(results.write)
+    if train.rank() == 0:
+        print_rows(rows)
+        finished(results, 1, draw_complexity, rows)
+    return results.parts
+
+
+def draw_complexity(axes, rows):
+    for name, own in group([row | dict(family=family_of(row["network"])) for row in rows],
+                           "family").items():
+        axes.plot(*zip(*((row["G multiply-adds"], row["M activations"]) for row in own)), "o",
+                  label=name)
+    axes.plot(*zip(*((row["Xiao"] or math.nan, row[" Xiao"] or math.nan) for row in rows)), "kx",
+              label="Xiao Table 2")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("multiply-adds of an image (G)")
+    axes.set_ylabel("activations of an image (M)")
+    axes.legend(fontsize=6)
+
+
+SMALL = ["vit_micro8", "mixer_micro8", "resnet18 --width 16", "alter_resnet18 --width 16"]
+# What of a training's step decides its time.
+OF_STEP = ("optimizer", "lr", "momentum", "nesterov", "weight_decay", "decay", "grad_clip", "loss",
+           "label_smoothing", "mixup", "cutmix", "sam_steps", "sam_adaptive")
+PASSES = {"inference": 1, "training": 3, "sam": 6}  # in forward passes, a backward pass as two
+
+
+@functools.cache
+def random_batch(size, side, classes, device):
+    return (torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, device=device),
+            torch.randint(0, classes, (size,), device=device))
+
+
+def work(settings, bare, optimizer, mode, compiled, batch):
+    """A function that does what train.py does with a batch of random images on the device, as one
+    micro-batch: "inference", or a step of "training", or one with "sam"; without loading images,
+    an average of the weights and adversarial images."""
+    device, classes = next(bare.parameters()).device, CLASSES[settings.dataset]
+    images, labels = random_batch(batch, settings.image_size, classes, device)
+    if settings.timing["channels_last"]:
+        images = images.contiguous(memory_format=torch.channels_last)
+    autocast, criterion = train.autocast_of(settings, device), LOSSES[settings.loss]
+    model = torch.compile(bare, dynamic=False) if compiled else bare
+    bare.train(mode != "inference")
+    if mode == "inference":
+        def infer():
+            with torch.no_grad(), autocast:
+                model(train.to_float(images, bare))
+        return infer
+    mix, statistics = train.mixing(settings, classes), train.RunningStatistics(bare)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "float16")
+    sam = train.SAM(model, settings.sam_rho or 0.05, steps=settings.sam_steps,
+                    adaptive=settings.sam_adaptive) if mode == "sam" else None
+    params = list(bare.parameters())
+
+    def step():
+        statistics.begin_step()
+        x, y = mix(train.to_float(images, bare), labels)
+
+        def loss():
+            statistics.begin_pass()
+            with autocast:
+                logits = model(x)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return scaler.scale(criterion(logits, y, settings.label_smoothing))
+        with sam.perturb(loss) if sam else nullcontext():
+            loss().backward()
+        statistics.end_pass()
+        train.update(optimizer, scaler, params, settings.grad_clip, statistics, 1)
+    return step
+
+
+def seconds_of(call, seconds, device):
+    """Of a call, a mean over about so many seconds, after one that does not count."""
+    def clock(n):
+        started = time.perf_counter()
+        for _ in range(n):
+            call()
+        torch.get_device_module(device).synchronize()
+        return (time.perf_counter() - started) / n
+
+    clock(1)
+    once = clock(1)
+    return once if once > seconds else clock(math.ceil(seconds / once))
+
+
+def correlations(x, y):
+    """Pearson's, and Spearman's: of the ranks, equal values having their mean rank."""
+    ranks = [(v[:, None] > v).sum(1) + (v[:, None] == v).sum(1) / 2 for v in map(np.array, (x, y))]
+    with np.errstate(invalid="ignore"):  # NaN where all are equal
+        return [float(np.corrcoef(*pair)[0, 1]) for pair in ((x, y), ranks)]
+
+
+def machine(device):
+    """What a measured time depends on."""
+    name = platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif os.path.exists("/proc/cpuinfo"):
+        name = (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [name])[0]
+    return dict(device=f"{world_size()} × {device.type}, {name}", threads=torch.get_num_threads(),
+                torch=torch.__version__, cuda=torch.version.cuda)
+
+
+def throughput(args, rest):
+    """Images per second and device of networks (Chen et al. Table 2, 7; Park & Kim A.1, App. E), in
+    inference and in steps of training, plain and with SAM, as train.py does them, the batch in one
+    pass. Batch sizes are tried in turn until one does not fit in memory, is slower than the best by
+    5 %, or the next would take longer than --seconds. At its best one, each network is timed in
+    rounds, all networks in each, every second round backwards: median and quartiles, and the ratio
+    to the first network in the same round. Of all networks the step (optimizer, loss, clipping,
+    mixing) is that of the first one's recipe, dropout and drop path as the name alone says; all are
+    in memory at once. Share of peak: a multiply-add is 2 operations, a backward pass 2 forward
+    passes; the peak is a product of two large matrices in the same dtype and process. An epoch is
+    ImageNet's, on --devices that send one another nothing. Under torchrun all devices are timed at
+    the same time and the slowest counts. Then how time follows FLOPs and activations (Xiao et al.
+    §6: activations). Returns what the JSON holds under "results"."""
+    need(args, seconds=0.01, rounds=1, batch_sizes=1, devices=1)
+    models = args.models or list(CHEN_7)
+    if not args.models and not torch.cuda.is_available():
+        models, rest = SMALL, ["--dataset", "shapes", *rest]
+    chosen = of_models(models, rest, "throughput")
+    first, origin = next(iter(chosen.values()))
+    refuse(("compile",), origin, "is for train.py; here --compile takes yes, no or both")
+    if first.loss == "supcon":
+        raise UserError("--loss supcon compares views of images: take softmax or sigmoid")
+    device, world, _ = train.start_processes(first.device)
+    results = Results(args.out_dir or "out/throughput", "throughput")
+    timing = machine(device) | dict(channels_last=args.channels_last, seconds=args.seconds,
+                                    beside=list(chosen))
+    tell = train.say if train.rank() == 0 else lambda text="": None
+    tell(f"{timing['device']}, {timing['threads']} threads, torch {timing['torch']}, "
+         f"{first.dtype}, channels {'last' if args.channels_last else 'first'}; step: "
+         f"{first.optimizer}, {first.loss} loss, clipping {first.grad_clip:g}")
+    compiled = args.compile or ("yes" if device.type == "cuda" else "no")
+    cells = {mode + ", compiled" * compiles: (mode, compiles) for mode in args.modes
+             for compiles in (False, True) if compiled in ("both", ("no", "yes")[compiles])}
+
+    timed = {}  # value of --models -> its name among the results, settings, cost, what `work` needs
+    for words, (settings, origin) in chosen.items():
+        as_named = dict.fromkeys(("dropout", "drop_path", "head_bias"))
+        for name, value in ({name: getattr(first, name) for name in OF_STEP} | as_named).items():
+            if origin[name] != "command line":
+                setattr(settings, name, value)
+        settings.timing = timing
+        key, results.settings[key] = label(settings, (*OF_STEP, "timing"))
+        cost = cost_of(settings)
+        bare = train.starting_network(settings, origin, CLASSES[settings.dataset], device, tell)
+        if args.channels_last:
+            bare = bare.to(memory_format=torch.channels_last)
+        timed[words] = key, settings, cost, bare, train.make_optimizer(settings, bare, device)
+
+    def rate(words, part, batch, prepare):
+        """Calls per second times batch, from the results or measured; 0 if memory is lacking."""
+        key = timed[words][0]
+        if part not in results.parts.get(key, {}):
+            longest = torch.full((), math.inf, dtype=torch.float64)
+            with suppress(torch.OutOfMemoryError):
+                longest.fill_(seconds_of(prepare(), args.seconds, device))
+            if dist.is_initialized():
+                dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+            results.put(key, part, batch / longest.item())
+            bar.update()
+        return results.parts[key][part]
+
+    def ready(words, cell, batch, kept={}):
+        """The work of a network, made once."""
+        _, settings, _, bare, optimizer = timed[words]
+        if (words, cell, batch) not in kept:
+            kept[words, cell, batch] = work(settings, bare, optimizer, *cells[cell], batch)
+        bare.train(cells[cell][0] != "inference")
+        return kept[words, cell, batch]
+
+    best, rounds = {}, {}
+    # Else dynamo would give up after 8 networks or batch sizes, in silence.
+    with (torch._dynamo.config.patch(recompile_limit=10**6, accumulated_recompile_limit=10**6),
+          train.progress(None, "throughput", "measurement") as bar):
+        for words, cell in itertools.product(timed, cells):
+            rates = {}
+            for batch in sorted(set(args.batch_sizes)):
+                rates[batch] = rate(words, f"{cell}, batch {batch}", batch,
+                                    functools.partial(ready, words, cell, batch, {}))
+                most = max(rates.values())
+                if not most:
+                    raise UserError(f"{words}, {cell}: a batch of {batch} does not fit in memory; "
+                                    "give smaller --batch-sizes")
+                if rates[batch] < 0.95 * most or 2 * batch > args.seconds * rates[batch]:
+                    break
+            best[words, cell] = max(rates, key=rates.get)
+        for k in range(args.rounds):
+            for words, cell in list(best)[::-1 if k % 2 else 1]:
+                batch = best[words, cell]
+                rounds.setdefault((words, cell), []).append(rate(
+                    words, f"{cell}, batch {batch}, round {k + 1}", batch,
+                    functools.partial(ready, words, cell, batch)))
+                if not rounds[words, cell][-1]:
+                    raise UserError("the networks do not fit in memory beside one another: give "
+                                    "fewer --models or smaller --batch-sizes")
+        n = 8192 if device.type == "cuda" else 2048
+        a = torch.randn(n, n, device=device).to(getattr(torch, first.dtype))
+        top = 2 * n ** 3 * rate(next(iter(timed)), "products of matrices", 1, lambda: lambda: a @ a)
+
+    rows, fits, epoch = [], {}, train.TRAINING_IMAGES["imagenet"] / (args.devices or world) / 60
+    for cell, (words, (key, settings, cost, *_)) in itertools.product(cells, timed.items()):
+        own, mode = rounds[words, cell], cells[cell][0]
+        speed, ratio = (np.percentile(v, [25, 50, 75]).tolist() for v in (
+            own, np.divide(own, rounds[next(iter(timed)), cell])))
+        share = 2 * PASSES[mode] * cost["macs"] * speed[1] / top
+        results.put(key, cell, dict(
+            batch=best[words, cell], images_per_second=speed, ratio=ratio, share_of_peak=share,
+            epoch_minutes=epoch / speed[1]))
+        at_32 = PARK_A1.get(words) if settings.image_size == 32 else None
+        rows.append({
+            "images/s and device": words, "": cell, "batch": best[words, cell],
+            "median": f"{speed[1]:,.4g}", "quartiles": f"{speed[0]:,.4g}-{speed[2]:,.4g}",
+            "ratio": f"{ratio[1]:.3f} ({ratio[0]:.3f}-{ratio[2]:.3f})", "peak %": 100 * share,
+            "min/epoch": epoch / speed[1], "GFLOPs": cost["macs"] / 1e9,
+            "M acts": cost["acts"] / 1e6, "papers' images/s": {
+                "inference": CHEN_7.get(words, [None] * 2)[1], "training": at_32}.get(mode),
+            "Xiao min": XIAO_2.get(words, [None] * 4)[3] if mode == "training" else None})
+    seconds = {cell: [1 / np.median(rounds[words, cell]) for words in timed] for cell in cells}
+    for cell, times in seconds.items():
+        of = [(t, cost) for t, (_, _, cost, *_) in zip(times, timed.values())
+              if cost["macs"] > 0]  # it could be counted
+        if len(of) > 2:
+            fits[cell] = {what: correlations(*zip(*((t, cost[what]) for t, cost in of)))
+                          for what in ("macs", "acts")}
+    table = list(zip(*XIAO_2.values()))
+    fits["Xiao Table 2"] = dict(macs=correlations(table[3], table[0]),
+                                acts=correlations(table[3], table[2]))
+    results.put("all networks", "correlations of time, linear and of ranks", fits)
+    if train.rank() == 0:
+        print_rows(rows)
+        tell(f"peak: {top / 1e12:.3g} TFLOP/s, a product of {n}×{n} matrices, {first.dtype}; "
+             f"epoch: ImageNet on {args.devices or world} devices; the papers' were others")
+        print_rows([{"correlation of time with": cell} | {
+            f"{what}, {kind}": value for what, pair in of.items()
+            for kind, value in zip(("linear", "ranks"), pair)} for cell, of in fits.items()])
+        finished(results, 2, draw_throughput, seconds, {
+            words: cost for words, (_, _, cost, *_) in timed.items()})
+    return results.parts
+
+
+def draw_throughput(axes, seconds, costs):
+    """Color: the network; marker: what it does."""
+    for one, what, word in zip(axes, ("macs", "acts"), ("multiply-adds", "activations")):
+        for i, (words, cost) in enumerate(costs.items()):
+            one.plot([], [], label=words, color=f"C{i % 10}", linewidth=4)
+            for marker, times in zip("osD^v*", seconds.values()):
+                one.plot(cost[what] / 1e6, 1e3 * times[i], marker, color=f"C{i % 10}")
+        for marker, cell in zip("osD^v*", seconds):
+            one.plot([], [], "k" + marker, label=cell)
+        one.set_xscale("log")
+        one.set_yscale("log")
+        one.xaxis.set_minor_formatter("")
+        one.set_xlabel(f"{word} of an image (M)")
+        one.set_ylabel("time of an image (ms)")
+    axes[1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+# ------------------------------------------------------------------------------------ training sets
+
+FRACTIONS = ["1", "1/2", "1/4", "1/10"]
+CHEN_4 = {  # Chen et al. Table 4, for these fractions of ImageNet
+    "resnet152": {"plain": (78.5, 74.2, 68.0, 54.6), "sam": (79.3, 75.6, 70.3, 57.1)},
+    "vit_b16": {"plain": (74.6, 64.9, 52.4, 32.8), "sam": (79.9, 75.4, 66.8, 46.1),
+                "augmented": (79.6, 73.1, 63.2, 38.5), "both": (81.5, 75.8, 65.6, 45.7)},
+    "mixer_b16": {"plain": (66.4, 53.9, 37.2, 21.0), "sam": (77.4, 71.0, 62.8, 43.5),
+                  "augmented": (76.5, 70.4, 61.0, 43.0), "both": (78.1, 73.1, 65.8, 51.0)}}
+METHODS = ("plain", "sam", "augmented", "both")
+GAINS = {"gain": ("plain", "sam"), "gain, augmented": ("augmented", "both")}  # by SAM
+STRONG = ["--mixup", "0.5", "--randaugment", "2", "15", "--randaugment-of", "google"]  # E.3
+
+
+def datasize(args, rest):
+    """Accuracy and SAM's gain against the number of training images (Chen et al. Fig. 4, Table 4),
+    plain, with SAM, with strong augmentation (E.3: mixup and RandAugment) and with both. As in E.2
+    the batch shrinks with the images, by the nearest power of two, so that steps stay about as
+    many, and the learning rate stays. ρ is --sam-rho, or else Table 9's for the model, the
+    recipe's, or 0.03. Each training is a run of train.py in OUT/runs. Returns what the JSON holds
+    under "results"."""
+    join_processes()
+    folder, runs, jobs = Path(args.out_dir or "out/datasize"), [], {}
+    with train.as_user_error(f"--fractions {' '.join(args.fractions)}"):
+        shares = {word: Fraction(word) for word in args.fractions}
+        if not all(0 < share <= 1 for share in shares.values()):
+            raise ValueError("a fraction is above 0 and at most 1, as 1/4")
+    for words, (base, origin) in of_models(args.models or CHEN_4, rest, "datasize").items():
+        train.check_network(base)
+        refuse(("train_fraction", "mixup", "randaugment"), origin, "is what this study varies")
+        flags, listed = ["--model", *shlex.split(words), *rest], {}
+        strong = [*STRONG, *flags]
+        if origin["recipe"] != "command line" and f"{base.recipe}_strong" in train.RECIPES:
+            strong = ["--recipe", f"{base.recipe}_strong", *flags]
+        if base.dataset == "imagenet":
+            listed = CHEN_4.get(words, {})
+        for method, (word, share) in itertools.product(args.methods or listed or METHODS,
+                                                       shares.items()):
+            kind = "supervised" if method in ("plain", "sam") else "strong augmentation"
+            rho = base.sam_rho if origin["sam_rho"] == "command line" else (
+                train.PAPER_RHO[kind].get(base.model) or base.sam_rho or 0.03)
+            batch = max(1, round(base.batch_size * 2.0 ** round(math.log2(share))))
+            name = re.sub(r"[^\w.]+", "-", f"{words}-{method}-{word.replace('/', '_')}")
+            jobs[name] = [*(flags if kind == "supervised" else strong), *as_flags(dict(
+                train_fraction=word, batch_size=batch,
+                micro_batch=math.gcd(base.micro_batch, batch),
+                sam_rho=rho if method in ("sam", "both") else 0))]
+            runs.append(dict(
+                model=words, method=method, fraction=float(share), run=name,
+                images=int(train.TRAINING_IMAGES.get(base.dataset, 0) * share) or None,
+                paper=dict(zip(FRACTIONS, listed.get(method, ()))).get(word)))
+    if args.dry_run:
+        for name, flags in jobs.items() if train.rank() == 0 else ():
+            train.settings(flags)
+            train.say(f"python train.py {shlex.join(flags)} --out-dir {folder / 'runs' / name} "
+                      "--resume")
+        return {}
+    results = Results(folder, "datasize")
+    ended = conduct("datasize", jobs, folder / "runs")
+    runs = [run | ended[run["run"]] for run in runs]
+    results.parts = {words: {run["run"]: run for run in own}
+                     for words, own in group(runs, "model").items()}
+    results.settings = jobs
+    train.on_main(results.write)
+    if train.rank() == 0:
+        tables = {source + words: with_gains(own, key) for words, own in group(
+            runs, "model").items() for source, key in (("", "top1"), ("Chen, ", "paper"))}
+        images = {run["fraction"]: run["images"] for run in runs}
+        print_rows([{"top-1 %": name, "fraction": f"{share:g}", "images": n} | {
+            column: found.get(column, {}).get(share) for column in (*METHODS, *GAINS)}
+            for name, found in tables.items() for share, n in images.items() if found["plain"]])
+        finished(results, 2, draw_datasize, tables)
+    return results.parts
+
+
+def with_gains(runs, key):
+    """{method: {fraction: top-1 in percent}} of runs, None left out, and SAM's gains in points."""
+    found = {method: {run["fraction"]: run[key] for run in runs if run["method"] == method
+                      and run[key] is not None} for method in METHODS}
+    return found | {name: {share: found[having][share] - top1 for share, top1
+                           in found[without].items() if share in found[having]}
+                    for name, (without, having) in GAINS.items()}
+
+
+def draw_datasize(axes, tables):
+    """Color: the model; line: the method; crosses: the paper's."""
+    for one, columns, what in zip(axes, (METHODS, GAINS), ("top-1 (%)", "gain by SAM (points)")):
+        for i, (name, found) in enumerate(tables.items()):  # each model, and the paper's of it
+            if i % 2 == 0 and columns is METHODS:
+                one.plot([], [], label=name, color=f"C{i // 2}", linewidth=4)
+            for column, line in zip(columns, ("-", "--", ":", "-.")):
+                points = sorted(found[column].items()) or [(math.nan, math.nan)]
+                one.plot(*zip(*points), "ox"[i % 2] + line, color=f"C{i // 2}")
+        for column, line in zip(columns, ("-", "--", ":", "-.")):
+            one.plot([], [], "k" + line, label=column)
+        shares = sorted({share for found in tables.values() for share in found["plain"]})
+        one.set_xscale("log")
+        one.set_xticks(shares, [f"{share:g}" for share in shares])
+        one.xaxis.set_minor_formatter("")
+        one.set_xlabel("fraction of the training images (crosses: Chen Table 4)")
+        one.set_ylabel(what)
+        one.legend(fontsize=6)
 
 
 # ----------------------------------------------------------------------------------- many trainings
@@ -3789,6 +4407,42 @@ def make_parser():
         f"{name}: {text}" for name, text in AGAINST.items()) + " (default: model)")
     add("--images", default="1", metavar="N", help="of the training set, class-balanced: a number "
         "or a fraction (default: 1, all)")
+    for function, summary in (
+            (curves, "training loss and validation accuracy of runs (Chen Fig. 2, Xiao Fig. 2)"),
+            (peak, "error of finished runs against minutes per epoch (Xiao Fig. 6, Table 2)")):
+        add = command(function, summary, of_checkpoints=False)
+        add("--runs", nargs="+", required=function is curves, default=[], metavar="RUN",
+            help="folders of train.py, or log.jsonl in them")
+        if function is curves:
+            add("--against", choices=("step", "epoch"), default="step", help="(default: step)")
+
+    def add_models(default):
+        add("--models", nargs="+", metavar="MODEL", help="values of --model, in quotes with "
+            f"further flags of train.py if wanted, as 'vit_s16 --stem conv'; default: {default}")
+
+    add = command(complexity, "parameters, FLOPs, activations (Xiao Table 1, Chen Table 7)",
+                  of_checkpoints=False)
+    add_models("the tables'")
+    add = command(throughput, "images per second, share of the device's peak (Chen Table 2, 7; "
+                  "Xiao §6; Park A.1, App. E)", of_checkpoints=False)
+    add_models("Chen Table 7's on CUDA, else small ones at 32×32")
+    add("--modes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: all)")
+    add("--compile", choices=("yes", "no", "both"), help="(default: yes on CUDA, else no)")
+    add("--channels-last", action="store_true", help="memory format of network and images")
+    add("--batch-sizes", type=int, nargs="+", default=[2 ** i for i in range(5, 14)], metavar="N",
+        help="tried in turn (default: 32 64 … 8192)")
+    add("--seconds", type=float, default=1.0, help="about as long is each batch size timed, and "
+        "each network in a round (default: 1)")
+    add("--rounds", type=int, default=5, help="(default: 5)")
+    add("--devices", type=int, help="that share an epoch (default: one for each process)")
+
+    add = command(datasize, "accuracy and SAM's gain by the number of images (Chen Fig. 4, Table "
+                  "4)", of_checkpoints=False)
+    add_models("Table 4's")
+    add("--fractions", nargs="+", default=FRACTIONS, metavar="F", help="of the training images, "
+        "class-balanced (default: 1 1/2 1/4 1/10)")
+    add("--methods", nargs="+", choices=METHODS, help="(default: all; of a model of Table 4, its)")
+    add("--dry-run", action="store_true", help="print the trainings and stop")
 
     add = command(stability, "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
                   "rho (Chen Table 10), grid, doubled (Chen App. E, F)", of_checkpoints=False)

@@ -7859,6 +7859,289 @@ if __name__ == "__main__":
         assert len(one) == len(two) > 3, what
         for a, b in zip(one, two):
             assert a == b or abs(a - b) < 1e-9, (what, a, b)
+def run_folder(path, model="vit_p_1gf", speeds=(100.0, 400.0, 300.0), top1=60.0, end="final",
+               **settings):
+    """Of a run of 3 epochs of 10 steps, as train.py writes it."""
+    path.mkdir(parents=True)
+    settings = dict(model=model, stem=None, dataset="imagenet", epochs=3, sam_rho=0.0,
+                    batch_size=64) | settings
+    (path / "config.json").write_text(json.dumps(dict(settings=settings)))
+    records = [r for i, speed in enumerate(speeds, 1) for r in (
+        dict(step=10 * i, epoch=float(i), loss=3.0 - i, images_per_second=speed),
+        dict(step=10 * i, epoch=float(i), val=dict(top1=20.0 * i)))]
+    numbers = dict(training=dict(top1=75.0), validation=dict(top1=top1, nll=1.0))
+    records += {"final": [dict(step=30, epoch=3.0, final=numbers, images_per_second=1.0)],
+                "diverged": [dict(step=30, epoch=3.0, diverged=True)], "": []}[end]
+    (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+def test_curves_are_those_of_the_log_of_runs_that_ended_or_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    whole, live, lost = (run_folder(tmp_path / (end or "live"), end=end)
+                         for end in ("final", "", "diverged"))
+    log, config = Path(live, "log.jsonl"), Path(live, "config.json")
+    config.unlink()  # curves are in the log alone
+    log.write_text(log.read_text() + '{"step": 40, "epo')
+    argv = ["curves", "--runs", whole, str(log), lost]
+    capsys.readouterr()
+    assert analyze.main(argv) == 0
+    assert f"{log}: the last line is half written and left out" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out/curves/curves.json").read_text())["results"]
+    for run, ended, error in ((whole, "finished", 25), (str(log), None, None),
+                              (lost, "diverged", None)):
+        assert results[run] == {"loss": [[10, 1, 2.0], [20, 2, 1.0], [30, 3, 0.0]], "top1": [
+            [10, 1, 20.0], [20, 2, 40.0], [30, 3, 60.0]], "ended": ended, "training error": error}
+    log.write_text("")
+    assert analyze.main(argv) == 0, "a run that has just begun has no record yet"
+    for text in ('{"step": 1, "epo\n{"step": 2, "epoch": 1}\n', '{"step": 2}\n', "[]\n", "\x00\n",
+                 '{"step": 1, "epoch": 1, "val": 0.5}\n'):
+        log.write_text(text)
+        assert f"{log}, line 1: not a record of train.py" in analyze_refusal(capsys, *argv), text
+    assert "no/log.jsonl: No such file" in analyze_refusal(capsys, "curves", "--runs",
+                                                           "no/log.jsonl")
+
+
+def test_peak_has_minutes_of_an_epoch_from_the_median_speed(tmp_path, capsys):
+    runs = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", "vit_c_4gf", top1=70.0),
+            run_folder(tmp_path / "c", "vit_micro8", stem="conv", speeds=(64.0,) * 3),
+            run_folder(tmp_path / "d", end="diverged")]
+    argv = ["peak", "--out-dir", str(tmp_path), "--runs"]
+    capsys.readouterr()
+    assert analyze.main([*argv, *runs]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((tmp_path / "peak.json").read_text())["results"]
+    assert f"{runs[3]} is not finished" in printed and list(results) == runs[:3]
+    assert [of["minutes"] for of in results.values()] == [640 / 300 / 60, 640 / 300 / 60, 1 / 6]
+    assert [of["error"] for of in results.values()] == [40, 30, 40]
+    assert [of["family"] for of in results.values()] == ["vit_p", "vit_c", "vit, conv stem"]
+    # Xiao et al. §6: under 20 minutes the best network without more data is ViT_C-36GF
+    fast = {name: row for name, row in analyze.XIAO_2.items() if row[3] < 20}
+    assert len(analyze.XIAO_2) == 23 and all(len(row) == 8 for row in analyze.XIAO_2.values())
+    assert min(row[7] for row in fast.values() if row[7]) == fast["vit_c_36gf"][7] == 14.2
+    assert sorted({analyze.family_of(name) for name in analyze.XIAO_2}) == [
+        "efficientnet", "regnety", "regnetz", "resnet", "vit_c", "vit_p"]
+    other = run_folder(tmp_path / "e", dataset="shapes")
+    assert "several data sets" in analyze_refusal(capsys, *argv, runs[0], other)
+    assert "none of the runs is finished" in analyze_refusal(capsys, *argv, runs[3])
+    Path(runs[0], "config.json").write_text("{")
+    assert "config.json is missing or damaged" in analyze_refusal(capsys, *argv, runs[0])
+
+
+def test_complexity_is_beside_the_papers_and_within_its_rounding(tmp_path, capsys):
+    models = ["resnet50", "regnety_1gf", "vit_c_4gf", "vit_s16", "mixer_b32",
+              "vit_s16 --stem conv", "torchvision:vit_b_16"]
+    capsys.readouterr()
+    assert analyze.main(["complexity", "--models", *models, "--out-dir", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    header, rows = table_in(printed, "pixels")
+    rows = {row[0]: [None if cell == "-" else float(cell) for cell in row[1:]] for row in rows}
+    assert list(rows) == models
+    for name in models[:3]:
+        side, flops, xiao_flops, params, xiao_params, _, acts, xiao_acts = rows[name]
+        assert abs(flops - xiao_flops) < 0.06 and abs(acts - xiao_acts) < 0.06, rows[name]
+        assert abs(params - xiao_params) < 0.06 and side == {"regnety_1gf": 232}.get(name, 224)
+    for name in ("vit_s16", "mixer_b32", "resnet50"):
+        assert 0 <= abs(rows[name][3] - rows[name][5]) < 1, rows[name]
+    assert "torchvision:vit_b_16: cannot count multi_head_attention_forward" in printed
+    results = json.loads((tmp_path / "complexity.json").read_text())["results"]
+    assert results["torchvision:vit_b_16"] == dict(params=86_567_656, macs=None, acts=None)
+    assert results["vit_s16"]["macs"] == 4_598_882_304
+
+
+def test_correlations_are_pearsons_and_spearmans():
+    x = [1.0, 2.0, 4.0, 8.0]
+    linear, ranks = analyze.correlations(x, [math.log(v) for v in x])
+    assert abs(ranks - 1) < 1e-12
+    assert abs(linear - 11.5 / math.sqrt(28.75 * 5)) < 1e-12  # by hand, the logarithms 0 1 2 3
+    linear, ranks = analyze.correlations(x, [3, 3, 2, -5])  # ranks 3.5 3.5 2 1: by hand
+    assert abs(ranks + 4.5 / math.sqrt(5 * 4.5)) < 1e-12, ranks
+    assert math.isnan(analyze.correlations(x, [1, 1, 1, 1])[0])
+    table = list(zip(*analyze.XIAO_2.values()))  # §6: time follows activations, FLOPs less
+    flops, acts = (analyze.correlations(table[3], table[i]) for i in (0, 2))
+    assert acts[0] > 0.9 > 0.7 > flops[0] and acts[1] > 0.95 > 0.8 > flops[1]
+
+
+@pytest.mark.parametrize("model", ["vit_micro8", "resnet18 --width 8"])
+@pytest.mark.parametrize("rho", [0, 0.5])
+def test_the_step_that_is_timed_is_that_of_a_training(tmp_path, monkeypatch, small_shapes, rho,
+                                                      model):
+    seen, to_float, loss = [], train.to_float, train.softmax_loss
+    monkeypatch.setattr(train, "to_float", lambda x, m: (seen.append(x.clone()), to_float(x, m))[1])
+    monkeypatch.setattr(train, "softmax_loss", lambda z, y, s: (seen.append(y), loss(z, y, s))[1])
+    argv = (f"--model {model} --dataset shapes --max-steps 1 --batch-size 8 --micro-batch 8 "
+            f"--warmup-steps 0 --grad-clip 0.5 --label-smoothing 0.1 --sam-rho {rho} --device cpu "
+            f"--out-dir {tmp_path / 'run'}").split()
+    trained = train_ok(argv)["model"]
+    (x, y), calls = seen[:2], []
+    monkeypatch.setattr(train, "to_float", to_float)
+    monkeypatch.setattr(analyze, "random_batch", lambda *_: (x, y))
+    settings, origin = train.settings(argv)
+    settings.timing = dict(channels_last=False)
+    bare = train.starting_network(settings, origin, 12, torch.device("cpu"), calls.append)
+    before = copy.deepcopy(bare.network.state_dict())
+    optimizer = train.make_optimizer(settings, bare, torch.device("cpu"))
+    mode = "sam" if rho else "training"
+    analyze.work(settings, bare, optimizer, "inference", False, 8)()
+    assert same_tensors(bare.network.state_dict(), before) and not bare.training
+    analyze.work(settings, bare, optimizer, mode, False, 8)()
+    assert same_tensors(bare.network.state_dict(), trained) and bare.training
+    assert not same_tensors(before, trained)
+
+
+def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys, monkeypatch):
+    """Time is a known function: the mixer takes twice as long, 8 images are the fastest batch, 64
+    too many for memory, and later measurements of the same waver."""
+    timed, dies_at = [], 0
+    waver = {"vit_micro8": [1, 1.1, 1.2, 1.0], "mixer_micro8": [1, 1.2, 1.5, 2]}
+
+    def work(settings, bare, optimizer, mode, compiled, batch):
+        def call():
+            if batch == 64:
+                raise torch.OutOfMemoryError("as CUDA says")
+            unit = {"vit_micro8": 0.001, "mixer_micro8": 0.002}[settings.model]
+            return unit * analyze.PASSES[mode] * batch * {4: 2, 8: 1, 16: 1.02}[batch]
+        call.who = settings.model, mode, batch
+        return call
+
+    def seconds_of(call, seconds, device):
+        assert (seconds, device) == (100, torch.device("cpu"))
+        timed.append(getattr(call, "who", "peak"))
+        if len(timed) == dies_at:
+            raise KeyboardInterrupt
+        return 2.0 if timed[-1] == "peak" else call() * waver[timed[-1][0]][
+            (timed.count(timed[-1]) - 1) % 4]
+    monkeypatch.setattr(analyze, "work", work)
+    monkeypatch.setattr(analyze, "seconds_of", seconds_of)
+    argv = ["throughput", "--device", "cpu", "--dataset", "shapes", "--models", "vit_micro8",
+            "mixer_micro8", "--modes", "inference", "sam", "--batch-sizes", "4", "8", "16", "64",
+            "128", "--rounds", "3", "--seconds", "100", "--devices", "8", "--out-dir"]
+    assert analyze.main([*argv, str(tmp_path / "a")]) == 0
+    cells = [(m, mode) for m in ("vit_micro8", "mixer_micro8") for mode in ("inference", "sam")]
+    whole = list(timed)
+    assert whole[:16] == [(*cell, batch) for cell in cells for batch in (4, 8, 16, 64)]
+    forth = [(*cell, 8) for cell in cells]
+    assert whole[16:] == forth + forth[::-1] + forth + ["peak"], "each second round backwards"
+
+    results = json.loads((tmp_path / "a/throughput.json").read_text())["results"]
+    vits, mixers, others = results.values()
+    peak = 2 * 2048 ** 3 / 2
+    for of, model, speeds, ratios in (
+            (vits, "vit_micro8", (1000 / 1.2, 1000 / 1.1, 1000), (1, 1, 1)),
+            (mixers, "mixer_micro8", (250, 500 / 1.5, 500 / 1.2), (0.25, 0.4, 0.55 / 1.2))):
+        macs = vit.complexity(train.build_model(model, 12, 32), 32)["macs"]
+        for mode, passes in (("inference", 1), ("sam", 6)):
+            found, (low, median, high) = of[mode], np.array(speeds) / passes
+            assert found["batch"] == 8 and of[f"{mode}, batch 64"] == 0
+            for key, (a, b, c) in (("images_per_second", (low, median, high)), ("ratio", ratios)):
+                assert np.allclose(found[key], [(a + b) / 2, b, (b + c) / 2]), (model, key, found)
+            assert np.isclose(found["epoch_minutes"], 1_281_167 / median / 8 / 60)
+            assert np.isclose(found["share_of_peak"], 2 * macs * speeds[1] / peak), "6 passes"
+    assert list(others.values())[0].keys() == {"Xiao Table 2"}, "two networks have no correlation"
+    assert analyze.main([*argv, str(tmp_path / "a")]) == 0 and timed == whole, "nothing again"
+    timed.clear()
+    assert analyze.main([*argv, str(tmp_path / "a"), "--channels-last"]) == 0
+    assert timed == whole, "another setting is another measurement"
+
+    timed.clear()
+    dies_at = 20
+    assert analyze.main([*argv, str(tmp_path / "b")]) == 130
+    assert analyze.main([*argv, str(tmp_path / "b")]) == 0
+    assert timed == [*whole[:20], *whole[19:]], "it goes on with the one that was killed"
+    for flags, line in ((["--batch-sizes", "64"], "a batch of 64 does not fit in memory"),
+                        (["--rounds", "0"], "--rounds 0"), (["--seconds", "-1"], "--seconds -1"),
+                        (["--no-compile"], "--compile takes yes, no or both"),
+                        (["--models", "vit_micro9"], "vit_micro9"),
+                        (["--loss", "supcon", "--augment", "crop"], "softmax or sigmoid")):
+        assert line in analyze_refusal(capsys, *argv, tmp_path / "c", *flags)
+
+
+def test_all_networks_of_throughput_take_the_step_of_the_first(tmp_path, monkeypatch):
+    seen = {}
+
+    def work(settings, bare, optimizer, mode, compiled, batch):
+        seen[settings.model] = settings, optimizer, compiled
+        return lambda: None
+    monkeypatch.setattr(analyze, "work", work)
+    models = ["resnet18 --width 8 --image-size 32",
+              "mixer_s16 --image-size 32 --dropout 0.2 --depth 1",
+              "torchvision:vgg11 --image-size 32 --grad-clip 3"]
+    assert analyze.main(["throughput", "--device", "cpu", "--models", *models, "--rounds", "1",
+                         "--modes", "training", "--batch-sizes", "2", "--seconds", "0.01",
+                         "--compile", "both", "--out-dir", str(tmp_path)]) == 0
+    assert {type(optimizer) for _, optimizer, _ in seen.values()} == {torch.optim.SGD}
+    steps = [(s.loss, s.lr, s.weight_decay, s.grad_clip, s.dropout) for s, *_ in seen.values()]
+    assert steps == [("softmax", 1.6, 1e-3, clip, dropout) for clip, dropout in (
+        (0, None), (0, 0.2), (3, None))], steps
+
+
+def test_the_smaller_training_sets_are_those_of_the_papers_recipes(capsys):
+    """Chen et al. E.2, E.3, Table 9: train.py has a recipe for each number of Table 4."""
+    capsys.readouterr()
+    assert analyze.main(["datasize", "--dry-run", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    runs = {Path(args.out_dir).name: args for args in (
+        train.settings(shlex.split(line)[2:])[0] for line in lines)}
+    assert len(runs) == len(lines) == 40
+    of = {"resnet152": "chen_resnet", "vit_b16": "chen_vit", "mixer_b16": "chen_mixer"}
+    parts = {"1": "", "1_2": "_half", "1_4": "_quarter", "1_10": "_tenth"}
+    for name, args in runs.items():
+        model, method, part = name.split("-")
+        strong = "_strong" * (method in ("augmented", "both"))
+        recipe = of[model] + strong + parts[part]
+        rho = "paper" if method in ("sam", "both") else "0"
+        expected, _ = train.settings(["--recipe", recipe, "--model", model, "--sam-rho", rho,
+                                      "--device", "cpu", "--resume"])
+        differ = {k for k, v in vars(expected).items() if getattr(args, k) != v}
+        assert {k for k in differ if k != "train_fraction"} <= {"recipe", "out_dir"}, (name, differ)
+        assert Fraction(args.train_fraction) == Fraction(expected.train_fraction)
+        where, *published = train.PUBLISHED[recipe]
+        if part != "1":
+            assert analyze.CHEN_4[model][method][list(parts).index(part)] == published[rho != "0"]
+
+
+def test_sams_gain_is_the_difference_of_runs_of_the_same_images(tmp_path, capsys, in_process):
+    runs = [dict(method=method, fraction=f, top1=top1) for method, f, top1 in (
+        ("plain", 1, 60), ("sam", 1, 75), ("plain", 0.5, 50), ("sam", 0.5, None), ("both", 1, 9))]
+    assert analyze.with_gains(runs, "top1") == {
+        "plain": {1: 60, 0.5: 50}, "sam": {1: 75}, "augmented": {}, "both": {1: 9},
+        "gain": {1: 15}, "gain, augmented": {}}, "a run that diverged has none"
+    argv = ["datasize", "--models", STUDIED, "--dataset", "shapes", "--device", "cpu", "--workers",
+            "0", "--max-steps", "2", "--log-every", "1", "--batch-size", "40", "--micro-batch",
+            "20", "--fractions", "1", "1/4", "--out-dir", str(tmp_path)]
+    capsys.readouterr()
+    assert analyze.main(argv) == 0
+    header, *rows = (re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines()
+                     if line.startswith(("top-1 %", STUDIED)) and ": top-1" not in line)
+    assert header == ["top-1 %", "fraction", "images", "plain", "sam", "augmented", "both", "gain",
+                      "gain, augmented"]
+    assert len(rows) == 2 and len(in_process) == 8
+    results = json.loads((tmp_path / "datasize.json").read_text())["results"][STUDIED]
+    for row, part, share, images in zip(rows, ("1", "1_4"), (1.0, 0.25), ("8000", "2000")):
+        top1 = {}
+        for name, of in results.items():
+            if name.endswith(f"-{part}"):
+                top1[of["method"]] = final_top1(tmp_path / "runs" / name)
+                assert of["top1"] == top1[of["method"]] and of["fraction"] == share
+                config = (tmp_path / "runs" / name / "config.json").read_text()
+                args = json.loads(config)["settings"]
+                assert args["batch_size"] == 40 * share and args["micro_batch"] == (
+                    20 if part == "1" else 10) and Fraction(args["train_fraction"]) == share
+                strong = of["method"] in ("augmented", "both")
+                assert (args["mixup"], args["randaugment"]) == ((0.5, [2, 15]) if strong else
+                                                                (0, [0, 9]))
+                assert args["sam_rho"] == (0.03 if of["method"] in ("sam", "both") else 0)
+        assert row[2] == images and [float(cell) for cell in row[3:]] == [round(v, 2) for v in (
+            *(top1[m] for m in ("plain", "sam", "augmented", "both")), top1["sam"] - top1["plain"],
+            top1["both"] - top1["augmented"])], (row, top1)
+    before = (tmp_path / "datasize.json").read_bytes()
+    assert analyze.main(argv) == 0 and len(in_process) == 8
+    assert (tmp_path / "datasize.json").read_bytes() == before
+    for flags, line in ((["--fractions", "0"], "above 0 and at most 1"),
+                        (["--fractions", "x"], "--fractions x"),
+                        (["--models", "vit_micro9"], "vit_micro9"),
+                        (["--mixup", "1"], "--mixup is what this study varies")):
+        assert line in analyze_refusal(capsys, *argv, "--dry-run", *flags)
 
 
 # ----------------------------------------------------------------------------------- the repository

@@ -1136,6 +1136,26 @@ class RunningStatistics:
             torch._foreach_copy_(self.counters, [c + 1 - skip.to(c.dtype) for c in self.count])
 
 
+def update(optimizer, scaler, params, grad_clip, statistics, micro_batches):
+    """The end of a step: clipping and decay act once, on the gradient averaged over everything. A
+    gradient that is not finite changes nothing. -> its norm before clipping, and 1 if the step was
+    skipped, else 0: () tensors."""
+    scaler.unscale_(optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    if grad_clip:
+        nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
+    skip = (~norm.isfinite()).float()
+    statistics.end_step(micro_batches, skip)
+    fused = optimizer.defaults.get("fused", False)
+    if fused:
+        optimizer.found_inf = skip  # where it is 1, fused optimizers leave everything as it is
+    if fused or not skip:  # on MPS, and for LAMB and RMSProp, this waits for the device
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skip
+
+
 # --------------------------------------------------------------------------------------- evaluation
 
 def bin_sums(confidence, right, bins):
@@ -1690,7 +1710,6 @@ def run(args, origin):
 
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(args, model, device)
-    fused = optimizer.defaults.get("fused", False)
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     autocast, statistics = autocast_of(args, device), RunningStatistics(network)
     model = torch.compile(model) if args.compile else model
@@ -1901,19 +1920,7 @@ def run(args, origin):
                     (loss_of(micro, x, y, sends) / len(own_micros)).backward()
             together.clear()
 
-        # Clipping and decay act once, on the gradient averaged over everything.
-        scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        if args.grad_clip:
-            nn.utils.clip_grads_with_norm_(params, args.grad_clip, norm)
-        skip = (~norm.isfinite()).float()
-        statistics.end_step(micro_batches, skip)
-        if fused:
-            optimizer.found_inf = skip  # where it is 1, fused optimizers leave everything as it is
-        if fused or not skip:  # on MPS, and for LAMB and RMSProp, this waits for the device
-            scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        norm, skip = update(optimizer, scaler, params, args.grad_clip, statistics, micro_batches)
         if ema is not None and step % args.ema_every == 0:
             decay = min(args.ema_decay, (1 + step) / (10 + step))
             if args.ema_alpha:
