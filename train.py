@@ -1760,7 +1760,7 @@ def run(args, origin):
          f"micro-batches × {args.micro_batch} images, " + "each in two views, " * supcon + (
              f"SAM with ρ = {args.sam_rho:g} on "
              f"{'the whole ' if args.sam_sync else 'each micro-'}batch"
-             + f" of every {args.sam_every}th step" * (args.sam_every > 1)
+             + f" in one step of {args.sam_every}" * (args.sam_every > 1)
              + f", moving {sum(p.numel() for p in sam.params):,} parameters" * bool(args.sam_scope)
              if sam else "without SAM")
          + f", images moved by at most {255 * args.adv_eps:.4g}/255" * (args.adv_eps > 0))
@@ -2001,7 +2001,8 @@ def run(args, origin):
          f"{best:.2f} % in best.pt")
     other = 0 if sam else PAPER_RHO[kind_of_training(args)].get(args.model, 0.03)
     same = [word for name, setter in origin.items() if setter == "command line"
-            and name not in ("sam_rho", "out_dir", "resume") for word in as_flag(name, args)]
+            and name not in ("sam_rho", "out_dir", "resume")
+            and not (sam and name.startswith("sam_")) for word in as_flag(name, args)]
     launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"
     tell(" ".join(["to compare:", launch, "train.py", *same, "--sam-rho", f"{other:g}"]))
     return 0
