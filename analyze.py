@@ -471,8 +471,8 @@ def robustness(args, rest):
 
 def plain_twins(trained):
     """{network: the one that was trained as it was, but without SAM}, from their runs' settings."""
-    differs = train.FREE_FLAGS | {"sam_rho", "sam_steps", "sam_adaptive", "sam_sync", "recipe"}
-    same = {name: {k: v for k, v in of.items() if k not in differs} for name, of in trained.items()}
+    same = {name: {k: v for k, v in of.items() if k not in train.FREE_FLAGS | {"recipe"}
+                   and not k.startswith("sam_")} for name, of in trained.items()}
     return {name: other for name, of in trained.items() for other in trained
             if of and trained[other] and of["sam_rho"] > 0 and trained[other]["sam_rho"] == 0
             and same[name] == same[other]}

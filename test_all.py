@@ -51,7 +51,7 @@ import mixer
 import resnet
 import train
 import vit
-from sam import SAM
+from sam import SAM, LookSAM
 
 HERE = Path(__file__).parent
 
@@ -2074,6 +2074,71 @@ def test_sam_gives_the_gradient_of_equation_2_by_hand(adaptive, steps):
     if not adaptive and steps == 1:
         distance = float(flat([a - b for a, b in zip(at, w)]).norm())
         assert abs(distance - rho) < 1e-14, distance
+
+
+def test_sam_of_some_parameters_moves_these_only_and_computes_no_other_gradient():
+    net, (x, y), rho = small_net(batch_norm=True).eval(), toy_batch(), 0.3
+    loss, chosen = loss_of(net, x, y), [net[1].weight, net[4].bias]
+    own = [any(p is q for q in chosen) for p in net.parameters()]
+    w = [p.detach().clone() for p in net.parameters()]
+    g = [a if mine else torch.zeros_like(a) for a, mine in zip(gradient_at(net, w, loss), own)]
+    norm = math.sqrt(sum(float((a ** 2).sum()) for a in g))
+    at = [v + rho * a / norm for v, a in zip(w, g)]
+    expected, computed = gradient_at(net, at, loss), []
+    for i, p in enumerate(net.parameters()):
+        p.register_hook(lambda grad, i=i: computed.append(i))
+    with SAM(net, rho, params=chosen).perturb(loss) as first:
+        assert sorted(computed) == [i for i, mine in enumerate(own) if mine]
+        assert float((flat(net.parameters()) - flat(at)).abs().max()) < 1e-15
+        loss().backward()
+    assert abs(float(first.grad_norm) - norm) < 1e-15
+    assert float((flat(p.grad for p in net.parameters()) - flat(expected)).abs().max()) < 1e-14
+    assert torch.equal(flat(net.parameters()), flat(w))
+
+
+def test_looksam_adds_the_orthogonal_part_of_sams_gradient_to_the_gradients_between():
+    net, (x, y), alpha = small_net(), toy_batch(), 0.7
+    sam, halves = SAM(net, 0.3), [slice(0, 8), slice(8, 16)]
+    look, direction = LookSAM(sam.params, alpha), None
+    for step in range(7):
+        w = [p.detach().clone() for p in net.parameters()]
+        scale = 2.0 ** 16 if step == 3 else 1.0  # as a loss scaler has it in the pass at w
+        at_w = flat(gradient_at(net, w, loss_of(net, x, y)))
+        for some in halves:
+            loss = loss_of(net, x[some], y[some])
+            with (sam.perturb(lambda: loss() * scale, keep_grads=True) if step % 3 == 0 else
+                  nullcontext()) as first:
+                (loss() / 2).backward()
+            if step % 3 == 0:
+                look.note(first.grads, 0.5)
+        before = flat(p.grad for p in net.parameters())
+        look.step(step % 3 == 0)
+        after = flat(p.grad for p in net.parameters())
+        if step % 3 == 0:
+            direction = before - (before @ at_w) / (at_w @ at_w) * at_w
+            assert torch.equal(before, after) and abs(float(direction @ at_w)) < 1e-12
+        else:
+            expected = before + alpha * before.norm() / direction.norm() * direction
+            assert float((after - expected).abs().max()) < 1e-13, step
+        kept = flat(look.state_dict()["direction"])
+        assert float((kept - direction).abs().max()) < 1e-13 * float(direction.abs().max()), step
+        with torch.no_grad():
+            for p in net.parameters():
+                p -= 0.5 * p.grad
+                p.grad = None
+    for p in net.parameters():
+        p.grad = torch.full_like(p, math.inf)
+    look.note([p.grad for p in net.parameters()])
+    look.step(True)
+    assert torch.equal(flat(look.direction), kept), "what is not finite is not kept"
+    other = LookSAM(sam.params, alpha)
+    other.load_state_dict(look.state_dict())
+    assert torch.equal(flat(other.direction), kept)
+    before = [p.grad.zero_() for p in net.parameters()]
+    other.step(False)
+    assert not flat(before).any(), "nothing is added to no gradient"
+    with pytest.raises(ValueError, match="at least 0"):
+        LookSAM(sam.params, -0.1)
 
 
 def test_sam_with_rho_zero_trains_as_the_plain_optimizer_bit_for_bit():
@@ -5210,7 +5275,8 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     write_image_folder(tmp_path / "images", train=32, val=8)
     settings = (f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 "
                 "--adv-eps 2/255 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 "
-                "--workers 1 --seed 3 --eval-every 12 --save-every 5 --keep-epochs warmup 30")
+                "--workers 1 --seed 3 --eval-every 12 --save-every 5 --keep-epochs warmup 30 "
+                "--sam-every 3")
     setup = ("--dataset folder --epochs 60 --batch-size 16 --micro-batch 8 --log-every 4 "
              "--warmup-steps 10")
     whole = train_ok(tiny(tmp_path / "whole", settings, dataset=setup))
@@ -5222,7 +5288,8 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     assert output.stdout.count("resumed ") >= 8, output.stdout  # else the kills came too early
                                                                 # to mean anything
     killed = torch.load(tmp_path / "killed/ckpt.pt", weights_only=True)
-    for part in ("model", "ema", "optimizer", "scaler", "step", "evaluated", "best", "final"):
+    for part in ("model", "ema", "optimizer", "scaler", "look", "step", "evaluated", "best",
+                 "final"):
         assert same_tensors(whole[part], killed[part]), part
     for name in ("warmup.pt", "epoch30.pt"):
         assert same_tensors(*(train.read_checkpoint(tmp_path / run / name)["model"]
@@ -5298,6 +5365,7 @@ dist.destroy_process_group()
 VARIANTS = {
     "plain": "--sam-rho 0",
     "sam": "--sam-rho 0.1",
+    "sam, every 2nd step": "--sam-rho 0.1 --sam-every 2 --dropout 0.2",
     "plain, all": "--sam-rho 0 --stem conv --dropout 0.2 --drop-path 0.2 --mixup 0.5 "
                   "--ema-decay 0.9 --grad-clip 0.5",
     "sam, all": "--sam-rho 0.1 --stem conv --dropout 0.2 --drop-path 0.2 --mixup 0.5 "
@@ -5339,7 +5407,7 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
         "--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 --epochs 4 "
         "--warmup-steps 3 --log-every 4"))
         for i, (name, flags) in enumerate(VARIANTS.items())}
-    begun = [a.replace("3-2", "3-cut-2") for a in runs["sam, all"]] + ["--max-steps", "11"]
+    begun = [a.replace("4-2", "4-cut-2") for a in runs["sam, all"]] + ["--max-steps", "11"]
     (tmp_path / "runs.json").write_text(json.dumps({**runs, "begun": begun}))
     (tmp_path / "worker.py").write_text(WORKER)
     result = subprocess.run(
@@ -5364,12 +5432,15 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
         logs = [[r["loss"] for r in log_without_times(tmp_path / f"{i}-{n}") if "loss" in r]
                 for n in (1, 2)]
         assert np.allclose(*logs, rtol=1e-5), logs
-    cut = [a.replace("3-2", "3-cut") for a in runs["sam, all"]]
-    shutil.copytree(tmp_path / "3-cut-2", tmp_path / "3-cut")
-    one = torch.load(tmp_path / "3-1/ckpt.pt", weights_only=True)
+    cut = [a.replace("4-2", "4-cut") for a in runs["sam, all"]]
+    shutil.copytree(tmp_path / "4-cut-2", tmp_path / "4-cut")
+    one = torch.load(tmp_path / "4-1/ckpt.pt", weights_only=True)
     resumed = train_ok([*cut, "--resume"])  # begun by two processes, ended by one
     assert largest_difference(one["model"], resumed["model"]) < 1e-9
     assert sent["plain"] == sent["sam"]
+    look = sent["sam, every 2nd step"]
+    assert look["gradients"] == sent["sam"]["gradients"]
+    assert look["other"] - sent["sam"]["other"] == look["gradients"] // 2, "g of LookSAM"
     assert sent["plain, all"] == sent["sam, all"] == sent["adversarial"]
     parameters = sum(p.numel() for p in vit.build(
         "vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).parameters())

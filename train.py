@@ -52,7 +52,7 @@ import data
 import mixer
 import resnet
 import vit
-from sam import SAM
+from sam import SAM, LookSAM
 
 IMAGENET_PIXELS = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 # Chen et al. Table 8. Loss: B.1. 4096 = 128 cores × 32 images, each core's ε its own: E.
@@ -281,7 +281,7 @@ def as_user_error(what):
     """What a function of this repository has against the value of a flag, as a UserError."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, re.error) as error:
         raise UserError(f"{what}: {error}") from None
 
 
@@ -432,6 +432,13 @@ def make_parser():
     add("--sam-adaptive", **off, help="ASAM, element-wise")
     add("--sam-sync", **off, help="ε from the whole batch's gradient "
         "instead of each micro-batch's")
+    add("--sam-every", type=int, default=1, metavar="K", help="SAM in every K-th step only, for "
+        "1 + 1/K of plain training's time")
+    add("--sam-reuse", type=float, default=0.7, metavar="ALPHA", help="with --sam-every, add the "
+        "last SAM step's sharp direction to the gradients between, so long beside them; 0: do not "
+        "(LookSAM, Liu et al. 2022: 0.7)")
+    add("--sam-scope", default="", metavar="REGEX", help="move only parameters whose names it "
+        r"matches, as norm or ^blocks\.0\.; what the first pass does not need for these it skips")
 
     add = parser.add_argument_group("adversarial training").add_argument
     add("--adv-eps", type=adversarial.fraction, default=0.0, help="fast adversarial training: one "
@@ -654,6 +661,12 @@ def check(args, origin):
                "augmentation are the same: add --augment crop or another")
         refuse(args.sam_rho and not args.sam_sync, "--loss supcon has one loss for the whole "
                "batch, and so one ε: leave out --no-sam-sync")
+    for name, default in (("sam_every", 1), ("sam_scope", "")):
+        refuse(not args.sam_rho and getattr(args, name) != default,
+               f"{flag(name)} is a way of SAM: add --sam-rho")
+    refuse(args.sam_every < 1, f"--sam-every is {args.sam_every}; it must be at least 1")
+    refuse(not 0 <= args.sam_reuse < math.inf,
+           f"--sam-reuse is {args.sam_reuse}; it must be at least 0 (LookSAM: 0.7)")
     refuse(args.device == "cuda" and not torch.cuda.is_available(),
            "--device cuda: torch sees no CUDA device here; try --device cpu")
     refuse(args.device == "mps" and (args.dtype in ("float16", "float64") or "RANK" in os.environ),
@@ -1136,11 +1149,13 @@ class RunningStatistics:
             torch._foreach_copy_(self.counters, [c + 1 - skip.to(c.dtype) for c in self.count])
 
 
-def update(optimizer, scaler, params, grad_clip, statistics, micro_batches):
-    """The end of a step: clipping and decay act once, on the gradient averaged over everything. A
+def update(optimizer, scaler, params, grad_clip, statistics, micro_batches, correct=None):
+    """The end of a step: correct() may change the gradients first. Clipping and decay act once, on the gradient averaged over everything. A
     gradient that is not finite changes nothing. -> its norm before clipping, and 1 if the step was
     skipped, else 0: () tensors."""
     scaler.unscale_(optimizer)
+    if correct is not None:
+        correct()
     norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
     if grad_clip:
         nn.utils.clip_grads_with_norm_(params, grad_clip, norm)
@@ -1581,6 +1596,17 @@ def starting_network(args, origin, num_classes, device, tell):
     return bare
 
 
+def scope(network, pattern):
+    """The parameters of a network whose names a regular expression is found in."""
+    names = dict(network.named_parameters())
+    with as_user_error(f"--sam-scope {pattern}"):
+        found = [p for name, p in names.items() if p.requires_grad and re.search(pattern, name)]
+        if not found:
+            raise ValueError(f"no parameter's name matches; there are {', '.join(list(names)[:2])},"
+                             f" …, {list(names)[-1]}")
+    return found
+
+
 def make_optimizer(args, model, device):
     """--optimizer over the trained parameters; fused where there is such a kernel."""
     groups = [dict(params=params, weight_decay=decay) for params, decay in zip(
@@ -1719,9 +1745,13 @@ def run(args, origin):
             model = DistributedDataParallel(
                 model, device_ids=[device] if args.device == "cuda" else None,
                 broadcast_buffers=False, gradient_as_bucket_view=True)
-    sam = None
+    sam = look = None
     if args.sam_rho:
-        sam = SAM(model, args.sam_rho, steps=args.sam_steps, adaptive=args.sam_adaptive)
+        moved = scope(network, args.sam_scope) if args.sam_scope else params
+        sam = SAM(model, args.sam_rho, steps=args.sam_steps, adaptive=args.sam_adaptive,
+                  params=moved)
+        if args.sam_every > 1 and args.sam_reuse:
+            look = LookSAM(moved, args.sam_reuse)
     adv_step_size = args.adv_step_size or 1.25 * args.adv_eps
     criterion = {"softmax": softmax_loss, "sigmoid": sigmoid_loss, "supcon": None}[args.loss]
 
@@ -1745,7 +1775,10 @@ def run(args, origin):
     tell(f"step      {args.batch_size:,} images = {world} devices × {micro_batches // world} "
          f"micro-batches × {args.micro_batch} images, " + "each in two views, " * supcon + (
              f"SAM with ρ = {args.sam_rho:g} on "
-             f"{'the whole ' if args.sam_sync else 'each micro-'}batch" if sam else "without SAM")
+             f"{'the whole ' if args.sam_sync else 'each micro-'}batch"
+             + f" in one step of {args.sam_every}" * (args.sam_every > 1)
+             + f", moving {sum(p.numel() for p in sam.params):,} parameters" * bool(args.sam_scope)
+             if sam else "without SAM")
          + f", images moved by at most {255 * args.adv_eps:.4g}/255" * (args.adv_eps > 0))
     tell(f"schedule  {last_step:,} steps"
          + f" of {total_steps:,}" * (last_step < total_steps)
@@ -1773,7 +1806,7 @@ def run(args, origin):
         print_table(tell, state["final"])
         return 0
     if state is not None:
-        for name, part in (networks | dict(optimizer=optimizer, scaler=scaler)).items():
+        for name, part in (networks | dict(optimizer=optimizer, scaler=scaler, look=look)).items():
             if part is not None:
                 part.load_state_dict(state[name])
         step, evaluated, best = state["step"], state["evaluated"], state["best"]
@@ -1798,7 +1831,7 @@ def run(args, origin):
 
     def save_checkpoint(**more):
         checkpoint("ckpt.pt", windows=all_windows(), optimizer=optimizer.state_dict(),
-                   scaler=scaler.state_dict(), **more)
+                   scaler=scaler.state_dict(), look=look and look.state_dict(), **more)
 
     def log(**record):
         if main_process:
@@ -1894,6 +1927,7 @@ def run(args, origin):
         lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_schedule, args.lr_end)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        perturbed = sam is not None and step % args.sam_every == 0
         clean.clear()
         statistics.begin_step()
         for micro in own_micros:
@@ -1909,18 +1943,22 @@ def run(args, origin):
                 continue
             losses = [partial(loss_of, micro, start, y) for micro, _, y, start in together]
             starts = [start for *_, start in together if args.adv_eps]
-            with (sam.perturb(losses, inputs=starts, sync=args.sam_sync and world > 1)
-                  if sam else nullcontext()) as first:  # at w + ε
+            with (sam.perturb(losses, inputs=starts, sync=args.sam_sync and world > 1,
+                              keep_grads=look is not None)
+                  if perturbed else nullcontext()) as first:  # at w + ε
                 for i, (micro, x, y, start) in enumerate(together):
                     if args.adv_eps:  # at x + δ; ε and δ come from one pass at (w, start): Eq. 5
-                        grad = (first.input_grads[i] if sam else
+                        grad = (first.input_grads[i] if perturbed else
                                 torch.autograd.grad(losses[i](), start)[0])
                         x = adversarial.ascend(start, grad, x, args.adv_eps, adv_step_size)
                     sends = micro == own_micros[-1]
                     (loss_of(micro, x, y, sends) / len(own_micros)).backward()
+            if look is not None and perturbed:
+                look.note(first.grads, len(together) / len(own_micros))
             together.clear()
 
-        norm, skip = update(optimizer, scaler, params, args.grad_clip, statistics, micro_batches)
+        norm, skip = update(optimizer, scaler, params, args.grad_clip, statistics, micro_batches,
+                            look and partial(look.step, perturbed))
         if ema is not None and step % args.ema_every == 0:
             decay = min(args.ema_decay, (1 + step) / (10 + step))
             if args.ema_alpha:
@@ -1979,7 +2017,8 @@ def run(args, origin):
          f"{best:.2f} % in best.pt")
     other = 0 if sam else PAPER_RHO[kind_of_training(args)].get(args.model, 0.03)
     same = [word for name, setter in origin.items() if setter == "command line"
-            and name not in ("sam_rho", "out_dir", "resume") for word in as_flag(name, args)]
+            and name not in ("sam_rho", "out_dir", "resume")
+            and not (sam and name.startswith("sam_")) for word in as_flag(name, args)]
     launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"
     tell(" ".join(["to compare:", launch, "train.py", *same, "--sam-rho", f"{other:g}"]))
     return 0
