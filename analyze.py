@@ -2957,14 +2957,16 @@ def draw_distances(axes, distances):
 # ----------------------------------------------------------------------------------- finished runs
 
 def training_curve(records):
-    """Of a run's records: "loss", [[step, epoch, loss]], the mean training loss of the steps since
-    the record before; "top1", [[step, epoch, validation top-1 in percent]]; "ended": finished,
-    diverged or None; "training error" in percent at the end, of images without augmentation."""
-    found = {"loss": [], "top1": [], "ended": None, "training error": None}
+    """Of a run's records, lists of [step, epoch, value]: "loss" and "error", the mean training loss
+    and error in percent of the steps since the record before, on images as augmented, before each
+    step; "top1", of validation, in percent. "ended": finished, diverged or None; "training error"
+    in percent at the end, of images without augmentation."""
+    found = {"loss": [], "error": [], "top1": [], "ended": None, "training error": None}
     for record in records:
         at = [int(record["step"]), float(record["epoch"])]
         if "loss" in record:
             found["loss"].append([*at, record["loss"]])
+            found["error"].append([*at, record.get("error")])  # contrastive: none
         if "val" in record:
             found["top1"].append([*at, record["val"]["top1"]])
         if "final" in record:
@@ -3014,9 +3016,9 @@ def opened(args, rest, name):
 
 
 def curves(args, rest):
-    """Training loss and validation accuracy against step or epoch, of any number of runs, those
-    under way included (Chen et al. Fig. 2 left and middle; Xiao et al. Fig. 2). The training error
-    is known at a run's end only. Returns what the JSON holds under "results"."""
+    """Training error and loss and validation accuracy against step or epoch, of any number of runs,
+    those under way included (Chen et al. Fig. 2 left and middle; Xiao et al. Fig. 2). Returns what
+    the JSON holds under "results"."""
     results = opened(args, rest, "curves")
     results.parts = {run: training_curve(train.on_main(functools.partial(read_log, run)))
                      for run in dict.fromkeys(args.runs)}
@@ -3031,19 +3033,20 @@ def curves(args, rest):
                          "training error %": of["training error"],
                          "top-1 %": top1[-1] if top1 else None, "best": max(top1, default=None)})
         print_rows(rows)
-        finished(results, 2, draw_curves, results.parts, args.against)
+        finished(results, 3, draw_curves, results.parts, args.against)
     return results.parts
 
 
 def draw_curves(axes, runs, against):
-    for one, key, what in zip(axes, ("loss", "top1"), ("training loss", "validation top-1 (%)")):
+    for one, key, what in zip(axes, ("error", "loss", "top1"), (
+            "training error (%)", "training loss", "validation top-1 (%)")):
         for run, of in runs.items():
             points = [(step if against == "step" else epoch, math.nan if value is None else value)
                       for step, epoch, value in of[key]]
             one.plot(*zip(*points or [(math.nan, math.nan)]), "o-", markersize=2, label=run)
         one.set_xlabel(against)
         one.set_ylabel(what)
-    axes[1].legend(fontsize=6)
+    axes[-1].legend(fontsize=6)
 
 
 # Xiao et al. Table 2: G multiply-adds, M parameters (Table 1: vit_p_18gf 86.7), M activations,
@@ -4207,15 +4210,23 @@ def all_command(args, rest):
     commands, answers, argvs = make_parser().commands, {}, {}
     for what in args.figures:
         argv = [what, "--out-dir", str(folder)]
-        argv += ["--checkpoint", *args.checkpoint] if args.checkpoint else []
+        if what == "curves":
+            argv += ["--runs", *(str(Path(run).parent if Path(run).is_file() else run)
+                                 for run in args.checkpoint)]
+        elif args.checkpoint:
+            argv += ["--checkpoint", *args.checkpoint]
         for flag, value in (("--images", args.images), ("--points", args.points)):
             if value and flag in commands[what]._option_string_actions:
                 argv += [flag, value]
-        argvs[what], own = [*argv, *rest], make_parser().parse_args(argv)
+        more = [] if what == "curves" else rest
+        argvs[what] = [*argv, *more]
         if train.rank() == 0:
             train.say(f"\n{what}")
         try:
-            own.function(own, rest)
+            if what == "curves" and not args.checkpoint:
+                raise UserError("it shows runs of train.py, given by --checkpoint")
+            own = make_parser().parse_args(argv)
+            own.function(own, more)
             answers[what] = None
         except UserError as error:
             answers[what] = str(error)

@@ -8,6 +8,7 @@ import copy
 import fcntl
 import functools
 import hashlib
+import html
 import importlib.util
 import inspect
 import io
@@ -4596,14 +4597,16 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
     images, labels = data.shapes(range(8000))
     chosen, logged = data.subset(labels, "1/50"), []
     for step in range(10):
-        clean = 0.0
+        clean = wrong = 0.0
         order = torch.randperm(160, generator=torch.Generator().manual_seed(data.key(0, step // 5)))
         batch = chosen[order[32 * (step % 5):][:32]]
         total = {k: torch.zeros_like(p) for k, p in named.items()}
         for micro in batch.split(8):
             x, y = (images[micro].double() / 255 - 0.5) / 0.5, labels[micro]
-            loss = F.cross_entropy(network(x), y)
+            logits = network(x)
+            loss = F.cross_entropy(logits, y)
             clean += loss.item() / 4
+            wrong += 100 * (logits.argmax(1) != y).sum().item() / 32
             grads = torch.autograd.grad(loss, named.values())
             norm = torch.cat([g.flatten() for g in grads]).norm()
             moved = {k: (p + 0.2 * g / norm).detach().requires_grad_()
@@ -4612,7 +4615,7 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
             for k, g in zip(named, torch.autograd.grad(loss, moved.values())):
                 total[k] += g / 4
         norm = torch.cat([g.flatten() for g in total.values()]).norm()
-        logged.append((clean, norm.item()))
+        logged.append((clean, wrong, norm.item()))
         clip = min(1.0, 0.5 / (norm.item() + 1e-6))
         lr = 2e-3 * min(1, step / 3) * 0.5 * (1 + math.cos(math.pi * max(step - 3, 0) / 7))
         average = min(0.9, (1 + step) / (10 + step))
@@ -4635,7 +4638,7 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
         if not name.endswith("qkv.bias"):
             assert float((ema[name] - state["ema"][name]).abs().max()) < 1e-11, name
     records = [r for r in log_without_times(tmp_path / "run") if "loss" in r]
-    got = torch.tensor([(r["loss"], r["grad_norm"]) for r in records])  # summed in float32
+    got = torch.tensor([(r["loss"], r["error"], r["grad_norm"]) for r in records])  # in float32
     assert torch.allclose(got, torch.tensor(logged), rtol=1e-5), (got, logged)
 
 
@@ -7938,7 +7941,7 @@ def run_folder(path, model="vit_p_1gf", speeds=(100.0, 400.0, 300.0), top1=60.0,
                     batch_size=64) | settings
     (path / "config.json").write_text(json.dumps(dict(settings=settings)))
     records = [r for i, speed in enumerate(speeds, 1) for r in (
-        dict(step=10 * i, epoch=float(i), loss=3.0 - i, images_per_second=speed),
+        dict(step=10 * i, epoch=float(i), loss=3.0 - i, error=90 - i, images_per_second=speed),
         dict(step=10 * i, epoch=float(i), val=dict(top1=20.0 * i)))]
     numbers = dict(training=dict(top1=75.0), validation=dict(top1=top1, nll=1.0))
     records += {"final": [dict(step=30, epoch=3.0, final=numbers, images_per_second=1.0)],
@@ -7961,8 +7964,11 @@ def test_curves_are_those_of_the_log_of_runs_that_ended_or_not(tmp_path, capsys,
     results = json.loads((tmp_path / "out/curves/curves.json").read_text())["results"]
     for run, ended, error in ((whole, "finished", 25), (str(log), None, None),
                               (lost, "diverged", None)):
-        assert results[run] == {"loss": [[10, 1, 2.0], [20, 2, 1.0], [30, 3, 0.0]], "top1": [
-            [10, 1, 20.0], [20, 2, 40.0], [30, 3, 60.0]], "ended": ended, "training error": error}
+        assert results[run] == {
+            "loss": [[10, 1, 2.0], [20, 2, 1.0], [30, 3, 0.0]],
+            "error": [[10, 1, 89], [20, 2, 88], [30, 3, 87]],
+            "top1": [[10, 1, 20.0], [20, 2, 40.0], [30, 3, 60.0]], "ended": ended,
+            "training error": error}
     log.write_text("")
     assert analyze.main(argv) == 0, "a run that has just begun has no record yet"
     for text in ('{"step": 1, "epo\n{"step": 2, "epoch": 1}\n', '{"step": 2}\n', "[]\n", "\x00\n",
@@ -8213,6 +8219,35 @@ def test_sams_gain_is_the_difference_of_runs_of_the_same_images(tmp_path, capsys
                         (["--models", "vit_micro9"], "vit_micro9"),
                         (["--mixup", "1"], "--mixup is what this study varies")):
         assert line in analyze_refusal(capsys, *argv, "--dry-run", *flags)
+
+
+def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
+        tmp_path, capsys, monkeypatch):
+    run, out = tmp_path / "a run", tmp_path / "figures"
+    train_ok(tiny(run, "--model mixer_micro8 --tokens-dim 8 --max-steps 2"))
+    out.mkdir()
+    for name in ("norms.png", "norms-1.png", "normsy.png"):
+        (out / name).touch()
+    argv = ["all", "--figures", "norms", "attention", "curves", "--checkpoint",
+            str(run / "ckpt.pt"), "--images", "20", "--device", "cpu", "--out-dir", str(out)]
+    assert analyze.main(argv) == 0
+    page = (out / "index.html").read_text()
+    commands = re.findall(r"<pre>(.*?)</pre>", page)
+    assert [shlex.split(html.unescape(command))[:3] for command in commands] == [
+        ["python", "analyze.py", what] for what in ("norms", "attention", "curves")]
+    assert re.findall(r'href="(.*?)"', page) == ["norms.json", "curves.json"]
+    assert re.findall(r'<img src="(.*?)"', page)[:2] == ["norms-1.png", "norms.png"]
+    assert "normsy" not in page and "Not made: " in page and 'name="viewport"' in page
+    results = json.loads((out / "norms.json").read_text())["results"]
+    assert [list(parts) for parts in results.values()] == [["20 images"]]
+    monkeypatch.setattr(analyze, "activity", None)  # nothing is computed again, nor by the command
+    assert analyze.main(argv) == 0 and (out / "index.html").read_text() == page
+    assert analyze.main(shlex.split(html.unescape(commands[0]))[2:]) == 0
+    capsys.readouterr()
+    line = analyze_refusal(capsys, "all", "--figures", "norm", "--checkpoint", run)
+    assert "invalid choice: 'norm'" in line
+    assert "needs either --checkpoint" in analyze_refusal(capsys, "all")
+    assert "No such file" in analyze_refusal(capsys, "all", "--checkpoint", tmp_path / "x.pt")
 
 
 # ----------------------------------------------------------------------------------- the repository

@@ -1798,9 +1798,10 @@ def run(args, origin):
     state = on_main(lambda: folder.open(config, args.resume))
     networks = dict(model=network, ema=ema and ema.network, projection=projection)
     step, evaluated, best, result = 0, 0, -1.0, None
-    # Sums over the log interval: clean loss and gradient norm of the steps taken, steps skipped,
-    # all steps; and the steps skipped in a row. On the device, so that no step waits for it.
-    window = torch.zeros(5, device=device)
+    # Sums over the log interval: clean loss, gradient norm and training error of the steps taken,
+    # steps skipped, all steps; and the steps skipped in a row. On the device, so that no step waits
+    # for it.
+    window = torch.zeros(6, device=device)
     if state is not None and state["step"] >= last_step and "final" in state:
         tell(f"{args.out_dir} is finished")
         print_table(tell, state["final"])
@@ -1820,7 +1821,7 @@ def run(args, origin):
     def all_windows():
         windows = [torch.zeros_like(window) for _ in range(world)]
         dist.all_gather(windows, window) if dist.is_initialized() else windows[0].copy_(window)
-        return torch.stack(windows).cpu()  # (processes, 5)
+        return torch.stack(windows).cpu()  # (processes, 6)
 
     def checkpoint(name, **more):
         if main_process:
@@ -1867,7 +1868,7 @@ def run(args, origin):
         return evaluated < step and (at_epoch or step == last_step)
 
     # ---- the loss of a micro-batch
-    clean = {}     # micro-batch -> its loss at w
+    clean = {}     # micro-batch -> its loss and, against the larger share of its labels, error at w
     pulls = {}     # micro-batch -> gradient of the whole batch's supcon loss by its projections
     together = []  # micro-batches that share an ε: one, or with --sam-sync all; or a loss
 
@@ -1901,7 +1902,8 @@ def run(args, origin):
         else:
             loss = criterion(logits, y, args.label_smoothing)
         if micro not in clean:
-            clean[micro] = loss.detach()
+            wrong = logits.argmax(1) != (y.argmax(1) if y.is_floating_point() else y)
+            clean[micro] = torch.stack([loss.detach(), wrong.to(loss.dtype).mean()])
             statistics.end_pass()
         return scaler.scale(loss)
 
@@ -1964,23 +1966,25 @@ def run(args, origin):
             if args.ema_alpha:
                 decay = args.ema_decay if step >= warmup_steps else 0.0
             move_average(ema.network, network, decay)
-        loss = torch.stack(list(clean.values())).mean()
-        taken = [torch.where(skip > 0, 0.0, value.float()) for value in (loss, norm)]
-        window[:4] += torch.stack([*taken, skip, torch.ones_like(skip)])
-        window[4] = (window[4] + 1) * skip
+        loss, error = torch.stack(list(clean.values())).mean(0)
+        taken = [torch.where(skip > 0, 0.0, value.float()) for value in (loss, norm, error)]
+        window[:5] += torch.stack([*taken, skip, torch.ones_like(skip)])
+        window[5] = (window[5] + 1) * skip
         step += 1
         images += args.batch_size
         bar.update()
 
         if step == last_step or step % args.log_every == 0:
             # the one wait for the device
-            total, norms, skipped, steps, in_a_row = all_windows().mean(0).tolist()
-            window[:4].zero_()
+            total, norms, errors, skipped, steps, in_a_row = all_windows().mean(0).tolist()
+            window[:5].zero_()
             now = time.perf_counter()
             speed, since, since_images = (images - since_images) / (now - since), now, images
             count = steps - skipped
-            loss, norm = (total / count, norms / count) if count else (math.nan, math.nan)
-            log(loss=loss, lr=lr, grad_norm=norm, skipped=int(skipped), images_per_second=speed)
+            loss, norm, error = ((value / count if count else math.nan)
+                                 for value in (total, norms, errors))
+            log(loss=loss, error=None if supcon else 100 * error, lr=lr, grad_norm=norm,
+                skipped=int(skipped), images_per_second=speed)
             tell(f"step {step:6,}  epoch {step / steps_per_epoch:6.2f}  loss {loss:7.4f}  "
                  f"lr {lr:.2e}  gradient norm {norm:7.3f}  {speed:7,.0f} images/s"
                  + f"  {int(skipped)} steps skipped: their gradient was not finite" * (skipped > 0))
