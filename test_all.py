@@ -8222,9 +8222,11 @@ def test_sams_gain_is_the_difference_of_runs_of_the_same_images(tmp_path, capsys
 
 
 def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
-        tmp_path, capsys, monkeypatch):
+        tmp_path, capsys, monkeypatch, small_shapes):
     run, out = tmp_path / "a run", tmp_path / "figures"
-    train_ok(tiny(run, "--model mixer_micro8 --tokens-dim 8 --max-steps 2"))
+    train_ok(["--out-dir", str(run), *(
+        "--model mixer_micro8 --dim 16 --depth 1 --dataset shapes --batch-size 8 --micro-batch 8 "
+        "--max-steps 2 --warmup-steps 1 --device cpu --workers 0").split()])
     out.mkdir()
     for name in ("norms.png", "norms-1.png", "normsy.png"):
         (out / name).touch()
