@@ -9,6 +9,7 @@
     … fourier, variance, cka, lesion                  Park Fig. 2a, 8-10, D.1-D.4
     … noise, attention, calibration, nll      Park Fig. 2b, F.1a, 5, 7a, C.1-C.3; Chen Fig. 3, B.2
     … datasize, curves, peak, complexity, throughput   Chen Fig. 2, 4, Table 4, 7; Xiao Fig. 6
+    … all                 every figure that checkpoints allow, on one page
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
     python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
@@ -4374,18 +4375,19 @@ def make_parser():
     add("--benchmarks", nargs="+", choices=("val", "c", "c-lite"), default=["val", "c-lite"],
         help="see robustness (default: val c-lite)")
 
-    for function, summary in (
-            (variance_command, "variance of feature maps by depth (Park Fig. 9, D.1)"),
-            (lesion_command, "accuracy without one unit (Park Fig. 10b, D.4)"),
-            (fourier_command, "Δ log amplitude of feature maps (Park Fig. 2a, 8, D.2)"),
-            (cka_command, "similarity of all pairs of feature maps (Park Fig. 10a, D.3)")):
+    def of_held_out(function, summary):
         add = command(function, summary)
         add("--images", default="all", metavar="N", help="of the held-out set, class-balanced: a "
             "number, a fraction or all (default: all, Park A.1)")
-        if function is fourier_command:
-            add("--form", choices=("diagonal", "radial"), default="diagonal", help="of frequencies "
-                "shown; the JSON has both (default: diagonal, Fig. D.2)")
+        return add
+
+    add = of_held_out(fourier_command, "Δ log amplitude of feature maps (Park Fig. 2a, 8, D.2)")
+    add("--form", choices=("diagonal", "radial"), default="diagonal", help="of frequencies shown; "
+        "the JSON has both (default: diagonal, Fig. D.2)")
+    of_held_out(variance_command, "variance of feature maps by depth (Park Fig. 9, D.1)")
+    add = of_held_out(cka_command, "similarity of all pairs of feature maps (Park Fig. 10a, D.3)")
     add("--batch", type=int, default=256, help="images of a mini-batch (default: 256)")
+    of_held_out(lesion_command, "accuracy without one unit (Park Fig. 10b, D.4)")
 
     add = command(noise_command, "accuracy under noise of a band of frequencies (Park Fig. 2b)")
     add("--frequencies", type=float, nargs="+", default=[i / 10 for i in range(11)], metavar="F",
@@ -4418,14 +4420,17 @@ def make_parser():
         f"{name}: {text}" for name, text in AGAINST.items()) + " (default: model)")
     add("--images", default="1", metavar="N", help="of the training set, class-balanced: a number "
         "or a fraction (default: 1, all)")
-    for function, summary in (
-            (curves, "training loss and validation accuracy of runs (Chen Fig. 2, Xiao Fig. 2)"),
-            (peak, "error of finished runs against minutes per epoch (Xiao Fig. 6, Table 2)")):
+    def of_runs(function, summary, **options):
         add = command(function, summary, of_checkpoints=False)
-        add("--runs", nargs="+", required=function is curves, default=[], metavar="RUN",
-            help="folders of train.py, or log.jsonl in them")
-        if function is curves:
-            add("--against", choices=("step", "epoch"), default="step", help="(default: step)")
+        add("--runs", nargs="+", metavar="RUN", help="folders of train.py, or log.jsonl in them",
+            **options)
+        return add
+
+    add = of_runs(curves, "training error and loss, validation accuracy of runs (Chen Fig. 2, Xiao "
+                  "Fig. 2)", required=True)
+    add("--against", choices=("step", "epoch"), default="step", help="(default: step)")
+    of_runs(peak, "error of finished runs against minutes per epoch (Xiao Fig. 6, Table 2)",
+            default=[])
 
     def add_models(default):
         add("--models", nargs="+", metavar="MODEL", help="values of --model, in quotes with "
