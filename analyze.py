@@ -2955,6 +2955,8 @@ def draw_distances(axes, distances):
     axes.set_xlabel("attention layer")
     axes.set_ylabel("mean attention distance (pixels)")
     axes.legend(fontsize=6)
+
+
 # ----------------------------------------------------------------------------------- finished runs
 
 def training_curve(records):

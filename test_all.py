@@ -5756,6 +5756,8 @@ def test_robustness_shows_what_sam_changes_against_the_same_training_without(
     plain, sam, difference = (np.array(row, float) for row in rows[:3])
     assert np.allclose(sam - plain, difference, atol=0.011), rows
     assert sum("against without SAM" in line for line in lines) == 1
+
+
 STUDIED = "vit_micro8 --dim 24 --depth 2 --heads 2 --mlp-dim 48"
 STUDY = ("--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 16 --warmup-steps 3 "
          "--sam-rho 0 --log-every 4 --device cpu --workers 0").split()
@@ -6545,6 +6547,8 @@ def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, sm
         assert words in line, (argv, line)
     line = analyze_refusal(capsys, "spectrum", *command[1:7], "--checkpoint", files[0])
     assert "--images 4: 4 images are no mini-batch of 16" in line, line
+
+
 class Bowl(nn.Module):
     """Its logits are its weights, whatever the image, so that a loss is a function of them."""
 
@@ -7600,6 +7604,8 @@ if __name__ == "__main__":
         one, two = (json.loads((tmp_path / n / f"{what}.json").read_text())["results"]
                     for n in "12")
         assert one == two, "each piece is one process's work"
+
+
 class Recorder(nn.Module):
     """Keeps the images that it is shown."""
 
@@ -7933,6 +7939,8 @@ if __name__ == "__main__":
         assert len(one) == len(two) > 3, what
         for a, b in zip(one, two):
             assert a == b or abs(a - b) < 1e-9, (what, a, b)
+
+
 def run_folder(path, model="vit_p_1gf", speeds=(100.0, 400.0, 300.0), top1=60.0, end="final",
                **settings):
     """Of a run of 3 epochs of 10 steps, as train.py writes it."""
