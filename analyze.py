@@ -39,7 +39,7 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -181,6 +181,13 @@ def network_and_images(settings, origin, device, tell):
         tell(dataset.notice)
     model = train.starting_network(settings, origin, len(dataset.classes), device, tell)
     return model.eval(), dataset.to(device)
+
+
+def join_processes():
+    """Those of torchrun, which agree on the CPU only and wait for one another as long as the
+    longest training takes."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(days=1000))
 
 
 def started(args, rest, what, untrained=False):
@@ -2187,6 +2194,13 @@ def as_is(model):
         yield
 
 
+def finite(values, what):
+    """The values; UserError where one is not finite, as of a network that diverged."""
+    if not values.isfinite().all():
+        raise UserError(f"{what} is not finite: the network gives NaN or infinity")
+    return values
+
+
 def mean_over_images(model, batches, measure):
     """Of measure(map (B, C, H, W)) -> (B, …), after each unit. -> dict: images, their number; units
     {name: [kind, stage]}; side {name: the map's height}; and {name: mean}."""
@@ -2198,7 +2212,8 @@ def mean_over_images(model, batches, measure):
                 sums[name] = sums.get(name, 0) + measure(y).sum(0, dtype=torch.float64)
             images += len(x)
     return (dict(images=images, units=names, side=sides),
-            {name: (total / images).cpu() for name, total in sums.items()})
+            {name: finite((total / images).cpu(), f"the mean of {name}")
+             for name, total in sums.items()})
 
 
 def fourier(model, batches):
@@ -2376,7 +2391,7 @@ def hsic(model, batches, other=None):
                 grams = torch.stack([u_centred(y) for network, of in zip(networks, names)
                                      for y in feature_maps(network, x, of).values()])
                 sums = sums + grams @ grams.T / (len(x) - 3)
-    return dict(units=names[0], other=names[-1], sums=sums.tolist())
+    return dict(units=names[0], other=names[-1], sums=finite(sums, "HSIC").tolist())
 
 
 def cka_of(parts):
@@ -2424,9 +2439,13 @@ def cka_command(args, rest):
         for name, of in found.items():
             values, (one, two) = np.array(of["cka"], float), (
                 np.array([stage for _, stage in of[key].values()]) for key in ("units", "other"))
+            if name in results.parts:
+                np.fill_diagonal(values, np.nan)  # a unit with itself
+            cells = {(i, j): values[one == i][:, two == j] for i in np.unique(one)
+                     for j in np.unique(two)}
             print_rows([{f"mean CKA, {name}": f"stage {i}"} | {
-                f"stage {j}": float(values[one == i][:, two == j].mean()) for j in np.unique(two)}
-                for i in np.unique(one)])
+                f"stage {j}": None if np.isnan(cells[i, j]).all() else float(np.nanmean(cells[i, j]))
+                for j in np.unique(two)} for i in np.unique(one)])
         figure(results.path.with_suffix(".png"), lambda grid: [
             draw_cka(axes, name, of) for axes, (name, of) in zip(np.ravel(grid), found.items())],
             1, len(found))
@@ -2552,7 +2571,7 @@ def noise(model, dataset, frequency, sigma=0.5, window=0.1, *, form="paper", equ
     """Accuracy on images x₀ + F⁻¹(F(δ) ⊙ M_f), noise of frequencies around f·π only (Park & Kim §3,
     Fig. 2b), not clamped to [0, 1]. δ is N(0, σ²) in each value, so the noise has the expected
     energy Σ|·|² = σ²·|M_f| in a channel: in proportion to the band's area; with equal_energy, σ²
-    times H·W in each band. form "code": δ = σ·sign(N(0, 1)) and other bands, see ring. δ depends on
+    times H·W in each ring. form "code": δ = σ·sign(N(0, 1)) and other bands, see ring. δ depends on
     seed, f and the image's index only. frequency None: no noise. -> dict of train.evaluate, over
     all processes. Cost: an evaluation, and 1 ms for the δ of an image of 224²."""
     def disturbed(number, x, y):
@@ -2688,8 +2707,8 @@ def draw_calibration(axes, found):
     axes.figure.legend(fontsize=6, loc="outside upper left")
 
 
-# Park & Kim App. C: NLL of the training set and test error in percent on CIFAR-100. ResNet-50's is
-# 1.9 points below PiT's. Other values are in figures only.
+# Park & Kim App. C: NLL of the training set and test error in percent on CIFAR-100. ResNet's is 1.9
+# points below PiT's; that it is ResNet-50's is our reading. Other values are in figures only.
 NLL_TEXT = {"resnet18": (2.31, 22.0), "resnet50": (None, 22.2), "pit_ti": (2.29, 24.1),
             "vit_s2": (2.17, 30.4)}
 AGAINST = {"model": "model", "images": "training images per class", "patch": "patch (pixels)",
@@ -2824,7 +2843,7 @@ def attention(model, image):
     attention it is. Without class token (global average pooling) it is what a patch receives, a
     mean over all queries. Cost: a forward pass."""
     weights = [layer[0].cpu().double() for layer in attention_weights(model, image[None]).values()]
-    last, prefix = weights[-1], model.network.prefix_tokens
+    last, prefix = finite(weights[-1], "the attention"), model.network.prefix_tokens
     whole = rollout([layer for layer in weights if layer.shape == last.shape])
     return dict(map=as_map(last.mean(0), prefix).tolist(), heads=as_map(last, prefix).tolist(),
                 rollout=as_map(whole, prefix).tolist(),
@@ -2866,7 +2885,8 @@ def attention_command(args, rest):
     tell = train.say if train.rank() == 0 else lambda text="": None
     indices = args.indices or ([] if args.image or args.distance else [0, 1, 2, 3])
     files = {f"{path} ({train.on_main(lambda: fingerprint(path))})": path for path in args.image}
-    sets = {f"{settings.dataset} {settings.eval_split}" for _, settings, _ in named}
+    sets = {f"{settings.dataset} {settings.eval_split} in {os.path.abspath(settings.data_dir)}"
+            for _, settings, _ in named}
     if indices and len(sets) > 1:
         raise UserError(f"--indices: networks of several data sets, {', '.join(sorted(sets))}, "
                         "have no images in common; give --image FILE")
@@ -2923,7 +2943,7 @@ def attention_command(args, rest):
             rows = {"mean of heads": "map"} | ({"rollout": "rollout"} if args.rollout else {})
             rows = {what: [one[key] for one in found.values()] for what, key in rows.items()}
             heads = itertools.zip_longest(*(one["heads"] for one in found.values()))
-            rows |= {f"head {i}": of_all for i, of_all in enumerate(heads, 1) if args.heads}
+            rows |= {f"head {i}": of_all for i, of_all in enumerate(heads, 1) if args.each_head}
             stem = re.sub(r"[^\w.]+", "-", Path(of).name).strip("-")
             figure(results.path.with_name(f"attention-{stem}.png"), lambda axes: draw_attention(
                 np.atleast_2d(axes), of, x, found, rows), len(rows), 1 + len(found))
@@ -3013,6 +3033,7 @@ def opened(args, rest, name):
     """Results of a subcommand that has no use for train.py's flags, and computes all anew."""
     if rest:
         make_parser().error(f"unrecognized arguments: {rest[0]}")
+    join_processes()
     results = Results(args.out_dir or f"out/{name}", name)
     results.parts, results.settings = {}, {}
     return results
@@ -3237,8 +3258,8 @@ def draw_complexity(axes, rows):
 SMALL = ["vit_micro8", "mixer_micro8", "resnet18 --width 16", "alter_resnet18 --width 16"]
 # What of a training's step decides its time.
 OF_STEP = ("optimizer", "lr", "momentum", "nesterov", "weight_decay", "decay", "grad_clip", "loss",
-           "label_smoothing", "mixup", "cutmix", "sam_steps", "sam_adaptive")
-PASSES = {"inference": 1, "training": 3, "sam": 6}  # in forward passes, a backward pass as two
+           "label_smoothing", "mixup", "cutmix", "sam_steps", "sam_adaptive", "sam_scope")
+MODES = ("inference", "training", "sam")
 
 
 @functools.cache
@@ -3265,8 +3286,10 @@ def work(settings, bare, optimizer, mode, compiled, batch):
         return infer
     mix, statistics = train.mixing(settings, classes), train.RunningStatistics(bare)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "float16")
-    sam = train.SAM(model, settings.sam_rho or 0.05, steps=settings.sam_steps,
-                    adaptive=settings.sam_adaptive) if mode == "sam" else None
+    sam = train.SAM(
+        model, settings.sam_rho or 0.05, steps=settings.sam_steps, adaptive=settings.sam_adaptive,
+        params=train.scope(bare.network, settings.sam_scope) if settings.sam_scope else None,
+    ) if mode == "sam" else None
     params = list(bare.parameters())
 
     def step():
@@ -3338,6 +3361,7 @@ def throughput(args, rest):
     chosen = of_models(models, rest, "throughput")
     first, origin = next(iter(chosen.values()))
     refuse(("compile",), origin, "is for train.py; here --compile takes yes, no or both")
+    refuse(("sam_every",), origin, "times nothing new: K steps take K plain ones and one pass more")
     if first.loss == "supcon":
         raise UserError("--loss supcon compares views of images: take softmax or sigmoid")
     device, world, _ = train.start_processes(first.device)
@@ -3371,10 +3395,16 @@ def throughput(args, rest):
         key = timed[words][0]
         if part not in results.parts.get(key, {}):
             longest = torch.full((), math.inf, dtype=torch.float64)
-            with suppress(torch.OutOfMemoryError):
+            try:
                 longest.fill_(seconds_of(prepare(), args.seconds, device))
+            except RuntimeError as error:  # the CPU's has no class of its own
+                if not (isinstance(error, torch.OutOfMemoryError)
+                        or "allocate memory" in str(error)):
+                    raise
             if dist.is_initialized():
                 dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+            if longest.isinf():
+                return 0  # not kept: another time there may be room
             results.put(key, part, batch / longest.item())
             bar.update()
         return results.parts[key][part]
@@ -3421,7 +3451,8 @@ def throughput(args, rest):
         own, mode = rounds[words, cell], cells[cell][0]
         speed, ratio = (np.percentile(v, [25, 50, 75]).tolist() for v in (
             own, np.divide(own, rounds[next(iter(timed)), cell])))
-        share = 2 * PASSES[mode] * cost["macs"] * speed[1] / top
+        passes = {"inference": 1, "training": 3, "sam": 3 * (1 + settings.sam_steps)}[mode]
+        share = 2 * passes * cost["macs"] * speed[1] / top
         results.put(key, cell, dict(
             batch=best[words, cell], images_per_second=speed, ratio=ratio, share_of_peak=share,
             epoch_minutes=epoch / speed[1]))
@@ -3492,7 +3523,8 @@ def datasize(args, rest):
     """Accuracy and SAM's gain against the number of training images (Chen et al. Fig. 4, Table 4),
     plain, with SAM, with strong augmentation (E.3: mixup and RandAugment) and with both. As in E.2
     the batch shrinks with the images, by the nearest power of two, so that steps stay about as
-    many, and the learning rate stays. ρ is --sam-rho, or else Table 9's for the model, the
+    many, and the learning rate stays; a micro-batch is never larger than the batch, so that of few
+    images ε, too, is that of fewer. ρ is --sam-rho, or else Table 9's for the model, the
     recipe's, or 0.03. Each training is a run of train.py in OUT/runs. Returns what the JSON holds
     under "results"."""
     join_processes()
@@ -3504,6 +3536,9 @@ def datasize(args, rest):
     for words, (base, origin) in of_models(args.models or CHEN_4, rest, "datasize").items():
         train.check_network(base)
         refuse(("train_fraction", "mixup", "randaugment"), origin, "is what this study varies")
+        refuse(("sam_every", "sam_reuse", "sam_scope"), origin, "is not for plain trainings")
+        if origin["sam_rho"] == "command line" and not base.sam_rho:
+            raise UserError("--sam-rho 0 is plain training: give another, or leave it out")
         flags, listed = ["--model", *shlex.split(words), *rest], {}
         strong = [*STRONG, *flags]
         if origin["recipe"] != "command line" and f"{base.recipe}_strong" in train.RECIPES:
@@ -3544,7 +3579,8 @@ def datasize(args, rest):
         images = {run["fraction"]: run["images"] for run in runs}
         print_rows([{"top-1 %": name, "fraction": f"{share:g}", "images": n} | {
             column: found.get(column, {}).get(share) for column in (*METHODS, *GAINS)}
-            for name, found in tables.items() for share, n in images.items() if found["plain"]])
+            for name, found in tables.items() for share, n in images.items()
+            if any(found[method] for method in METHODS)])
         finished(results, 2, draw_datasize, tables)
     return results.parts
 
@@ -3569,7 +3605,8 @@ def draw_datasize(axes, tables):
                 one.plot(*zip(*points), "ox"[i % 2] + line, color=f"C{i // 2}")
         for column, line in zip(columns, ("-", "--", ":", "-.")):
             one.plot([], [], "k" + line, label=column)
-        shares = sorted({share for found in tables.values() for share in found["plain"]})
+        shares = sorted({share for found in tables.values() for method in METHODS
+                         for share in found[method]})
         one.set_xscale("log")
         one.set_xticks(shares, [f"{share:g}" for share in shares])
         one.xaxis.set_minor_formatter("")
@@ -3679,13 +3716,6 @@ def conduct(what, jobs, folder):
             raise UserError(failure)
         ended |= share
     return ended
-
-
-def join_processes():
-    """Those of torchrun, which agree on the CPU only and wait for one another as long as the
-    longest training takes."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=1000))
 
 
 def as_flags(values):
@@ -4207,56 +4237,57 @@ def all_command(args, rest):
     """Every figure that the networks allow, by the other subcommands with their defaults, in one
     folder with an index.html that shows each with its numbers and its command, or why there is
     none. What is finished is not computed again. Returns {subcommand: None, or why not}."""
-    networks(args.checkpoint, rest)
-    folder = Path(args.out_dir or (Path(args.checkpoint[0]).parent / "figures"
-                                   if args.checkpoint else Path("out", "all")))
-    commands, answers, argvs = make_parser().commands, {}, {}
+    first = networks(args.checkpoint, rest)[0][0].init_from
+    folder = Path(args.out_dir or Path(first).parent / "figures")
+    commands, shown = make_parser().commands, {}
     for what in args.figures:
         argv = [what, "--out-dir", str(folder)]
         if what == "curves":
             argv += ["--runs", *(str(Path(run).parent if Path(run).is_file() else run)
                                  for run in args.checkpoint)]
-        elif args.checkpoint:
-            argv += ["--checkpoint", *args.checkpoint]
+        else:
+            argv += ["--checkpoint", *args.checkpoint] if args.checkpoint else []
+            argv += rest
         for flag, value in (("--images", args.images), ("--points", args.points)):
             if value and flag in commands[what]._option_string_actions:
-                argv += [flag, value]
-        more = [] if what == "curves" else rest
-        argvs[what] = [*argv, *more]
+                argv += [flag, str(value)]
         if train.rank() == 0:
             train.say(f"\n{what}")
+        answer, began = None, time.time()
         try:
             if what == "curves" and not args.checkpoint:
                 raise UserError("it shows runs of train.py, given by --checkpoint")
-            own = make_parser().parse_args(argv)
+            own, more = make_parser().parse_known_args(argv)
             own.function(own, more)
-            answers[what] = None
-        except UserError as error:
-            answers[what] = str(error)
+        except (UserError, data.DataError) as error:
+            if dist.is_initialized() and isinstance(error, data.DataError):
+                raise  # met by this process alone
+            answer = str(error)
             if train.rank() == 0:
                 train.say(f"none      {error}")
+        drawn = [path.name for path in sorted(folder.glob(f"{what}*.png"))
+                 if re.fullmatch(rf"{what}(-.*)?\.png", path.name)
+                 and path.stat().st_mtime >= began - 1]  # others are of an earlier command
+        shown[what] = dict(argv=argv, answer=answer, drawn=drawn, summary=commands[what].summary)
         if train.rank() == 0:  # after each: it may be looked at meanwhile
-            page = index_page(folder, commands, argvs, answers)
+            page = index_page(shown)
             train.write_file(folder / "index.html", lambda file: file.write(page.encode()))
     if train.rank() == 0:
         train.say(f"\nfigures   {folder / 'index.html'}")
-    return answers
+    return {what: of["answer"] for what, of in shown.items()}
 
 
-def index_page(folder, commands, argvs, answers):
-    """The text of index.html: of each subcommand what it shows, its figures or why there are none,
-    and links to its numbers; commands {name: parser}, argvs and answers as all_command has them."""
+def index_page(shown):
+    """The text of index.html from {subcommand: dict of summary, drawn, the names of its figures,
+    answer, why there are none, or None, and argv, its command}."""
     body = []
-    for what, answer in answers.items():
-        body.append(f"<h2 id={what}>{what}</h2>\n<p>{html.escape(commands[what].summary)}</p>")
-        if answer is None:
-            figures = sorted(path.name for path in folder.glob(f"{what}*.png")
-                             if re.fullmatch(rf"{what}(-.*)?\.png", path.name))
-            body += [f'<p><img src="{quote(name)}" alt="{html.escape(name)}">' for name in figures]
-            body.append(f'<p><a href="{what}.json">{what}.json</a>')
-        else:
-            body.append(f"<p>Not made: {html.escape(answer)}")
-        body.append(f"<pre>{html.escape(shlex.join(['python', 'analyze.py', *argvs[what]]))}</pre>")
+    for what, of in shown.items():
+        body.append(f"<h2 id={what}>{what}</h2>\n<p>{html.escape(of['summary'])}</p>")
+        body += [f'<p><img src="{quote(name)}" alt="{html.escape(name)}">' for name in of["drawn"]]
+        body.append(f'<p><a href="{what}.json">{what}.json</a>' if of["answer"] is None else
+                    f"<p>Not made: {html.escape(of['answer'])}")
+        command = shlex.join(["python", "analyze.py", *of["argv"]])
+        body.append(f"<pre>{html.escape(command)}</pre>")
     return PAGE.format(title="Figures", body="\n".join(body))
 
 
@@ -4380,7 +4411,7 @@ def make_parser():
     def of_held_out(function, summary):
         add = command(function, summary)
         add("--images", default="all", metavar="N", help="of the held-out set, class-balanced: a "
-            "number, a fraction or all (default: all, Park A.1)")
+            "number above 1, a fraction or all (default: all, Park A.1)")
         return add
 
     add = of_held_out(fourier_command, "Δ log amplitude of feature maps (Park Fig. 2a, 8, D.2)")
@@ -4408,7 +4439,7 @@ def make_parser():
     add("--image", nargs="+", default=[], metavar="FILE", help="images, cropped as in evaluation")
     add("--indices", type=int, nargs="+", default=[], metavar="I", help="of held-out images "
         "(default, without --image and --distance: 0 1 2 3)")
-    add("--heads", action="store_true", help="also draw each head")
+    add("--each-head", action="store_true", help="also draw each head")
     add("--rollout", action="store_true", help="also draw the attention rollout over all layers")
     add("--distance", type=int, default=0, metavar="N", help="mean attention distance of each "
         "layer and head over N held-out images, class-balanced (Dosovitskiy et al. Fig. 11: 128)")
@@ -4444,7 +4475,7 @@ def make_parser():
     add = command(throughput, "images per second, share of the device's peak (Chen Table 2, 7; "
                   "Xiao §6; Park A.1, App. E)", of_checkpoints=False)
     add_models("Chen Table 7's on CUDA, else small ones at 32×32")
-    add("--modes", nargs="+", choices=PASSES, default=list(PASSES), help="(default: all)")
+    add("--modes", nargs="+", choices=MODES, default=MODES, help="(default: all)")
     add("--compile", choices=("yes", "no", "both"), help="(default: yes on CUDA, else no)")
     add("--channels-last", action="store_true", help="memory format of network and images")
     add("--batch-sizes", type=int, nargs="+", default=[2 ** i for i in range(5, 14)], metavar="N",
@@ -4488,7 +4519,7 @@ def make_parser():
     add("--figures", nargs="+", choices=figures, default=figures, metavar="SUBCOMMAND", help="only "
         "these (default: " + " ".join(figures) + ")")
     add("--images", help="for each that has this flag; default: its own")
-    add("--points", help="of the landscape; default: its own")
+    add("--points", type=int, help="of the landscape; default: its own")
     return parser
 
 

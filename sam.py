@@ -41,7 +41,8 @@ class First(NamedTuple):
     grad_norm: torch.Tensor     # () ‖g‖₂ of that loss; with adaptive=True ‖T·g‖₂
     input_grads: tuple          # gradients of the clean loss by `inputs`,
                                 # from the same backward pass
-    grads: tuple                # with keep_grads, g by SAM.params, None where there is none
+    grads: tuple                # with keep_grads, g by those of SAM.params that require one,
+                                # None where there is none
 
 
 def random_state(devices):

@@ -4416,6 +4416,11 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
             (["--sam-rho", "big"], "--sam-rho big: give a number"),
             (["--sam-rho", "-1"], "--sam-rho is -1.0; it must be at least 0"),
             (["--sam-rho", "paper"], "Table 9 has no row for vit_micro8"),
+            (["--sam-rho", "0", "--sam-every", "2"], "--sam-every is a way of SAM: add --sam-rho"),
+            (["--sam-every", "0"], "--sam-every is 0; it must be at least 1"),
+            (["--sam-reuse", "0.5"], "--sam-reuse is for the steps between SAM's: add --sam-every"),
+            (["--sam-scope", "nrom"], "--sam-scope nrom: no parameter's name matches; there are"),
+            (["--sam-scope", "blocks.["], "--sam-scope blocks.[: unterminated character set"),
             (["--model", "vit_x16", "--dataset", "shapes"], "vit_x16"),
             (["--model", "resnet_50", "--dataset", "shapes"],
              "unknown model 'resnet_50', did you mean 'resnet50'? known: (pre)resnet{18,"),
@@ -5279,7 +5284,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     settings = (f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 "
                 "--adv-eps 2/255 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 "
                 "--workers 1 --seed 3 --eval-every 12 --save-every 5 --keep-epochs warmup 30 "
-                "--sam-every 3")
+                "--sam-every 3 --sam-scope 'norm|mlp'")
     setup = ("--dataset folder --epochs 60 --batch-size 16 --micro-batch 8 --log-every 4 "
              "--warmup-steps 10")
     whole = train_ok(tiny(tmp_path / "whole", settings, dataset=setup))
@@ -7859,12 +7864,25 @@ def test_training_nll_is_of_augmented_mixed_images_and_what_networks_differ_in_i
     assert (found["patch"], found["kernel"]) == (8, 4) and plain["patch"] is plain["kernel"] is None
 
 
+def test_costs_and_curves_on_two_processes_are_written_by_the_first(tmp_path):
+    """They compute nothing together, but all have to know of one another."""
+    for words in (["complexity", "--models", "vit_micro8", "--dataset", "shapes"],
+                  ["curves", "--runs", run_folder(tmp_path / "run")]):
+        result = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+             str(HERE / "analyze.py"), *words, "--out-dir", str(tmp_path)],
+            capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout.count("results   ") == 1, result.stdout
+        assert (tmp_path / f"{words[0]}.json").exists()
+
+
 def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_what_is_wrong(
         tmp_path, capsys, monkeypatch, two_runs):
     Image.new("RGB", (40, 50), "red").save(tmp_path / "red.png")
     first, out = two_runs[0], ["--device", "cpu", "--workers", "0", "--out-dir", tmp_path / "out"]
     commands = {"noise": ["--frequencies", "0", "0.5"], "calibration": [],
-                "attention": ["--image", tmp_path / "red.png", "--indices", "59", "--heads",
+                "attention": ["--image", tmp_path / "red.png", "--indices", "59", "--each-head",
                               "--rollout", "--distance", "24"]}
     for name, flags in commands.items():
         argv = [str(a) for a in (name, "--checkpoint", *two_runs, *flags, *out)]
@@ -8077,15 +8095,16 @@ def test_the_step_that_is_timed_is_that_of_a_training(tmp_path, monkeypatch, sma
 def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys, monkeypatch):
     """Time is a known function: the mixer takes twice as long, 8 images are the fastest batch, 64
     too many for memory, and later measurements of the same waver."""
-    timed, dies_at = [], 0
+    timed, dies_at, passes_of = [], 0, {"inference": 1, "sam": 6}
     waver = {"vit_micro8": [1, 1.1, 1.2, 1.0], "mixer_micro8": [1, 1.2, 1.5, 2]}
 
     def work(settings, bare, optimizer, mode, compiled, batch):
         def call():
             if batch == 64:
-                raise torch.OutOfMemoryError("as CUDA says")
+                raise (torch.OutOfMemoryError("as CUDA says") if mode == "sam" else
+                       RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
             unit = {"vit_micro8": 0.001, "mixer_micro8": 0.002}[settings.model]
-            return unit * analyze.PASSES[mode] * batch * {4: 2, 8: 1, 16: 1.02}[batch]
+            return unit * passes_of[mode] * batch * {4: 2, 8: 1, 16: 1.02}[batch]
         call.who = settings.model, mode, batch
         return call
 
@@ -8115,15 +8134,17 @@ def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys
             (vits, "vit_micro8", (1000 / 1.2, 1000 / 1.1, 1000), (1, 1, 1)),
             (mixers, "mixer_micro8", (250, 500 / 1.5, 500 / 1.2), (0.25, 0.4, 0.55 / 1.2))):
         macs = vit.complexity(train.build_model(model, 12, 32), 32)["macs"]
-        for mode, passes in (("inference", 1), ("sam", 6)):
+        for mode, passes in passes_of.items():
             found, (low, median, high) = of[mode], np.array(speeds) / passes
-            assert found["batch"] == 8 and of[f"{mode}, batch 64"] == 0
+            assert found["batch"] == 8 and f"{mode}, batch 64" not in of
             for key, (a, b, c) in (("images_per_second", (low, median, high)), ("ratio", ratios)):
                 assert np.allclose(found[key], [(a + b) / 2, b, (b + c) / 2]), (model, key, found)
             assert np.isclose(found["epoch_minutes"], 1_281_167 / median / 8 / 60)
             assert np.isclose(found["share_of_peak"], 2 * macs * speeds[1] / peak), "6 passes"
     assert list(others.values())[0].keys() == {"Xiao Table 2"}, "two networks have no correlation"
-    assert analyze.main([*argv, str(tmp_path / "a")]) == 0 and timed == whole, "nothing again"
+    assert analyze.main([*argv, str(tmp_path / "a")]) == 0
+    too_many = [(*cell, 64) for cell in cells]
+    assert timed == whole + too_many, "nothing again but what memory lacked for"
     timed.clear()
     assert analyze.main([*argv, str(tmp_path / "a"), "--channels-last"]) == 0
     assert timed == whole, "another setting is another measurement"
@@ -8132,7 +8153,8 @@ def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys
     dies_at = 20
     assert analyze.main([*argv, str(tmp_path / "b")]) == 130
     assert analyze.main([*argv, str(tmp_path / "b")]) == 0
-    assert timed == [*whole[:20], *whole[19:]], "it goes on with the one that was killed"
+    assert timed == [*whole[:20], *too_many, *whole[19:]], (
+        "it goes on with the one that was killed")
     for flags, line in ((["--batch-sizes", "64"], "a batch of 64 does not fit in memory"),
                         (["--rounds", "0"], "--rounds 0"), (["--seconds", "-1"], "--seconds -1"),
                         (["--no-compile"], "--compile takes yes, no or both"),
@@ -8236,8 +8258,14 @@ def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
         "--model mixer_micro8 --dim 16 --depth 1 --dataset shapes --batch-size 8 --micro-batch 8 "
         "--max-steps 2 --warmup-steps 1 --device cpu --workers 0").split()])
     out.mkdir()
-    for name in ("norms.png", "norms-1.png", "normsy.png"):
-        (out / name).touch()
+    (out / "norms-0.png").touch()
+    os.utime(out / "norms-0.png", (0, 0))  # of an earlier command
+
+    def figure(path, draw, rows=1, columns=1):
+        for name in (path.name, f"{path.stem}-1.png", f"{path.stem}y.png"):
+            (out / name).touch()
+
+    monkeypatch.setattr(analyze, "figure", figure)
     argv = ["all", "--figures", "norms", "attention", "curves", "--checkpoint",
             str(run / "ckpt.pt"), "--images", "20", "--device", "cpu", "--out-dir", str(out)]
     assert analyze.main(argv) == 0
@@ -8246,16 +8274,22 @@ def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
     assert [shlex.split(html.unescape(command))[:3] for command in commands] == [
         ["python", "analyze.py", what] for what in ("norms", "attention", "curves")]
     assert re.findall(r'href="(.*?)"', page) == ["norms.json", "curves.json"]
-    assert re.findall(r'<img src="(.*?)"', page)[:2] == ["norms-1.png", "norms.png"]
-    assert "normsy" not in page and "Not made: " in page and 'name="viewport"' in page
+    assert re.findall(r'<img src="(.*?)"', page) == [
+        "norms-1.png", "norms.png", "curves-1.png", "curves.png"]
+    assert "Not made: " in page and 'name="viewport"' in page
     results = json.loads((out / "norms.json").read_text())["results"]
     assert [list(parts) for parts in results.values()] == [["20 images"]]
+    assert analyze.main(["all", "--figures", "norms", "--checkpoint", str(run), "--images", "20",
+                         "--device", "cpu"]) == 0
+    assert (run / "figures/index.html").exists(), "a folder as a file in it"
     monkeypatch.setattr(analyze, "activity", None)  # nothing is computed again, nor by the command
     assert analyze.main(argv) == 0 and (out / "index.html").read_text() == page
     assert analyze.main(shlex.split(html.unescape(commands[0]))[2:]) == 0
     capsys.readouterr()
-    line = analyze_refusal(capsys, "all", "--figures", "norm", "--checkpoint", run)
-    assert "invalid choice: 'norm'" in line
+    for words, answer in (("--figures norm", "invalid choice: 'norm'"),
+                          ("--points many", "invalid int value: 'many'")):
+        line = analyze_refusal(capsys, "all", *words.split(), "--checkpoint", run)
+        assert answer in line, line
     assert "needs either --checkpoint" in analyze_refusal(capsys, "all")
     assert "No such file" in analyze_refusal(capsys, "all", "--checkpoint", tmp_path / "x.pt")
 

@@ -664,6 +664,8 @@ def check(args, origin):
     for name, default in (("sam_every", 1), ("sam_scope", "")):
         refuse(not args.sam_rho and getattr(args, name) != default,
                f"{flag(name)} is a way of SAM: add --sam-rho")
+    refuse(args.sam_every == 1 and origin["sam_reuse"] == "command line",
+           "--sam-reuse is for the steps between SAM's: add --sam-every above 1")
     refuse(args.sam_every < 1, f"--sam-every is {args.sam_every}; it must be at least 1")
     refuse(not 0 <= args.sam_reuse < math.inf,
            f"--sam-reuse is {args.sam_reuse}; it must be at least 0 (LookSAM: 0.7)")
@@ -1150,9 +1152,9 @@ class RunningStatistics:
 
 
 def update(optimizer, scaler, params, grad_clip, statistics, micro_batches, correct=None):
-    """The end of a step: correct() may change the gradients first. Clipping and decay act once, on the gradient averaged over everything. A
-    gradient that is not finite changes nothing. -> its norm before clipping, and 1 if the step was
-    skipped, else 0: () tensors."""
+    """The end of a step: correct() may change the gradients first. Clipping and decay act once, on
+    the gradient averaged over everything. A gradient that is not finite changes nothing. -> its
+    norm before clipping, and 1 if the step was skipped, else 0: () tensors."""
     scaler.unscale_(optimizer)
     if correct is not None:
         correct()
