@@ -217,12 +217,16 @@ class SAM:
 
 
 class LookSAM:
-    """SAM's effect in steps without its second pass (Liu et al. 2022, arXiv 2203.02714, Alg. 1).
+    """SAM's effect in steps without its second pass, after Liu et al. 2022 (arXiv 2203.02714).
 
     Of a step with SAM it keeps d, the part of SAM's gradient s that is orthogonal to the gradient g
-    at w, and in steps without SAM it adds d to g, α‖g‖ long (with g, s over all of `params`):
+    at w, and in steps without SAM it adds d to g, as long beside g as it was beside s, and at most
+    α‖g‖ (with g, s over all of `params`):
 
-        d = s - (s·g / g·g) g          g ← g + α (‖g‖ / ‖d‖) d
+        d = s - (s·g / g·g) g          g ← g + min(α, ‖d‖/‖s‖) (‖g‖/‖d‖) d
+
+    Differs from the paper: its Alg. 1 always takes α, and so stretches a short d. On batches of 64
+    d is a twentieth of g and mostly noise, which stretched to 0.7 ‖g‖ ruins a training.
 
         with sam.perturb(loss, keep_grads=True) as first:        every k-th step
             loss().backward()
@@ -243,6 +247,7 @@ class LookSAM:
                              "gradient's, so at least 0 (LookSAM: 0.7)")
         self.params, self.alpha = [p for p in params if p.requires_grad], alpha
         self.at_w, self.direction = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
+        self.length = global_norm(self.direction)  # min(α, ‖d‖/‖s‖)
 
     @torch.no_grad()
     def note(self, grads, share: float = 1.0):
@@ -269,20 +274,24 @@ class LookSAM:
             along = sum((s * u).sum() for s, u in zip(grads, unit))
             torch._foreach_mul_(unit, along)
             new = torch._foreach_sub(grads, unit)
-            finite = global_norm(new).isfinite()
+            norm = global_norm(new)
+            length = torch.where(norm == 0, 0.0, norm / global_norm(grads)).clamp(max=self.alpha)
+            finite = norm.isfinite()
+            self.length.copy_(torch.where(finite, length, self.length))
             torch._foreach_copy_(direction, [torch.where(finite, n, d)
                                              for n, d in zip(new, direction)])
             torch._foreach_zero_(self.at_w)
         else:
-            length = global_norm(direction)
-            factor = torch.where(length == 0, 0.0, self.alpha * global_norm(grads) / length)
+            norm = global_norm(direction)
+            factor = torch.where(norm == 0, 0.0, self.length * global_norm(grads) / norm)
             torch._foreach_add_(grads, torch._foreach_mul(direction, factor))
 
     def state_dict(self):
-        return dict(direction=self.direction)
+        return dict(direction=self.direction, length=self.length)
 
     def load_state_dict(self, state):
         torch._foreach_copy_(self.direction, state["direction"])
+        self.length.copy_(state["length"])
 
 
 def average(tensors):

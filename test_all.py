@@ -2097,8 +2097,9 @@ def test_sam_of_some_parameters_moves_these_only_and_computes_no_other_gradient(
     assert torch.equal(flat(net.parameters()), flat(w))
 
 
-def test_looksam_adds_the_orthogonal_part_of_sams_gradient_to_the_gradients_between():
-    net, (x, y), alpha = small_net(), toy_batch(), 0.7
+@pytest.mark.parametrize("alpha", [0.7, 0.01])
+def test_looksam_adds_the_orthogonal_part_of_sams_gradient_to_the_gradients_between(alpha):
+    net, (x, y) = small_net(), toy_batch()
     sam, halves = SAM(net, 0.3), [slice(0, 8), slice(8, 16)]
     look, direction = LookSAM(sam.params, alpha), None
     for step in range(7):
@@ -2117,9 +2118,11 @@ def test_looksam_adds_the_orthogonal_part_of_sams_gradient_to_the_gradients_betw
         after = flat(p.grad for p in net.parameters())
         if step % 3 == 0:
             direction = before - (before @ at_w) / (at_w @ at_w) * at_w
+            length = min(alpha, float(direction.norm() / before.norm()))
+            assert (length == alpha) is (alpha == 0.01), "its own length, or the most"
             assert torch.equal(before, after) and abs(float(direction @ at_w)) < 1e-12
         else:
-            expected = before + alpha * before.norm() / direction.norm() * direction
+            expected = before + length * before.norm() / direction.norm() * direction
             assert float((after - expected).abs().max()) < 1e-13, step
         kept = flat(look.state_dict()["direction"])
         assert float((kept - direction).abs().max()) < 1e-13 * float(direction.abs().max()), step
@@ -2134,7 +2137,7 @@ def test_looksam_adds_the_orthogonal_part_of_sams_gradient_to_the_gradients_betw
     assert torch.equal(flat(look.direction), kept), "what is not finite is not kept"
     other = LookSAM(sam.params, alpha)
     other.load_state_dict(look.state_dict())
-    assert torch.equal(flat(other.direction), kept)
+    assert torch.equal(flat(other.direction), kept) and other.length == look.length > 0
     before = [p.grad.zero_() for p in net.parameters()]
     other.step(False)
     assert not flat(before).any(), "nothing is added to no gradient"
