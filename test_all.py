@@ -5292,11 +5292,11 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
              "--warmup-steps 10")
     whole = train_ok(tiny(tmp_path / "whole", settings, dataset=setup))
     argv = tiny(tmp_path / "killed", settings, "--resume", dataset=setup)
-    output = subprocess.run([sys.executable, "-c", KILLER, "12", *argv], cwd=HERE,
+    output = subprocess.run([sys.executable, "-c", KILLER, "8", *argv], cwd=HERE,
                             capture_output=True, text=True, timeout=300)
-    assert output.returncode == 0 and "killed 12" in output.stdout, (
+    assert output.returncode == 0 and "killed 8" in output.stdout, (
         output.stdout[-2000:] + output.stderr[-2000:])
-    assert output.stdout.count("resumed ") >= 8, output.stdout  # else the kills came too early
+    assert output.stdout.count("resumed ") >= 5, output.stdout  # else the kills came too early
                                                                 # to mean anything
     killed = torch.load(tmp_path / "killed/ckpt.pt", weights_only=True)
     for part in ("model", "ema", "optimizer", "scaler", "look", "step", "evaluated", "best",
