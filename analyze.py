@@ -67,6 +67,12 @@ BENCHMARKS = ("val", "real", "v2", "pgd", "r", "c", "c-lite")
 
 # ------------------------------------------------------------------------------------------- common
 
+def tell(text=""):
+    """Prints a line, by the first process only."""
+    if train.rank() == 0:
+        train.say(text)
+
+
 class Results:
     """OUT/NAME.json. `parts` is {network: {part: numbers}}, what is finished, and `settings` what
     decided them, {network: {flag: value}}; `put` adds to them and writes the file. Only the first
@@ -168,7 +174,7 @@ def class_names(settings, saved):
                         "names") from None
 
 
-def network_and_images(settings, origin, device, tell):
+def network_and_images(settings, origin, device):
     """The network of a checkpoint, to be evaluated, and the held-out images of its data set."""
     saved = {} if settings.init_from.endswith(".npz") else train.read_checkpoint(settings.init_from)
     try:
@@ -230,7 +236,7 @@ def exactly(model, device):
                 p.requires_grad_(False)
 
 
-def training_images(settings, device, share, tell, augmented=False):
+def training_images(settings, device, share, augmented=False):
     """A fixed class-balanced part of the images that a network was trained on: a number of them, or
     a fraction such as "1/10"; as in evaluation, or augmented as in training."""
     how = {name: getattr(settings, name) for name in AUGMENTS} if augmented else {}
@@ -254,11 +260,14 @@ def share_of(dataset, share, what):
 def network_and_training_images(settings, origin, device, share, augmented=False):
     """The network of a checkpoint, to be evaluated, training_images, and the workers to read
     them."""
-    tell = train.say if train.rank() == 0 else lambda text="": None
-    dataset = training_images(settings, device, share, tell, augmented)
+    dataset = training_images(settings, device, share, augmented)
     model = train.starting_network(settings, origin, len(dataset.classes), device, tell).eval()
-    return model, dataset, train.worker_count(settings, dataset,
-                                              int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return model, dataset, worker_count(settings, dataset)
+
+
+def worker_count(settings, dataset):
+    """How many workers of each process read a data set."""
+    return train.worker_count(settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class Batches:
@@ -367,6 +376,12 @@ def figure(path, draw, rows=1, columns=1):
     train.say(f"figure    {path}")
 
 
+def finished(results, draw, rows=1, columns=1):
+    """The end of a subcommand: its figure, and where its numbers are."""
+    figure(results.path.with_suffix(".png"), draw, rows, columns)
+    tell(f"results   {results.path}")
+
+
 # --------------------------------------------------------------------------------------- robustness
 
 def robustness_parts(benchmark, args, classes):
@@ -421,7 +436,6 @@ def robustness(args, rest):
     chosen, summaries, trained, told = networks(args.checkpoint, rest), {}, {}, set()
     first = chosen[0][0]
     device, world, on_machine = train.start_processes(first.device)
-    tell = train.say if train.rank() == 0 else lambda text="": None
     results = Results(args.out_dir or Path(first.init_from).parent, "robustness")
     for settings, origin in chosen:
         name, results_of = label(settings)
@@ -780,11 +794,11 @@ def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=Non
     Saved, was written.
 
     lanczos: the best approximations within the span of v, H v, H² v, …, all of it kept orthogonal;
-    v is half random and half the gradient, which lies near the leading eigenvectors. It stops where
-    each residual r is below tolerance · |λ| (or 100 roundings of the largest |λ|), or, not
-    converged, after so many iterations. `errors` are the usual, much smaller min(r, r²/gap) (Kato and
-    Temple), gap the distance to the nearest other value less that one's residual; they hold unless
-    two eigenvalues closer than r were taken for one. For k > 1 a second span grows from a random
+    v is half random and half the gradient. It stops where each residual r is below tolerance · |λ|
+    (or 100 roundings of the largest |λ|), or, not converged, after so many iterations. `errors` are
+    the usual, much smaller min(r, r²/gap) (Kato and Temple), gap the distance to the nearest other
+    value less that one's residual; they hold unless two eigenvalues closer than r were taken for
+    one. For k > 1 a second span grows from a random
     vector orthogonal to the first, for the other directions of multiple eigenvalues, until the
     largest value there is known to the tolerance, or to 10 % and below the k-th; where the k values
     changed meanwhile, a third. Memory: a vector of parameters' size for each product.
@@ -906,7 +920,6 @@ def hessian(args, rest):
     if args.method == "power" and args.k > 1:
         raise UserError("--method power finds one eigenvalue: leave out --k, or use lanczos")
     results, device, named = started(args, rest, "hessian")
-    tell = train.say if train.rank() == 0 else lambda text="": None
     of = f"{args.loss}, {args.images} images"
     how = (f"power, {args.iterations}" if args.method == "power" else
            f"{args.k} by {args.which}, tolerance {args.tolerance:g}, at most {args.iterations}")
@@ -949,9 +962,7 @@ def hessian(args, rest):
                      "iteration finds no other; --method lanczos finds the largest")
     if train.rank() == 0:
         print_rows(rows)
-        figure(results.path.with_suffix(".png"), lambda axes: draw_hessian(axes, shown),
-               columns=2 if args.probes else 1)
-        tell(f"results   {results.path}")
+        finished(results, lambda axes: draw_hessian(axes, shown), columns=1 + (args.probes > 0))
     return results.parts
 
 
@@ -1031,7 +1042,6 @@ def spectrum(args, rest):
     Returns what the JSON holds under "results"."""
     need(args, k=1, tolerance=1e-9, batch=1, memory=0)
     results, device, named = started(args, rest, "spectrum")
-    tell = train.say if train.rank() == 0 else lambda text="": None
     spectra, rows = {}, []
     for name, settings, origin in named:
         model, dataset, _ = network_and_training_images(settings, origin, device, args.images,
@@ -1077,9 +1087,8 @@ def spectrum(args, rest):
             tell(f"APE = {fitted[0]:.4g} · {args.against}^{fitted[1]:.3f}; the paper's exponent: "
                  f"{paper}" if fitted else f"no exponent: it takes two values of {args.against} "
                  "and a positive eigenvalue at each")
-        figure(results.path.with_suffix(".png"), lambda axes: draw_spectrum(
+        finished(results, lambda axes: draw_spectrum(
             axes, spectra, rows, args.against, fitted), columns=3 if args.against else 2)
-        tell(f"results   {results.path}")
     return results.parts
 
 
@@ -1330,8 +1339,7 @@ def landscape_command(args, rest):
         plane = functools.partial(
             landscape, model, loss, batches, directions(model, args.direction_seed, args.normalise),
             decayed=train.decay_groups(model, settings.decay)[0])
-        if train.rank() == 0:
-            train.say(f"{name}: {args.points}² points of {batches.total:,} images")
+        tell(f"{name}: {args.points}² points of {batches.total:,} images")
         # A kill costs at most PIECE points of each process; the file is not written for every one.
         in_pieces(results, name, part, [functools.partial(plane, [0.0], [0.0])] + [
             functools.partial(plane, axis[i:i + PIECE], [y])
@@ -1445,9 +1453,8 @@ def flatness(args, rest):
             f"ρ = {rho:g}": significant(value) for rho, value in worst.items() if rho})
     if train.rank() == 0:
         print_rows(rows)
-        figure(results.path.with_suffix(".png"), lambda axes: draw_flatness(
+        finished(results, lambda axes: draw_flatness(
             axes, curves, TITLES[args.loss]), columns=2)
-        train.say(f"results   {results.path}")
     return results.parts
 
 
@@ -1751,7 +1758,6 @@ def ntk_command(args, rest):
         raise UserError(f"--projections {args.projections} --memory {args.memory:g}: at least 0, "
                         "and above 0")
     results, device, named = started(args, rest, "ntk", untrained=True)
-    tell = train.say if train.rank() == 0 else lambda text="": None
     summaries, shown = {}, {}
     for name, settings, origin in named:
         if not (fresh or settings.init_from):
@@ -1805,8 +1811,7 @@ def ntk_command(args, rest):
                                      for key, value in summary.items() if key != "spectrum"}
                     | {"Table 1": TABLE_1_NTK.get(shown[name])}
                     for name, summary in summaries.items()])
-        figure(results.path.with_suffix(".png"), lambda axes: draw_ntk(axes, summaries))
-        tell(f"results   {results.path}")
+        finished(results, lambda axes: draw_ntk(axes, summaries))
     return results.parts
 
 
@@ -2008,10 +2013,9 @@ def norms_command(args, rest):
         train.say("a_k: after the activation function of block k, x_k: the block's output; mid: "
                   + "; ".join(f"{(len(of['activation']) + 1) // 2} of {len(of['activation'])}"
                               for _, of in found.values()))
-        figure(results.path.with_suffix(".png"), lambda axes: draw_blocks(
+        finished(results, lambda axes: draw_blocks(
             axes, {name: of["activation"] for name, (_, of) in found.items()},
             "mean norm after the activation, ‖a_k‖"))
-        train.say(f"results   {results.path}")
     return results.parts
 
 
@@ -2028,9 +2032,7 @@ def sparsity_command(args, rest):
                     | {f"block {i + 1}": dict(enumerate(of.values())).get(i)
                        for i in range(max(map(len, shares.values())))}
                     for name, of in shares.items()])
-        figure(results.path.with_suffix(".png"),
-               lambda axes: draw_blocks(axes, shares, "active neurons (%)"))
-        train.say(f"results   {results.path}")
+        finished(results, lambda axes: draw_blocks(axes, shares, "active neurons (%)"))
     return results.parts
 
 
@@ -2263,10 +2265,9 @@ def pooled(parts):
 def held_out(args, settings, origin, device):
     """A network; the held-out images or, with --images, a class-balanced part of them, in a fixed
     random order (ImageNet's are sorted by class); how many workers read them."""
-    tell = train.say if train.rank() == 0 else lambda text="": None
-    model, dataset = network_and_images(settings, origin, device, tell)
+    model, dataset = network_and_images(settings, origin, device)
     dataset = share_of(dataset, args.images, "held-out")
-    workers = train.worker_count(settings, dataset, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = worker_count(settings, dataset)
     return model, dataset.restrict(torch.randperm(
         len(dataset), generator=torch.Generator().manual_seed(0))), workers
 
@@ -2323,8 +2324,7 @@ def report(results, found, what, values, form=None):
             if form:
                 draw_frequencies(column[0], of, form)
 
-    figure(results.path.with_suffix(".png"), draw, 2 if form else 1, len(found))
-    train.say(f"results   {results.path}")
+    finished(results, draw, 2 if form else 1, len(found))
 
 
 def draw_frequencies(axes, of, form):
@@ -2441,15 +2441,13 @@ def cka_command(args, rest):
                 np.array([stage for _, stage in of[key].values()]) for key in ("units", "other"))
             if name in results.parts:
                 np.fill_diagonal(values, np.nan)  # a unit with itself
-            cells = {(i, j): values[one == i][:, two == j] for i in np.unique(one)
-                     for j in np.unique(two)}
+            pairs = np.ma.masked_invalid(values)  # its mean over none is masked, which is false
             print_rows([{f"mean CKA, {name}": f"stage {i}"} | {
-                f"stage {j}": None if np.isnan(cells[i, j]).all() else float(np.nanmean(cells[i, j]))
-                for j in np.unique(two)} for i in np.unique(one)])
-        figure(results.path.with_suffix(".png"), lambda grid: [
+                f"stage {j}": pairs[one == i][:, two == j].mean() or None for j in np.unique(two)}
+                for i in np.unique(one)])
+        finished(results, lambda grid: [
             draw_cka(axes, name, of) for axes, (name, of) in zip(np.ravel(grid), found.items())],
             1, len(found))
-        train.say(f"results   {results.path}")
     return results.parts
 
 
@@ -2515,8 +2513,7 @@ def lesion_command(args, rest):
         whole, *without = [results.parts[name][part] for part in todo]
         found[name] = dict(units=names, images=len(dataset))
         values[name] = {unit: top1 - whole for unit, top1 in zip(names, without)}
-        if train.rank() == 0:
-            train.say(f"{name}: {whole:.2f} % with all units")
+        tell(f"{name}: {whole:.2f} % with all units")
     report(results, found, "Δ accuracy (points)", values)
     return results.parts
 
@@ -2527,13 +2524,11 @@ def together(results, device, named, parts, what):
     """Computes what is not finished of {part: function of (model, held-out images, settings,
     workers) -> its numbers}, all processes on each part together; yields each network's name and
     {part: numbers}."""
-    tell = train.say if train.rank() == 0 else lambda text="": None
     for name, settings, origin in named:
         todo = [part for part in parts if part not in results.parts.get(name, {})]
         if todo:
-            model, dataset = network_and_images(settings, origin, device, tell)
-            workers = train.worker_count(settings, dataset,
-                                         int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            model, dataset = network_and_images(settings, origin, device)
+            workers = worker_count(settings, dataset)
         with train.progress(len(parts), what, "part") as bar:
             bar.update(len(parts) - len(todo))
             for part in todo:
@@ -2615,8 +2610,7 @@ def noise_command(args, rest):
             for f, value in zip(list(bands.values())[1:], top1)})
     if train.rank() == 0:
         print_rows(rows)
-        figure(results.path.with_suffix(".png"), lambda axes: draw_noise(axes, rows, how))
-        train.say(f"results   {results.path}")
+        finished(results, lambda axes: draw_noise(axes, rows, how))
     return results.parts
 
 
@@ -2691,8 +2685,7 @@ def calibration_command(args, rest):
             key.replace("_", " ") + units.get(key, " %"): value if key == "images" else significant(
                 value) for key, value in numbers.items() if key != "bins"}
             for name, numbers in found.items()])
-        figure(results.path.with_suffix(".png"), lambda axes: draw_calibration(axes, found))
-        train.say(f"results   {results.path}")
+        finished(results, lambda axes: draw_calibration(axes, found))
     return results.parts
 
 
@@ -2752,9 +2745,8 @@ def nll_command(args, rest):
     results, device, named = started(args, rest, "nll")
 
     def of(model, held_out, settings, workers):
-        tell = train.say if train.rank() == 0 else lambda text="": None
-        n = len(training_images(settings, device, "1", tell))
-        training = training_images(settings, device, args.images, tell, augmented=True)
+        n = len(training_images(settings, device, "1"))
+        training = training_images(settings, device, args.images, augmented=True)
         training.restrict(torch.randperm(len(training), generator=torch.Generator().manual_seed(
             data.key(settings.seed, 3))))  # a folder's are sorted: like would be mixed with like
         augmented = {name: getattr(settings, name) for name in (
@@ -2779,8 +2771,7 @@ def nll_command(args, rest):
         for row in rows:
             train.say(f"{row['network']}: training images with " + ", ".join(
                 f"{name} {value}" for name, value in row["augmented"].items()))
-        figure(results.path.with_suffix(".png"), lambda axes: draw_nll(axes, rows, args.against))
-        train.say(f"results   {results.path}")
+        finished(results, lambda axes: draw_nll(axes, rows, args.against))
     return results.parts
 
 
@@ -2882,7 +2873,6 @@ def attention_command(args, rest):
     holds under "results"."""
     need(args, indices=0, distance=0)
     results, device, named = started(args, rest, "attention")
-    tell = train.say if train.rank() == 0 else lambda text="": None
     indices = args.indices or ([] if args.image or args.distance else [0, 1, 2, 3])
     files = {f"{path} ({train.on_main(lambda: fingerprint(path))})": path for path in args.image}
     sets = {f"{settings.dataset} {settings.eval_split} in {os.path.abspath(settings.data_dir)}"
@@ -2893,7 +2883,7 @@ def attention_command(args, rest):
     pictures, maps, distances, part = {}, {}, {}, f"distance, {args.distance} images"
     for name, settings, origin in named:
         if indices or args.distance:
-            model, dataset = network_and_images(settings, origin, device, tell)
+            model, dataset = network_and_images(settings, origin, device)
             if max([args.distance, *(i + 1 for i in indices)]) > len(dataset):
                 raise UserError(f"--indices, --distance: there are {len(dataset):,} held-out "
                                 "images, the first is 0")
@@ -3001,9 +2991,11 @@ def training_curve(records):
 
 
 def read_log(run):
-    """The records of a run, finished or not: of its folder, or of the file log.jsonl. A last line
-    that is half written is left out, and said. UserError for other damage."""
+    """The records of a run, finished or not: of its folder, or of the file log.jsonl or a
+    checkpoint in it. A last line that is half written is left out, and said. UserError for other
+    damage."""
     path = Path(run, "log.jsonl") if Path(run).is_dir() else Path(run)
+    path = path.with_name("log.jsonl") if path.suffix == ".pt" else path
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -3021,12 +3013,6 @@ def read_log(run):
             train.say(f"{path}: the last line is half written and left out")
             records = [record for record in records if isinstance(record, dict)]
     return records
-
-
-def finished(results, columns, draw, *shown):
-    """The figure, and where the numbers are."""
-    figure(results.path.with_suffix(".png"), lambda axes: draw(axes, *shown), columns=columns)
-    train.say(f"results   {results.path}")
 
 
 def opened(args, rest, name):
@@ -3057,7 +3043,7 @@ def curves(args, rest):
                          "training error %": of["training error"],
                          "top-1 %": top1[-1] if top1 else None, "best": max(top1, default=None)})
         print_rows(rows)
-        finished(results, 3, draw_curves, results.parts, args.against)
+        finished(results, lambda axes: draw_curves(axes, results.parts, args.against), columns=3)
     return results.parts
 
 
@@ -3117,7 +3103,7 @@ def peak(args, rest):
     for run in dict.fromkeys(args.runs):
         records = train.on_main(functools.partial(read_log, run))
         if training_curve(records)["ended"] != "finished":
-            train.say(f"{run} is not finished and left out")
+            tell(f"{run} is not finished and left out")
             continue
         config = (Path(run) if Path(run).is_dir() else Path(run).parent) / "config.json"
         try:
@@ -3143,12 +3129,13 @@ def peak(args, rest):
         print_rows([{"Xiao Table 2": model} | dict(zip(
             ("minutes", "100 epochs %", "200 %", "400 %", "21k %"), row[3:]))
             for model, row in XIAO_2.items()])
-        finished(results, 2, draw_peak, results.parts.values())
+        finished(results, lambda axes: draw_peak(axes, results.parts.values()), columns=2)
     return results.parts
 
 
 def draw_peak(axes, runs):
     """Left the runs; right Table 2 after 400 epochs and, dashed, after ImageNet-21k."""
+    from matplotlib.ticker import LogLocator
     for name, own in group(runs, "family", "training").items():
         axes[0].plot(*zip(*sorted((of["minutes"], of["error"]) for of in own)), "o-",
                      label=", ".join(name))
@@ -3162,6 +3149,9 @@ def draw_peak(axes, runs):
         one.set_xlabel("minutes for an epoch of training")
         one.set_ylabel("validation top-1 error (%)")
         one.set_xscale("log")
+        one.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        one.xaxis.set_major_formatter("{x:g}")
+        one.xaxis.set_minor_formatter("")
         one.legend(fontsize=6)
 
 
@@ -3211,8 +3201,7 @@ def cost_of(settings):
     try:
         return vit.complexity(network, settings.image_size)
     except NotImplementedError as error:
-        if train.rank() == 0:
-            train.say(f"{settings.model}: {error}: no FLOPs and activations")
+        tell(f"{settings.model}: {error}: no FLOPs and activations")
         return dict(params=sum(p.numel() for p in network.parameters()), macs=math.nan,
                     acts=math.nan)
 
@@ -3237,7 +3226,7 @@ def complexity(args, rest):
     train.on_main(results.write)
     if train.rank() == 0:
         print_rows(rows)
-        finished(results, 1, draw_complexity, rows)
+        finished(results, lambda axes: draw_complexity(axes, rows))
     return results.parts
 
 
@@ -3368,7 +3357,6 @@ def throughput(args, rest):
     results = Results(args.out_dir or "out/throughput", "throughput")
     timing = machine(device) | dict(channels_last=args.channels_last, seconds=args.seconds,
                                     beside=list(chosen))
-    tell = train.say if train.rank() == 0 else lambda text="": None
     tell(f"{timing['device']}, {timing['threads']} threads, torch {timing['torch']}, "
          f"{first.dtype}, channels {'last' if args.channels_last else 'first'}; step: "
          f"{first.optimizer}, {first.loss} loss, clipping {first.grad_clip:g}")
@@ -3409,13 +3397,15 @@ def throughput(args, rest):
             bar.update()
         return results.parts[key][part]
 
-    def ready(words, cell, batch, kept={}):
-        """The work of a network, made once."""
+    def make(words, cell, batch):
         _, settings, _, bare, optimizer = timed[words]
-        if (words, cell, batch) not in kept:
-            kept[words, cell, batch] = work(settings, bare, optimizer, *cells[cell], batch)
-        bare.train(cells[cell][0] != "inference")
-        return kept[words, cell, batch]
+        return work(settings, bare, optimizer, *cells[cell], batch)
+
+    made = functools.cache(make)  # in the rounds; the sweep's are let go
+
+    def ready(make, words, cell, batch):
+        timed[words][3].train(cells[cell][0] != "inference")  # all modes have one network
+        return make(words, cell, batch)
 
     best, rounds = {}, {}
     # Else dynamo would give up after 8 networks or batch sizes, in silence.
@@ -3425,7 +3415,7 @@ def throughput(args, rest):
             rates = {}
             for batch in sorted(set(args.batch_sizes)):
                 rates[batch] = rate(words, f"{cell}, batch {batch}", batch,
-                                    functools.partial(ready, words, cell, batch, {}))
+                                    functools.partial(ready, make, words, cell, batch))
                 most = max(rates.values())
                 if not most:
                     raise UserError(f"{words}, {cell}: a batch of {batch} does not fit in memory; "
@@ -3438,7 +3428,7 @@ def throughput(args, rest):
                 batch = best[words, cell]
                 rounds.setdefault((words, cell), []).append(rate(
                     words, f"{cell}, batch {batch}, round {k + 1}", batch,
-                    functools.partial(ready, words, cell, batch)))
+                    functools.partial(ready, made, words, cell, batch)))
                 if not rounds[words, cell][-1]:
                     raise UserError("the networks do not fit in memory beside one another: give "
                                     "fewer --models or smaller --batch-sizes")
@@ -3483,8 +3473,8 @@ def throughput(args, rest):
         print_rows([{"correlation of time with": cell} | {
             f"{what}, {kind}": value for what, pair in of.items()
             for kind, value in zip(("linear", "ranks"), pair)} for cell, of in fits.items()])
-        finished(results, 2, draw_throughput, seconds, {
-            words: cost for words, (_, _, cost, *_) in timed.items()})
+        costs = {words: cost for words, (_, _, cost, *_) in timed.items()}
+        finished(results, lambda axes: draw_throughput(axes, seconds, costs), columns=2)
     return results.parts
 
 
@@ -3581,7 +3571,7 @@ def datasize(args, rest):
             column: found.get(column, {}).get(share) for column in (*METHODS, *GAINS)}
             for name, found in tables.items() for share, n in images.items()
             if any(found[method] for method in METHODS)])
-        finished(results, 2, draw_datasize, tables)
+        finished(results, lambda axes: draw_datasize(axes, tables), columns=2)
     return results.parts
 
 
@@ -3683,8 +3673,7 @@ def conduct(what, jobs, folder):
               for name, flags in jobs.items()}
     ended = train.on_main(lambda: {name: outcome(args) for name, args in chosen.items()})
     todo = [name for name in chosen if ended[name] is None]
-    if train.rank() == 0:
-        train.say(f"{what}: {len(jobs)} trainings, {len(jobs) - len(todo)} done before")
+    tell(f"{what}: {len(jobs)} trainings, {len(jobs) - len(todo)} done before")
     todo.sort(key=lambda name: -chosen[name].epochs)
     own, failure = todo[train.rank()::int(os.environ.get("WORLD_SIZE", 1))], None
     on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -4032,9 +4021,7 @@ def stability(args, rest):
     train.py in OUT/runs, which studies with the same --out-dir have in common. Returns what the
     JSON holds under "results"."""
     join_processes()
-    study, folder, tell = args.study, Path(args.out_dir or "out/stability"), train.say
-    if train.rank() > 0:
-        tell = lambda text="": None
+    study, folder = args.study, Path(args.out_dir or "out/stability")
     axes, given = values_of(study, args.vary), {}
     if args.pairs < 1:
         raise UserError(f"--pairs is {args.pairs}; it must be at least 1")
@@ -4139,9 +4126,7 @@ def stability(args, rest):
                  * (study in ("length", "optimizer")))
         rows = len(axes["optimizer"]) if study == "lr-wd" else 1
         draw = DRAW.get(study, functools.partial(draw_values, study=study, names=list(axes)))
-        figure(results.path.with_suffix(".png"), lambda axes: draw(axes, runs), rows,
-               4 if study == "lr-wd" else 1)
-        tell(f"results   {results.path}")
+        finished(results, lambda axes: draw(axes, runs), rows, 4 if study == "lr-wd" else 1)
     return results.parts
 
 
@@ -4206,8 +4191,7 @@ def transfer(args, rest):
         print_rows([{"top-1 %": name} | row | {"average": None if None in row.values() else
                                                sum(row.values()) / len(row)}
                     for name, row in tables.items()])
-        figure(results.path.with_suffix(".png"), lambda axes: draw_transfer(axes, held_out))
-        train.say(f"results   {results.path}")
+        finished(results, lambda axes: draw_transfer(axes, held_out))
     return results.parts
 
 
@@ -4241,30 +4225,24 @@ def all_command(args, rest):
     folder = Path(args.out_dir or Path(first).parent / "figures")
     commands, shown = make_parser().commands, {}
     for what in args.figures:
-        argv = [what, "--out-dir", str(folder)]
-        if what == "curves":
-            argv += ["--runs", *(str(Path(run).parent if Path(run).is_file() else run)
-                                 for run in args.checkpoint)]
-        else:
-            argv += ["--checkpoint", *args.checkpoint] if args.checkpoint else []
-            argv += rest
+        argv, flags = [what, "--out-dir", str(folder)], commands[what]._option_string_actions
+        runs = "--runs" in flags  # curves are of checkpoints' runs, and know no flags of train.py
+        if args.checkpoint:
+            argv += ["--runs" if runs else "--checkpoint", *args.checkpoint]
+        argv += [] if runs else rest
         for flag, value in (("--images", args.images), ("--points", args.points)):
-            if value and flag in commands[what]._option_string_actions:
+            if value and flag in flags:
                 argv += [flag, str(value)]
-        if train.rank() == 0:
-            train.say(f"\n{what}")
+        tell(f"\n{what}")
         answer, began = None, time.time()
         try:
-            if what == "curves" and not args.checkpoint:
-                raise UserError("it shows runs of train.py, given by --checkpoint")
             own, more = make_parser().parse_known_args(argv)
             own.function(own, more)
         except (UserError, data.DataError) as error:
             if dist.is_initialized() and isinstance(error, data.DataError):
                 raise  # met by this process alone
             answer = str(error)
-            if train.rank() == 0:
-                train.say(f"none      {error}")
+            tell(f"none      {error}")
         drawn = [path.name for path in sorted(folder.glob(f"{what}*.png"))
                  if re.fullmatch(rf"{what}(-.*)?\.png", path.name)
                  and path.stat().st_mtime >= began - 1]  # others are of an earlier command
@@ -4272,8 +4250,7 @@ def all_command(args, rest):
         if train.rank() == 0:  # after each: it may be looked at meanwhile
             page = index_page(shown)
             train.write_file(folder / "index.html", lambda file: file.write(page.encode()))
-    if train.rank() == 0:
-        train.say(f"\nfigures   {folder / 'index.html'}")
+    tell(f"\nfigures   {folder / 'index.html'}")
     return {what: of["answer"] for what, of in shown.items()}
 
 
@@ -4455,7 +4432,8 @@ def make_parser():
         "or a fraction (default: 1, all)")
     def of_runs(function, summary, **options):
         add = command(function, summary, of_checkpoints=False)
-        add("--runs", nargs="+", metavar="RUN", help="folders of train.py, or log.jsonl in them",
+        add("--runs", nargs="+", metavar="RUN", help="folders of train.py, or "
+            "log.jsonl or a checkpoint in them",
             **options)
         return add
 
@@ -4513,7 +4491,7 @@ def make_parser():
 
     figures = ("robustness", "hessian", "spectrum", "landscape", "flatness", "ntk", "norms",
                "sparsity", "fourier", "variance", "cka", "lesion", "noise", "attention",
-               "calibration", "nll", "curves")
+               "calibration", "nll", "curves", "peak")
     add = command(all_command, "every figure that checkpoints allow, in one folder with an "
                   "index.html")
     add("--figures", nargs="+", choices=figures, default=figures, metavar="SUBCOMMAND", help="only "

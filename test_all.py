@@ -6816,7 +6816,7 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
 
     # the centre is the loss of the mixed, augmented images
     settings, origin = analyze.networks([one], common[:-2])[0]
-    dataset = analyze.training_images(settings, "cpu", "30", print, True)
+    dataset = analyze.training_images(settings, "cpu", "30", True)
     model = train.starting_network(settings, origin, 12, torch.device("cpu"), print).eval()
     mix, want = train.mixing(settings, 12), 0
     for b in range(4):
@@ -6835,7 +6835,7 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
     assert list(found) == ["sigmoid, 30 of images, noise of σ 0.1, 3 draws",
                            "sigmoid, 30 of images, ball of ρ 0, 2 steps",
                            "sigmoid, 30 of images, ball of ρ 0.2, 2 steps"]
-    plain = analyze.training_images(settings, "cpu", "30", print)
+    plain = analyze.training_images(settings, "cpu", "30")
     batches = [(x.double() / 255, y) for x, y, _ in [plain[[(0, i) for i in range(30)]]]]
     noise, start, ball = found.values()
     assert abs(start["worst"] - train.sigmoid_loss(model(batches[0][0]), batches[0][1])) < 1e-12
@@ -7176,7 +7176,7 @@ def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
     # one kernel by hand, from the head's own seed on
     settings, origin = train.settings(["--eval-only", *common, "--init-from", run])
     settings.init_from = ""
-    images = analyze.training_images(settings, torch.device("cpu"), "40", print)
+    images = analyze.training_images(settings, torch.device("cpu"), "40")
     model = train.starting_network(settings, origin, 12, torch.device("cpu"), print)
     torch.manual_seed(data.key(settings.seed, 3))
     vit.lecun_normal_(model.network.head.weight)
@@ -7275,7 +7275,7 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
     for run, one, three in zip(runs, ones, threes):
         one, three = dict(zip(first, one)), dict(zip(third, three))
         settings, origin = train.settings(["--eval-only", "--init-from", run, "--device", "cpu"])
-        dataset = analyze.training_images(settings, torch.device("cpu"), "60", print)
+        dataset = analyze.training_images(settings, torch.device("cpu"), "60")
         model = train.starting_network(settings, origin, 12, torch.device("cpu"), print).eval()
         x, y = dataset[[(0, i) for i in range(60)]][:2]
         x = x.float() / 255
@@ -7562,7 +7562,7 @@ def test_analyses_of_maps_go_on_where_they_were(tmp_path, capsys, monkeypatch, s
 
     # by hand: 140 images, class-balanced, on the trained network
     settings, origin = train.settings(["--eval-only", "--init-from", runs[0], "--device", "cpu"])
-    model, images = analyze.network_and_images(settings, origin, torch.device("cpu"), print)
+    model, images = analyze.network_and_images(settings, origin, torch.device("cpu"))
     images.restrict(data.subset(images.labels, Fraction(140, 150)))
     x = images[[(0, i) for i in range(140)]][0].float() / 255
     name, parts = next(iter(json.loads((tmp_path / "whole/fourier.json").read_text())[

@@ -435,8 +435,8 @@ def make_parser():
     add("--sam-every", type=int, default=1, metavar="K", help="SAM in every K-th step only, for "
         "1 + 1/K of plain training's time")
     add("--sam-reuse", type=float, default=0.7, metavar="ALPHA", help="with --sam-every, add the "
-        "last SAM step's sharp direction to the gradients between, at most so long beside them, which "
-        "is for large batches; 0: do not (LookSAM, Liu et al. 2022: 0.7)")
+        "last SAM step's sharp direction to the gradients between, at most so long beside them, "
+        "which is for large batches; 0: do not (LookSAM, Liu et al. 2022: 0.7)")
     add("--sam-scope", default="", metavar="REGEX", help="move only parameters whose names it "
         r"matches, as norm or ^blocks\.0\.; what the first pass does not need for these it skips")
 
