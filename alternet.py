@@ -105,10 +105,11 @@ class BasicBlock(nn.Module):
             a = self.bn1(x).relu_()
             y = self.bn2(self.conv1(a)).relu_()
             y = self.drop_path(spatial(self.conv2, y, skip))
+            # not in place: with skip y is still the ReLU's output, which its gradient needs
             return y + (x if self.downsample is None else self.downsample(a))
         y = self.bn1(self.conv1(x)).relu_()
         y = self.drop_path(self.bn2(spatial(self.conv2, y, skip)))
-        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
+        return y.add_(x if self.downsample is None else self.downsample(x)).relu_()
 
 
 class Bottleneck(nn.Module):
@@ -135,11 +136,11 @@ class Bottleneck(nn.Module):
             y = self.bn2(self.conv1(a)).relu_()
             y = self.bn3(spatial(self.conv2, y, skip)).relu_()
             y = self.drop_path(self.conv3(y))
-            return y + (x if self.downsample is None else self.downsample(a))
+            return y.add_(x if self.downsample is None else self.downsample(a))
         y = self.bn1(self.conv1(x)).relu_()
         y = self.bn2(spatial(self.conv2, y, skip)).relu_()
         y = self.drop_path(self.bn3(self.conv3(y)))
-        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
+        return y.add_(x if self.downsample is None else self.downsample(x)).relu_()
 
 
 class WindowAttention(nn.Module):
@@ -161,8 +162,8 @@ class WindowAttention(nn.Module):
         grid = (x.shape[2] // self.window_size, x.shape[3] // self.window_size)
         x = x.permute(0, 2, 3, 1).unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1))
         x = x.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B·n, N, C)
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B·n, N, 3, H, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B·n, H, N, d) each
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B·n, H, N, d) each
+                   for part in self.qkv(x).chunk(3, dim=-1))
         bias = self.rel_pos_bias.flatten()[self.index]  # (N, N)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         x = self.proj(x.transpose(1, 2).flatten(2))  # (B·n, N, C)

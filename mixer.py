@@ -209,7 +209,8 @@ class Mixer(nn.Module):
         check_images(x, self.image_size)
         if out is not None or skip is not None:
             check_names(self.intermediates, out, skip)
-        x = record(out, "stem", self.stem(x).flatten(2).mT)  # (B, N, D)
+        x = self.stem(x).flatten(2).mT.contiguous()  # (B, N, D); else each norm would copy it
+        record(out, "stem", x)
         for i, block in enumerate(self.blocks):
             x = block(x, out, skip, f"blocks.{i}")
         x = self.norm(x).mean(dim=1)  # (B, D)

@@ -109,10 +109,11 @@ class BasicBlock(nn.Module):
             a = self.bn1(x).relu_()
             y = self.bn2(self.conv1(a)).relu_()
             y = self.drop_path(spatial(self.conv2, y, skip))
+            # not in place: with skip y is still the ReLU's output, which its gradient needs
             return y + (x if self.downsample is None else self.downsample(a))
         y = self.bn1(self.conv1(x)).relu_()
         y = self.drop_path(self.bn2(spatial(self.conv2, y, skip)))
-        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
+        return y.add_(x if self.downsample is None else self.downsample(x)).relu_()
 
 
 class Bottleneck(nn.Module):
@@ -139,11 +140,11 @@ class Bottleneck(nn.Module):
             y = self.bn2(self.conv1(a)).relu_()
             y = self.bn3(spatial(self.conv2, y, skip)).relu_()
             y = self.drop_path(self.conv3(y))
-            return y + (x if self.downsample is None else self.downsample(a))
+            return y.add_(x if self.downsample is None else self.downsample(a))
         y = self.bn1(self.conv1(x)).relu_()
         y = self.bn2(spatial(self.conv2, y, skip)).relu_()
         y = self.drop_path(self.bn3(self.conv3(y)))
-        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
+        return y.add_(x if self.downsample is None else self.downsample(x)).relu_()
 
 
 def blur2x2(x):

@@ -110,8 +110,8 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)  # Google drops none of the attention weights
 
     def forward(self, x, mask=None, out=None, name="attn"):
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, d) each
+                   for part in self.qkv(x).chunk(3, dim=-1))
         if out is not None and f"{name}.weights" in out:  # SDPA never forms them: a second softmax
             scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, N, N)
             scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
@@ -341,7 +341,9 @@ class ViT(nn.Module):
         if out is not None or skip is not None:
             check_names(self.intermediates, out, skip)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, h·w, D)
-        if self.cls_token is not None:
+        if self.cls_token is None:
+            x = x.contiguous()  # else each norm would copy it
+        else:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = record(out, "stem", self.pos_drop(x + self.pos_embed))
         for i, block in enumerate(self.blocks):
