@@ -508,7 +508,8 @@ def make_parser():
         "the same accuracy, sooner, without loss curves")
     add("--attack-seed", type=int, default=0, help="of the random starts")
     add("--images", type=int, default=0, help="only so many, spread evenly (0: all)")
-    add("--batch-size", type=int, default=128, help="images per pass and device (default: 128)")
+    add("--batch-size", type=int, default=0, help="images per pass and device; 0: on CUDA as many "
+        "as fit in its memory, elsewhere 128 (default: 0)")
     add("--strength-images", type=int, default=256, help="for the check of the attack's strength, "
         "over ε and 5 times as many steps (0: no check; default: 256)")
     add("--transfer-from", default="", metavar="FILE", help="also attack those images through this "
@@ -526,7 +527,7 @@ def check_flags(args, error):
     if args.attack == "fgsm" and args.steps not in (None, 1):
         raise error("--attack fgsm takes one step; --attack pgd takes --steps")
     args.steps = args.steps if args.steps is not None else 10 if args.attack == "pgd" else 1
-    for name, low in dict(steps=1, restarts=1, batch_size=1, images=0, strength_images=0,
+    for name, low in dict(steps=1, restarts=1, batch_size=0, images=0, strength_images=0,
                           save_images=0, attack_seed=0).items():
         if getattr(args, name) < low:
             raise error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least "
@@ -574,10 +575,10 @@ def attack_checkpoint(args, rest):
     results = analyze.Results(args.out_dir or Path(settings.init_from).parent, "adversarial")
     name, results.settings[name] = analyze.label(settings)
     done = results.parts.setdefault(name, {})
-    model, dataset = analyze.network_and_images(settings, origin, device, say)
+    model, dataset = analyze.network_and_images(settings, origin, device)
     source = None
     if other:
-        source, images = analyze.network_and_images(*other, device, say)
+        source, images = analyze.network_and_images(*other, device)
         if images.classes != dataset.classes or other[0].image_size != settings.image_size:
             raise train.UserError(f"--transfer-from {args.transfer_from}: it has other classes, or "
                                   f"another image size, than {settings.init_from}")
@@ -600,8 +601,8 @@ def attack_checkpoint(args, rest):
                 if f"{key}, chunk {i}" in done:
                     bar.update(len(chunk))
                     continue
-                sums = train.under_attack(model, dataset, device, chunk, args.batch_size, workers,
-                                          bar, source=through, **now)
+                sums = train.under_attack(model, dataset, settings.image_size, device, chunk,
+                                          args.batch_size, workers, bar, source=through, **now)
                 if sums["robust"][-1] != sums["robust"][-1]:
                     raise train.UserError(f"{settings.init_from}: its loss or its gradient by the "
                                           "image is not finite for some images: nothing to attack")
@@ -660,7 +661,7 @@ def attack_checkpoint(args, rest):
     if args.save_images:
         drawn = [p for p in spread(len(dataset), args.save_images) for _ in range(world)]
         train.under_attack(  # each process attacks all of them
-            model, dataset, device, drawn, args.batch_size, workers,
+            model, dataset, settings.image_size, device, drawn, args.batch_size, workers,
             **how | dict(early_stop=False, restarts=1, examples=examples))
     if train.rank() == 0:
         if "loss" in result:

@@ -9,6 +9,7 @@
     … fourier, variance, cka, lesion                  Park Fig. 2a, 8-10, D.1-D.4
     … noise, attention, calibration, nll      Park Fig. 2b, F.1a, 5, 7a, C.1-C.3; Chen Fig. 3, B.2
     … datasize, curves, peak, complexity, throughput   Chen Fig. 2, 4, Table 4, 7; Xiao Fig. 6
+    … scale               a training on 1 to 1,024 devices, on paper
     … all                 every figure that checkpoints allow, on one page
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
@@ -43,6 +44,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -469,10 +471,11 @@ def robustness(args, rest):
                 tell(dataset.notice)
             workers = train.worker_count(settings, dataset, on_machine)
             if part == "pgd":
-                results.put(name, part, dict(top1=train.pgd_10(model, dataset, device, workers)))
+                results.put(name, part, dict(top1=train.pgd_10(
+                    model, dataset, settings.image_size, device, workers)))
                 continue
-            loader = data.evaluation_loader(dataset, 256, workers, train.rank(), world,
-                                            device.type == "cuda")
+            loader = train.own_share(dataset, device, workers, train.images_at_once(
+                model, settings.image_size, device))
             results.put(name, part, train.evaluate(model, loader, device, autocast,
                                                    restrict_logits=dataset.restrict_logits))
         done = results.parts.get(name, {})
@@ -1982,8 +1985,9 @@ def measured(args, rest, what, of):
                                                                   args.images)
 
             def unit(images):
-                return activity(model, Batches(dataset.part(images), model, 64, workers,
-                                               split=False))
+                return activity(model, Batches(dataset.part(images), model, train.images_at_once(
+                    model, settings.image_size, device, "activity", lambda x: activity(
+                        model, [(x, None)]), 64), workers, split=False))
 
             units = {f"{part}, from {i * UNIT}": functools.partial(unit, images)
                      for i, images in enumerate(torch.arange(len(dataset)).split(UNIT))}
@@ -2272,13 +2276,16 @@ def held_out(args, settings, origin, device):
         len(dataset), generator=torch.Generator().manual_seed(0))), workers
 
 
-def in_parts(args, results, device, part, measure, join, first, *other, batch=64):
+def in_parts(args, results, device, part, measure, join, first, *other, batch=0):
     """That part of the first network's results: of measure(model, batches, *other models), by
     pieces of UNIT images or a little less. first, other: network's name, settings, origin."""
-    name, size = first[0], max(UNIT // batch, 1) * batch
+    name, side = first[0], first[1].image_size
     if part not in results.parts.get(name, {}):
         (model, dataset, workers), *others = [held_out(args, *of[1:], device)
                                               for of in (first, *other)]
+        batch = batch or train.images_at_once(model, side, device, measure.__name__,
+                                              lambda x: measure(model, [(x, None)]), 64, UNIT)
+        size = max(UNIT // batch, 1) * batch
         in_pieces(results, name, part, [lambda start=start: measure(model, Batches(
             dataset.part(range(start, min(start + size, len(dataset)))), model, batch, workers,
             split=False), *(model for model, *_ in others))
@@ -2506,7 +2513,8 @@ def lesion_command(args, rest):
     found, values = {}, {}
     for name, settings, origin in named:
         model, dataset, workers = held_out(args, settings, origin, device)
-        batches, names = Batches(dataset, model, 256, workers, split=False), removable(model)
+        names, batches = removable(model), Batches(dataset, model, train.images_at_once(
+            model, settings.image_size, device), workers, split=False)
         todo = {f"{args.images} images, {f'without {skip}' if skip else 'whole'}":
                 functools.partial(accuracy, model, batches, skip) for skip in (None, *names)}
         share_out(results, name, todo, "lesion")
@@ -2599,7 +2607,8 @@ def noise_command(args, rest):
                                               args.form).any():
             return None
         return noise(model, dataset, frequency, args.sigma, args.window, form=args.form,
-                     equal_energy=args.equal_energy, seed=args.noise_seed, workers=workers)
+                     equal_energy=args.equal_energy, seed=args.noise_seed, workers=workers,
+                     batch_size=train.images_at_once(model, settings.image_size, device))
 
     rows = []
     for name, found in together(results, device, named, {
@@ -2673,7 +2682,8 @@ def calibration_command(args, rest):
 
     def of(model, dataset, settings, workers):
         with adversarial.held_still(model, device), torch.inference_mode():
-            loader = train.own_share(dataset, device, workers)
+            loader = train.own_share(dataset, device, workers, train.images_at_once(
+                model, settings.image_size, device))
             return calibration(((model(train.to_float(x.to(device), model)), y)
                                 for x, y in data.batches(loader, train.say)), args.bins)
 
@@ -3170,9 +3180,6 @@ CHEN_7 = {
 # above the pre-activation ResNet-50, whose own number it does not give.
 PARK_A1 = {"resnet50": 320, "vit_ti2": 434, "pit_ti": 364, "torchvision:swin_t": 469,
            "alter_resnet50": 473, "preresnet50": 394}
-CLASSES = dict(shapes=12, imagenet=1000, imagenet21k=21_841, cifar10=10, cifar100=100,
-               flowers102=102, pets=37, folder=1000)
-
 
 def of_models(models, rest, what):
     """{value of --models: (settings, {flag: who set it})}; a value is a name and, in quotes with
@@ -3187,25 +3194,6 @@ def of_models(models, rest, what):
     return chosen
 
 
-def cost_of(settings):
-    """vit.complexity of a network, built without memory where that is possible. What cannot be
-    counted, as nn.MultiheadAttention, is said, and NaN."""
-    build = functools.partial(train.build_model, settings.model, CLASSES[settings.dataset],
-                              settings.image_size, **train.knobs(settings))
-    with train.as_user_error(settings.model):
-        try:
-            with torch.device("meta"):
-                network = build()
-        except RuntimeError:  # some of torchvision's and timm's compute with their weights
-            network = build()
-    try:
-        return vit.complexity(network, settings.image_size)
-    except NotImplementedError as error:
-        tell(f"{settings.model}: {error}: no FLOPs and activations")
-        return dict(params=sum(p.numel() for p in network.parameters()), macs=math.nan,
-                    acts=math.nan)
-
-
 def complexity(args, rest):
     """Parameters, FLOPs and activations of networks for one image beside the papers' figures (Xiao
     et al. Table 1 and 2, Chen et al. Table 7). FLOPs are multiply-adds of convolutions, linear
@@ -3215,7 +3203,7 @@ def complexity(args, rest):
     models = args.models or dict.fromkeys([*CHEN_7, *(
         m for m in XIAO_2 if family_of(m) not in ("regnetz", "efficientnet"))])
     for words, (settings, _) in of_models(models, rest, "complexity").items():
-        cost = results.parts[words] = cost_of(settings)
+        cost = results.parts[words] = train.complexity_of(settings, tell)
         results.settings[words] = label(settings)[1]
         flops, params, acts = XIAO_2.get(words, [None] * 3)[:3]
         rows.append({
@@ -3257,20 +3245,18 @@ def random_batch(size, side, classes, device):
             torch.randint(0, classes, (size,), device=device))
 
 
-def work(settings, bare, optimizer, mode, compiled, batch):
-    """A function that does what train.py does with a batch of random images on the device, as one
-    micro-batch: "inference", or a step of "training", or one with "sam"; without loading images,
-    an average of the weights and adversarial images."""
-    device, classes = next(bare.parameters()).device, CLASSES[settings.dataset]
+def work(settings, model, bare, optimizer, mode, batch):
+    """A function that does what train.py does with random images on the device, `batch` in a pass:
+    "inference", or a step of "training" or with "sam" of --micro-batches passes; without loading
+    images, an average of the weights and adversarial images. model: bare, compiled or not, and of
+    several processes averaging its gradients."""
+    device, classes = next(bare.parameters()).device, train.CLASSES[settings.dataset]
     images, labels = random_batch(batch, settings.image_size, classes, device)
-    if settings.timing["channels_last"]:
-        images = images.contiguous(memory_format=torch.channels_last)
     autocast, criterion = train.autocast_of(settings, device), LOSSES[settings.loss]
-    model = torch.compile(bare, dynamic=False) if compiled else bare
     bare.train(mode != "inference")
     if mode == "inference":
         def infer():
-            with torch.no_grad(), autocast:
+            with torch.inference_mode(), autocast:
                 model(train.to_float(images, bare))
         return infer
     mix, statistics = train.mixing(settings, classes), train.RunningStatistics(bare)
@@ -3279,23 +3265,43 @@ def work(settings, bare, optimizer, mode, compiled, batch):
         model, settings.sam_rho or 0.05, steps=settings.sam_steps, adaptive=settings.sam_adaptive,
         params=train.scope(bare.network, settings.sam_scope) if settings.sam_scope else None,
     ) if mode == "sam" else None
-    params = list(bare.parameters())
+    params, passes = list(bare.parameters()), settings.timing["micro_batches"]
 
     def step():
         statistics.begin_step()
-        x, y = mix(train.to_float(images, bare), labels)
+        for k in range(passes):
+            x, y = mix(train.to_float(images, bare), labels)
 
-        def loss():
-            statistics.begin_pass()
-            with autocast:
-                logits = model(x)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return scaler.scale(criterion(logits, y, settings.label_smoothing))
-        with sam.perturb(loss) if sam else nullcontext():
-            loss().backward()
-        statistics.end_pass()
-        train.update(optimizer, scaler, params, settings.grad_clip, statistics, 1)
+            def loss(sends=False):
+                statistics.begin_pass()
+                with train.quiet(model, sends), autocast:
+                    logits = model(x)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                return scaler.scale(criterion(logits, y, settings.label_smoothing))
+            with sam.perturb(loss) if sam else nullcontext():
+                (loss(sends=k == passes - 1) / passes).backward()
+            statistics.end_pass()
+        train.update(optimizer, scaler, params, settings.grad_clip, statistics,
+                     passes * world_size())
     return step
+
+
+class Timed(NamedTuple):
+    """A network of throughput."""
+    key: str             # its name among the results
+    settings: argparse.Namespace
+    cost: dict           # vit.complexity
+    bare: nn.Module
+    models: dict         # {whether it is compiled: what is called}
+    optimizer: torch.optim.Optimizer
+
+
+def slowest(seconds):
+    """The most of all processes."""
+    most = torch.tensor(seconds, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most.item()
 
 
 def seconds_of(call, seconds, device):
@@ -3305,11 +3311,15 @@ def seconds_of(call, seconds, device):
         for _ in range(n):
             call()
         torch.get_device_module(device).synchronize()
-        return (time.perf_counter() - started) / n
+        return slowest((time.perf_counter() - started) / n)
 
     clock(1)
     once = clock(1)
     return once if once > seconds else clock(math.ceil(seconds / once))
+
+
+def quartiles(values):
+    return np.percentile(values, [25, 50, 75]).tolist()
 
 
 def correlations(x, y):
@@ -3332,18 +3342,19 @@ def machine(device):
 
 def throughput(args, rest):
     """Images per second and device of networks (Chen et al. Table 2, 7; Park & Kim A.1, App. E), in
-    inference and in steps of training, plain and with SAM, as train.py does them, the batch in one
-    pass. Batch sizes are tried in turn until one does not fit in memory, is slower than the best by
-    5 %, or the next would take longer than --seconds. At its best one, each network is timed in
-    rounds, all networks in each, every second round backwards: median and quartiles, and the ratio
-    to the first network in the same round. Of all networks the step (optimizer, loss, clipping,
+    inference and in steps of training, plain and with SAM, as train.py does them, in
+    --micro-batches passes of the batch. Batch sizes are tried in turn until one does not fit in
+    memory, is slower than the best by 5 %, or the next would take longer than --seconds. At its
+    best one, each network is timed in rounds, all networks in each, every second round backwards:
+    median and quartiles, and the ratio to the first network in the same round, of SAM also the cost
+    of an image beside plain training's. Of all networks the step (optimizer, loss, clipping,
     mixing) is that of the first one's recipe, dropout and drop path as the name alone says; all are
-    in memory at once. Share of peak: a multiply-add is 2 operations, a backward pass 2 forward
-    passes; the peak is a product of two large matrices in the same dtype and process. An epoch is
-    ImageNet's, on --devices that send one another nothing. Under torchrun all devices are timed at
-    the same time and the slowest counts. Then how time follows FLOPs and activations (Xiao et al.
-    §6: activations). Returns what the JSON holds under "results"."""
-    need(args, seconds=0.01, rounds=1, batch_sizes=1, devices=1)
+    in memory at once. A multiply-add is 2 operations, a backward pass 2 forward passes; the peak is
+    a product of two large matrices in the same dtype and process. An epoch is ImageNet's, on
+    --devices that wait for nothing. Under torchrun the devices train together and the slowest
+    counts. Then how time follows FLOPs and activations (Xiao et al. §6: activations). Returns what
+    the JSON holds under "results"."""
+    need(args, seconds=0.01, rounds=1, batch_sizes=1, micro_batches=1, devices=1)
     models = args.models or list(CHEN_7)
     if not args.models and not torch.cuda.is_available():
         models, rest = SMALL, ["--dataset", "shapes", *rest]
@@ -3355,57 +3366,63 @@ def throughput(args, rest):
         raise UserError("--loss supcon compares views of images: take softmax or sigmoid")
     device, world, _ = train.start_processes(first.device)
     results = Results(args.out_dir or "out/throughput", "throughput")
-    timing = machine(device) | dict(channels_last=args.channels_last, seconds=args.seconds,
-                                    beside=list(chosen))
+    timing = machine(device) | dict(
+        seconds=args.seconds, micro_batches=args.micro_batches, beside=list(chosen))
     tell(f"{timing['device']}, {timing['threads']} threads, torch {timing['torch']}, "
-         f"{first.dtype}, channels {'last' if args.channels_last else 'first'}; step: "
-         f"{first.optimizer}, {first.loss} loss, clipping {first.grad_clip:g}")
+         f"{first.dtype}; step: {first.optimizer}, {first.loss} loss, clipping "
+         f"{first.grad_clip:g}, {args.micro_batches} passes")
     compiled = args.compile or ("yes" if device.type == "cuda" else "no")
-    cells = {mode + ", compiled" * compiles: (mode, compiles) for mode in args.modes
-             for compiles in (False, True) if compiled in ("both", ("no", "yes")[compiles])}
+    compiles = {"no": [False], "yes": [True], "both": [False, True]}[compiled]
+    if compiled == "both" and dist.is_initialized():
+        raise UserError("--compile both: several processes would average one network's gradients "
+                        "twice; run it with yes and with no")
+    cells = {mode + ", compiled" * compiled: (mode, compiled) for mode in args.modes
+             for compiled in compiles}
+    passes = {cell: 1 if mode == "inference" else args.micro_batches
+              for cell, (mode, _) in cells.items()}
 
-    timed = {}  # value of --models -> its name among the results, settings, cost, what `work` needs
+    timed = {}
     for words, (settings, origin) in chosen.items():
         as_named = dict.fromkeys(("dropout", "drop_path", "head_bias"))
         for name, value in ({name: getattr(first, name) for name in OF_STEP} | as_named).items():
             if origin[name] != "command line":
                 setattr(settings, name, value)
         settings.timing = timing
-        key, results.settings[key] = label(settings, (*OF_STEP, "timing"))
-        cost = cost_of(settings)
-        bare = train.starting_network(settings, origin, CLASSES[settings.dataset], device, tell)
-        if args.channels_last:
-            bare = bare.to(memory_format=torch.channels_last)
-        timed[words] = key, settings, cost, bare, train.make_optimizer(settings, bare, device)
+        key, results.settings[key] = label(settings, (
+            *OF_STEP, "channels_last", "timing"))
+        bare = train.starting_network(settings, origin, train.CLASSES[settings.dataset], device,
+                                      tell)
+        models = {compiled: train.averaging(
+            torch.compile(bare, dynamic=False) if compiled else bare, device)
+            for compiled in compiles}
+        timed[words] = Timed(key, settings, train.complexity_of(settings, tell), bare, models,
+                             train.make_optimizer(settings, bare, device))
 
-    def rate(words, part, batch, prepare):
-        """Calls per second times batch, from the results or measured; 0 if memory is lacking."""
-        key = timed[words][0]
+    def rate(key, part, images, prepare):
+        """Calls per second times images, from the results or measured; 0 if memory is lacking."""
         if part not in results.parts.get(key, {}):
-            longest = torch.full((), math.inf, dtype=torch.float64)
             try:
-                longest.fill_(seconds_of(prepare(), args.seconds, device))
+                seconds = seconds_of(prepare(), args.seconds, device)
             except RuntimeError as error:  # the CPU's has no class of its own
                 if not (isinstance(error, torch.OutOfMemoryError)
                         or "allocate memory" in str(error)):
                     raise
-            if dist.is_initialized():
-                dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-            if longest.isinf():
+                if dist.is_initialized():
+                    print(f"analyze.py: {part}: process {train.rank()} lacks memory: give smaller "
+                          "--batch-sizes", file=sys.stderr, flush=True)
+                    os._exit(2)  # the others are in the middle of an all-reduce
                 return 0  # not kept: another time there may be room
-            results.put(key, part, batch / longest.item())
+            results.put(key, part, images / seconds)
             bar.update()
         return results.parts[key][part]
 
-    def make(words, cell, batch):
-        _, settings, _, bare, optimizer = timed[words]
-        return work(settings, bare, optimizer, *cells[cell], batch)
-
-    made = functools.cache(make)  # in the rounds; the sweep's are let go
-
-    def ready(make, words, cell, batch):
-        timed[words][3].train(cells[cell][0] != "inference")  # all modes have one network
-        return make(words, cell, batch)
+    def rate_of(words, cell, batch, turn=""):
+        one, (mode, compiled) = timed[words], cells[cell]
+        found = rate(one.key, f"{cell}, batch {batch}{turn}", batch * passes[cell], lambda: work(
+            one.settings, one.models[compiled], one.bare, one.optimizer, mode, batch))
+        if not found:
+            one.bare.zero_grad(set_to_none=True)  # of a backward pass that broke off
+        return found
 
     best, rounds = {}, {}
     # Else dynamo would give up after 8 networks or batch sizes, in silence.
@@ -3414,51 +3431,54 @@ def throughput(args, rest):
         for words, cell in itertools.product(timed, cells):
             rates = {}
             for batch in sorted(set(args.batch_sizes)):
-                rates[batch] = rate(words, f"{cell}, batch {batch}", batch,
-                                    functools.partial(ready, make, words, cell, batch))
+                rates[batch] = rate_of(words, cell, batch)
                 most = max(rates.values())
                 if not most:
                     raise UserError(f"{words}, {cell}: a batch of {batch} does not fit in memory; "
                                     "give smaller --batch-sizes")
-                if rates[batch] < 0.95 * most or 2 * batch > args.seconds * rates[batch]:
+                images = 2 * batch * passes[cell]  # of the next batch size's step
+                if rates[batch] < 0.95 * most or images > args.seconds * rates[batch]:
                     break
             best[words, cell] = max(rates, key=rates.get)
         for k in range(args.rounds):
             for words, cell in list(best)[::-1 if k % 2 else 1]:
-                batch = best[words, cell]
-                rounds.setdefault((words, cell), []).append(rate(
-                    words, f"{cell}, batch {batch}, round {k + 1}", batch,
-                    functools.partial(ready, made, words, cell, batch)))
+                rounds.setdefault((words, cell), []).append(
+                    rate_of(words, cell, best[words, cell], f", round {k + 1}"))
                 if not rounds[words, cell][-1]:
                     raise UserError("the networks do not fit in memory beside one another: give "
                                     "fewer --models or smaller --batch-sizes")
         n = 8192 if device.type == "cuda" else 2048
         a = torch.randn(n, n, device=device).to(getattr(torch, first.dtype))
-        top = 2 * n ** 3 * rate(next(iter(timed)), "products of matrices", 1, lambda: lambda: a @ a)
+        top = 2 * n ** 3 * rate(next(iter(timed.values())).key, "products of matrices", 1,
+                                lambda: lambda: a @ a)
 
     rows, fits, epoch = [], {}, train.TRAINING_IMAGES["imagenet"] / (args.devices or world) / 60
     for cell, (words, (key, settings, cost, *_)) in itertools.product(cells, timed.items()):
         own, mode = rounds[words, cell], cells[cell][0]
-        speed, ratio = (np.percentile(v, [25, 50, 75]).tolist() for v in (
-            own, np.divide(own, rounds[next(iter(timed)), cell])))
-        passes = {"inference": 1, "training": 3, "sam": 3 * (1 + settings.sam_steps)}[mode]
-        share = 2 * passes * cost["macs"] * speed[1] / top
+        plain = rounds.get((words, cell.replace("sam", "training"))) if mode == "sam" else None
+        speed = quartiles(own)
+        ratio = quartiles(np.divide(own, rounds[next(iter(timed)), cell]))
+        over_plain = plain and quartiles(np.divide(plain, own))
+        units = {"inference": 1, "training": 3, "sam": 3 * (1 + settings.sam_steps)}[mode]
+        flops = 2 * units * cost["macs"] * speed[1]
         results.put(key, cell, dict(
-            batch=best[words, cell], images_per_second=speed, ratio=ratio, share_of_peak=share,
-            epoch_minutes=epoch / speed[1]))
+            batch=best[words, cell], images_per_second=speed, ratio=ratio, over_plain=over_plain,
+            flops=flops, share_of_peak=flops / top, epoch_minutes=epoch / speed[1]))
         at_32 = PARK_A1.get(words) if settings.image_size == 32 else None
         rows.append({
             "images/s and device": words, "": cell, "batch": best[words, cell],
             "median": f"{speed[1]:,.4g}", "quartiles": f"{speed[0]:,.4g}-{speed[2]:,.4g}",
-            "ratio": f"{ratio[1]:.3f} ({ratio[0]:.3f}-{ratio[2]:.3f})", "peak %": 100 * share,
+            "ratio": f"{ratio[1]:.3f} ({ratio[0]:.3f}-{ratio[2]:.3f})",
+            "cost of SAM": plain and "{1:.3f} ({0:.3f}-{2:.3f})".format(*over_plain),
+            "TFLOP/s": flops / 1e12, "peak %": 100 * flops / top,
             "min/epoch": epoch / speed[1], "GFLOPs": cost["macs"] / 1e9,
             "M acts": cost["acts"] / 1e6, "papers' images/s": {
                 "inference": CHEN_7.get(words, [None] * 2)[1], "training": at_32}.get(mode),
             "Xiao min": XIAO_2.get(words, [None] * 4)[3] if mode == "training" else None})
     seconds = {cell: [1 / np.median(rounds[words, cell]) for words in timed] for cell in cells}
     for cell, times in seconds.items():
-        of = [(t, cost) for t, (_, _, cost, *_) in zip(times, timed.values())
-              if cost["macs"] > 0]  # it could be counted
+        of = [(t, one.cost) for t, one in zip(times, timed.values())
+              if one.cost["macs"] > 0]  # it could be counted
         if len(of) > 2:
             fits[cell] = {what: correlations(*zip(*((t, cost[what]) for t, cost in of)))
                           for what in ("macs", "acts")}
@@ -3473,7 +3493,7 @@ def throughput(args, rest):
         print_rows([{"correlation of time with": cell} | {
             f"{what}, {kind}": value for what, pair in of.items()
             for kind, value in zip(("linear", "ranks"), pair)} for cell, of in fits.items()])
-        costs = {words: cost for words, (_, _, cost, *_) in timed.items()}
+        costs = {words: one.cost for words, one in timed.items()}
         finished(results, lambda axes: draw_throughput(axes, seconds, costs), columns=2)
     return results.parts
 
@@ -3493,6 +3513,115 @@ def draw_throughput(axes, seconds, costs):
         one.set_xlabel(f"{word} of an image (M)")
         one.set_ylabel("time of an image (ms)")
     axes[1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def step_on_paper(settings, cost, devices, *, tflops, bandwidth, cores, decode):
+    """A training step on so many devices, each with `tflops` TFLOP/s, `bandwidth` GB/s to the
+    others and `cores` cores that decode `decode` images/s: dict of what `scale` describes, times in
+    seconds, `sends` in bytes. A batch of too few micro-batches has smaller ones."""
+    share = settings.batch_size / devices
+    micro_batch = min(settings.micro_batch, share)
+    forward = 2 * cost["macs"] / (tflops * 1e12)
+    sends = 2 * (devices - 1) / devices * 4 * cost["params"]
+    ring = sends / (bandwidth * 1e9)
+    hidden = min(ring, 2 * micro_batch * forward)
+    look = settings.sam_every > 1 and settings.sam_reuse > 0
+    more = (settings.sam_rho > 0) * (
+        settings.sam_sync * settings.sam_steps + look) / settings.sam_every
+    of = dict(micro_batch=micro_batch, micro_batches=share / micro_batch,
+              compute=share * train.forward_passes(settings) * forward,
+              all_reduce=(1 + more) * ring, waits=(1 + more) * ring - hidden,
+              decode=share / (cores * decode), sends=(1 + more) * sends)
+    busy = of["compute"] + of["waits"]
+    of["step"] = max(busy, of["decode"])
+    of["bound"] = ("decode" if of["decode"] > busy else
+                   "all-reduce" if of["waits"] > of["compute"] else "compute")
+    return of
+
+
+def scale(args, rest):
+    """Speed of a training on many devices, on paper, from rates that are measured: the arithmetic
+    of Chen et al.'s run, or of what flags of train.py say. Each device computes its share of the
+    micro-batches. Gradients go through a ring, 2 (n - 1)/n of their float32 bytes out of each of n
+    devices, beside the backward pass of the last micro-batch; the rest of that time the devices
+    wait. Images are decoded beside all this. Bound is the longest: compute, all-reduce (waiting for
+    it) or decode. Latency, slow devices, evaluations and checkpoints are left out. Listing is of a
+    folder's files, by each process, from one shared file system: a pack has none, and data in
+    memory are not decoded either. Where there are more devices than micro-batches these are cut,
+    marked by *: another run, with another ε. Returns what the JSON holds under "results"."""
+    need(args, devices=1)
+    rates = {name: getattr(args, name) for name in ("tflops", "bandwidth", "cores", "decode",
+                                                    "listing")}
+    for name, rate in rates.items():
+        if not 0 < rate < math.inf:
+            raise UserError(f"--{name} {rate:g}: a rate is above 0")
+    if not {word.split("=")[0] for word in rest} & {"--model", "--recipe", "--dataset"}:
+        rest = ["--model", "vit_b16", "--sam-rho", "paper", *rest]
+    settings, origin = train.settings(
+        rest, make_parser().commands["scale"]._option_string_actions)
+    refuse(NOT_OF_RUNS, origin, "is for train.py, not for scale")
+    if settings.dataset == "folder":
+        raise UserError("--dataset folder: its size is not known; those of "
+                        f"{' '.join(train.TRAINING_IMAGES)} are")
+    batch, devices = settings.batch_size, args.devices or [4 ** i for i in range(6)]
+    odd = [n for n in devices if batch % n or (
+        batch // n > settings.micro_batch and batch // n % settings.micro_batch)]
+    if args.devices and odd or odd == devices:
+        raise UserError(f"--devices {odd[0]}: a batch of {batch:,} gives them no equal shares of "
+                        f"whole micro-batches of {settings.micro_batch}; choose others")
+    results, cost = opened(args, [], "scale"), train.complexity_of(settings)
+    if math.isnan(cost["macs"]):
+        raise UserError(f"{settings.model}: its arithmetic cannot be counted")
+    key, results.settings[key] = label(settings, (
+        "batch_size", "micro_batch", "epochs", "max_steps", "train_fraction", "loss", "adv_eps",
+        "sam_rho", "sam_steps", "sam_sync", "sam_every", "sam_reuse"))
+    results.settings[key] |= rates
+    files = train.TRAINING_IMAGES[settings.dataset] / rates.pop("listing")
+    if settings.dataset in train.IN_MEMORY:
+        files, rates["decode"] = 0, math.inf
+    alone = step_on_paper(settings, cost, 1, **rates)["step"]
+    results.parts[key] = {f"{n} devices": step_on_paper(settings, cost, n, **rates) | dict(
+        devices=n, listing=n * files) for n in devices if n not in odd}
+    for of in results.parts[key].values():
+        of |= dict(hours=of["step"] * train.steps_of(settings) / 3600,
+                   images_per_second=settings.batch_size / of["step"],
+                   efficiency=alone / of["step"] / of["devices"])
+    train.on_main(results.write)
+    if train.rank() == 0:
+        tell(f"{settings.recipe}: {settings.model}, batch {settings.batch_size:,} of micro-batches "
+             f"of {settings.micro_batch}, ρ = {settings.sam_rho:g}, {train.steps_of(settings):,} "
+             f"steps, {cost['params'] / 1e6:.1f} M parameters, {cost['macs'] / 1e9:.2f} G "
+             f"multiply-adds; a device: {args.tflops:g} TFLOP/s, {args.bandwidth:g} GB/s, "
+             f"{args.cores:g} cores of {args.decode:g} images/s")
+        print_rows([{
+            "devices": str(of["devices"]), "micro-batches": f"{of['micro_batches']:g} × "
+            f"{of['micro_batch']:g}" + "*" * (of["micro_batch"] < settings.micro_batch),
+            "compute ms": 1e3 * of["compute"], "all-reduce ms": 1e3 * of["all_reduce"],
+            "waits ms": 1e3 * of["waits"], "decode ms": 1e3 * of["decode"],
+            "steps/s": 1 / of["step"], "images/s": f"{of['images_per_second']:,.0f}",
+            "efficiency %": 100 * of["efficiency"], "sends MB": of["sends"] / 1e6,
+            "bound": of["bound"], "hours": f"{of['hours']:,.4g}",
+            "listing min": of["listing"] / 60} for of in results.parts[key].values()])
+        finished(results, lambda axes: draw_scale(axes, list(results.parts[key].values())),
+                 columns=2)
+    return results.parts
+
+
+def draw_scale(axes, rows):
+    """Left speed, dashed in proportion to the devices; right the parts of a step."""
+    devices = [of["devices"] for of in rows]
+    axes[0].plot(devices, [of["images_per_second"] for of in rows], "o-")
+    axes[0].plot(devices, [rows[0]["images_per_second"] * n / devices[0] for n in devices], "k--")
+    axes[0].set_ylabel("images per second")
+    for part in ("compute", "all_reduce", "waits", "decode"):
+        axes[1].plot(devices, [1e3 * of[part] or math.nan for of in rows], "o-",
+                     label=part.replace("_", "-"))
+    axes[1].set_ylabel("time of a step (ms)")
+    axes[1].legend()
+    for one in axes:
+        one.set_xlabel("devices")
+        one.set_xscale("log", base=2)
+        one.set_yscale("log")
 
 
 # ------------------------------------------------------------------------------------ training sets
@@ -4455,13 +4584,28 @@ def make_parser():
     add_models("Chen Table 7's on CUDA, else small ones at 32×32")
     add("--modes", nargs="+", choices=MODES, default=MODES, help="(default: all)")
     add("--compile", choices=("yes", "no", "both"), help="(default: yes on CUDA, else no)")
-    add("--channels-last", action="store_true", help="memory format of network and images")
+    add("--micro-batches", type=int, default=1, metavar="K", help="passes of a step, each of the "
+        "batch (default: 1)")
     add("--batch-sizes", type=int, nargs="+", default=[2 ** i for i in range(5, 14)], metavar="N",
         help="tried in turn (default: 32 64 … 8192)")
     add("--seconds", type=float, default=1.0, help="about as long is each batch size timed, and "
         "each network in a round (default: 1)")
     add("--rounds", type=int, default=5, help="(default: 5)")
     add("--devices", type=int, help="that share an epoch (default: one for each process)")
+
+    add = command(scale, "speed of a training on 1 to 1,024 devices, on paper, and what bounds it",
+                  of_checkpoints=False)
+    add("--devices", type=int, nargs="+", metavar="N", help="(default: those of 1 4 16 64 256 1024 "
+        "that share the batch equally)")
+    add("--tflops", type=float, required=True, help="TFLOP/s that a device sustains in training: "
+        "throughput in one process measures it")
+    add("--bandwidth", type=float, default=25.0, metavar="GB/S", help="from a device to the next "
+        "(default: 25, a network of 200 Gbit/s for each)")
+    add("--cores", type=float, default=8.0, help="that decode images for a device (default: 8)")
+    add("--decode", type=float, default=200.0, metavar="IMAGES/S", help="of a core, as python "
+        "data.py bench measures (default: 200)")
+    add("--listing", type=float, default=1e6, metavar="FILES/S", help="of the file system, for all "
+        "processes together (default: 1e6)")
 
     add = command(datasize, "accuracy and SAM's gain by the number of images (Chen Fig. 4, Table "
                   "4)", of_checkpoints=False)

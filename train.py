@@ -240,9 +240,11 @@ PUBLISHED = {
     **dict.fromkeys(("xiao_vit_21k", "xiao_vit_21k_36gf"), ("Xiao §6",)),
     "xiao_deit": ("Xiao §5.4",),
 }
-# Training images as published, of 21k in its release of 2011.
+# Training images and classes as published, of 21k in its release of 2011.
 TRAINING_IMAGES = dict(shapes=8_000, imagenet=1_281_167, imagenet21k=14_197_122, cifar10=50_000,
                        cifar100=50_000, flowers102=2_040, pets=3_680)
+CLASSES = dict(shapes=12, imagenet=1000, imagenet21k=21_841, cifar10=10, cifar100=100,
+               flowers102=102, pets=37, folder=1000)
 
 # Chen et al. Table 9: what --sam-rho paper stands for, by the kind of training.
 PAPER_RHO = {
@@ -266,9 +268,9 @@ MODEL_FLAGS = ("patch_size", "stride", "dim", "depth", "heads", "head_dim", "mlp
                "dropout", "drop_path", "head_bias", "unit_norm", "init", "zero_init")
 IN_MEMORY = ("shapes", "cifar10", "cifar100")
 # Where a run computes and what becomes of it: may differ when it is resumed, all else may not.
-FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "out_dir", "resume",
-              "dry_run", "list_models", "list_recipes", "eval_only", "eval_split", "max_steps",
-              "save_every", "keep_epochs"}
+FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "channels_last", "out_dir",
+              "resume", "dry_run", "expect", "list_models", "list_recipes", "eval_only",
+              "eval_split", "max_steps", "save_every", "keep_epochs"}
 MOST_SKIPPED = 25  # steps in a row; a float16 loss scaler skips some at its start, by design
 
 
@@ -453,6 +455,9 @@ def make_parser():
     add("--dtype", choices=("bfloat16", "float16", "float32", "float64"), help="default: bfloat16 "
         "(autocast) on CUDA, float32 elsewhere; float16 uses a loss scaler")
     add("--compile", action=on_off, help="torch.compile; default: on CUDA")
+    add("--channels-last", action=on_off, help="convolutions' weights, and so the maps between, "
+        "with channels innermost in memory, which is faster; default: yes, but for our ViT, "
+        "Mixer, PiT, for Swin and on MPS")
     add("--workers", type=int, help="data processes per device; default: up to 8, none for data "
         "in memory")
 
@@ -469,10 +474,13 @@ def make_parser():
         "of these epochs, as epoch100.pt; warmup: at that of the warm-up (Park Fig. 1b: warmup "
         "100 200 300)")
     add("--dry-run", **off, help="print what would happen and stop")
+    add("--expect", type=float, nargs=2, default=[0, 0], metavar=("DEVICES", "TFLOPS"), help="with "
+        "--dry-run or --list-recipes: hours on so many devices that sustain so many TFLOP/s each, "
+        "as analyze.py throughput measures them")
     add("--list-models", **off, help="print them with parameters, FLOPs and "
         "the paper's table or figure, and stop")
     add("--list-recipes", **off, help="print them with steps, the paper's "
-        "table and its accuracy, and stop")
+        "table and its accuracy, with --expect also the hours, and stop")
     return parser
 
 
@@ -508,7 +516,7 @@ def settings(argv=None, also=()):
     args = argparse.Namespace(**{**args, **base, **given})
     args.recipe = name or "none"
 
-    args.image_size = args.image_size or (32 if args.dataset in IN_MEMORY else 224)
+    args.image_size = image_size_of(args)
     args.augment = args.augment or ("none" if args.dataset == "shapes" else
                                     "crop" if args.dataset in IN_MEMORY else "inception")
     imagenet = os.environ.get("IMAGENET_DIR") or "data/imagenet"
@@ -524,6 +532,9 @@ def settings(argv=None, also=()):
                                   "mps" if torch.backends.mps.is_available() else "cpu")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
+    if args.channels_last is None:  # of those with patches 2 to 5 % faster, of others 10 to 20 %
+        args.channels_last = args.device != "mps" and family(args.model) not in (
+            "vit", "mixer", "pit", "swin")
     adv = f"-adv{255 * args.adv_eps:.3g}" if args.adv_eps else ""  # in 1/255
     stage = "-supcon" * (args.loss == "supcon") + "-head" * (args.train_only == "head")
     args.out_dir = args.out_dir or "out/{}-{}{}{}-rho{:g}-seed{}".format(
@@ -533,6 +544,10 @@ def settings(argv=None, also=()):
         args.sam_sync, origin["sam_sync"] = True, "--loss supcon"
     check(args, origin)
     return args, origin
+
+
+def image_size_of(args):
+    return args.image_size or (32 if args.dataset in IN_MEMORY else 224)
 
 
 def kind_of_training(args):
@@ -615,6 +630,12 @@ def check(args, origin):
     refuse(operations < 0 or not 0 <= magnitude <= most,
            f"--randaugment {operations} {magnitude}: the number of operations is at least 0, their "
            f"magnitude from 0 to {most}" + "; --randaugment-of google goes on to 30" * (not google))
+    refuse(any(args.expect) and not (args.dry_run or args.list_recipes),
+           "--expect is for --dry-run and --list-recipes")
+    refuse(any(args.expect) and not all(0 < value < math.inf for value in args.expect),
+           f"{' '.join(as_flag('expect', args))}: devices and TFLOP/s of each, both above 0")
+    refuse(any(args.expect) and args.dataset == "folder" and not args.list_recipes,
+           f"--expect knows the sizes of {' '.join(TRAINING_IMAGES)}, not of a folder")
     given = {origin["mean"] == "command line", origin["std"] == "command line"}
     refuse(args.init_from and len(given) == 2,
            "--mean and --std go together: with --init-from give both or neither")
@@ -874,23 +895,85 @@ def list_models():
     return 0
 
 
-def list_recipes():
-    """What --list-recipes prints."""
+def list_recipes(expect):
+    """What --list-recipes prints, with --expect the hours of plain training and of SAM's too."""
     print("python train.py --recipe\n"
           f"{'':27}{'model':19}{'data set':12}{'epochs':>6}{'batch':>7}{'steps':>10}{'top-1 %':>9}"
-          f"{'SAM':>6}")
-    defaults = vars(make_parser().parse_args([]))
+          f"{'SAM':>6}" + f"{'hours':>10}{'SAM':>10}" * any(expect))
+    macs = {}  # of networks; many recipes have the same
     for name, row in RECIPES.items():
-        row, (where, *accuracies) = defaults | row, (*PUBLISHED[name], None, None)[:3]
-        images = int(TRAINING_IMAGES[row["dataset"]] * Fraction(row["train_fraction"]))
-        steps = row["epochs"] * (images // row["batch_size"]) or row["max_steps"]
+        args = make_parser().parse_args([], argparse.Namespace(**row))
+        args.image_size = image_size_of(args)
+        where, *accuracies = (*PUBLISHED[name], None, None)[:3]
         plain, with_sam = ("-" if top1 is None else f"{top1:.1f}" for top1 in accuracies)
-        print(f"{name:27}{row['model']:19}{row['dataset']:12}{row['epochs'] or '-':>6}"
-              f"{row['batch_size']:7,}{steps:10,}{plain:>9}{with_sam:>6}  {where}")
+        hours = ""
+        if any(expect):
+            network = str((args.model, args.dataset, args.image_size, knobs(args)))
+            macs[network] = macs.get(network) or complexity_of(args)["macs"]
+            for args.sam_rho in (0.0, 0.1):
+                steps, seconds = expected(args, macs[network], *expect)
+                hours += f"{in_hours(steps * seconds):>10}"
+        print(f"{name:27}{args.model:19}{args.dataset:12}{args.epochs or '-':>6}"
+              f"{args.batch_size:7,}{steps_of(args):10,}{plain:>9}{with_sam:>6}{hours}  {where}")
     print("Steps are for the data set as published. Accuracies are the paper's, of this model, "
           "after plain training and with SAM\n(--sam-rho paper; of a transfer: in pre-training). "
           "Each setting of a recipe: --recipe NAME --dry-run.")
+    if any(expect):
+        print(f"Hours: of {expect[0]:g} devices that sustain {expect[1]:g} TFLOP/s each, without "
+              "evaluations and waiting.")
     return 0
+
+
+def steps_of(args):
+    """Of a run on its data set as published."""
+    with as_user_error(f"--train-fraction {args.train_fraction} --hold-out {args.hold_out}"):
+        part = Fraction(args.train_fraction) * (1 - Fraction(args.hold_out))
+    images = int(TRAINING_IMAGES[args.dataset] * part)
+    steps = args.epochs * (images // args.batch_size)
+    return min(steps or args.max_steps, args.max_steps or steps)
+
+
+def complexity_of(args, tell=lambda text: None):
+    """vit.complexity of --model, built without memory where that is possible. What cannot be
+    counted, as nn.MultiheadAttention, is told, and NaN."""
+    build = partial(build_model, args.model, CLASSES[args.dataset], args.image_size, **knobs(args))
+    with as_user_error(args.model):
+        try:
+            with torch.device("meta"):
+                network = build()
+        except RuntimeError:  # some of torchvision's and timm's compute with their weights
+            network = build()
+    try:
+        return vit.complexity(network, args.image_size)
+    except NotImplementedError as error:
+        tell(f"{args.model}: {error}: no FLOPs and activations")
+        return dict(params=sum(p.numel() for p in network.parameters()), macs=math.nan,
+                    acts=math.nan)
+
+
+def forward_passes(args):
+    """What a step computes for each image of the batch, in forward passes. A backward pass is two
+    of them, one for images and one for weights; of --sam-scope more is counted than there is."""
+    perturbed = args.sam_steps / args.sam_every if args.sam_rho else 0.0
+    passes = (1 if args.train_only == "head" else 3) * (1 + perturbed)
+    if args.adv_eps and not perturbed:  # SAM's first pass has the gradient by the images too
+        passes += 2
+    elif args.adv_eps:
+        passes += 2 * (1 - 1 / args.sam_every)
+    if args.loss == "supcon":  # two views, and one more forward pass before each other one
+        passes = 2 * (passes + 1 + perturbed)
+    return passes
+
+
+def in_hours(seconds):
+    return f"{seconds / 3600:,.0f}" if seconds >= 360_000 else f"{seconds / 3600:.3g}"
+
+
+def expected(args, macs, devices, tflops):
+    """Steps of a run, and seconds of each by its arithmetic alone, an image's forward pass being
+    `macs` multiply-adds of 2 FLOPs, on so many devices that sustain so many TFLOP/s each."""
+    flops = 2 * macs * forward_passes(args) * args.batch_size
+    return steps_of(args), flops / (devices * tflops * 1e12)
 
 
 def knobs(args):
@@ -1194,7 +1277,7 @@ def calibration_error(sums):
     return 100 * (right - confidence).abs().sum(1) / count.sum(1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=None,
              restrict_logits=None, mix=None):
     """Accuracy and calibration over a loader, every image counted once over all processes. Labels
@@ -1210,7 +1293,7 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
     training = model.training
     model.eval()
     exact = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    sums, by_bin = torch.zeros(4, **exact), torch.zeros(3, 1, bins, **exact)
+    sums, by_bin, others = torch.zeros(4, **exact), torch.zeros(3, 1, bins, **exact), None
     for number, (x, y) in enumerate(data.batches(loader, tell=say)):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         x, shares = to_float(x, model), None
@@ -1221,9 +1304,11 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
             logits = model(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if restrict_logits is not None:
-            others = torch.ones(logits.shape[1], dtype=torch.bool)
-            others[restrict_logits] = False
-            logits = logits.masked_fill(others.to(device), -math.inf)
+            if others is None:
+                others = torch.ones(logits.shape[1], dtype=torch.bool)
+                others[restrict_logits] = False
+                others = others.to(device)
+            logits = logits.masked_fill(others, -math.inf)
         y = y.view(len(y), -1)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (best[:, :, None] == y[:, None]).any(2)
@@ -1244,15 +1329,52 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
                 ece=calibration_error(by_bin).item())
 
 
-def own_share(dataset, device, workers, batch_size=256):
+_at_once = weakref.WeakKeyDictionary()  # model -> {what: images}
+
+
+def images_at_once(model, side, device, what="a forward pass", run=None, usual=256, most=0):
+    """How many images (3, side, side) to take through a model together: on CUDA the largest of
+    most, most/2, … for which `run`, a function of images, by default the forward pass, fits in
+    memory without autocast, tried once for a model and `what` it does; elsewhere `usual`, where
+    more are not faster. most, if 0: 256, of small images 1,024; workers hold many batches ready in
+    the host's shared memory, and 256 images of 224 pixels a side are 38 MB."""
+    if device.type != "cuda":
+        return usual
+    known, n = _at_once.setdefault(model, {}), most or (256 if side > 112 else 1024)
+    while what not in known:
+        try:
+            x = torch.zeros(n, 3, side, side, device=device, dtype=next(model.parameters()).dtype)
+            with adversarial.held_still(model, device), torch.set_grad_enabled(run is not None):
+                (run or model)(x)
+            known[what] = n
+        except torch.OutOfMemoryError:
+            if n == 1:
+                raise UserError(f"{what}: one image of {side}×{side} does not fit in the device's "
+                                "memory") from None
+            n //= 2
+            torch.cuda.empty_cache()
+    return known[what]
+
+
+def own_share(dataset, device, workers, batch_size):
     """Loader of the images that this process evaluates."""
     return data.evaluation_loader(dataset, batch_size, workers, rank(), world_size(),
                                   device.type == "cuda")
 
 
-def under_attack(model, dataset, device, positions, batch_size, workers, progress=None, **attack):
-    """adversarial.robustness on the images at these positions of a data set; in the model's own
-    precision, without autocast."""
+def under_attack(model, dataset, side, device, positions, batch_size, workers, progress=None,
+                 **attack):
+    """adversarial.robustness on the images (3, side, side) at these positions of a data set, so
+    many together or, if that is 0, images_at_once; in the model's own precision, without
+    autocast."""
+    through = attack.get("source") or model
+
+    def gradient(x):
+        copies = x.repeat(8, 1, 1, 1)  # as many as an attack holds besides
+        torch.autograd.grad(through(x.requires_grad_()).sum(), x)
+        del copies
+
+    batch_size = batch_size or images_at_once(through, side, device, "an attack", gradient, 128)
     loader = own_share(dataset.part(positions), device, workers, batch_size)
 
     def batches():
@@ -1266,11 +1388,11 @@ def under_attack(model, dataset, device, positions, batch_size, workers, progres
     return adversarial.robustness(model, batches(), **attack)
 
 
-def pgd_10(model, dataset, device, workers, bar=None, eps=2 / 255):
+def pgd_10(model, dataset, side, device, workers, bar=None, eps=2 / 255):
     """Accuracy in percent under 10 steps of PGD of eps/8 each from a random start (Chen E.5), on
     softmax cross-entropy whatever the training's loss. An image counts only if it is right at every
     iterate, where Table 5 may take the last alone. NaN where outputs are not finite."""
-    sums = under_attack(model, dataset, device, range(len(dataset)), 128, workers, bar, eps=eps,
+    sums = under_attack(model, dataset, side, device, range(len(dataset)), 0, workers, bar, eps=eps,
                         step_size=eps / 8, steps=10, early_stop=True)
     return adversarial.summary([sums])["robust"][-1]
 
@@ -1592,6 +1714,8 @@ def starting_network(args, origin, num_classes, device, tell):
         args.mean, args.std = normalisation
     precision = torch.float64 if args.dtype == "float64" else torch.float32
     bare = assemble(network, args.mean, args.std).to(device, precision)
+    if args.channels_last:
+        bare = bare.to(memory_format=torch.channels_last)
     if dist.is_initialized():
         for tensor in network.state_dict().values():  # only the first process has read --init-from
             dist.broadcast(tensor, src=0)
@@ -1630,6 +1754,25 @@ def make_optimizer(args, model, device):
     return optimizer
 
 
+def averaging(model, device):
+    """The model, if there are several processes so wrapped that they average its gradients: those
+    of the passes outside `quiet`."""
+    if not dist.is_initialized():
+        return model
+    with warnings.catch_warnings():  # 2.15 renames broadcast_buffers, 2.11 lacks the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def quiet(model, sends):
+    """Context of a forward pass of `averaging`'s model, in which DistributedDataParallel decides
+    whether the backward pass sends: once a step, for the last micro-batch at w + ε. SAM's first
+    pass, by torch.autograd.grad, never does."""
+    return model.no_sync() if dist.is_initialized() and not sends else nullcontext()
+
+
 def autocast_of(args, device):
     """The context of a forward pass in --dtype."""
     half = args.dtype in ("bfloat16", "float16")
@@ -1643,8 +1786,10 @@ def measure(what, dataset, model, args, device, workers, attack=False, mix=None)
         torch.manual_seed(data.key(args.seed, -1, rank() + number * world_size(), 2))
         return mix(x, y)
 
-    loader = own_share(dataset, device, workers)
-    if mix is not None:  # in micro-batches, which are the same on any number of processes
+    if mix is None:
+        loader = own_share(dataset, device, workers, images_at_once(
+            model, args.image_size, device))
+    else:  # in micro-batches, which are the same on any number of processes
         pairs, m = [(0, i) for i in range(len(dataset))], args.micro_batch
         micros = [pairs[i:i + m] for i in range(rank() * m, len(pairs), world_size() * m)]
         loader = data.loader(dataset, micros, workers, device.type == "cuda")
@@ -1653,7 +1798,8 @@ def measure(what, dataset, model, args, device, workers, attack=False, mix=None)
                           mix=seeded_mix if mix else None)
     if attack and args.eval_adv:
         with progress(len(dataset), f"{what}, PGD-10") as bar:
-            result["pgd"] = pgd_10(model, dataset, device, workers, bar, args.adv_eps or 2 / 255)
+            result["pgd"] = pgd_10(model, dataset, args.image_size, device, workers, bar,
+                                   args.adv_eps or 2 / 255)
     return result
 
 
@@ -1682,6 +1828,13 @@ def run(args, origin):
         for name, value in vars(args).items() if origin[name] != "default"])
     if args.dry_run:  # before anything can be missing
         tell(chosen)
+    if any(args.expect):
+        steps, seconds = expected(args, complexity_of(args)["macs"], *args.expect)
+        if math.isnan(seconds):
+            raise UserError(f"--expect: the arithmetic of {args.model} cannot be counted")
+        tell(f"expected  {in_hours(steps * seconds)} hours of {steps:,} steps, "
+             f"{args.batch_size / seconds:,.3g} images/s, on {args.expect[0]:g} devices that "
+             f"sustain {args.expect[1]:g} TFLOP/s each, without evaluations and waiting")
     share = args.micro_batch * world
     if args.batch_size % share and not args.eval_only:
         near = max(args.batch_size // share, 1) * share
@@ -1741,12 +1894,7 @@ def run(args, origin):
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == "float16")
     autocast, statistics = autocast_of(args, device), RunningStatistics(network)
     model = torch.compile(model) if args.compile else model
-    if dist.is_initialized():
-        with warnings.catch_warnings():  # 2.15 renames broadcast_buffers, 2.11 lacks the new name
-            warnings.simplefilter("ignore", FutureWarning)
-            model = DistributedDataParallel(
-                model, device_ids=[device] if args.device == "cuda" else None,
-                broadcast_buffers=False, gradient_as_bucket_view=True)
+    model = averaging(model, device)
     sam = look = None
     if args.sam_rho:
         moved = scope(network, args.sam_scope) if args.sam_scope else params
@@ -1847,8 +1995,8 @@ def run(args, origin):
         """Contrastive training has none of its own: evaluations show the nearest class mean's."""
         for each in (bare, ema):
             if supcon and each is not None:
-                set_class_means(each, own_share(train_sample, device, workers), device, autocast,
-                                args.temperature)
+                set_class_means(each, own_share(train_sample, device, workers, 256), device,
+                                autocast, args.temperature)
 
     def validate():
         nonlocal evaluated, best, result, since, started
@@ -1892,10 +2040,7 @@ def run(args, origin):
             contrast()
         torch.manual_seed(data.key(args.seed, step, micro))  # masks belong to the micro-batch
         statistics.begin_pass()
-        # DistributedDataParallel decides in the forward pass whether the backward pass sends:
-        # once a step, for the last micro-batch at w + ε. SAM's first pass never does.
-        quiet = dist.is_initialized() and not sends
-        with model.no_sync() if quiet else nullcontext(), autocast:
+        with quiet(model, sends), autocast:
             logits = model(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if supcon:  # the mean of this over the micro-batches has the loss's value and gradient
@@ -2038,8 +2183,8 @@ def main(argv=None):
     handlers = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
     try:
         args, origin = settings(argv)
-        status = (list_models() if args.list_models else list_recipes() if args.list_recipes else
-                  run(args, origin))
+        status = (list_models() if args.list_models else
+                  list_recipes(args.expect) if args.list_recipes else run(args, origin))
     except UserError as error:
         if first_on_machine:
             print(f"train.py: {error}", file=sys.stderr)
