@@ -3296,9 +3296,18 @@ class Timed(NamedTuple):
     optimizer: torch.optim.Optimizer
 
 
-def slowest(seconds):
-    """The most of all processes."""
-    most = torch.tensor(seconds, dtype=torch.float64)
+def memory_anew(device):
+    """Bytes that are allocated on a CUDA device, from where its peak is counted anew; else 0."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def most_of(number):
+    """The largest of all processes."""
+    most = torch.tensor(number, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
     return most.item()
@@ -3311,7 +3320,7 @@ def seconds_of(call, seconds, device):
         for _ in range(n):
             call()
         torch.get_device_module(device).synchronize()
-        return slowest((time.perf_counter() - started) / n)
+        return most_of((time.perf_counter() - started) / n)
 
     clock(1)
     once = clock(1)
@@ -3350,7 +3359,8 @@ def throughput(args, rest):
     of an image beside plain training's. Of all networks the step (optimizer, loss, clipping,
     mixing) is that of the first one's recipe, dropout and drop path as the name alone says; all are
     in memory at once. A multiply-add is 2 operations, a backward pass 2 forward passes; the peak is
-    a product of two large matrices in the same dtype and process. An epoch is ImageNet's, on
+    a product of two large matrices in the same dtype and process. GB: what a step takes of a CUDA
+    device beside weights and the optimizer's state. An epoch is ImageNet's, on
     --devices that wait for nothing. Under torchrun the devices train together and the slowest
     counts. Then how time follows FLOPs and activations (Xiao et al. §6: activations). Returns what
     the JSON holds under "results"."""
@@ -3399,8 +3409,10 @@ def throughput(args, rest):
                              train.make_optimizer(settings, bare, device))
 
     def rate(key, part, images, prepare):
-        """Calls per second times images, from the results or measured; 0 if memory is lacking."""
+        """Calls per second times images, and the most gigabytes of a CUDA device that a call took
+        beside what was there before, from the results or measured; 0, 0 if memory is lacking."""
         if part not in results.parts.get(key, {}):
+            held = memory_anew(device)
             try:
                 seconds = seconds_of(prepare(), args.seconds, device)
             except RuntimeError as error:  # the CPU's has no class of its own
@@ -3411,8 +3423,9 @@ def throughput(args, rest):
                     print(f"analyze.py: {part}: process {train.rank()} lacks memory: give smaller "
                           "--batch-sizes", file=sys.stderr, flush=True)
                     os._exit(2)  # the others are in the middle of an all-reduce
-                return 0  # not kept: another time there may be room
-            results.put(key, part, images / seconds)
+                return 0, 0  # not kept: another time there may be room
+            taken = device.type == "cuda" and torch.cuda.max_memory_allocated(device) - held
+            results.put(key, part, [images / seconds, most_of(taken / 1e9)])
             bar.update()
         return results.parts[key][part]
 
@@ -3420,18 +3433,18 @@ def throughput(args, rest):
         one, (mode, compiled) = timed[words], cells[cell]
         found = rate(one.key, f"{cell}, batch {batch}{turn}", batch * passes[cell], lambda: work(
             one.settings, one.models[compiled], one.bare, one.optimizer, mode, batch))
-        if not found:
+        if not found[0]:
             one.bare.zero_grad(set_to_none=True)  # of a backward pass that broke off
         return found
 
-    best, rounds = {}, {}
+    best, rounds, memory = {}, {}, {}
     # Else dynamo would give up after 8 networks or batch sizes, in silence.
     with (torch._dynamo.config.patch(recompile_limit=10**6, accumulated_recompile_limit=10**6),
           train.progress(None, "throughput", "measurement") as bar):
         for words, cell in itertools.product(timed, cells):
             rates = {}
             for batch in sorted(set(args.batch_sizes)):
-                rates[batch] = rate_of(words, cell, batch)
+                rates[batch], _ = rate_of(words, cell, batch)
                 most = max(rates.values())
                 if not most:
                     raise UserError(f"{words}, {cell}: a batch of {batch} does not fit in memory; "
@@ -3442,15 +3455,16 @@ def throughput(args, rest):
             best[words, cell] = max(rates, key=rates.get)
         for k in range(args.rounds):
             for words, cell in list(best)[::-1 if k % 2 else 1]:
-                rounds.setdefault((words, cell), []).append(
-                    rate_of(words, cell, best[words, cell], f", round {k + 1}"))
-                if not rounds[words, cell][-1]:
+                speed, memory[words, cell] = rate_of(
+                    words, cell, best[words, cell], f", round {k + 1}")
+                rounds.setdefault((words, cell), []).append(speed)
+                if not speed:
                     raise UserError("the networks do not fit in memory beside one another: give "
                                     "fewer --models or smaller --batch-sizes")
         n = 8192 if device.type == "cuda" else 2048
         a = torch.randn(n, n, device=device).to(getattr(torch, first.dtype))
         top = 2 * n ** 3 * rate(next(iter(timed.values())).key, "products of matrices", 1,
-                                lambda: lambda: a @ a)
+                                lambda: lambda: a @ a)[0]
 
     rows, fits, epoch = [], {}, train.TRAINING_IMAGES["imagenet"] / (args.devices or world) / 60
     for cell, (words, (key, settings, cost, *_)) in itertools.product(cells, timed.items()):
@@ -3463,7 +3477,8 @@ def throughput(args, rest):
         flops = 2 * units * cost["macs"] * speed[1]
         results.put(key, cell, dict(
             batch=best[words, cell], images_per_second=speed, ratio=ratio, over_plain=over_plain,
-            flops=flops, share_of_peak=flops / top, epoch_minutes=epoch / speed[1]))
+            flops=flops, share_of_peak=flops / top, epoch_minutes=epoch / speed[1],
+            gigabytes=memory[words, cell]))
         at_32 = PARK_A1.get(words) if settings.image_size == 32 else None
         rows.append({
             "images/s and device": words, "": cell, "batch": best[words, cell],
@@ -3471,6 +3486,7 @@ def throughput(args, rest):
             "ratio": f"{ratio[1]:.3f} ({ratio[0]:.3f}-{ratio[2]:.3f})",
             "cost of SAM": plain and "{1:.3f} ({0:.3f}-{2:.3f})".format(*over_plain),
             "TFLOP/s": flops / 1e12, "peak %": 100 * flops / top,
+            "GB": memory[words, cell] if device.type == "cuda" else None,
             "min/epoch": epoch / speed[1], "GFLOPs": cost["macs"] / 1e9,
             "M acts": cost["acts"] / 1e6, "papers' images/s": {
                 "inference": CHEN_7.get(words, [None] * 2)[1], "training": at_32}.get(mode),

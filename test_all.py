@@ -26,11 +26,13 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import warnings
 import zlib
 
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -59,6 +61,8 @@ import train
 import vit
 from sam import SAM, LookSAM
 
+if __name__ != "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # pytest's oracles are the CPU's
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
 
@@ -3361,8 +3365,6 @@ def test_augmentation_in_memory_depends_on_seed_epoch_and_image_only(more):
     assert not any(map(torch.equal, run(seed=1), whole))
     x, again = make()[[(0, 3), (1, 3), (0, 4)]][0], make()[[(0, 4), (0, 3)]][0]
     assert torch.equal(x[[2, 0]], again) and not torch.equal(x[0], x[1]), "another epoch, another"
-    if torch.cuda.is_available():
-        assert torch.equal(x, make().to("cuda")[[(0, 3), (1, 3), (0, 4)]][0].cpu())
 
 
 def test_without_flip_there_are_crops_only():
@@ -8784,3 +8786,215 @@ def test_the_readmes_training_commands_run(tmp_path, small_shapes):
         short = ["--max-steps", "2", "--train-fraction", "1", "--out-dir", out]
         assert train.main([*argv, *short]) == 0, argv
     assert f"{train.settings([])[0].out_dir}/best.pt" in text
+
+
+# ------------------------------------------------------------- python test_all.py --device cuda
+
+def apart(a, b):
+    """‖a - b‖ / ‖b‖ over all tensors of two dicts, in float64."""
+    pairs = [(a[name].detach().double().cpu(), b[name].detach().double().cpu()) for name in b]
+    return math.sqrt(sum(((x - y) ** 2).sum() for x, y in pairs)
+                     / sum((y ** 2).sum() for _, y in pairs))
+
+
+def training_argv(folder, *flags):
+    return [*("--dataset shapes --model vit_micro8 --train-fraction 1/4 --batch-size 64 --micro-"
+              f"batch 32 --epochs 4 --warmup-steps 10 --log-every 20 --sam-rho 0.03 --out-dir "
+              f"{folder}").split(), *" ".join(flags).split()]
+
+
+def trained(folder, *flags):
+    """The checkpoint of a training, in silence."""
+    with redirect_stdout(io.StringIO()):
+        return train_ok(training_argv(folder, *flags))
+
+
+def check_gradients(device, folder):
+    """Of each family, beside float64 on the CPU; without TF32."""
+    torch.backends.cudnn.allow_tf32 = False
+    found, half = {}, torch.autocast(device, torch.bfloat16)
+    for name, overrides, compiles in (
+            ("vit_micro8", dict(stem="conv"), True), ("mixer_micro8", {}, False),
+            ("resnet18", dict(width=16), False), ("alter_resnet18", dict(width=16), True)):
+        torch.manual_seed(0)
+        model = train.build_model(name, 12, 32, **overrides)
+        nn.init.normal_(next(iter(train.classifier(model).values())).weight, std=0.02)
+        x, y = torch.rand(32, 3, 32, 32), torch.arange(32) % 12
+
+        def result(at, dtype, autocast=nullcontext(), **layout):
+            of = copy.deepcopy(model).to(at, dtype, **layout)
+            with autocast:
+                logits = (torch.compile(of) if compiled else of)(x.to(at, dtype))
+            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)),
+                                   y.to(at))
+            grads = torch.autograd.grad(loss, list(of.parameters()))
+            return dict(enumerate(grads)), {"logits": logits}
+        compiled, single = False, torch.float32
+        exact = result("cpu", torch.float64)
+        for compiled in (False, True)[:1 + compiles]:
+            for what, limit, got in (
+                    ("float32", 0.01, result(device, single)),
+                    ("float32, channels last", 0.01,
+                     result(device, single, memory_format=torch.channels_last)),
+                    ("bfloat16", 0.1, result(device, single, half))):
+                part = limit == 0.1  # gradients of ResNet-18 at its start are a third off
+                what = ("gradients", "logits")[part] + f" in {what}" + ", compiled" * compiled
+                error = apart(got[part], exact[part])
+                assert error < limit, f"{name}, {what}: {error:.1e}"
+                found[what] = max(found.get(what, 0), error)
+    return {f"{what}, from float64's on the CPU": error for what, error in found.items()}
+
+
+def check_sam(device, folder):
+    """Weights after three steps in float64 beside those on the CPU; masks of the passes."""
+    found = {}
+    for what, options in (("one step of ascent", {}), ("three", dict(steps=3)),
+                          ("adaptive", dict(adaptive=True))):
+        states = []
+        for where in ("cpu", device):
+            torch.manual_seed(0)
+            model = train.build_model("resnet18", 12, 32, width=8).double()
+            x, y = torch.rand(16, 3, 32, 32).double().to(where), (torch.arange(16) % 12).to(where)
+            model.to(where)
+            optimizer, ascent = torch.optim.SGD(model.parameters(), 0.1), SAM(model, 0.5, **options)
+            for _ in range(3):
+                optimizer.zero_grad()
+                with ascent.perturb(lambda: F.cross_entropy(model(x), y)):
+                    F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            states.append({k: v for k, v in model.state_dict().items() if v.is_floating_point()})
+        found[f"weights after SAM with {what}, float64, from the CPU's"] = apart(*states[::-1])
+    assert max(found.values()) < 1e-9, found
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = train.build_model("vit_micro8", 12, 32, dropout=0.3, drop_path=0.3).to(device)
+        nn.init.normal_(model.head.weight)
+        called, x = torch.compile(model) if compiled else model, torch.rand(8, 3, 32, 32).to(device)
+        logits = []
+
+        def loss():
+            logits.append(called(x))
+            return logits[-1].square().sum()
+        for _ in range(2):
+            with SAM(called, 0.0).perturb(loss):
+                loss().backward()
+        a, b, c, d = logits
+        assert torch.equal(a, b) and torch.equal(c, d), "both passes have the same masks"
+        assert not torch.equal(a, c), "and the next step others"
+        found["logits of SAM's passes at ρ = 0 with dropout" + ", compiled" * compiled] = (
+            a - b).abs().max().item()
+    return found
+
+
+def check_training(device, folder):
+    """124 steps of SAM in each precision, beside the CPU's; resumed; in a process of torchrun."""
+    exact = trained(folder / "cpu", "--device cpu")["final"]["training"]["nll"]
+    on, found = f"--device {device} --no-compile --dtype float32", {}
+    once, twice = (trained(folder / str(i), on)["model"] for i in range(2))
+    trained(folder / "resumed", on, "--max-steps 70")
+    resumed = trained(folder / "resumed", on, "--resume")["model"]
+    argv = training_argv(folder / "joined", on)
+    output, _ = (process := start(["-m", "torch.distributed.run", "--standalone",
+                                   "--nproc_per_node=1", "train.py", *argv])).communicate()
+    assert process.returncode == 0, output
+    joined = torch.load(folder / "joined/ckpt.pt", weights_only=True)["model"]
+    for what, weights in (("again", twice), ("stopped and resumed", resumed),
+                          ("in a process of torchrun", joined)):
+        found[f"weights of a training, {what}"] = apart(weights, once)
+    for flags in ("--dtype float32 --no-compile", "--dtype float32 --compile",
+                  "--dtype bfloat16 --no-compile", "--dtype bfloat16 --compile",
+                  "--dtype float16 --no-compile", "--dtype float16 --compile"):
+        at = folder / flags.replace(" ", "")
+        nll = trained(at, f"--device {device}", flags)["final"]["training"]["nll"]
+        skipped = sum(r.get("skipped", 0) for r in log_without_times(at))
+        assert skipped <= (10 if "float16" in flags.split()[1][:7] else 0), (flags, skipped)
+        found[f"training NLL with {flags}, from the CPU's {exact:.4f}"] = nll / exact - 1
+    assert max(map(abs, found.values())) < 0.05, found
+    return found
+
+
+def check_waiting(device, folder):
+    """Waits for the device and the most memory, of 40 steps and of 400; graphs compiled."""
+    found = {}
+    for flags in ("--sam-every 2 --grad-clip 1 --ema-decay 0.9 --mixup 0.5 --no-compile",
+                  "--adv-eps 2/255 --dtype float16 --no-compile", "--compile"):
+        counts = []
+        for steps in (40, 400):
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.set_sync_debug_mode("warn")
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                trained(folder / f"{len(found)}-{steps}", f"--device {device}", flags,
+                        f"--epochs 40 --max-steps {steps} --log-every 1000 --eval-every 1000")
+            torch.cuda.set_sync_debug_mode("default")
+            counts.append((sum("synchronizing" in str(one.message) for one in seen),
+                           torch.cuda.max_memory_allocated(),
+                           torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+        for what, few, many in zip(("waits", "bytes at most", "graphs"), *counts):
+            found[f"{what} of 400 steps more than of 40, {flags}"] = many - few
+    assert not any(found.values()), found
+    return found
+
+
+def check_analyses(device, folder):
+    """All numbers of `analyze.py all`, beside the CPU's."""
+    trained(folder / "run", "--device cpu --max-steps 60")
+    numbers = {}
+    for at in ("cpu", device):
+        out = folder / f"figures-{at}"
+        with redirect_stdout(io.StringIO()):
+            assert analyze.main(["all", "--checkpoint", str(folder / "run"), "--images", "96",
+                                 "--points", "5", "--device", at, "--out-dir", str(out)]) == 0
+        numbers[at] = {path.stem: list(leaves(json.loads(path.read_text())["results"]))
+                       for path in sorted(out.glob("*.json"))}
+    assert numbers["cpu"].keys() == numbers[device].keys() and len(numbers["cpu"]) > 10
+    found = {}
+    for what, exact in numbers["cpu"].items():
+        a, b = np.array(numbers[device][what]), np.array(exact)
+        assert len(a) == len(b) > 0, what
+        found[f"numbers of {what}, from the CPU's"] = float(
+            np.linalg.norm(a - b) / np.linalg.norm(b))
+    assert max(found.values()) < 0.02, found
+    return found
+
+
+def leaves(numbers):
+    """Finite numbers of a JSON, in order."""
+    if isinstance(numbers, (list, dict)):
+        for one in numbers.values() if isinstance(numbers, dict) else numbers:
+            yield from leaves(one)
+    elif isinstance(numbers, (int, float)) and math.isfinite(numbers):
+        yield float(numbers)
+
+
+CHECKS = dict(gradients=check_gradients, sam=check_sam, training=check_training,
+              waiting=check_waiting, analyses=check_analyses)
+
+
+def check_device():
+    """-> exit status. Prints what each check found, or what does not hold."""
+    parser = argparse.ArgumentParser(description="What needs an accelerator is checked on it.")
+    parser.add_argument("--device", required=True, help="cuda or mps")
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
+    args, failed = parser.parse_args(), 0
+    for name in args.checks:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                found = CHECKS[name](args.device, Path(folder))
+            except AssertionError:
+                failed += 1
+                print(f"{name} FAILED")
+                traceback.print_exc()
+                continue
+        print(f"{name}")
+        for what, number in found.items():
+            print(f"  {number:10.3g}  {what}", flush=True)
+    print(f"{len(args.checks) - failed} checks hold, {failed} do not")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(check_device())
