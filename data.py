@@ -443,7 +443,7 @@ class InMemory(Dataset):
         return self
 
     def images(self, where, pairs):
-        images = self.pixels.index_select(0, where.to(self.pixels.device))
+        images = self.pixels.index_select(0, where.to(self.pixels.device, non_blocking=True))
         if self.padding:
             images = self.crop_and_flip(images, self.seeds(pairs))
         if self.transform is not None:
