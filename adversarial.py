@@ -728,7 +728,8 @@ def main(argv=None):
                          "FILE; --cost ROUNDS stands alone, and without any flag a toy runs")
         return toy()
     import analyze
-    return analyze.answer("adversarial.py", lambda: attack_checkpoint(args, rest))
+    import train
+    return train.answer("adversarial.py", lambda: attack_checkpoint(args, rest), analyze.AGAIN)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ runs say what is finished. What a subcommand does not know of a command line bel
 --model NAME --init-from FILE.
 """
 import argparse
+import ctypes
 import copy
 import functools
 import hashlib
@@ -64,6 +65,7 @@ import vit
 from sam import global_norm
 from train import UserError
 
+AGAIN = "the same command goes on with what is not finished"
 BENCHMARKS = ("val", "real", "v2", "pgd", "r", "c", "c-lite")
 
 
@@ -194,8 +196,7 @@ def network_and_images(settings, origin, device):
 def join_processes():
     """Those of torchrun, which agree on the CPU only and wait for one another as long as the
     longest training takes."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=1000))
+    train.join("gloo", timeout=timedelta(days=1000))
 
 
 def started(args, rest, what, untrained=False):
@@ -3794,6 +3795,14 @@ def child_environment(device):
     return environment
 
 
+def end_with_parent():
+    """In a child process: when its parent is killed, Linux sends it SIGTERM, so that a study that
+    was killed does not go on training."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 def train_one(argv, folder, environment):
     """train.py in a process of its own, whose memory, device and failures end with it; what it
     prints goes to FOLDER/output.txt. -> its exit status."""
@@ -3801,7 +3810,8 @@ def train_one(argv, folder, environment):
     with open(folder / "output.txt", "ab") as output:
         # In a session of its own, it is told of Ctrl-C once, by the lines below.
         child = subprocess.Popen([sys.executable, train.__file__, *argv], stdout=output,
-                                 stderr=output, env=environment, start_new_session=True)
+                                 stderr=output, env=environment, start_new_session=True,
+                                 preexec_fn=end_with_parent)
         try:
             return child.wait()
         except KeyboardInterrupt:
@@ -4661,34 +4671,13 @@ def make_parser():
     return parser
 
 
-def answer(program, function):
-    """Calls function -> exit status: 0, 2 for what the user has to set right, 130 for Ctrl-C."""
-    owns_group, status = not dist.is_initialized(), 0
-    try:
-        function()
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{program}: {error}", file=sys.stderr)
-        status = 2
-    except data.DataError as error:  # met while reading images, perhaps by this process only
-        print(f"{program}: {error}", file=sys.stderr, flush=True)
-        if dist.is_initialized():
-            os._exit(2)  # the others wait in a collective that will not come
-        status = 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with what is not finished", file=sys.stderr)
-        status = 128 + signal.SIGINT
-    if owns_group and dist.is_initialized():
-        dist.destroy_process_group()
-    return status
-
-
 def main(argv=None):
+    """-> exit status, of `train.answer`."""
     def command():
         args, rest = make_parser().parse_known_args(argv)
         args.function(args, rest)
 
-    return answer("analyze.py", command)
+    return train.answer("analyze.py", command, AGAIN)
 
 
 if __name__ == "__main__":

@@ -321,9 +321,18 @@ def evaluation_loader(dataset, batch_size, workers=0, rank=0, world=1, pin_memor
 def batches(loader, tell=print):
     """Iterates a loader. What a data set has to say (a truncated image) goes to `tell`, once; a
     DataError that a worker met is raised here, without the traceback through processes that a
-    DataLoader makes of it."""
-    told = loader.dataset.told
-    for item in loader:
+    DataLoader makes of it, and one if a worker was killed."""
+    told, stream = loader.dataset.told, iter(loader)
+    while True:
+        try:
+            item = next(stream, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise DataError("a process that loads images was killed, as the system does where "
+                            "memory is short: use fewer --workers") from None
+        if item is None:
+            return
         if isinstance(item, DataError):
             raise item
         images, labels, notes = item

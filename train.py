@@ -21,6 +21,7 @@ biases, norms, class token and positions. SGD's weight decay is torch's, an L2 t
 import argparse
 import copy
 import difflib
+import errno
 import fcntl
 import json
 import math
@@ -31,6 +32,7 @@ import sys
 import time
 import warnings
 import weakref
+import zipfile
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from functools import partial
@@ -276,6 +278,11 @@ MOST_SKIPPED = 25  # steps in a row; a float16 loss scaler skips some at its sta
 
 class UserError(Exception):
     """What only the user can set right; its text is one line."""
+
+
+class WriteError(Exception):
+    """A file of a run that could not be written, by the one process that writes; its text is one
+    line."""
 
 
 @contextmanager
@@ -1438,9 +1445,14 @@ def print_table(tell, results):
 # -------------------------------------------------------------------------- checkpoints, run folder
 
 def read_checkpoint(path):
-    """A file of torch.save as plain data: weights_only, nothing in it is run. Else UserError."""
+    """A file of torch.save as plain data: weights_only, nothing in it is run; and its checksums,
+    which torch.load passes over, are right. Else UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # all but those of torch before 1.6
+            with zipfile.ZipFile(path) as file:
+                if file.testzip() is not None:
+                    raise zipfile.BadZipFile
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:  # unpickling foreign bytes can raise anything
@@ -1452,13 +1464,18 @@ def read_checkpoint(path):
 
 
 def write_file(path, write):
-    """The file is whole or as it was before: temporary name, flush to disk, rename."""
+    """The file is whole or as it was before: temporary name, flush to disk, rename. OSError if the
+    disk is full or read-only; then no more of it is taken than before."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def is_ours(state):
@@ -1565,7 +1582,10 @@ class RunFolder:
                                 "or choose another --out-dir")
             self.compare(config["settings"])
         text = json.dumps(config, indent=1, ensure_ascii=False)
-        write_file(saved, lambda file: file.write(text.encode()))
+        try:
+            write_file(saved, lambda file: file.write(text.encode()))
+        except OSError as error:
+            raise UserError(f"{saved} cannot be written: {error.strerror}") from None
         return read_checkpoint(ckpt) if ckpt.exists() else None
 
     def compare(self, now):
@@ -1597,12 +1617,24 @@ class RunFolder:
             end += len(line)
         self.log_file.truncate(end)
 
+    @contextmanager
+    def writing(self, name, left):
+        """WriteError that says what is left if the disk is full, read-only or gone."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
+            why = getattr(error, "strerror", None) or "the disk may be full"
+            raise WriteError(f"{self.path / name} cannot be written: {why}; {left}") from None
+
     def log(self, **record):
-        self.log_file.write(to_json(record) + b"\n")
-        self.log_file.flush()
+        line = to_json(record) + b"\n"
+        with self.writing("log.jsonl", "the last checkpoint is whole"):
+            if os.write(self.log_file.fileno(), line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def save(self, name, state):
-        write_file(self.path / name, partial(torch.save, state))
+        with self.writing(name, "the one before it is whole"):
+            write_file(self.path / name, partial(torch.save, state))
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -1615,14 +1647,32 @@ def worker_count(args, dataset, on_machine):
     return 0 if at_hand else max(1, min(8, data.usable_cores() // on_machine))
 
 
+def join(backend, **options):
+    """Joins torchrun's processes, if it started this one. UserError if its variables or the
+    connection are not as they should be."""
+    numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    wrong = [f"{name}={os.environ[name]}" for name in numbers
+             if not os.environ.get(name, "0").isdecimal()]
+    if wrong:
+        raise UserError(f"{' '.join(wrong)}: no number, as torchrun sets it; unset it, or start "
+                        "with torchrun")
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    try:
+        dist.init_process_group(backend, **options)
+    except (ValueError, RuntimeError) as error:  # the latter: a busy port, no connection
+        said = " ".join(str(error).split("\n")[0].split())
+        raise UserError(f"the processes cannot join: {said}; start them with torchrun, which "
+                        "--standalone finds a free port for, or unset WORLD_SIZE") from None
+
+
 def start_processes(device):
-    """Joins torchrun's processes, if it started this one, and takes this one's device: a value of
-    --device -> torch.device, number of processes, number of them on this machine."""
+    """Joins torchrun's processes and takes this one's device: a value of --device -> torch.device,
+    number of processes, number of them on this machine."""
+    # gloo beside NCCL, so that what the host agrees on does not wait for the device
+    join("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     world, local, on_machine = (int(os.environ.get(name, default)) for name, default in (
         ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        # gloo beside NCCL, so that what the host agrees on does not wait for the device
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     if device != "cuda":
         return torch.device(device), world, on_machine
     if on_machine > torch.cuda.device_count():
@@ -2175,26 +2225,28 @@ def run(args, origin):
     return 0
 
 
-def main(argv=None):
-    """-> exit status: 0, 2 for what the user has to set right, 128 + signal for a run that was
-    stopped by one and saved."""
-    first_on_machine = os.environ.get("LOCAL_RANK", "0") == "0"
-    owns_group = not dist.is_initialized()
+def answer(program, function, again):
+    """Calls function -> exit status: what it returns or 0; 2 for what the user has to set right,
+    130 for Ctrl-C, 141 if nobody reads the output any more. again: how the work then goes on."""
+    owns_group, status = not dist.is_initialized(), 0
     handlers = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
     try:
-        args, origin = settings(argv)
-        status = (list_models() if args.list_models else
-                  list_recipes(args.expect) if args.list_recipes else run(args, origin))
+        status = function() or 0
     except UserError as error:
-        if first_on_machine:
-            print(f"train.py: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{program}: {error}", file=sys.stderr)
         status = 2
-    except data.DataError as error:  # met while training, perhaps by this process only
-        print(f"train.py: {error}; then go on with --resume", file=sys.stderr, flush=True)
+    except (data.DataError, WriteError, BrokenPipeError) as error:  # perhaps in this process only
+        if isinstance(error, BrokenPipeError):  # | head: the end would flush into it again
+            status = 128 + signal.SIGPIPE
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        else:
+            status = 2
+            print(f"{program}: {error}; {again}", file=sys.stderr, flush=True)
         if dist.is_initialized():
-            os._exit(2)  # the others wait in a collective that will not come
-        status = 2
+            os._exit(status)  # the others wait in a collective that will not come
     except KeyboardInterrupt:
+        print(f"stopped; {again}", file=sys.stderr)
         status = 128 + signal.SIGINT
     finally:
         for number, handler in handlers.items():
@@ -2202,6 +2254,16 @@ def main(argv=None):
     if owns_group and dist.is_initialized():
         dist.destroy_process_group()
     return status
+
+
+def main(argv=None):
+    """-> exit status, of `answer`; 128 + signal for a run that was stopped by one and saved."""
+    def command():
+        args, origin = settings(argv)
+        return (list_models() if args.list_models else
+                list_recipes(args.expect) if args.list_recipes else run(args, origin))
+
+    return answer("train.py", command, "then go on with --resume")
 
 
 if __name__ == "__main__":
