@@ -9310,12 +9310,14 @@ BAD_VALUES = ("x", "", "0", "-1", "1e99", "999999999999", "nan", "inf", "0.5", "
 def stress_arguments(folder, share):
     """Every flag of train.py with values that may be wrong: accepted, or refused in one line."""
     count = lost = 0
+    data.SHAPES_SPLITS |= dict(train=(0, 160), val=(2**30, 60))
     for action in train.make_parser()._actions:
         flag = action.option_strings[-1] if action.option_strings else None
         if flag in (None, "--help", "--device", "--dry-run", "--download"):
             continue
         for value in BAD_VALUES[:max(2, round(len(BAD_VALUES) * share))]:
-            argv = [*tiny(folder / "run", "--max-steps 1", "--dry-run"), f"{flag}={value}"]
+            argv = [*tiny(folder / "run", "--max-steps 1 --train-fraction 1 --dry-run"),
+                    f"{flag}={value}"]
             if action.nargs == 0:
                 argv = argv[:-1] + [flag, value]
             elif action.nargs not in (None, 0, "+"):

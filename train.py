@@ -1730,8 +1730,8 @@ def check_network(args):
     is said at once."""
     if family(args.model) in ("torchvision", "timm"):
         return  # not all of these can be built so
-    images = torch.empty(2, 3, args.image_size, args.image_size, device="meta")
     with as_user_error(args.model), torch.device("meta"), torch.no_grad():
+        images = torch.empty(2, 3, args.image_size, args.image_size)
         build_model(args.model, 2, args.image_size, **knobs(args))(images)
 
 
@@ -2225,6 +2225,11 @@ def run(args, origin):
     return 0
 
 
+def one_line(error):
+    """What was typed may hold line ends."""
+    return str(error).replace("\n", "\\n")
+
+
 def answer(program, function, again):
     """Calls function -> exit status: what it returns or 0; 2 for what the user has to set right,
     130 for Ctrl-C, 141 if nobody reads the output any more. again: how the work then goes on."""
@@ -2234,7 +2239,7 @@ def answer(program, function, again):
         status = function() or 0
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{program}: {error}", file=sys.stderr)
+            print(f"{program}: {one_line(error)}", file=sys.stderr)
         status = 2
     except (data.DataError, WriteError, BrokenPipeError) as error:  # perhaps in this process only
         if isinstance(error, BrokenPipeError):  # | head: the end would flush into it again
@@ -2242,7 +2247,7 @@ def answer(program, function, again):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         else:
             status = 2
-            print(f"{program}: {error}; {again}", file=sys.stderr, flush=True)
+            print(f"{program}: {one_line(error)}; {again}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(status)  # the others wait in a collective that will not come
     except KeyboardInterrupt:
