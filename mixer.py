@@ -25,10 +25,8 @@ import difflib
 import inspect
 import math
 import re
-import zlib
 from collections import OrderedDict
 from pathlib import Path
-from zipfile import BadZipFile
 
 import torch
 from torch import nn
@@ -249,7 +247,9 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (ValueError, TypeError, AttributeError, EOFError, BadZipFile, zlib.error) as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:  # foreign bytes can raise anything
         raise ValueError(f"{path} is no readable .npz: {error}") from None
     prefixes = ("", "opt/target/", "params/", "params/img/")
     first = "MixerBlock_0/LayerNorm_0/scale"
