@@ -4369,8 +4369,9 @@ SMALL = {  # flags that make a network of a family small
     "resnet": "--width 8 --depth 1 1 1 1", "regnety": ""}
 
 
-@pytest.mark.parametrize("name", train.RECIPES)
-def test_every_recipe_takes_three_steps_on_data_in_the_published_format(
+@pytest.mark.parametrize("name", [name for name in train.RECIPES  # what differs in more than size
+                                  if not re.search("_(half|quarter)$|regnety_(4|16|32)", name)])
+def test_a_recipe_takes_three_steps_on_data_in_the_published_format(
         name, papers_data, tmp_path, capsys, monkeypatch, short_shapes):
     monkeypatch.setattr(os, "fsync", lambda file: None)  # nothing is killed here
     for size in train.REGNETY:
@@ -5798,7 +5799,8 @@ WORKER = """
 import json, sys
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
-import train
+import data, train
+data.SHAPES_SPLITS.update(train=(0, 160), val=(2**30, 60))
 dist.init_process_group("gloo")
 sent, make, reduce = {}, DDP.__init__, dist.all_reduce
 
@@ -5870,11 +5872,12 @@ def largest_difference(a, b):
     return worst
 
 
-def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_path):
+def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(
+        tmp_path, small_shapes):
     first = tmp_path / f"{list(VARIANTS).index('contrastive')}-2/ckpt.pt"
     runs = {name: tiny(tmp_path / f"{i}-2", flags.replace("CONTRASTIVE", str(first)),
                        "--dtype float64", dataset=(
-        "--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 --epochs 2 "
+        "--dataset shapes --train-fraction 1 --batch-size 32 --micro-batch 8 --epochs 2 "
         "--warmup-steps 3 --log-every 4 --eval-every 2"))
         for i, (name, flags) in enumerate(VARIANTS.items())}
     begun = [a.replace("4-2", "4-cut-2") for a in runs["sam, all"]] + ["--max-steps", "7"]
@@ -5898,7 +5901,7 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
         print(f"{name:32} weights {weights:.1e}  average {averages:.1e}  NLL {nll:.1e}  "
               f"bytes {sent[name]}")
         assert max(weights, averages, nll) < 1e-9, (name, weights, averages, nll)
-        assert one["final"]["validation"]["images"] == two["final"]["validation"]["images"] == 2000
+        assert one["final"]["validation"]["images"] == two["final"]["validation"]["images"] == 60
         logs = [[r["loss"] for r in log_without_times(tmp_path / f"{i}-{n}") if "loss" in r]
                 for n in (1, 2)]
         assert np.allclose(*logs, rtol=1e-5), logs
