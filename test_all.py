@@ -1,7 +1,10 @@
-"""Tests of the whole repository: python -m pytest -q test_all.py (2 cores: about 5 minutes).
+"""Tests of the whole repository: python -m pytest -q test_all.py (2 cores: about 13 minutes).
 
 Sections follow the files. A test's oracle is a slow exact computation or a number of a paper, never
 the code under test; what must hold between processes runs under torchrun with gloo on the CPU.
+
+    python test_all.py --stress          kill, damage and mistype by the hundred: what was lost
+    python test_all.py --device cuda     numbers on an accelerator beside the CPU's
 """
 import argparse
 import copy
@@ -4304,8 +4307,8 @@ def test_the_passes_of_a_step_are_what_it_computes(tmp_path, monkeypatch, small_
     """In two steps; the first layer, whose gradient by the images only an attack needs, is a
     hundredth of this network."""
     argv = ("--device cpu --model mixer_micro8 --dim 128 --depth 6 --token-mlp-dim 64 "
-            "--mlp-dim 512 --dataset shapes --batch-size 32 --micro-batch 8 --warmup-steps 0 --max-steps 2 "
-            f"--projection-dim 4 --out-dir {tmp_path} {flags}").split()
+            "--mlp-dim 512 --dataset shapes --batch-size 32 --micro-batch 8 --warmup-steps 0 "
+            f"--max-steps 2 --projection-dim 4 --out-dir {tmp_path} {flags}").split()
     args, _ = train.settings(argv)
     assert train.forward_passes(args) == PASSES[flags]
     monkeypatch.setattr(train, "evaluate", lambda *args, **more: dict(
