@@ -729,7 +729,11 @@ def main(argv=None):
         return toy()
     import analyze
     import train
-    return train.answer("adversarial.py", lambda: attack_checkpoint(args, rest), analyze.AGAIN)
+
+    def command():
+        attack_checkpoint(args, rest)
+
+    return train.answer("adversarial.py", command, analyze.AGAIN)
 
 
 if __name__ == "__main__":
