@@ -9169,9 +9169,8 @@ def stress_analyses(folder, share):
     """The numbers of an analysis that is ended again and again; a sweep's; a pack's bytes."""
     with redirect_stdout(io.StringIO()):
         train_ok(tiny(folder / "run", "--sam-rho 0.1"))
-    for name, flags in (("hessian", "--probes 8 --images 160"),
-                        ("landscape", "--points 25 --images 160"),
-                        ("robustness", "--benchmarks val c-lite")):
+    for name, flags in (("hessian", "--images 48 --params whole"),
+                        ("landscape", "--points 12 --images 96")):
         found = []
         for out, kills in (("whole", 0), ("again", round(20 * share))):
             argv = [name, "--checkpoint", folder / "run", *flags.split(), "--out-dir", folder / out]
