@@ -9176,7 +9176,8 @@ def stress_analyses(folder, share):
             argv = [name, "--checkpoint", folder / "run", *flags.split(), "--out-dir", folder / out]
             count, _ = killed("analyze", argv, folder / out / f"{name}.json", kills, late=0.2,
                               early=0.5, signals=ANY)
-            found.append(json.loads((folder / out / f"{name}.json").read_text())["results"])
+            text = (folder / out / f"{name}.json").read_text()
+            found.append(json.loads(re.sub(r'"seconds": [\d.e-]+', '"seconds": 0', text))["results"])
         yield f"the same to analyze.py {name}", count, found[0] != found[1]
     found = []
     for out, kills in (("whole", 0), ("again", round(20 * share))):
