@@ -9177,7 +9177,8 @@ def stress_analyses(folder, share):
             count, _ = killed("analyze", argv, folder / out / f"{name}.json", kills, late=0.2,
                               early=0.5, signals=ANY)
             text = (folder / out / f"{name}.json").read_text()
-            found.append(json.loads(re.sub(r'"seconds": [\d.e-]+', '"seconds": 0', text))["results"])
+            text = re.sub(r'"seconds": [\d.e-]+', '"seconds": 0', text)
+            found.append(json.loads(text)["results"])
         yield f"the same to analyze.py {name}", count, found[0] != found[1]
     found = []
     for out, kills in (("whole", 0), ("again", round(20 * share))):
