@@ -9319,7 +9319,8 @@ BAD_VALUES = ("x", "", "0", "-1", "1e99", "999999999999", "nan", "inf", "0.5", "
 def stress_arguments(folder, share):
     """Every flag of train.py with values that may be wrong: accepted, or refused in one line."""
     count = lost = 0
-    data.SHAPES_SPLITS |= dict(train=(0, 160), val=(2**30, 60))
+    splits = dict(data.SHAPES_SPLITS)
+    data.SHAPES_SPLITS.update(train=(0, 160), val=(2**30, 60))  # less to make
     for action in train.make_parser()._actions:
         flag = action.option_strings[-1] if action.option_strings else None
         if flag in (None, "--help", "--device", "--dry-run", "--download"):
@@ -9333,6 +9334,7 @@ def stress_arguments(folder, share):
                 argv = argv[:-1] + [flag, *[value] * action.nargs]
             lost += not one_line_or_right(train.main, argv)
             count += 1
+    data.SHAPES_SPLITS.update(splits)
     yield "flags of train.py with strange values", count, lost
 
 
@@ -9412,20 +9414,30 @@ def stress(names, share):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What takes longer than pytest's tests, or needs "
-                                     "an accelerator.")
+    parser = train.Parser(allow_abbrev=False, description="What takes longer than pytest's tests, "
+                          "or needs an accelerator. Give --stress or --device.")
     parser.add_argument("--stress", action="store_true", help="kill, damage and mistype, for an "
-                        "hour; a table of what was lost")
+                        "hour or more; a table of what was lost")
     parser.add_argument("--share", type=float, default=1.0, help="of the times that --stress does "
                         "so (default: 1)")
-    parser.add_argument("--device", help="cuda or mps: numbers on it beside the CPU's")
-    parser.add_argument("--only", nargs="+", choices=[*STRESS, *CHECKS], help="parts of either")
-    args = parser.parse_args()
-    if args.stress == bool(args.device):
-        parser.error("give --stress or --device; the tests are run by "
-                     "python -m pytest -q test_all.py")
-    failed = stress(args.only, args.share) if args.stress else check_device(args.device, args.only)
-    return min(failed, 1)
+    parser.add_argument("--faults", nargs="+", choices=STRESS, help="only these of --stress")
+    parser.add_argument("--device", choices=("cuda", "mps"), help="numbers on it beside the CPU's")
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, help="only these of --device")
+
+    def command():
+        args = parser.parse_args()
+        if args.stress == bool(args.device):
+            parser.error("give --stress or --device; the tests are run by "
+                         "python -m pytest -q test_all.py")
+        if not 0 < args.share <= 1:
+            parser.error(f"--share {args.share:g}: it is above 0 and at most 1")
+        if args.device and not torch.get_device_module(args.device).is_available():
+            parser.error(f"--device {args.device}: this machine has none that torch can use")
+        failed = (stress(args.faults, args.share) if args.stress else
+                  check_device(args.device, args.checks))
+        return min(failed, 1)
+
+    return train.answer("test_all.py", command, "nothing is kept")
 
 
 if __name__ == "__main__":
