@@ -9421,7 +9421,7 @@ def main():
     parser.add_argument("--share", type=float, default=1.0, help="of the times that --stress does "
                         "so (default: 1)")
     parser.add_argument("--faults", nargs="+", choices=STRESS, help="only these of --stress")
-    parser.add_argument("--device", choices=("cuda", "mps"), help="numbers on it beside the CPU's")
+    parser.add_argument("--device", choices=("cuda",), help="numbers on it beside the CPU's")
     parser.add_argument("--checks", nargs="+", choices=CHECKS, help="only these of --device")
 
     def command():
