@@ -27,6 +27,7 @@ Choices:
 Shape letters: N images, m of a micro-batch, H height, W width.
 """
 import argparse
+import atexit
 import copy
 import fcntl
 import io
@@ -323,24 +324,27 @@ def batches(loader, tell=print):
     DataError that a worker met is raised here, without the traceback through processes that a
     DataLoader makes of it, and one if a worker was killed."""
     told, stream = loader.dataset.told, iter(loader)
-    while True:
-        try:
-            item = next(stream, None)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise DataError("a process that loads images was killed, as the system does where "
-                            "memory is short: use fewer --workers") from None
-        if item is None:
-            return
-        if isinstance(item, DataError):
-            raise item
-        images, labels, notes = item
-        for note in notes:
-            if note not in told:
-                told.add(note)
-                tell(note)
-        yield images, labels
+    try:
+        while True:
+            try:
+                item = next(stream, None)
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                item = DataError("a process that loads images was killed, as the system does where "
+                                 "memory is short: use fewer --workers")
+            if item is None:
+                return
+            if isinstance(item, DataError):
+                raise item
+            images, labels, notes = item
+            for note in notes:
+                if note not in told:
+                    told.add(note)
+                    tell(note)
+            yield images, labels
+    finally:
+        del stream  # whoever keeps an error keeps this frame, which would keep the workers
 
 
 def _leave_signals_alone(worker):
@@ -348,6 +352,16 @@ def _leave_signals_alone(worker):
     it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers():
+    """Those left when a program ends by an error: multiprocessing would ask them by SIGTERM, and
+    wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error more
+    for process in torch.multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 # ---------------------------------------------------------------------------------------- data sets
@@ -380,6 +394,11 @@ class Dataset(torch.utils.data.Dataset):
         """Keeps only these images, in this order; returns self."""
         self.indices = self.indices[indices]
         return self
+
+    def fingerprint(self):
+        """What tells whether two data sets are the same: how many images they have, whatever was
+        left of them since, and a checksum of the labels."""
+        return dict(images=len(self.labels), labels=zlib.crc32(self.labels.numpy().tobytes()))
 
     def part(self, indices, like=None):
         """These images as a data set of their own, transformed as here or as those of `like`."""
@@ -518,6 +537,10 @@ class ImageFolder(ImageFiles):
             for where, below, files in os.walk(root / folder, followlinks=True):
                 below.sort()
                 inside = os.path.relpath(where, root)
+                if os.path.islink(where) and os.path.realpath(where) in map(
+                        os.path.realpath, Path(where).absolute().parents):
+                    raise DataError(f"{show(where)} is a link to a folder that it lies in: "
+                                    "remove it")
                 for file in sorted(files):
                     if file.lower().endswith(self.EXTENSIONS):
                         names.append(os.fsencode(os.path.join(inside, file)))

@@ -3212,6 +3212,43 @@ def test_a_process_killed_while_packing_leaves_no_file_and_the_next_one_makes_it
     assert len(data.Pack(out, "val", None)) == 3 and not Path(f"{out}.partial").exists()
 
 
+def test_links_odd_names_and_bombs_of_images(tmp_path):
+    """Folders may be links, into each other too, but not to where they lie; a name may hold any
+    byte; an image of more pixels than PIL allows is refused, as is one that its file has not."""
+    root, elsewhere = tmp_path / "train", tmp_path / "elsewhere"
+    odd = os.fsdecode(b"\xff\n b")
+    for folder in (root / "a", root / odd, elsewhere):
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((3, 4, 3), 7, np.uint8)).save(folder / (odd + ".png"))
+    (root / "c").symlink_to(elsewhere)
+    (root / "a/linked.png").symlink_to(elsewhere / (odd + ".png"))
+    dataset = data.ImageFolder(root, None)
+    assert dataset.classes == ["a", "c", odd] and dataset.labels.tolist() == [0, 0, 1, 2]
+    assert all((dataset.read(i) == 7).all() for i in range(4))
+    assert data.Pack(packed(root), "val", None).classes == dataset.classes
+
+    def png(width, height):
+        chunk = lambda kind, content: (struct.pack(">I", len(content)) + kind + content
+                                       + struct.pack(">I", zlib.crc32(kind + content)))
+        return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(
+            ">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(99)))
+            + chunk(b"IEND", b""))
+    broken = root / "a/linked.png"
+    broken.unlink()
+    broken.write_bytes(png(60_000, 60_000))
+    with pytest.raises(data.DataError, match="linked.png is not an image that can be decoded"):
+        dataset.read(0)
+    broken.unlink()
+    broken.symlink_to("nowhere")
+    with pytest.raises(data.DataError, match="linked.png cannot be read: No such file"):
+        dataset.read(0)
+    for link, to in ((root / "a/self", "."), (elsewhere / "back", root)):
+        link.symlink_to(to)
+        with pytest.raises(data.DataError, match="is a link to a folder that it lies in: remove"):
+            data.ImageFolder(root, None)
+        link.unlink()
+
+
 def test_validation_labels_follow_the_training_folders_numbers(tmp_path):
     write_image_folder(tmp_path)
     shutil.rmtree(tmp_path / "val/ant")
@@ -4638,6 +4675,43 @@ def test_a_run_folder_holds_what_it_should_and_is_never_overwritten(tmp_path, ca
         capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume"))
 
 
+def test_a_run_goes_on_with_its_own_data_checkpoint_and_batches_only(tmp_path, capsys):
+    """Elsewhere and with other workers bit for bit; with other versions too, which is told."""
+    root, out = write_image_folder(tmp_path / "images", train=4, val=2), tmp_path / "run"
+    setup = "--dataset folder --image-size 16 --epochs 3 --batch-size 4 --micro-batch 2"
+    begun = train_ok(tiny(out, "--max-steps 4 --workers 0 --data-dir", root, dataset=setup))
+    whole = train_ok(tiny(tmp_path / "whole", "--workers 0 --data-dir", root, dataset=setup))
+
+    def again(*more, root=root):
+        return tiny(out, "--resume", *more, "--data-dir", root, dataset=setup)
+    assert "--micro-batch 2 → 4" in refusal(capsys, *again("--micro-batch 4"))
+    moved = root.rename(tmp_path / "elsewhere")
+    config = json.loads((out / "config.json").read_text())
+    other = config | {"versions": config["versions"] | {"torch": "2.0.0"}}
+    image = moved / "train/ant/ant_0.JPEG"
+    for split, here in (("train", "training images (12 → 13)"),
+                        ("val", "validation images (6 → 7)")):
+        more = shutil.copy(image, moved / split / "ant/more.JPEG")
+        assert f"with other {here}: give the same" in refusal(capsys, *again(root=moved))
+        os.remove(more)
+    image.rename(moved / "train/bee/ant_0.JPEG")
+    assert "(12 → 12, other labels)" in refusal(capsys, *again(root=moved))
+    (moved / "train/bee/ant_0.JPEG").rename(image)
+
+    for state, said in (({k: v for k, v in begun.items() if k != "optimizer"},
+                         "is no last state of a run: it lacks optimizer; start"),
+                        (begun | {"model": {}}, "ckpt.pt does not fit this run: ")):
+        torch.save(state, out / "ckpt.pt")
+        assert said in refusal(capsys, *again(root=moved))
+    torch.save(begun, out / "ckpt.pt")
+    (out / "config.json").write_text(json.dumps(other))
+    resumed = train_ok(again("--workers 2", root=moved))
+    said = capsys.readouterr().out
+    assert f"written by other versions (torch 2.0.0 → {torch.__version__})" in said, said
+    for part in ("model", "optimizer", "final"):
+        assert same_tensors(whole[part], resumed[part]), part
+
+
 def test_max_steps_cuts_a_run_that_then_goes_on_as_if_it_had_not_stopped(tmp_path):
     whole = train_ok(tiny(tmp_path / "whole", "--sam-rho 0.1"))
     train_ok(tiny(tmp_path / "cut", "--sam-rho 0.1 --max-steps 5"))
@@ -5040,9 +5114,78 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
                         lambda logits, y, smoothing=0.0: good(logits, y) * math.nan)
     monkeypatch.setattr(train, "MOST_SKIPPED", 8)
     line = refusal(capsys, *tiny(tmp_path / "always", flags))
-    assert "the last 8 gradients were not finite: stopped at step 8" in line, line
+    assert ("the last 8 gradients were not finite: stopped at step 8, learning rate " in line
+            and "nothing was saved before" in line), line
     log = log_without_times(tmp_path / "always")
     assert [r["loss"] for r in log if "loss" in r] == [None] * 2 and log[-1]["diverged"]
+    assert not (tmp_path / "always/ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("overflowing", [2, 3], ids=["the first pass", "the second pass"])
+def test_an_overflow_of_float16_in_either_pass_of_sam_skips_the_step(tmp_path, monkeypatch,
+                                                                     overflowing):
+    """Calls of the loss: each of two micro-batches at w, then each at w + ε."""
+    calls, good = [], train.softmax_loss
+
+    def sometimes_huge(logits, y, smoothing=0.0):
+        calls.append(1)
+        return good(logits, y, smoothing) * (1e36 if len(calls) == overflowing else 1)
+    flags = "--dtype float16 --sam-rho 0.1 --micro-batch 16 --warmup-steps 0 --max-steps"
+    once = train_ok(tiny(tmp_path / "once", flags, 1))
+    monkeypatch.setattr(train, "softmax_loss", sometimes_huge)
+    state = train_ok(tiny(tmp_path / "run", flags, 1))
+    assert state["scaler"]["scale"] == once["scaler"]["scale"] / 2
+    torch.manual_seed(0)
+    start = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48)
+    assert same_tensors(state["model"], start.state_dict())
+    assert not same_tensors(state["model"], once["model"])
+    assert log_without_times(tmp_path / "run")[0]["skipped"] == 1
+
+
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_which(tmp_path, capsys,
+                                                                           monkeypatch):
+    monkeypatch.setattr(train, "MOST_SKIPPED", 4)
+    flags = "--optimizer sgd --lr 1e18 --warmup-steps 8 --save-every 1 --epochs 10 --log-every 2"
+    line = refusal(capsys, *tiny(tmp_path / "run", flags))
+    found = re.search(r"the last (\d+) gradients were not finite: stopped at step (\d+), learning "
+                      r"rate \S+e\+\d+; \S+/ckpt.pt is of step (\d+), with finite gradients", line)
+    assert found, line
+    in_a_row, stopped, saved = map(int, found.groups())
+    state = train.read_checkpoint(tmp_path / "run/ckpt.pt")
+    assert state["step"] == saved == stopped - in_a_row > 0
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def test_gradients_of_zero_change_nothing_and_stop_nothing(tmp_path, monkeypatch):
+    good = train.softmax_loss
+    monkeypatch.setattr(train, "softmax_loss", lambda *args: 0 * good(*args))
+    for optimizer in ("adamw", "sgd", "lamb", "rmsprop"):
+        state = train_ok(tiny(
+            tmp_path / optimizer, f"--optimizer {optimizer} --sam-rho 0.1 --sam-every 2 "
+            "--sam-adaptive --grad-clip 1 --adv-eps 2/255 --weight-decay 0 --max-steps 4"))
+        torch.manual_seed(0)
+        start = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48)
+        assert same_tensors(state["model"], start.state_dict()), optimizer
+        assert log_without_times(tmp_path / optimizer)[0]["grad_norm"] == 0
+
+
+@pytest.mark.parametrize("what", ["one class", "one image"])
+def test_one_class_and_one_image_train(tmp_path, what):
+    n = 4 if what == "one class" else 1
+    root = write_image_folder(tmp_path / "images", train=n, val=n, classes=["ant"])
+    state = train_ok(tiny(
+        tmp_path / "run", f"--data-dir {root} --batch-size {n} --sam-rho 0.1", dataset="--dataset "
+        f"folder --image-size 16 --workers 0 --epochs 2 --micro-batch {n} --augment inception"))
+    assert state["final"]["validation"]["top1"] == 100
+    assert state["final"]["validation"]["images"] == n and state["step"] == 2
+
+
+@pytest.mark.parametrize("model", ["resnet18 --width 8 --stem imagenet", "torchvision:resnet18"])
+def test_batchnorm_of_one_number_is_told_before_the_first_step(tmp_path, capsys, model):
+    line = refusal(capsys, *(f"--dataset shapes --train-fraction 1/50 --device cpu --batch-size 1 "
+                             f"--micro-batch 1 --out-dir {tmp_path}/run --model {model}").split())
+    assert "--micro-batch 1: Expected more than 1 value per channel" in line, line
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_of_a_network_that_gives_nan_says_so():
@@ -5748,7 +5891,23 @@ class Deadly(data.InMemory):
 def test_a_worker_that_the_system_kills_is_reported_as_that():
     dataset = Deadly(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), torch.zeros(8).long(), ["a"])
     with pytest.raises(data.DataError, match="was killed, .* memory is short: use fewer --workers"):
-        list(data.batches(data.evaluation_loader(dataset, 4, workers=1)))
+        list(data.batches(data.evaluation_loader(dataset, 4, workers=2)))
+    assert not torch.multiprocessing.active_children(), "workers end though the error is kept"
+
+
+UNHANDLED = """
+import torch, data
+dataset = data.InMemory(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), torch.zeros(8).long(), ["a"])
+stream = data.batches(data.evaluation_loader(dataset, 1, workers=1))
+next(stream)
+1 / 0
+"""
+
+
+def test_a_program_ends_by_an_error_though_its_workers_leave_signals_alone():
+    ended = subprocess.run([sys.executable, "-c", UNHANDLED], cwd=HERE, capture_output=True,
+                           text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stderr.endswith("division by zero\n"), ended.stderr
 
 
 def test_wrong_variables_of_torchrun_and_a_busy_port_are_told(tmp_path, capsys, monkeypatch):

@@ -1552,13 +1552,16 @@ def to_json(value, indent=None):
 class RunFolder:
     """ckpt.pt, best.pt, log.jsonl and config.json of one run. One process writes; the log is locked
     meanwhile."""
+    PARTS = ("model", "ema", "projection", "optimizer", "scaler", "look", "windows", "step",
+             "evaluated", "best")  # of the last state
 
     def __init__(self, path):
         self.path = Path(path)
 
     def open(self, config, resume):
         """Makes or takes the folder; -> the checkpoint to go on from, or None. UserError if it
-        holds a run and resume is off, if its settings differ, or if another process is writing."""
+        holds a run and resume is off, if its settings or data differ, if that is no checkpoint of
+        a run, or if another process is writing."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.log_file = open(self.path / "log.jsonl", "a+b")
@@ -1580,26 +1583,45 @@ class RunFolder:
             if not resume:
                 raise UserError(f"{self.path} holds a run already: add --resume to go on with it, "
                                 "or choose another --out-dir")
-            self.compare(config["settings"])
+            self.compare(config)
+        state = read_checkpoint(ckpt) if ckpt.exists() else None
+        lacks = [part for part in self.PARTS if state is not None and part not in state]
+        if lacks:
+            raise UserError(f"{ckpt} is no last state of a run: it lacks {', '.join(lacks)}; start "
+                            "from its weights with --init-from, in another --out-dir")
         text = json.dumps(config, indent=1, ensure_ascii=False)
         try:
             write_file(saved, lambda file: file.write(text.encode()))
         except OSError as error:
             raise UserError(f"{saved} cannot be written: {error.strerror}") from None
-        return read_checkpoint(ckpt) if ckpt.exists() else None
+        return state
 
     def compare(self, now):
+        """With the config of the run that is here; tells other versions of what computes."""
         try:
-            then = json.loads((self.path / "config.json").read_text())["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
+            then = json.loads((self.path / "config.json").read_text())
+            old, new = then["settings"], now["settings"]
+            free = FREE_FLAGS - ({"max_steps"} if new["epochs"] == 0 else set())
+            differ = [f"{flag(k)} {old.get(k)} → {v}" for k, v in new.items()
+                      if k not in free and old.get(k) != v]
+            moved = [(name, then["data"][name]["images"], mark["images"])
+                     for name, mark in now["data"].items() if then["data"][name] != mark]
+            others = [f"{name} {then['versions'][name]} → {version}"
+                      for name, version in now["versions"].items()
+                      if then["versions"][name] != version]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self.path}/config.json is missing or damaged, so the run's settings "
                             "are unknown; choose another --out-dir") from None
-        free = FREE_FLAGS - ({"max_steps"} if now["epochs"] == 0 else set())
-        differ = [f"{flag(k)} {then.get(k)} → {v}" for k, v in now.items()
-                  if k not in free and then.get(k) != v]
         if differ:
             raise UserError(f"{self.path} was run with other settings ({', '.join(differ)}): give "
                             "the same to resume it, or choose another --out-dir")
+        for name, images, here in moved:
+            raise UserError(f"{self.path} was run with other {name} images ({images} → {here}"
+                            + ", other labels" * (images == here) + "): give the same to resume "
+                            "it, or choose another --out-dir")
+        if others:
+            say(f"{self.path} was written by other versions ({', '.join(others)}): what follows is "
+                "as good, but not bit for bit what they would have given")
 
     def cut_log(self, step, evaluated):
         """Leaves the records up to `step`, evaluations up to step `evaluated`: what a killed run
@@ -1908,6 +1930,10 @@ def run(args, origin):
 
     # ---- model
     bare = starting_network(args, origin, num_classes, device, tell)
+    if args.micro_batch == 1:  # BatchNorm has to have more than one number to normalise
+        with as_user_error("--micro-batch 1"), torch.no_grad():
+            images = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
+            copy.deepcopy(bare).train()(images.to(next(bare.parameters()).dtype))
     model, network = bare, bare.network
     head = next(iter(classifier(network).values()), None)
     supcon, projection = args.loss == "supcon", None
@@ -1993,11 +2019,12 @@ def run(args, origin):
     # ---- run folder, resume
     versions = dict(torch=torch.__version__, torchvision=torchvision.__version__,
                     python=sys.version.split()[0])
-    config = dict(settings=vars(args), command=sys.argv, versions=versions)
+    config = dict(settings=vars(args), command=sys.argv, versions=versions, data=dict(
+        training=train_set.fingerprint(), validation=val_set.fingerprint()))
     folder = RunFolder(args.out_dir)
     state = on_main(lambda: folder.open(config, args.resume))
     networks = dict(model=network, ema=ema and ema.network, projection=projection)
-    step, evaluated, best, result = 0, 0, -1.0, None
+    step, saved, evaluated, best, result = 0, 0, 0, -1.0, None
     # Sums over the log interval: clean loss, gradient norm and training error of the steps taken,
     # steps skipped, all steps; and the steps skipped in a row. On the device, so that no step waits
     # for it.
@@ -2009,8 +2036,10 @@ def run(args, origin):
     if state is not None:
         for name, part in (networks | dict(optimizer=optimizer, scaler=scaler, look=look)).items():
             if part is not None:
-                part.load_state_dict(state[name])
+                with as_user_error(f"{args.out_dir}/ckpt.pt does not fit this run"):
+                    part.load_state_dict(state[name])
         step, evaluated, best = state["step"], state["evaluated"], state["best"]
+        saved = step
         own = len(state["windows"]) == world  # else the mean over the processes that there were
         window.copy_(state["windows"][rank()] if own else state["windows"].mean(0))
         tell(f"resumed   {args.out_dir}/ckpt.pt at step {step:,}")
@@ -2031,7 +2060,12 @@ def run(args, origin):
                 classes=train_set.classes, **more))
 
     def save_checkpoint(**more):
-        checkpoint("ckpt.pt", windows=all_windows(), optimizer=optimizer.state_dict(),
+        nonlocal saved
+        windows = all_windows()
+        if windows[0, 5] and not more:  # weights that gave it are not worth the file's last ones
+            return tell(f"step {step:6,}  not saved: its gradient was not finite")
+        saved = step
+        checkpoint("ckpt.pt", windows=windows, optimizer=optimizer.state_dict(),
                    scaler=scaler.state_dict(), look=look and look.state_dict(), **more)
 
     def log(**record):
@@ -2120,7 +2154,7 @@ def run(args, origin):
         if stopped:
             save_checkpoint()
             bar.close()
-            tell(f"stopped by {signal.Signals(stopped).name}, saved at step {step:,}; to go on, "
+            tell(f"stopped by {signal.Signals(stopped).name}, saved at step {saved:,}; to go on, "
                  "repeat the command with --resume")
             return 128 + stopped
         lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_schedule, args.lr_end)
@@ -2189,7 +2223,9 @@ def run(args, origin):
                 log(diverged=True)
                 raise UserError(
                     f"the last {int(in_a_row)} gradients were not finite: stopped at step "
-                    f"{step:,}, learning rate {lr:.3g}; what was saved is in {args.out_dir}")
+                    f"{step:,}, learning rate {lr:.3g}; "
+                    + (f"{args.out_dir}/ckpt.pt is of step {saved:,}, with finite gradients"
+                       if saved else "nothing was saved before"))
         if step in kept:  # before the checkpoint, so that no kill comes between
             checkpoint(kept[step])
         if step == last_step or step % steps_per_epoch == 0 or (
