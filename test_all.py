@@ -9309,19 +9309,34 @@ def stress_training(folder, share):
     """Weights, optimizer and log of a training that is ended again and again."""
     settings = ("--stem conv --dropout 0.1 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --sam-every "
                 "3 --epochs 200 --eval-every 40 --save-every 9 --log-every 6")
-    for processes, kills in ((1, 70), (2, 30)):
-        whole = folder / f"whole{processes}"
-        argv = tiny(whole, settings)
-        killed("train", argv, whole / "ckpt.pt", 0, processes=processes)
-        again = folder / f"again{processes}"
-        argv = tiny(again, settings, "--resume")
-        count, _ = killed("train", argv, again / "ckpt.pt", round(kills * share),
-                          processes=processes, signals=ANY, early=0.6)
+
+    def differ(whole, again):
         one, other = (train.read_checkpoint(run / "ckpt.pt") for run in (whole, again))
         parts = ("model", "ema", "optimizer", "look", "step", "evaluated", "best", "final")
-        lost = not all(same_tensors(one[part], other[part]) for part in parts) or (
+        return not all(same_tensors(one[part], other[part]) for part in parts) or (
             log_without_times(whole) != log_without_times(again))
-        yield f"SIGKILL, SIGTERM or SIGINT to a training, {processes} processes", count, lost
+    for processes, kills in ((1, 70), (2, 30)):
+        whole, again = folder / f"whole{processes}", folder / f"again{processes}"
+        killed("train", tiny(whole, settings), whole / "ckpt.pt", 0, processes=processes)
+        count, _ = killed("train", tiny(again, settings, "--resume"), again / "ckpt.pt",
+                          round(kills * share), processes=processes, signals=ANY, early=0.6)
+        yield (f"SIGKILL, SIGTERM or SIGINT to a training, {processes} processes", count,
+               differ(whole, again))
+    again, rng, kills = folder / "restarted", np.random.default_rng(0), max(1, round(10 * share))
+    run = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                 f"--max-restarts={kills}", "train.py", *tiny(again, settings, "--resume")],
+                env=os.environ | dict(OMP_NUM_THREADS="1"))  # as in `killed`
+    ckpt, seen = again / "ckpt.pt", 0
+    for _ in range(kills):
+        wait_until(lambda: ckpt.exists() and ckpt.stat().st_mtime_ns > seen)
+        time.sleep(rng.uniform(0, 0.3))
+        ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
+        os.kill(int(rng.choice(ranks.stdout.split())), signal.SIGKILL)
+        seen = time.time_ns()
+    output, _ = run.communicate()
+    assert run.returncode == 0 and output.count("resumed ") == kills, output[-3000:]
+    yield "SIGKILL to one of two processes of torchrun, which restarts both", kills, differ(
+        folder / "whole2", again)
 
 
 def stress_analyses(folder, share):
@@ -9473,41 +9488,82 @@ def stress_files(folder, share):
 
 
 BAD_VALUES = ("x", "", "0", "-1", "1e99", "999999999999", "nan", "inf", "0.5", "1/0", "\n", "é")
+QUICK = {  # flags with which a subcommand takes a second; {run}: a run's folder
+    "robustness": "--benchmarks val", "hessian": "--images 12 --params whole",
+    "spectrum": "--images 12 --batch 6 --k 1", "landscape": "--images 12 --points 2",
+    "flatness": "--images 12 --draws 1 --steps 1 --sigma 0.01 --rho 0.1",
+    "ntk": "--images 8 --batch 4", "norms": "--images 12", "sparsity": "--images 12",
+    "compare": "--images 12 --benchmarks val", "fourier": "--images 12",
+    "variance": "--images 12", "cka": "--images 12 --batch 6", "lesion": "--images 12",
+    "noise": "--frequencies 0.5", "attention": "--indices 0", "calibration": "", "nll":
+    "--images 12", "curves": "--runs {run}", "peak": "--runs {run}", "complexity":
+    "--models vit_micro8", "throughput": "--models vit_micro8 --modes forward --batch-sizes 2 "
+    "--seconds 0.01 --rounds 1 --compile no", "scale": "--tflops 100 --devices 1 8 --dataset "
+    "imagenet", "datasize": "--models vit_s16 --dry-run", "stability": "--study rho --models "
+    "vit_s16 --dry-run", "transfer": "--datasets shapes --epochs 1 --max-steps 1",
+    "all": "--figures norms --images 12"}
 
 
 def stress_arguments(folder, share):
-    """Every flag of train.py with values that may be wrong: accepted, or refused in one line."""
-    count = lost = 0
+    """Every flag of every program with values that may be wrong: accepted, or refused in one line.
+    What is accepted and then takes more than five seconds is stopped."""
+    with redirect_stdout(io.StringIO()):
+        train_ok(tiny(folder / "run", "--max-steps 5"))
     splits = dict(data.SHAPES_SPLITS)
-    data.SHAPES_SPLITS.update(train=(0, 160), val=(2**30, 60))  # less to make
-    for action in train.make_parser()._actions:
-        flag = action.option_strings[-1] if action.option_strings else None
-        if flag in (None, "--help", "--device", "--dry-run", "--download"):
-            continue
-        for value in BAD_VALUES[:max(2, round(len(BAD_VALUES) * share))]:
-            argv = [*tiny(folder / "run", "--max-steps 1 --train-fraction 1 --dry-run"),
-                    f"{flag}={value}"]
-            if action.nargs == 0:
-                argv = argv[:-1] + [flag, value]
-            elif action.nargs not in (None, 0, "+"):
-                argv = argv[:-1] + [flag, *[value] * action.nargs]
-            lost += not one_line_or_right(train.main, argv)
-            count += 1
+    data.SHAPES_SPLITS.update(train=(0, 160), val=(2**30, 60), test=(2**31, 60))  # less to make
+    values = BAD_VALUES[:max(2, round(len(BAD_VALUES) * share))]
+    parsers = analyze.make_parser().commands
+    assert parsers.keys() == QUICK.keys()
+    programs = [("train.py", train.main, train.make_parser(), tiny(
+        folder / "new", "--max-steps 1 --train-fraction 1 --dry-run"))]
+    for name, flags in QUICK.items():
+        argv = [name, *flags.format(run=folder / "run").split(), "--out-dir", str(folder / name)]
+        if "--checkpoint" in parsers[name].format_help():
+            argv += ["--device", "cpu", "--checkpoint", str(folder / "run")]
+        programs.append((f"analyze.py {name}", analyze.main, parsers[name], argv))
+    programs.append(("adversarial.py", adversarial.main, adversarial.make_parser(), [
+        "--checkpoint", str(folder / "run"), "--device", "cpu", "--images", "8", "--steps", "2",
+        "--strength-images", "0", "--out-dir", str(folder / "attack")]))
+    for name, main, parser, argv in programs:
+        count = lost = 0
+        for action in parser._actions:
+            flag = action.option_strings[-1] if action.option_strings else None
+            if flag in (None, "--help", "--device", "--dry-run", "--download", "--cost"):
+                continue
+            for value in values:
+                given = ([f"{flag}={value}"] if action.nargs in (None, "+") else
+                         [flag, *[value] * (action.nargs or 1)])
+                lost += not one_line_or_right(main, [*argv, *given])
+                count += 1
+        yield f"flags of {name} with strange values", count, lost
     data.SHAPES_SPLITS.update(splits)
-    yield "flags of train.py with strange values", count, lost
+
+
+class LongEnough(BaseException):
+    pass
 
 
 def one_line_or_right(main, argv):
+    def enough(*_):
+        raise LongEnough
+    before, status = signal.signal(signal.SIGALRM, enough), None
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
         try:
-            status = main(argv)
+            signal.alarm(5)
+            status = main(argv) or 0
+        except LongEnough:
+            return True
+        except SystemExit as end:
+            status = end.code
         except BaseException:
-            print(argv[-3:], traceback.format_exc(limit=-2), file=sys.__stderr__)
-            return False
+            print(argv, traceback.format_exc(limit=-2), file=sys.__stderr__)
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
     said = errors.getvalue()
-    if status == 0 and not said or status == 2 and said.count("\n") == 1:
+    if status == 0 or status == 2 and said.count("\n") == 1:
         return True
-    print(argv[-3:], status, said, file=sys.__stderr__)
+    print(argv, status, said, file=sys.__stderr__)
     return False
 
 

@@ -1583,7 +1583,7 @@ class RunFolder:
             if not resume:
                 raise UserError(f"{self.path} holds a run already: add --resume to go on with it, "
                                 "or choose another --out-dir")
-            self.compare(config)
+            self.compare(config["settings"], config["data"], config["versions"])
         state = read_checkpoint(ckpt) if ckpt.exists() else None
         lacks = [part for part in self.PARTS if state is not None and part not in state]
         if lacks:
@@ -1596,19 +1596,18 @@ class RunFolder:
             raise UserError(f"{saved} cannot be written: {error.strerror}") from None
         return state
 
-    def compare(self, now):
-        """With the config of the run that is here; tells other versions of what computes."""
+    def compare(self, settings, data={}, versions={}):
+        """With those of the run that is here: UserError for other settings or data; other versions
+        are told."""
         try:
             then = json.loads((self.path / "config.json").read_text())
-            old, new = then["settings"], now["settings"]
-            free = FREE_FLAGS - ({"max_steps"} if new["epochs"] == 0 else set())
-            differ = [f"{flag(k)} {old.get(k)} → {v}" for k, v in new.items()
-                      if k not in free and old.get(k) != v]
-            moved = [(name, then["data"][name]["images"], mark["images"])
-                     for name, mark in now["data"].items() if then["data"][name] != mark]
-            others = [f"{name} {then['versions'][name]} → {version}"
-                      for name, version in now["versions"].items()
-                      if then["versions"][name] != version]
+            free = FREE_FLAGS - ({"max_steps"} if settings["epochs"] == 0 else set())
+            differ = [f"{flag(k)} {then['settings'].get(k)} → {v}" for k, v in settings.items()
+                      if k not in free and then["settings"].get(k) != v]
+            moved = [(name, then["data"][name]["images"], now["images"])
+                     for name, now in data.items() if then["data"][name] != now]
+            others = [f"{name} {then['versions'][name]} → {now}" for name, now in versions.items()
+                      if then["versions"][name] != now]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self.path}/config.json is missing or damaged, so the run's settings "
                             "are unknown; choose another --out-dir") from None
