@@ -1458,7 +1458,7 @@ def usable_cores():
     return len(getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0))
 
 
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(allow_abbrev=False, description=(
         "The built-in data set: its sizes and the speed at which it is drawn, or a contact sheet. "
         "pack: one file of an image folder, to train from by --data-dir FILE. bench: the speed of "
@@ -1478,6 +1478,11 @@ def main(argv=None):
     parser.add_argument("--images", help="bench: folder with a folder of images for each class "
                         "(default: made images of ImageNet's typical size)")
     parser.add_argument("--rounds", type=int, default=30, help="bench: batches of each pipeline")
+    return parser
+
+
+def main(argv=None):
+    parser = make_parser()
     args = parser.parse_args(argv)
     for name, least in (("size", 1), ("columns", 1), ("short_side", 0), ("workers", 0),
                         ("rounds", 1)):

@@ -5870,6 +5870,25 @@ def test_a_full_disk_stops_a_run_in_one_line_and_loses_nothing(tmp_path, capsys,
         assert same_tensors(whole[part], resumed[part]), part
 
 
+def test_a_want_of_memory_is_one_line(capsys):
+    for error in (MemoryError(), torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …")):
+        def fails():
+            raise error
+        assert train.answer("train.py", fails, "then go on with --resume") == 2
+        line = capsys.readouterr().err
+        assert line == (f"train.py: memory is short{' of 2.50 GiB' * bool(error.args)}: smaller "
+                        "batches, or less of what was asked for, take less; then go on with "
+                        "--resume\n")
+    assert train.answer("train.py", lambda: torch.empty(10 ** 13), "again") == 2
+    assert "memory is short" in capsys.readouterr().err
+
+    def other():
+        raise RuntimeError("a defect")
+    with pytest.raises(RuntimeError, match="a defect"):
+        train.answer("train.py", other, "again")
+
+
 def test_a_run_ends_quietly_when_nobody_reads_its_output(tmp_path):
     run = subprocess.Popen([sys.executable, "train.py", *tiny(tmp_path / "run", "--epochs 500")],
                            cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -9524,6 +9543,11 @@ def stress_arguments(folder, share):
     programs.append(("adversarial.py", adversarial.main, adversarial.make_parser(), [
         "--checkpoint", str(folder / "run"), "--device", "cpu", "--images", "8", "--steps", "2",
         "--strength-images", "0", "--out-dir", str(folder / "attack")]))
+    write_image_folder(folder / "images", train=2, val=2)
+    for what in ("sizes", "sheet", "pack"):
+        programs.append((f"data.py {what}", data.main, data.make_parser(), [
+            what, "--size", "8", "--columns", "1", "--data-dir", str(folder / "images"),
+            "--workers", "0", "--out", str(folder / what)]))
     for name, main, parser, argv in programs:
         count = lost = 0
         for action in parser._actions:
@@ -9531,8 +9555,8 @@ def stress_arguments(folder, share):
             if flag in (None, "--help", "--device", "--dry-run", "--download", "--cost"):
                 continue
             for value in values:
-                given = ([f"{flag}={value}"] if action.nargs in (None, "+") else
-                         [flag, *[value] * (action.nargs or 1)])
+                given = ([flag, *[value] * action.nargs] if isinstance(action.nargs, int) else
+                         [f"{flag}={value}"])
                 lost += not one_line_or_right(main, [*argv, *given])
                 count += 1
         yield f"flags of {name} with strange values", count, lost
@@ -9561,7 +9585,8 @@ def one_line_or_right(main, argv):
             signal.alarm(0)
             signal.signal(signal.SIGALRM, before)
     said = errors.getvalue()
-    if status == 0 or status == 2 and said.count("\n") == 1:
+    usage, _, line = said.rpartition("data.py: error: ")  # which no other program prints
+    if status == 0 or status == 2 and (line if usage else said).count("\n") == 1:
         return True
     print(argv, status, said, file=sys.__stderr__)
     return False

@@ -2265,6 +2265,16 @@ def one_line(error):
     return str(error).replace("\n", "\\n")
 
 
+def want_of_memory(error):
+    """A sentence if this is what Python, torch or CUDA say where memory ends, else an empty one."""
+    if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "allocate memory" in str(error)):
+        return ""
+    found = re.search(r"allocate ([\d.]+ \w+)", str(error))
+    return (f"memory is short{f' of {found[1]}' if found else ''}: smaller batches, or less of what "
+            "was asked for, take less")
+
+
 def answer(program, function, again):
     """Calls function -> exit status: what it returns or 0; 2 for what the user has to set right,
     130 for Ctrl-C, 141 if nobody reads the output any more. again: how the work then goes on."""
@@ -2276,13 +2286,16 @@ def answer(program, function, again):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{program}: {one_line(error)}", file=sys.stderr)
         status = 2
-    except (data.DataError, WriteError, BrokenPipeError) as error:  # perhaps in this process only
+    except (data.DataError, WriteError, BrokenPipeError, MemoryError, RuntimeError) as error:
+        status = 2  # perhaps in this process only
         if isinstance(error, BrokenPipeError):  # | head: the end would flush into it again
             status = 128 + signal.SIGPIPE
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        elif isinstance(error, RuntimeError) and not want_of_memory(error):
+            raise
         else:
-            status = 2
-            print(f"{program}: {one_line(error)}; {again}", file=sys.stderr, flush=True)
+            print(f"{program}: {want_of_memory(error) or one_line(error)}; {again}",
+                  file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(status)  # the others wait in a collective that will not come
     except KeyboardInterrupt:
