@@ -1478,6 +1478,7 @@ def make_parser():
     parser.add_argument("--images", help="bench: folder with a folder of images for each class "
                         "(default: made images of ImageNet's typical size)")
     parser.add_argument("--rounds", type=int, default=30, help="bench: batches of each pipeline")
+    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # one line, no usage
     return parser
 
 
@@ -1486,9 +1487,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for name, least in (("size", 1), ("columns", 1), ("short_side", 0), ("workers", 0),
                         ("rounds", 1)):
-        if getattr(args, name) < least:
+        if not least <= getattr(args, name) <= 10 ** 4:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
-                         f"least {least}")
+                         f"least {least} and at most 10000")
     if args.what == "pack":
         if not args.data_dir or not args.out:
             parser.error("pack needs --data-dir and --out")
@@ -1508,7 +1509,7 @@ def main(argv=None):
         try:
             save_image(images / 255, args.out, nrow=args.columns, pad_value=1)  # one class a row
         except (OSError, ValueError) as error:
-            parser.error(f"--out {args.out}: {error}")
+            parser.error(f"--out {show(args.out)}: {show(str(error))}")
         print(f"{args.out}: one row each of {', '.join(SHAPES_CLASSES)}")
         return
     for split, (_, n) in SHAPES_SPLITS.items():

@@ -6244,26 +6244,6 @@ def test_mistakes_in_an_analysis_get_one_line_that_helps(tmp_path, capsys, monke
         assert words in line, (argv, line)
 
 
-def test_an_analysis_on_two_processes_gives_the_numbers_of_one(tmp_path, capsys):
-    train_ok(tiny(tmp_path / "run", "--max-steps 3"))
-    command = ["robustness", "--device", "cpu", "--benchmarks", "val", "pgd", "--checkpoint",
-               str(tmp_path / "run/ckpt.pt"), "--out-dir"]
-    assert analyze.main([*command, str(tmp_path / "one")]) == 0
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         str(HERE / "analyze.py"), *command, str(tmp_path / "two")], capture_output=True, text=True,
-        timeout=120)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("results   ") == 1, result.stdout
-    one, two = (json.loads((tmp_path / name / "robustness.json").read_text())["results"]
-                for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    (one,), (two,) = one.values(), two.values()
-    assert one["pgd"] == two["pgd"], "the random starts too belong to the image"
-    for key, value in one["val"].items():
-        assert abs(value - two["val"][key]) < 1e-6, (key, value, two["val"][key])
-
-
 def attack_refusal(capsys, *argv):
     capsys.readouterr()
     assert adversarial.main([str(a) for a in argv]) == 2
@@ -7034,23 +7014,28 @@ def test_components_are_the_rows_of_table_3():
     assert len(analyze.components(network, [r"blocks\.\d+\.norm"])[r"blocks\.\d+\.norm"]) == 48
 
 
-GEOMETRY = """
+ON_TWO_PROCESSES = """
 import json
 import sys
 import torch.distributed as dist
 import analyze
 import train
+analyze.UNIT = 64
+analyze.data.SHAPES_SPLITS.update(train=(0, 160), val=(2**30, 150))
 train.start_processes("cpu")
 for argv in json.load(open(sys.argv[1])):
     assert analyze.main(argv) == 0
 dist.destroy_process_group()
 """
-GEOMETRIES = {
-    "hessian": "--images 17 --chunk 2 --k 2 --which magnitude --params attn --probes 2 "
-               "--steps 3",
+DISTRIBUTED = {
+    "hessian": "--images 17 --chunk 2 --k 2 --which magnitude --params attn --probes 2 --steps 3",
     "spectrum": "--images 13 --batch 4 --k 2 --mixup 0.5 --augment crop",
     "landscape": "--images 13 --points 3 --augmented --augment crop --mixup 0.5",
-    "flatness": "--images 13 --draws 3 --steps 2 --sigma 0.1 --rho 0.1 0.3"}
+    "flatness": "--images 13 --draws 3 --steps 2 --sigma 0.1 --rho 0.1 0.3",
+    "ntk": "--images 40 --batch 8", "sparsity": "--images 150", "fourier": "--images 140",
+    "variance": "", "cka": "--batch 8", "lesion": "--images 1/2", "noise": "--frequencies 0.5",
+    "calibration": "", "nll": "--augment crop --mixup 0.5", "attention": "--indices 0 1 2",
+    "robustness": "--benchmarks val pgd"}
 
 
 def numbers_in(value):
@@ -7061,29 +7046,36 @@ def numbers_in(value):
     return [n for v in value for n in numbers_in(v)] if isinstance(value, list) else [value]
 
 
-def test_the_geometry_on_two_processes_is_that_of_one(tmp_path, capsys):
-    train_ok(tiny(tmp_path / "run", "--max-steps 3"))
-    commands = [[name, *words.split(), "--device", "cpu", "--workers", "0", "--dtype", "float64",
-                 "--checkpoint", str(tmp_path / "run/ckpt.pt"), "--out-dir"]
-                for name, words in GEOMETRIES.items()]
+def test_analyses_on_two_processes_give_the_numbers_of_one(tmp_path, monkeypatch, small_shapes):
+    monkeypatch.setattr(analyze, "UNIT", 64)
+    monkeypatch.setitem(data.SHAPES_SPLITS, "val", (2**30, 150))
+    train_ok(tiny(tmp_path / "run", "--train-fraction 1 --max-steps 3"))
+    of_checkpoint = (f"--device cpu --workers 0 --dtype float64 --checkpoint {tmp_path}/run/ckpt.pt"
+                     " --out-dir")
+    commands = [[name, *flags.split(), *of_checkpoint.split()]
+                for name, flags in DISTRIBUTED.items()]
+    commands.append(["curves", "--runs", str(tmp_path / "run"), "--out-dir"])
     (tmp_path / "commands.json").write_text(json.dumps(
         [[*command, str(tmp_path / "two")] for command in commands]))
-    (tmp_path / "worker.py").write_text(GEOMETRY)
+    (tmp_path / "worker.py").write_text(ON_TWO_PROCESSES)
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          tmp_path / "worker.py", tmp_path / "commands.json"], capture_output=True, text=True,
-        cwd=HERE, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=120)
+        cwd=HERE, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=240)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert result.stdout.count("results   ") == len(commands), result.stdout
+    assert result.stdout.count("results   ") == len(commands) == 16, result.stdout
     for command in commands:
         assert analyze.main([*command, str(tmp_path / "one")]) == 0
-        one, two = (json.loads((tmp_path / folder / f"{command[0]}.json").read_text())["results"]
+        name = command[0]
+        one, two = (json.loads((tmp_path / folder / f"{name}.json").read_text())["results"]
                     for folder in ("one", "two"))
         (of_one,), (of_two,) = one.values(), two.values()
-        assert of_one.keys() == of_two.keys(), command
+        assert list(of_one) == list(of_two), command
         for part in of_one:
             a, b = numbers_in(of_one[part]), numbers_in(of_two[part])
-            assert len(a) == len(b) and np.allclose(a, b, rtol=1e-6, atol=1e-12), (part, a, b)
+            assert len(a) == len(b) > 0, (name, part)
+            assert all(p == q or abs(p - q) <= 1e-6 * abs(q) + 1e-12
+                       for p, q in zip(a, b)), (name, part, a, b)
     assert not list(tmp_path.rglob("*.state"))
 
 
@@ -7869,36 +7861,6 @@ def analyze_again(command, folder, capsys):
     return capsys.readouterr().out.splitlines()
 
 
-def test_kernel_and_sparsity_on_two_processes_are_those_of_one(
-        tmp_path, monkeypatch, small_shapes):
-    script = tmp_path / "both.py"
-    script.write_text("""
-import sys, analyze
-from torch import distributed
-def both(out):
-    common = ["--dataset", "shapes", "--model", "vit_micro8", "--dim", "24", "--depth", "2",
-              "--heads", "2", "--device", "cpu", "--dtype", "float64"]
-    analyze.data.SHAPES_SPLITS["train"], analyze.UNIT = (0, 160), 60
-    for what in (["ntk", "--images", "40", "--batch", "8"], ["sparsity", "--images", "150"]):
-        assert analyze.main([*what, *common, "--out-dir", out]) == 0
-if __name__ == "__main__":
-    distributed.init_process_group("gloo")
-    both(sys.argv[1])
-""")
-    monkeypatch.setattr(analyze, "UNIT", analyze.UNIT)
-    runpy.run_path(str(script))["both"](str(tmp_path / "1"))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         str(script), str(tmp_path / "2")], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"PYTHONPATH": str(HERE)})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("results   ") == 2, result.stdout
-    for what in ("ntk", "sparsity"):
-        one, two = (json.loads((tmp_path / n / f"{what}.json").read_text())["results"]
-                    for n in "12")
-        assert one == two, "each part is one process's work"
-
-
 def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch, small_shapes):
     monkeypatch.setattr(data, "SEVERITIES", (5,))
     runs = []
@@ -8227,37 +8189,6 @@ def test_analyses_of_maps_go_on_where_they_were(tmp_path, capsys, monkeypatch, s
         assert words in analyze_refusal(capsys, "cka", *common, "--batch", batch)
 
 
-def test_maps_and_lesions_on_two_processes_are_those_of_one(tmp_path, monkeypatch, small_shapes):
-    run = str(tmp_path / "run/ckpt.pt")
-    train_ok(tiny(Path(run).parent, "--max-steps 2 --train-fraction 1 --depth 1"))
-    script = tmp_path / "features.py"
-    script.write_text(f"""
-import sys, analyze
-from torch import distributed
-def every(out):
-    analyze.UNIT = 64
-    analyze.data.SHAPES_SPLITS["val"] = (2**30, 150)
-    for what, flags in {FEATURES}.items():
-        assert analyze.main([what, *flags, "--checkpoint", {run!r}, "--device", "cpu", "--workers",
-                             "0", "--out-dir", out]) == 0
-if __name__ == "__main__":
-    distributed.init_process_group("gloo")
-    every(sys.argv[1])
-""")
-    monkeypatch.setattr(analyze, "UNIT", analyze.UNIT)
-    runpy.run_path(str(script))["every"](str(tmp_path / "1"))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         str(script), str(tmp_path / "2")], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"PYTHONPATH": str(HERE)})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("results   ") == 4, result.stdout
-    for what in FEATURES:
-        one, two = (json.loads((tmp_path / n / f"{what}.json").read_text())["results"]
-                    for n in "12")
-        assert one == two, "each piece is one process's work"
-
-
 class Recorder(nn.Module):
     """Keeps the images that it is shown."""
 
@@ -8511,17 +8442,6 @@ def test_training_nll_is_of_augmented_mixed_images_and_what_networks_differ_in_i
     assert (found["patch"], found["kernel"]) == (8, 4) and plain["patch"] is plain["kernel"] is None
 
 
-def test_curves_on_two_processes_are_written_by_the_first(tmp_path):
-    """They compute nothing together, but have to know of one another."""
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         str(HERE / "analyze.py"), "curves", "--runs", run_folder(tmp_path / "run"), "--out-dir",
-         str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("results   ") == 1, result.stdout
-    assert (tmp_path / "curves.json").exists()
-
-
 def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_what_is_wrong(
         tmp_path, capsys, monkeypatch, two_runs):
     Image.new("RGB", (40, 50), "red").save(tmp_path / "red.png")
@@ -8564,44 +8484,6 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
     assert "none of the networks has a map of global attention" in line
     line = analyze_refusal(capsys, "nll", "--checkpoint", *two_runs, *out, "--against", "patch")
     assert "resnet/ckpt.pt" in line and "has no such number" in line
-
-
-def test_noise_attention_calibration_and_nll_on_two_processes_are_those_of_one(tmp_path, two_runs):
-    script = tmp_path / "four.py"
-    script.write_text("""
-import sys, analyze
-from torch import distributed
-def four(run, out):
-    analyze.data.SHAPES_SPLITS.update(train=(0, 160), val=(2**30, 60))
-    for what in (["noise", "--frequencies", "0.5"], ["calibration"], ["nll"],
-                 ["attention", "--indices", "0", "1", "2"]):
-        assert analyze.main([*what, "--checkpoint", run, "--device", "cpu", "--workers", "0",
-                             "--dtype", "float64", "--out-dir", out]) == 0
-if __name__ == "__main__":
-    distributed.init_process_group("gloo")
-    four(*sys.argv[1:])
-""")
-    runpy.run_path(str(script))["four"](two_runs[0], str(tmp_path / "1"))
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         str(script), two_runs[0], str(tmp_path / "2")], capture_output=True, text=True,
-        timeout=120, env=os.environ | {"PYTHONPATH": str(HERE)})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("results   ") == 4, result.stdout
-
-    def numbers(value):
-        if isinstance(value, dict | list):
-            return [n for of in (value.values() if isinstance(value, dict) else value)
-                    for n in numbers(of)]
-        return [value]
-
-    for what in ("noise", "calibration", "nll", "attention"):
-        one, two = (json.loads((tmp_path / n / f"{what}.json").read_text())["results"]
-                    for n in "12")
-        one, two = numbers(one), numbers(two)
-        assert len(one) == len(two) > 3, what
-        for a, b in zip(one, two):
-            assert a == b or abs(a - b) < 1e-9, (what, a, b)
 
 
 def run_folder(path, model="vit_p_1gf", speeds=(100.0, 400.0, 300.0), top1=60.0, end="final",
@@ -9107,7 +8989,7 @@ def test_the_readmes_figures_are_there_and_not_ignored_by_git():
 
 
 def test_the_readmes_training_commands_run(tmp_path, small_shapes):
-    """Each `python train.py` line that needs no data set, cut to two steps; of those that differ in
+    """Each `python train.py` line that needs no data set, cut to one step; of those that differ in
     seed, folder or memory layout, one."""
     text = README
     for name, value in (("$S", "0"), ("$R", "0.03"), ("$K", "2")):
@@ -9118,7 +9000,7 @@ def test_the_readmes_training_commands_run(tmp_path, small_shapes):
     assert len(runnable) >= 6 and [] in runnable, commands
     for i, argv in enumerate(runnable):
         out = str(tmp_path / str(i))
-        short = ["--max-steps", "2", "--train-fraction", "1", "--out-dir", out]
+        short = ["--max-steps", "1", "--train-fraction", "1", "--out-dir", out]
         assert train.main([*argv, *short]) == 0, argv
     assert f"{train.settings([])[0].out_dir}/best.pt" in text
 
@@ -9585,8 +9467,7 @@ def one_line_or_right(main, argv):
             signal.alarm(0)
             signal.signal(signal.SIGALRM, before)
     said = errors.getvalue()
-    usage, _, line = said.rpartition("data.py: error: ")  # which no other program prints
-    if status == 0 or status == 2 and (line if usage else said).count("\n") == 1:
+    if status == 0 or status == 2 and said.count("\n") == 1:
         return True
     print(argv, status, said, file=sys.__stderr__)
     return False

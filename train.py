@@ -2271,8 +2271,8 @@ def want_of_memory(error):
             or "allocate memory" in str(error)):
         return ""
     found = re.search(r"allocate ([\d.]+ \w+)", str(error))
-    return (f"memory is short{f' of {found[1]}' if found else ''}: smaller batches, or less of what "
-            "was asked for, take less")
+    of = f" of {found[1]}" if found else ""
+    return f"memory is short{of}: smaller batches, or less of what was asked for, take less"
 
 
 def answer(program, function, again):
