@@ -510,8 +510,9 @@ class ImageFolder(ImageFiles):
 
     classes: names that fix the numbering, for a validation folder; default:
         the folders' sorted names.
-    Raises DataError for a missing or empty folder, or a class that is not in `classes`. Files that
-    are no images are left out and named in `notice`, a line or None.
+    Folders and images may be links. Raises DataError for a missing or empty folder, a class that is
+    not in `classes`, or a link to a folder that it lies in. Files that are no images are left out
+    and named in `notice`, a line or None.
     """
     EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 

@@ -1619,8 +1619,8 @@ class RunFolder:
                             + ", other labels" * (images == here) + "): give the same to resume "
                             "it, or choose another --out-dir")
         if others:
-            say(f"{self.path} was written by other versions ({', '.join(others)}): what follows is "
-                "as good, but not bit for bit what they would have given")
+            say(f"{self.path} was written by other versions ({', '.join(others)}): what follows may "
+                "differ from theirs in the last bits")
 
     def cut_log(self, step, evaluated):
         """Leaves the records up to `step`, evaluations up to step `evaluated`: what a killed run
