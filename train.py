@@ -1680,7 +1680,12 @@ def join(backend, **options):
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
     try:
-        dist.init_process_group(backend, **options)
+        # A store by attempt: in torchrun's own, processes that it restarts would find the addresses
+        # of the dead ones (torch 2.14).
+        store, own_rank, world = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store),
+                                rank=own_rank, world_size=world, **options)
     except (ValueError, RuntimeError) as error:  # the latter: a busy port, no connection
         said = " ".join(str(error).split("\n")[0].split())
         raise UserError(f"the processes cannot join: {said}; start them with torchrun, which "
