@@ -37,7 +37,7 @@ import traceback
 import warnings
 import zlib
 
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -5946,6 +5946,25 @@ def test_wrong_variables_of_torchrun_and_a_busy_port_are_told(tmp_path, capsys, 
     assert not (tmp_path / "run").exists()
 
 
+RESTARTED = """
+import os, signal, torch, train
+train.join("gloo")
+torch.distributed.all_reduce(torch.ones(1))
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    os.kill(os.getpid(), signal.SIGKILL)
+print("joined")
+"""
+
+
+def test_processes_that_torchrun_restarts_join_at_the_first_attempt(tmp_path):
+    (tmp_path / "restarted.py").write_text(RESTARTED)
+    run = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                 "--max-restarts=1", tmp_path / "restarted.py"],
+                env=os.environ | {"PYTHONPATH": str(HERE)})
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 0 and output.count("joined") == 2, output
+
+
 def test_a_training_ends_when_the_study_that_started_it_is_killed(tmp_path):
     argv = tiny(tmp_path / "run", "--epochs 100000")
     study = start(["-c", "import analyze, os, pathlib, sys; analyze.train_one(sys.argv[2:], "
@@ -9440,7 +9459,8 @@ def stress_arguments(folder, share):
             for value in values:
                 given = ([flag, *[value] * action.nargs] if isinstance(action.nargs, int) else
                          [f"{flag}={value}"])
-                lost += not one_line_or_right(main, [*argv, *given])
+                with chdir(folder):  # some are names of folders
+                    lost += not one_line_or_right(main, [*argv, *given])
                 count += 1
         yield f"flags of {name} with strange values", count, lost
     data.SHAPES_SPLITS.update(splits)
