@@ -3762,7 +3762,7 @@ def outcome(args):
     if not config.exists():
         return None
     # --init-from decides on mean and std, after the settings were read
-    folder.compare({k: v for k, v in vars(args).items() if k not in ("mean", "std")})
+    folder.compare({k: v for k, v in vars(args).items() if k not in ("mean", "std")}, {}, {})
     try:
         records = [json.loads(line) for line in log.read_text().splitlines()]
     except (OSError, ValueError):  # half a line, cut by a kill

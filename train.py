@@ -1596,7 +1596,7 @@ class RunFolder:
             raise UserError(f"{saved} cannot be written: {error.strerror}") from None
         return state
 
-    def compare(self, settings, data={}, versions={}):
+    def compare(self, settings, data, versions):
         """With those of the run that is here: UserError for other settings or data; other versions
         are told."""
         try:
@@ -1614,13 +1614,14 @@ class RunFolder:
         if differ:
             raise UserError(f"{self.path} was run with other settings ({', '.join(differ)}): give "
                             "the same to resume it, or choose another --out-dir")
-        for name, images, here in moved:
+        if moved:
+            name, images, here = moved[0]
             raise UserError(f"{self.path} was run with other {name} images ({images} → {here}"
                             + ", other labels" * (images == here) + "): give the same to resume "
                             "it, or choose another --out-dir")
         if others:
-            say(f"{self.path} was written by other versions ({', '.join(others)}): what follows may "
-                "differ from theirs in the last bits")
+            say(f"{self.path} was written by other versions ({', '.join(others)}): what follows "
+                "may differ from theirs in the last bits")
 
     def cut_log(self, step, evaluated):
         """Leaves the records up to `step`, evaluations up to step `evaluated`: what a killed run
@@ -1934,7 +1935,7 @@ def run(args, origin):
 
     # ---- model
     bare = starting_network(args, origin, num_classes, device, tell)
-    if args.micro_batch == 1:  # BatchNorm has to have more than one number to normalise
+    if args.micro_batch == 1 and args.train_only != "head":  # BatchNorm wants two numbers or more
         with as_user_error("--micro-batch 1"), torch.no_grad():
             images = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
             copy.deepcopy(bare).train()(images.to(next(bare.parameters()).dtype))
@@ -2028,7 +2029,7 @@ def run(args, origin):
     folder = RunFolder(args.out_dir)
     state = on_main(lambda: folder.open(config, args.resume))
     networks = dict(model=network, ema=ema and ema.network, projection=projection)
-    step, saved, evaluated, best, result = 0, 0, 0, -1.0, None
+    step, saved, evaluated, best, result = 0, None, 0, -1.0, None  # saved: step of ckpt.pt
     # Sums over the log interval: clean loss, gradient norm and training error of the steps taken,
     # steps skipped, all steps; and the steps skipped in a row. On the device, so that no step waits
     # for it.
@@ -2158,8 +2159,9 @@ def run(args, origin):
         if stopped:
             save_checkpoint()
             bar.close()
-            tell(f"stopped by {signal.Signals(stopped).name}, saved at step {saved:,}; to go on, "
-                 "repeat the command with --resume")
+            what = "nothing saved" if saved is None else f"saved at step {saved:,}"
+            tell(f"stopped by {signal.Signals(stopped).name}, {what}; to go on, repeat the command "
+                 "with --resume")
             return 128 + stopped
         lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_schedule, args.lr_end)
         for group in optimizer.param_groups:
@@ -2228,8 +2230,8 @@ def run(args, origin):
                 raise UserError(
                     f"the last {int(in_a_row)} gradients were not finite: stopped at step "
                     f"{step:,}, learning rate {lr:.3g}; "
-                    + (f"{args.out_dir}/ckpt.pt is of step {saved:,}, with finite gradients"
-                       if saved else "nothing was saved before"))
+                    + ("nothing was saved before" if saved is None else
+                       f"{args.out_dir}/ckpt.pt is of step {saved:,}, with finite gradients"))
         if step in kept:  # before the checkpoint, so that no kill comes between
             checkpoint(kept[step])
         if step == last_step or step % steps_per_epoch == 0 or (
@@ -2281,8 +2283,9 @@ def want_of_memory(error):
 
 
 def answer(program, function, again):
-    """Calls function -> exit status: what it returns or 0; 2 for what the user has to set right,
-    130 for Ctrl-C, 141 if nobody reads the output any more. again: how the work then goes on."""
+    """Calls function -> exit status: what it returns or 0; 2 for what the user has to set right
+    and for want of memory, 130 for Ctrl-C, 141 if nobody reads the output any more. again: how the
+    work then goes on."""
     owns_group, status = not dist.is_initialized(), 0
     handlers = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
     try:
@@ -2292,17 +2295,18 @@ def answer(program, function, again):
             print(f"{program}: {one_line(error)}", file=sys.stderr)
         status = 2
     except (data.DataError, WriteError, BrokenPipeError, MemoryError, RuntimeError) as error:
-        status = 2  # perhaps in this process only
+        status = 2
         if isinstance(error, BrokenPipeError):  # | head: the end would flush into it again
             status = 128 + signal.SIGPIPE
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        elif isinstance(error, RuntimeError) and not want_of_memory(error):
-            raise
+        elif isinstance(error, (MemoryError, RuntimeError)):
+            if not want_of_memory(error):
+                raise
+            print(f"{program}: {want_of_memory(error)}", file=sys.stderr, flush=True)
         else:
-            print(f"{program}: {want_of_memory(error) or one_line(error)}; {again}",
-                  file=sys.stderr, flush=True)
+            print(f"{program}: {one_line(error)}; {again}", file=sys.stderr, flush=True)
         if dist.is_initialized():
-            os._exit(status)  # the others wait in a collective that will not come
+            os._exit(status)  # perhaps the others are well, and wait for this one for ever
     except KeyboardInterrupt:
         print(f"stopped; {again}", file=sys.stderr)
         status = 128 + signal.SIGINT
