@@ -1479,7 +1479,7 @@ def make_parser():
     parser.add_argument("--images", help="bench: folder with a folder of images for each class "
                         "(default: made images of ImageNet's typical size)")
     parser.add_argument("--rounds", type=int, default=30, help="bench: batches of each pipeline")
-    parser.error = lambda message: parser.exit(2, f"data.py: {message}\n")  # one line, no usage
+    parser.error = lambda message: parser.exit(2, f"data.py: {message}; see --help\n")
     return parser
 
 
