@@ -5952,6 +5952,7 @@ train.join("gloo")
 torch.distributed.all_reduce(torch.ones(1))
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     os.kill(os.getpid(), signal.SIGKILL)
+torch.distributed.destroy_process_group()
 print("joined")
 """
 
