@@ -9247,15 +9247,21 @@ def stress_training(folder, share):
     run = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                  f"--max-restarts={kills}", "train.py", *tiny(again, settings, "--resume")],
                 env=os.environ | dict(OMP_NUM_THREADS="1"))  # as in `killed`
-    ckpt, seen = again / "ckpt.pt", 0
+    ckpt, dead = again / "ckpt.pt", set()
+
+    def ranks():
+        found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
+        return set(map(int, found.stdout.split()))
     for _ in range(kills):
+        wait_until(lambda: ranks() and not ranks() & dead)  # else the survivor saves once more
+        seen = time.time_ns()
         wait_until(lambda: ckpt.exists() and ckpt.stat().st_mtime_ns > seen)
         time.sleep(rng.uniform(0, 0.3))
-        ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
-        os.kill(int(rng.choice(ranks.stdout.split())), signal.SIGKILL)
-        seen = time.time_ns()
+        dead = ranks()
+        os.kill(int(rng.choice(sorted(dead))), signal.SIGKILL)
     output, _ = run.communicate()
-    assert run.returncode == 0 and output.count("resumed ") == kills, output[-3000:]
+    assert run.returncode == 0 and output.count("resumed ") == kills, (
+        run.returncode, output.count("resumed "), output[-3000:])
     yield "SIGKILL to one of two processes of torchrun, which restarts both", kills, differ(
         folder / "whole2", again)
 
