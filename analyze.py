@@ -41,6 +41,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from fractions import Fraction
@@ -351,7 +352,7 @@ def print_rows(rows):
 
 def significant(number, error=None):
     if number is not None and math.isfinite(number):
-        return f"{number:.4g}" + (f" ± {error:.2g}" if error else "")
+        return f"{number:.4g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def need(args, **least):
@@ -4366,7 +4367,8 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
 <style>body {{ font: 16px/1.5 sans-serif; max-width: 60em; margin: auto; padding: 1em }}
-img {{ max-width: 100%; background: white }} pre {{ overflow-x: auto }}</style>
+img {{ max-width: 100%; background: white }} pre, table {{ overflow-x: auto; display: block }}
+td, th {{ padding: 0 0.6em; text-align: left; vertical-align: top }}</style>
 <h1>{title}</h1>
 {body}</html>
 """
@@ -4398,29 +4400,677 @@ def all_command(args, rest):
                 raise  # met by this process alone
             answer = str(error)
             tell(f"none      {error}")
-        drawn = [path.name for path in sorted(folder.glob(f"{what}*.png"))
-                 if re.fullmatch(rf"{what}(-.*)?\.png", path.name)
-                 and path.stat().st_mtime >= began - 1]  # others are of an earlier command
-        shown[what] = dict(argv=argv, answer=answer, drawn=drawn, summary=commands[what].summary)
+        shown[what] = dict(argv=argv, answer=answer, drawn=drawn(folder, what, began),
+                           summary=commands[what].summary, folder="")
         if train.rank() == 0:  # after each: it may be looked at meanwhile
-            page = index_page(shown)
+            page = PAGE.format(title="Figures", body="\n".join(figure_sections(shown)))
             train.write_file(folder / "index.html", lambda file: file.write(page.encode()))
     tell(f"\nfigures   {folder / 'index.html'}")
     return {what: of["answer"] for what, of in shown.items()}
 
 
-def index_page(shown):
-    """The text of index.html from {subcommand: dict of summary, drawn, the names of its figures,
-    answer, why there are none, or None, and argv, its command}."""
+def drawn(folder, what, began):
+    """Names of a subcommand's figures there, but for those of an earlier command."""
+    return [path.name for path in sorted(folder.glob(f"{what}*.png"))
+            if re.fullmatch(rf"{what}(-.*)?\.png", path.name)
+            and path.stat().st_mtime >= began - 1]
+
+
+def figure_sections(shown):
+    """HTML from {subcommand: dict of summary, drawn, the names of its figures, their folder beside
+    the page, answer, why there are none, or None, and argv, its command}."""
     body = []
     for what, of in shown.items():
+        def beside(name):
+            return quote(os.path.normpath(os.path.join(of["folder"], name)))
         body.append(f"<h2 id={what}>{what}</h2>\n<p>{html.escape(of['summary'])}</p>")
-        body += [f'<p><img src="{quote(name)}" alt="{html.escape(name)}">' for name in of["drawn"]]
-        body.append(f'<p><a href="{what}.json">{what}.json</a>' if of["answer"] is None else
-                    f"<p>Not made: {html.escape(of['answer'])}")
+        body += [f'<p><img src="{beside(name)}" alt="{html.escape(name)}">' for name in of["drawn"]]
+        body.append(f'<p><a href="{beside(f"{what}.json")}">{what}.json</a>'
+                    if of["answer"] is None else f"<p>Not made: {html.escape(of['answer'])}")
         command = shlex.join(["python", "analyze.py", *of["argv"]])
         body.append(f"<pre>{html.escape(command)}</pre>")
-    return PAGE.format(title="Figures", body="\n".join(body))
+    return body
+
+
+# ---------------------------------------------------------------------------------------- reproduce
+
+FAMILIES = {  # about equal in cost: 7.4 to 8.9 million multiply-adds for an image of 32×32
+    "ViT": "vit_micro8", "ViT_C": "vit_micro8 --stem conv", "Mixer": "mixer_micro8 --depth 6",
+    "ResNet": "resnet18 --width 8",
+    "AlterNet": "alter_resnet18 --width 9 --heads 1 2 4 8 --head-dim 8",
+    "PiT": "pit_ti --patch-size 4 --stride 4 --depth 2 4 2 --heads 1 2 4 --head-dim 32",
+    "Swin": "torchvision:swin_t --dim 18 --patch-size 2 --depth 1 1 3 1 --heads 1 2 4 8"}
+FIVE = ("ViT", "ViT_C", "Mixer", "ResNet", "AlterNet")
+CHEN = ("ViT", "Mixer", "ResNet")
+TRAININGS = [  # part, of which families, what is other about them, flags, whether with SAM too
+    ("core", FIVE, "", "--keep-epochs warmup {each}", True),
+    ("twice", FIVE, "twice the epochs", "--epochs {twice}", False),
+    # fewer images as in Chen E.2, with as many steps
+    ("fractions", CHEN, "1/2", "--train-fraction 1/2 --batch-size 32", True),
+    ("fractions", CHEN, "1/4", "--train-fraction 1/4 --batch-size 16 --micro-batch 16", True),
+    ("fractions", CHEN, "1/10", "--train-fraction 1/10 --batch-size 8 --micro-batch 8", True),
+    ("augmentation", ("ViT", "Mixer"), "augmented", shlex.join(STRONG), True),
+    ("augmentation", ("ViT", "Mixer"), "augmented, 1/10", shlex.join([
+        *STRONG, *"--train-fraction 1/10 --batch-size 8 --micro-batch 8".split()]), True),
+    ("decay", CHEN, "weight decay 1", "--weight-decay 1", True),
+    ("contrastive", ("ViT",), "contrastive", "--loss supcon --augment crop", True),
+    ("adversarial", CHEN, "adversarial", "--adv-eps 2/255", True),
+    ("stages", ("PiT", "Swin"), "", "", False),
+    ("patches", ("ViT",), "patch 4", "--patch-size 4", False),
+    ("patches", ("ViT",), "patch 16", "--patch-size 16", False),
+    ("kernels", ("ViT",), "patch 4, kernel 3", "--patch-size 4 --kernel-size 3", False),
+    ("kernels", ("ViT",), "patch 4, kernel 5", "--patch-size 4 --kernel-size 5", False),
+    ("heads", ("ViT",), "1 head", "--heads 1 --head-dim 32", False),
+    ("heads", ("ViT",), "9 heads", "--heads 9 --head-dim 32", False),
+    ("heads", ("ViT",), "heads of 8", "--heads 3 --head-dim 8", False),
+    ("pooling", ("ViT",), "GAP", "--pool gap", False),
+    ("pooling", ("ResNet",), "blur", "--blur", False),
+    ("blocks", ("AlterNet",), "0 attention blocks", "--msa-blocks 0 0 0 0", False),
+    ("blocks", ("AlterNet",), "1 attention block", "--msa-blocks 0 0 0 1", False),
+    ("blocks", ("AlterNet",), "2 attention blocks", "--msa-blocks 0 0 1 1", False)]
+PARTS = tuple(dict.fromkeys([part for part, *_ in TRAININGS] + ["optimizability"]))
+SCALES = {
+    "full": dict(
+        epochs=12, warmup_steps=125, seeds=[0, 1, 2], rho=["0.01", "0.03", "0.1", "0.2"],
+        images=240, held_out=500, points=17, pairs=16, parts=PARTS,
+        epochs_of={"length": [3, 6, 12], "optimizer": [3, 6, 12], "lr-wd": [3]}),
+    "quick": dict(
+        epochs=2, warmup_steps=60, seeds=[0, 1], rho=["0.03"], images=48, held_out=200,
+        points=5, pairs=4, parts=("core",),
+        epochs_of={"length": [1, 2], "optimizer": [1, 2], "lr-wd": [1]})}
+MAY_BE_GIVEN = ("device", "dtype", "compile", "channels_last", "workers")  # of train.py's flags
+LEFT_OUT = [  # what no run on the built-in data set can show
+    ("Chen Table 2: ImageNet-ReaL, -V2, -R", "need ImageNet: `robustness --benchmarks real v2 r`"),
+    ("Chen Table 6, 11: transfer", "needs other data sets: `transfer`"),
+    ("Chen §5.1: pre-training on ImageNet-21k", "needs it: recipes `chen_vit_21k` and its like"),
+    ("Chen Table 2, 7; Xiao §6: speed", "is of a machine, not of a training: `throughput`"),
+    ("Chen Fig. 3: attention maps", "judged by eye: the figure is below"),
+    ("Chen Fig. 1, Park Fig. 1a: landscapes", "judged by eye: the figure is below; in numbers, the "
+     "loss under noise"),
+    ("Chen Table 10, App. E: the Mixer's grid", "`stability --study grid`"),
+    ("Park Fig. 12b, E.1: AlterNet beside many networks", "needs CIFAR or ImageNet: `robustness`"),
+    ("Xiao Table 2, Fig. 6: peak performance, ImageNet-21k", "need ImageNet: `peak`")]
+
+
+class Numbers:
+    """What was measured, as arrays with a number for each seed. folder: that of the runs; runs:
+    {(name, seed): dict of run, its folder's name, and how it ended}; found: {subcommand: its
+    results}. Of what was not trained or computed numbers are NaN, and `missing` has its name."""
+
+    def __init__(self, folder, seeds, runs):
+        self.folder, self.seeds, self.runs, self.found, self.missing = folder, seeds, runs, {}, []
+
+    def none(self, what):
+        self.missing.append(what)
+        return np.full(len(self.seeds), math.nan)
+
+    def path(self, name, seed, file="ckpt.pt"):
+        return self.folder / self.runs[name, seed]["run"] / file
+
+    def top1(self, name):
+        """Of the validation split, in percent; NaN where training diverged."""
+        if (name, self.seeds[0]) not in self.runs:
+            return self.none(name)
+        return np.array([self.runs[name, seed]["top1"] for seed in self.seeds], float)
+
+    def of(self, command, name, pick, file="ckpt.pt"):
+        """pick({part: numbers}) of a network's results by a subcommand."""
+        if (name, self.seeds[0]) not in self.runs:
+            return self.none(name)
+        numbers = []
+        for seed in self.seeds:
+            path = self.path(name, seed, file(name, seed) if callable(file) else file)
+            own = [parts for network, parts in self.found.get(command, {}).items()
+                   if network.startswith(f"{path} (")]
+            if not own:
+                return self.none(f"{command} of {name}")
+            numbers.append(pick(own[-1]))
+        return np.array(numbers, float)
+
+    def test(self, name):
+        return self.of("test", name, lambda parts: parts["val"]["top1"])
+
+    def accuracy(self, benchmark, name):
+        return self.of("robustness", name, lambda parts: robustness_summary(
+            {part: of["top1"] for part, of in parts.items()})[benchmark])
+
+    def eigenvalue(self, name, block="whole", which=0, file="ckpt.pt"):
+        """The largest of the Hessian's diagonal block, or of the first (0) or last (-1) such."""
+        return self.of("hessian", name, lambda parts: [
+            of["eigenvalues"][0] for part, of in parts.items() if part.startswith(block)][which],
+            file)
+
+    def at_equal_loss(self, name, seed):
+        """The checkpoint of the epoch whose training loss is nearest to the highest final one of
+        Chen et al.'s families without SAM: where the loss vanishes, so does its curvature."""
+        losses = {}
+        for family in CHEN:
+            if self.runs[family, seed]["diverged"]:
+                continue
+            curve = np.array(training_curve(read_log(self.path(family, seed, "log.jsonl")))["loss"])
+            losses[family] = {epoch: curve[np.abs(curve[:, 1] - epoch).argmin(), 2] for epoch in
+                              range(1, round(curve[-1, 1]) + 1)}
+        highest, last = max(of[max(of)] for of in losses.values()), max(losses[name])
+        nearest = min(losses[name], key=lambda e: abs(math.log(losses[name][e] / highest)))
+        return "ckpt.pt" if nearest == last else f"epoch{nearest}.pt"
+
+    def spectrum(self, name, key):
+        """nep or ape at the end of the warm-up."""
+        return self.of("spectrum", name, lambda parts: next(
+            of[key] for of in parts.values() if "batches" in of), "warmup.pt")
+
+    def only(self, command, name, pick):
+        """Of a subcommand with one part."""
+        return self.of(command, name, lambda parts: pick(*parts.values()))
+
+    def study(self, study, name, pick):
+        """pick of a study's runs, for each seed."""
+        if study not in self.found:
+            return self.none(study)
+        return np.array([pick(list(self.found[study][seed][FAMILIES[name]].values()))
+                         for seed in self.seeds], float)
+
+    def noise(self, name):
+        """By how much noise of σ = 0.01 on the weights raises the training loss."""
+        def pick(parts):
+            noisy, clean = (next(of for part, of in parts.items() if word in part)
+                            for word in ("noise of σ 0.01,", "ball of ρ 0,"))
+            return noisy["mean"] - clean["worst"]
+        return self.of("flatness", name, pick)
+
+    def change(self, command, name, kind):
+        """The mean change of the highest Δ log amplitude (fourier) or the variance by the units of
+        a kind."""
+        def pick(of):
+            values = ({unit: curve[-1] for unit, curve in of["diagonal"].items()}
+                      if command == "fourier" else of["variance"])
+            own = [e for unit, e in changes(of, values).items() if of["units"][unit][0] == kind]
+            return np.mean(own) if own else math.nan
+        return self.only(command, name, pick)
+
+    def vulnerability(self, name, low, high):
+        """Points of accuracy lost to noise of the frequencies from low to high π, on average."""
+        def pick(parts):
+            lost = [parts["no noise"]["top1"] - of["top1"] for part, of in parts.items()
+                    if part != "no noise" and low <= float(part.split("π")[0]) <= high]
+            return np.mean(lost)
+        return self.of("noise", name, pick)
+
+    def similarity(self, name, within):
+        """Mean CKA of pairs of different units of one stage, or of neighbouring stages."""
+        def pick(parts):
+            of = next(of for part, of in parts.items() if "against" not in part)
+            stages = [stage for kind, stage in of["units"].values()]
+            pairs = itertools.combinations(range(len(stages)), 2)
+            return np.mean([of["cka"][i][j] for i, j in pairs if 0 < stages[i]
+                            and stages[j] - stages[i] == (0 if within else 1)])
+        return self.of("cka", name, pick)
+
+    def lesion(self, name, which):
+        """Points of accuracy lost by the units of a kind, or by the first or last convolution of a
+        stage, on average."""
+        def pick(parts):
+            whole = next(top1 for part, top1 in parts.items() if part.endswith("whole"))
+            lost = {part.split("without ")[1]: whole - top1 for part, top1 in parts.items()
+                    if "without" in part}
+            return np.mean([points for unit, points in lost.items() if unit.endswith(which)])
+        return self.of("lesion", name, pick)
+
+
+def claims(n):
+    """Yields where a paper says something, what it says, {what: its numbers over seeds}, which
+    descend where the claim holds, and whether it is their ratio that counts."""
+    sam = " + SAM"
+    blocks = ["AlterNet, 0 attention blocks", "AlterNet, 1 attention block",
+              "AlterNet, 2 attention blocks", "AlterNet"]
+    for name in CHEN:
+        yield ("Chen Table 2", f"SAM raises the accuracy of {name} (%)",
+               {"with SAM": n.test(name + sam), "plain": n.test(name)}, False)
+    yield ("Chen Table 2", "SAM gains most for Mixer, then ViT, then ResNet (points)", {
+        name: n.test(name + sam) - n.test(name) for name in ("Mixer", "ViT", "ResNet")}, False)
+    for name in ("ViT", "Mixer"):
+        yield ("Chen App. F", f"twice the epochs do not bring {name} what SAM brings (%)", {
+            "with SAM": n.test(name + sam), "twice": n.test(f"{name}, twice the epochs")}, False)
+    for name in ("ViT", "Mixer"):
+        yield ("Chen Table 2", f"SAM makes {name} robust: corrupted images (%)", {
+            "with SAM": n.accuracy("c-lite", name + sam), "plain": n.accuracy("c-lite", name)},
+            False)
+    for name in ("ViT", "Mixer"):
+        yield ("Chen Table 1", f"{name} converges at sharper points than ResNet (λmax)", {
+            name: n.eigenvalue(name), "ResNet": n.eigenvalue("ResNet")}, True)
+        yield ("Chen Table 1", f"… than ResNet at the same training loss ({name})", {
+            of: n.eigenvalue(of, file=n.at_equal_loss) for of in (name, "ResNet")}, True)
+        yield ("Chen Table 1", f"… than ResNet, both with weight decay 1 ({name})", {
+            of: n.eigenvalue(f"{of}, weight decay 1") for of in (name, "ResNet")}, True)
+    for name in CHEN:
+        yield ("Chen Table 1", f"SAM lowers λmax of {name}", {
+            "plain": n.eigenvalue(name), "with SAM": n.eigenvalue(name + sam)}, True)
+    for name in CHEN:
+        yield ("Chen Table 1, Fig. 1", f"SAM makes {name} less sensitive to noise on its weights "
+               "(rise of the loss)", {"plain": n.noise(name), "with SAM": n.noise(name + sam)},
+               False)
+    yield ("Chen Table 1", "Mixer's NTK is conditioned worst, ResNet's best (κ)", {
+        name: n.of("ntk", name, lambda parts: ntk_summary(list(parts.values()))["κ"])
+        for name in ("Mixer", "ViT", "ResNet")}, True)
+    for name in ("ViT", "Mixer"):
+        yield ("Chen Table 3", f"{name}'s embedding is sharper than its last block (λmax)", {
+            what: n.eigenvalue(name, block, -1) for what, block in (
+                ("embedding", "embedding"), ("last block", "block "))}, True)
+        yield ("Chen Table 3", f"{name}'s first block is sharper than its last (λmax)", {
+            what: n.eigenvalue(name, "block ", which)
+            for what, which in (("first", 0), ("last", -1))}, True)
+        yield ("Chen Table 3", f"SAM makes {name}'s weights longer (‖w‖)", {
+            what: n.only("norms", name + s, lambda of: of["weights"])
+            for what, s in (("with SAM", sam), ("plain", ""))}, True)
+        yield ("Chen Fig. 2, §4.4", f"SAM makes {name}'s first block sparser (active, %)", {
+            what: n.only("sparsity", name + s, lambda of: 100 * next(iter(of["block"].values())))
+            for what, s in (("plain", ""), ("with SAM", sam))}, False)
+        yield ("Chen Fig. 2", f"SAM raises the training loss of {name}", {
+            what: n.only("nll", name + s, lambda of: of["nll"])
+            for what, s in (("with SAM", sam), ("plain", ""))}, True)
+    for name in CHEN:
+        yield ("Chen Fig. 4, Table 4", f"SAM gains more with a tenth of the images, {name} "
+               "(points)", {"1/10": n.top1(f"{name}, 1/10{sam}") - n.top1(f"{name}, 1/10"),
+                            "all": n.top1(name + sam) - n.top1(name)}, False)
+    for name in ("ViT", "Mixer"):
+        yield ("Chen §5.2, Table 4", f"SAM helps {name} more than strong augmentation, a tenth of "
+               "the images (%)", {"with SAM": n.top1(f"{name}, 1/10{sam}"),
+                                  "augmented": n.top1(f"{name}, augmented, 1/10")}, False)
+        yield ("Chen §5.2, Table 4", f"SAM adds to strong augmentation, {name} (%)", {
+            "both": n.top1(f"{name}, augmented{sam}"), "augmented": n.top1(f"{name}, augmented")},
+            False)
+    yield ("Chen §5.3", "SAM helps ViT in contrastive training (%)", {
+        "with SAM": n.top1(f"ViT, contrastive{sam}, head"),
+        "plain": n.top1("ViT, contrastive, head")}, False)
+    for name in ("ViT", "Mixer"):
+        for benchmark, images in (("val", "clean"), ("pgd", "under PGD-10")):
+            yield ("Chen Table 5", f"SAM helps {name} in adversarial training, {images} (%)",
+                   {what: n.accuracy(benchmark, f"{name}, adversarial{s}")
+                    for what, s in (("with SAM", sam), ("without", ""))}, False)
+
+    # ---- Park & Kim, at the end of the warm-up where they speak of an early phase
+    yield ("Park Fig. 1b, 4", "ViT's Hessians have more negative eigenvalues than ResNet's (NEP, "
+           "%)", {name: 100 * n.spectrum(name, "nep") for name in ("ViT", "ResNet")}, False)
+    yield ("Park Fig. 1b, 4", "ViT's positive eigenvalues are smaller (APE)",
+           {name: n.spectrum(name, "ape") for name in ("ResNet", "ViT")}, True)
+    yield ("Park Fig. 4", "less data, more negative eigenvalues in ViT (NEP, %)", {
+        what: 100 * n.spectrum(name, "nep") for what, name in (("1/10", "ViT, 1/10"),
+                                                               ("all", "ViT"))}, False)
+    yield ("Park Fig. 6", "GAP for the class token: fewer negative eigenvalues (NEP, %)", {
+        what: 100 * n.spectrum(name, "nep") for what, name in (("class token", "ViT"),
+                                                               ("GAP", "ViT, GAP"))}, False)
+    yield ("Park §2", "GAP for the class token: better (%)", {
+        "GAP": n.top1("ViT, GAP"), "class token": n.top1("ViT")}, False)
+    yield ("Park Fig. 7b", "kernels of 5×5: fewer negative eigenvalues than global attention (NEP, "
+           "%)", {what: 100 * n.spectrum(name, "nep") for what, name in (
+               ("global", "ViT, patch 4"), ("5×5", "ViT, patch 4, kernel 5"))}, False)
+    yield ("Park Fig. 7a", "kernels of 5×5: better than global attention (%)", {
+        "5×5": n.top1("ViT, patch 4, kernel 5"), "global": n.top1("ViT, patch 4")}, False)
+    for names in (("Mixer", "ViT"), ("ViT", "PiT"), ("ViT", "Swin"), ("ViT", "ResNet")):
+        yield ("Park Fig. 5a", f"stronger inductive bias, lower training loss: {names[1]} below "
+               f"{names[0]}", {name: n.only("nll", name, lambda of: of["nll"])
+                               for name in names}, True)
+        yield ("Park Fig. 5a", f"… and lower error ({names[1]}, {names[0]}, %)", {
+            name: 100 - n.top1(name) for name in names}, False)
+    yield ("Park Fig. 5b", "less data, higher training loss of ViT", {
+        what: n.only("nll", name, lambda of: of["nll"])
+        for what, name in (("1/10", "ViT, 1/10"), ("all", "ViT"))}, True)
+    for key, what in (("nep", "fewer negative"), ("ape", "smaller positive")):
+        yield ("Park Fig. C.5", f"more heads, {what} eigenvalues ({key.upper()})", {
+            name: n.spectrum(f"ViT, {name}", key) for name in ("1 head", "9 heads")}, False)
+        yield ("Park Fig. C.6", f"wider heads, {what} eigenvalues ({key.upper()})", {
+            "8 channels": n.spectrum("ViT, heads of 8", key), "32": n.spectrum("ViT", key)}, False)
+    yield ("Park Fig. C.2a", "very small patches do not help ViT (%)", {
+        "patches of 8": n.top1("ViT"), "of 4": n.top1("ViT, patch 4")}, False)
+    nothing = np.zeros(len(n.seeds))
+    for command, what in (("fourier", "high frequencies (Δ log amplitude)"),
+                          ("variance", "the variance")):
+        where = "Park Fig. 8, 2a" if command == "fourier" else "Park Fig. 9"
+        for name in ("ViT", "AlterNet"):
+            yield (where, f"attention lowers {what}, {name}", {
+                "unchanged": nothing, "attention": n.change(command, name, "attention")}, False)
+        for name, kind in (("ViT", "mlp"), ("ResNet", "conv")):
+            yield (where, f"{kind if kind == 'conv' else 'MLP'}s raise {what}, {name}", {
+                kind: n.change(command, name, kind), "unchanged": nothing}, False)
+    yield ("Park Fig. 2b", "noise of high frequencies hurts ResNet more than ViT (points, 0.5π to "
+           "π)", {name: n.vulnerability(name, 0.5, 1) for name in ("ResNet", "ViT")}, False)
+    yield ("Park Fig. 2b", "noise of low frequencies hurts ViT more than ResNet (points, to 0.2π)",
+           {name: n.vulnerability(name, 0, 0.2) for name in ("ViT", "ResNet")}, False)
+    for name in ("ResNet", "Swin"):
+        yield ("Park Fig. 10a", f"feature maps are alike within a stage, {name} (CKA)", {
+            "within": n.similarity(name, True), "neighbouring": n.similarity(name, False)}, False)
+    yield ("Park Fig. 10b", "ResNet needs the first block of a stage more than the last (points)",
+           {"first": n.lesion("ResNet", ".0"), "last": n.lesion("ResNet", ".1")}, False)
+    yield ("Park Fig. 11, 12b", "AlterNet is better than ResNet (%)", {
+        name: n.test(name) for name in ("AlterNet", "ResNet")}, False)
+    for more in (1, 2, 3):
+        yield ("Park Fig. 12a", f"AlterNet: one attention block more is better, {more} (%)", {
+            str(of): n.top1(blocks[of]) for of in (more, more - 1)}, False)
+    yield ("Park Fig. 12c", "AlterNet's eigenvalues are smaller than ResNet's (APE)", {
+        name: n.spectrum(name, "ape") for name in ("ResNet", "AlterNet")}, True)
+    yield ("Park App. B", "a blur of 2×2 helps ResNet (%)", {
+        "blur": n.top1("ResNet, blur"), "none": n.top1("ResNet")}, False)
+    yield ("Park Fig. F.1a", "strong augmentation harms ViT's calibration (ECE, %)", {
+        what: n.only("calibration", name, lambda of: of["ece"])
+        for what, name in (("augmented", "ViT, augmented"), ("plain", "ViT"))}, False)
+
+    # ---- Xiao et al.
+    yield ("Xiao §6", "the convolutional stem makes ViT better (%)", {
+        name: n.test(name) for name in ("ViT_C", "ViT")}, False)
+    yield ("Xiao §6", "… and better than a convolutional network (%)", {
+        name: n.test(name) for name in ("ViT_C", "ResNet")}, False)
+    yield ("Xiao Fig. 2", "ViT_C lacks less than ViT to its own result of twice the epochs "
+           "(points)", {name: n.test(f"{name}, twice the epochs") - n.test(name)
+                        for name in ("ViT", "ViT_C")}, False)
+    yield ("Xiao Fig. 2", "… of a quarter of the epochs to its own result (points, tuned)",
+           {name: n.study("length", name, lambda runs: min(
+               runs, key=lambda run: run["epochs"])["delta"]) for name in ("ViT", "ViT_C")}, False)
+    yield ("Xiao Fig. 3", "AdamW or SGD matters less to ViT_C (points apart, tuned)", {
+        name: n.study("optimizer", name, lambda runs: abs(longest(
+            [run for run in runs if run["optimizer"] == "sgd"])["delta"]))
+        for name in ("ViT", "ViT_C")}, False)
+    for optimizer in ("adamw", "sgd"):
+        yield ("Xiao Fig. 4, 5", "more learning rates and weight decays suit ViT_C, "
+               f"{optimizer} (% of them within 4 points of the best)", {
+            name: n.study("lr-wd", name, lambda runs: 100 * np.mean([
+                run["delta"] is not None and run["delta"] <= 4 for run in runs
+                if run["random"] and run["optimizer"] == optimizer]))
+            for name in ("ViT_C", "ViT")}, False)
+
+
+def verdict(values, ratio=False):
+    """{what: its numbers over seeds} -> by how much they descend (the least step, mean and standard
+    deviation over seeds, of logarithms if it is their ratio that counts), and in words."""
+    numbers = np.array(list(values.values()))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        steps = (-np.diff(np.log(numbers) if ratio else numbers, axis=0)).min(axis=0)
+        mean, spread = steps.mean(), steps.std(ddof=1) if len(steps) > 1 else None
+    if not np.isfinite(steps).all():
+        return None, "no verdict: a number is not finite, or a training diverged"
+    margin = (f"×{significant(math.exp(mean))}, {' '.join(f'{math.exp(x):.3g}' for x in steps)}"
+              if ratio else significant(mean, spread))
+    if spread is not None and abs(mean) <= spread:
+        return margin, "within the spread"
+    return margin, ("shows" if mean > 0 else "does not show") + ", one seed" * (spread is None)
+
+
+def judged(n):
+    """-> rows of the table of claims, and [(claim, what numbers it lacks)]."""
+    rows, lacking = [], []
+    for where, claim, values, ratio in claims(n):
+        if n.missing:
+            lacking.append((f"{where}: {claim}", f"no numbers: {', '.join(n.missing)}"))
+            n.missing.clear()
+            continue
+        margin, word = verdict(values, ratio)
+        rows.append({"paper": where, "claim": claim, "measured": ", ".join(
+            f"{what} {over_seeds(of) or '-'}" for what, of in values.items()), "by": margin,
+            "verdict": word})
+    return rows, lacking
+
+
+def over_seeds(values):
+    return significant(values.mean(), values.std(ddof=1) if len(values) > 1 else None)
+
+
+def linear_top1():
+    """Top-1 in percent of ridge regression on the pixels of `shapes`, of the validation split."""
+    (x, y), (v, t) = (data.shapes(start + np.arange(count)) for start, count in (
+        data.SHAPES_SPLITS[split] for split in ("train", "val")))
+    x, v = ((images.flatten(1).double() / 255 - 0.3) for images in (x, v))
+    targets = F.one_hot(y).double() - F.one_hot(y).double().mean(0)
+    weights = torch.linalg.solve(x.T @ x + 3000 * torch.eye(x.shape[1]).double(), x.T @ targets)
+    return 100 * ((v @ weights).argmax(1) == t).double().mean().item()
+
+
+def analyses(names, how):
+    """Yields subcommand, its flags, of which networks, and their checkpoint's file."""
+    def of(*wanted):
+        return [name for name in wanted if name in names]
+    core = of(*(name + sam for name in FIVE for sam in ("", " + SAM")))
+    chen = [name for name in core if name.split(" ")[0] in CHEN]
+    plain = of(*FAMILIES)
+    other = [name for name in names if "," in name and "+" not in name and "contrast" not in name]
+    images, held_out = ["--images", str(how["images"])], ["--images", str(how["held_out"])]
+    yield "test", ["--benchmarks", "val", "--eval-split", "test"], [*core, *of(*(
+        f"{name}, twice the epochs" for name in FIVE))], "ckpt.pt"
+    yield "robustness", ["--benchmarks", "val", "pgd"], [
+        name for name in names if "adversarial" in name], "ckpt.pt"
+    yield "robustness", [], core, "ckpt.pt"
+    yield "hessian", images, of(*CHEN), Numbers.at_equal_loss
+    yield "hessian", images, [*core, *(name for name in names if "decay" in name)], "ckpt.pt"
+    yield "ntk", [*images, "--batch", str(min(48, how["images"]))], plain, "ckpt.pt"
+    for command in ("norms", "sparsity"):
+        yield command, images, chen, "ckpt.pt"
+    yield "flatness", [*images, "--sigma", "0.005", "0.01", "0.02", "--rho", "0.05", "0.1"], chen, (
+        "ckpt.pt")
+    yield "spectrum", images, [*plain, *(name for name in other if "ViT, " in name and (
+        "head" in name or "kernel" in name or name in ("ViT, 1/10", "ViT, GAP", "ViT, patch 4")))
+        ], "warmup.pt"
+    for command in ("fourier", "variance", "cka", "lesion"):
+        yield command, held_out, plain, "ckpt.pt"
+    yield "noise", [], plain, "ckpt.pt"
+    yield "calibration", [], of("ViT", "ViT + SAM", "ViT, augmented"), "ckpt.pt"
+    yield "nll", [], [*chen, *(name for name in (*plain, *other) if name not in chen)], "ckpt.pt"
+
+
+def reproduce(args, rest):
+    """The three papers in small: trains networks of equal cost on `shapes`, with and without SAM
+    and in the ways of the papers' other tables, computes what the papers compute from them, and
+    says of each claim whether it shows, in OUT/index.html, claims.md and reproduce.json. SAM's ρ is
+    the best of four for each family on a held-out fifth of the training images, with the first seed
+    (--quick: 0.03); nothing else is chosen. What it computes is other subcommands', whose files
+    are in OUT, too. Returns what the JSON holds under "results"."""
+    how = SCALES["quick" if args.quick else "full"]
+    need(args, seeds=0)
+    seeds, parts = list(dict.fromkeys(args.seeds or how["seeds"])), args.parts or how["parts"]
+    chosen, origin = train.settings(rest)
+    refuse([name for name in origin if name not in MAY_BE_GIVEN], origin, "is this command's own; "
+           "of train.py's flags it takes --" + ", --".join(MAY_BE_GIVEN).replace("_", "-"))
+    train.join("cpu:gloo,cuda:nccl" if chosen.device == "cuda" else "gloo",
+               timeout=timedelta(days=1000))
+    folder = Path(args.out_dir or "results")
+    results = Results(folder, "reproduce")
+
+    def flags(family, seed, more=""):
+        more = more.format(twice=2 * how["epochs"], each=" ".join(map(str, range(
+            1, how["epochs"]))))
+        return ["--recipe", "shapes", "--model", *FAMILIES[family].split(), *as_flags(dict(
+            epochs=how["epochs"], warmup_steps=how["warmup_steps"], seed=seed)), "--keep-epochs",
+            "warmup", *shlex.split(more), *rest]
+
+    shown = {}  # as of index_page; what is computed again for another seed takes its place
+
+    def run(command, out, *argv):
+        """A subcommand, with its files in the folder out."""
+        tell(f"\n{command}")
+        parser = make_parser()
+        argv = [command, "--out-dir", str(out), *argv]
+        own, more = parser.parse_known_args(argv)
+        of, started = parser.commands[command], time.time()
+        answer = own.function(own, [*more, *rest * ("--runs" not in of._option_string_actions)])
+        name = own.study if command == "stability" else command
+        shown[name] = dict(argv=[*argv, *rest], answer=None, summary=of.summary, drawn=drawn(
+            out, name, started), folder=os.path.relpath(out, folder))
+        return answer
+
+    # ---- ρ
+    grid = {(family, rho): f"rho-{family.lower()}-{rho}" for family in FIVE for rho in how["rho"]
+            if len(how["rho"]) > 1}
+    ended = conduct("ρ", {run: [*flags(family, seeds[0]), "--hold-out", "1/5", "--sam-rho", rho]
+                          for (family, rho), run in grid.items()}, folder / "runs")
+    held_out = {key: -1 if ended[run]["diverged"] else ended[run]["top1"]
+                for key, run in grid.items()}
+    rho = {family: max(how["rho"], key=lambda rho: held_out.get((family, rho), 0))
+           for family in FIVE}
+
+    # ---- trainings
+    jobs, runs = {}, {}
+    for (part, families, other, more, with_sam), seed in itertools.product(TRAININGS, seeds):
+        for family, sam in itertools.product(families, (False, True)[:1 + with_sam]):
+            name = ", ".join(filter(None, (family, other))) + " + SAM" * sam
+            if part in parts:
+                slug = re.sub(r"[^\w]+", "-", f"{name} seed{seed}".lower())
+                runs[name, seed] = dict(run=slug, part=part, family=family)
+                jobs[slug] = [*flags(family, seed, more), "--sam-rho", rho[family] if sam else "0"]
+    ended = conduct("trainings", jobs, folder / "runs")
+    heads = {}
+    for (name, seed), of in list(runs.items()):
+        if of["part"] == "contrastive":
+            slug, file = f"{of['run']}-head", str(folder / "runs" / of["run"] / "ckpt.pt")
+            runs[f"{name}, head", seed] = of | dict(run=slug)
+            heads[slug] = [*flags(of["family"], seed), *as_flags(dict(
+                train_only="head", epochs=max(1, how["epochs"] // 4), sam_rho=0, reset_head=True,
+                init_from=file))]
+    ended |= conduct("classifiers", heads, folder / "runs") if heads else {}
+    runs = {key: of | ended[of["run"]] for key, of in runs.items()}
+    n, names = Numbers(folder / "runs", seeds, runs), list(dict.fromkeys(name for name, _ in runs))
+
+    # ---- analyses, of the first seed last: its figures stay
+    for command, argv, of, file in analyses(names, how):
+        for seed in reversed(seeds):
+            paths = [str(n.path(name, seed, file(n, name, seed) if callable(file) else file))
+                     for name in of if runs[name, seed]["top1"] is not None]
+            if paths:
+                n.found.setdefault(command, {}).update(run(
+                    *(("robustness", folder / "test") if command == "test" else (command, folder)),
+                    *argv, "--checkpoint", *paths))
+    first = [name for name in names if name in FIVE and runs[name, seeds[0]]["top1"] is not None]
+    pairs = [name + sam for name in first if name in CHEN for sam in ("", " + SAM")]
+    of_first = {"landscape": (pairs, ["--images", str(how["images"] // 2), "--points",
+                                      str(how["points"])]),
+                "attention": ([name for name in pairs if name.startswith("ViT")], []),
+                "curves": (pairs, []), "peak": (first, [])}
+    for command, (of, argv) in of_first.items():
+        paths = [str(n.path(name, seeds[0])) for name in of if (name, seeds[0]) in runs]
+        if paths:
+            run(command, folder, *argv, "--runs" if command in ("curves", "peak") else
+                "--checkpoint", *paths)
+    for study, seed in itertools.product(OF_XIAO * ("optimizability" in parts), reversed(seeds)):
+        n.found.setdefault(study, {})[seed] = run(
+            "stability", folder / f"stability-seed{seed}", "--study", study, "--models",
+            FAMILIES["ViT"], FAMILIES["ViT_C"], "--vary", "epochs", *map(str, how["epochs_of"][
+                study]), "--pairs", str(how["pairs"]), "--recipe", "shapes",
+            *as_flags(dict(sam_rho=0, seed=seed)))
+
+    # ---- claims
+    rows, lacking = judged(n)
+    results.parts = {
+        "trainings": {of["run"]: of | dict(name=name, seed=seed)
+                      for (name, seed), of in runs.items()},
+        "ρ, top-1 % of held-out training images": {
+            f"{family}, {rho}": top1 for (family, rho), top1 in held_out.items()},
+        "claims": {f"{row['paper']}: {row['claim']}": row for row in rows}}
+    results.settings = {"ρ": rho, "seeds": seeds, "parts": list(parts)} | {
+        name: how[name] for name in ("epochs", "warmup_steps", "images", "held_out")}
+    train.on_main(results.write)
+    if train.rank() == 0:
+        tables = {"Networks": family_rows(n, rho), "Claims": rows, "All trainings": [
+            {"training": name, "part": runs[name, seeds[0]]["part"], "validation top-1 %":
+             over_seeds(n.top1(name)) or "diverged"} for name in names]}
+        counts = Counter(row["verdict"].split(",")[0] for row in rows)
+        of = machine(train.start_processes(chosen.device)[0])
+        write_report(folder, tables, lacking + LEFT_OUT, n, shown, (
+            f"Of {len(rows)} claims {counts['shows']} show, {counts['does not show']} do not show, "
+            f"{counts['within the spread']} are within the spread. Trained on shapes, "
+            f"{how['epochs']} epochs, seeds {', '.join(map(str, seeds))}; {of['device']}, torch "
+            f"{of['torch']}."))
+    return results.parts
+
+
+def family_rows(n, rho):
+    """What Tables 1 and 2 of Chen et al. have, of each family and of a linear model."""
+    rows = []
+    for family in FIVE:
+        cost = train.complexity_of(train.settings(
+            ["--dataset", "shapes", "--model", *FAMILIES[family].split()])[0])
+        rows.append({"network": family, "model": FAMILIES[family], "M multiply-adds":
+                     cost["macs"] / 1e6, "parameters": f"{cost['params']:,}", "ρ": rho[family]} | {
+            f"{what}{how}": over_seeds(measured(name))
+            for what, measured in (
+                ("top-1 %", n.test), ("corrupted %", functools.partial(n.accuracy, "c-lite")),
+                ("training loss", lambda name: n.only("nll", name, lambda of: of["nll"])),
+                ("λmax", n.eigenvalue))
+            for how, name in (("", family), (", SAM", f"{family} + SAM"),
+                              (", twice", f"{family}, twice the epochs"))})
+    rows.append({"network": "linear model", "top-1 %": f"{linear_top1():.4g}"})
+    columns = dict.fromkeys(column for row in rows for column, value in row.items()
+                            if value is not None)
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def write_report(folder, tables, left_out, n, shown, how):
+    """claims.md and index.html: the tables, {title: rows}, what is left out, [(what, why)], the
+    figures, as of figure_sections, and in a sentence how it was made. Two figures are its own: all
+    trainings, and Chen Fig. 4."""
+    parts = group([dict(name=name, part=of["part"]) for (name, seed), of in n.runs.items()
+                   if seed == n.seeds[0]], "part")
+    columns = min(len(parts), 4)
+    figure(folder / "trainings.png", lambda grid: draw_trainings(grid, parts, n),
+           -(-len(parts) // columns), columns)
+    own = {"trainings": "Top-1 of the validation split, mean and deviation over seeds"}
+    if "fractions" in parts:
+        paper = dict(zip(CHEN, ("vit_b16", "mixer_b16", "resnet152")))
+        figure(folder / "datasize.png", lambda axes: draw_datasize(axes, {
+            label: with_gains(fraction_runs(n, name, of), "top1") for name, model in paper.items()
+            for label, of in ((name, None), (f"Chen, {model}", CHEN_4[model]))}), columns=2)
+        own["datasize"] = "Accuracy and SAM's gain by the number of images (Chen Fig. 4)"
+    rules = ("A claim shows if the numbers descend as it says, on average over seeds by more than "
+             "the standard deviation of that over seeds; it does not show if they ascend by as "
+             "much; else it is within the spread. Of ratios (×) it is their logarithms.")
+    sections = tables | {"Left out": [{"what": what, "why": why} for what, why in left_out]}
+    text = f"# The papers in small\n\n{how}\n\n{rules}\n" + "".join(
+        f"\n## {title}\n\n{markdown(rows)}" for title, rows in sections.items())
+    train.write_file(folder / "claims.md", lambda file: file.write(text.encode()))
+    body = [f"<p>{html.escape(how)}<p>{rules}", *(f"<h2>{title}</h2>{html_table(rows)}"
+                                                  for title, rows in sections.items())]
+    body += [f'<h2>{name}</h2><p>{html.escape(what)}<p><img src="{name}.png" alt="{name}">'
+             for name, what in own.items() if (folder / f"{name}.png").exists()]
+    page = PAGE.format(title="The papers in small", body="\n".join(body + figure_sections(shown)))
+    train.write_file(folder / "index.html", lambda file: file.write(page.encode()))
+    print_rows([{column: row[column] for column in ("claim", "paper", "measured", "verdict")}
+                for row in tables["Claims"]])
+    train.say(f"{how}\nresults   {folder / 'index.html'}, {folder / 'claims.md'}, "
+              f"{folder / 'reproduce.json'}")
+
+
+def fraction_runs(n, name, paper):
+    """Runs for with_gains: ours, the mean over seeds, or Table 4's."""
+    if paper:
+        return [dict(method=method, fraction=float(Fraction(share)), top1=top1)
+                for method, row in paper.items() for share, top1 in zip(FRACTIONS, row)]
+    ways = {"plain": name, "sam": f"{name} + SAM", "augmented": f"{name}, augmented",
+            "both": f"{name}, augmented + SAM"}
+    found = []
+    for (method, way), share in itertools.product(ways.items(), FRACTIONS):
+        base, sam, _ = way.partition(" + SAM")
+        of = way if share == "1" else f"{base}, {share}{sam}"
+        if (of, n.seeds[0]) in n.runs:
+            found.append(dict(method=method, fraction=float(Fraction(share)),
+                              top1=float(n.top1(of).mean())))
+    return found
+
+
+def draw_trainings(grid, parts, n):
+    """A panel for each part."""
+    for axes, (part, rows) in zip(np.ravel(grid), parts.items()):
+        for row in reversed(rows):
+            top1 = n.top1(row["name"])
+            axes.barh(row["name"], top1.mean(), xerr=top1.std(ddof=1) if len(top1) > 1 else None,
+                      color="C1" if "+ SAM" in row["name"] else "C0")
+        axes.set_title(part, fontsize=8)
+        axes.tick_params(axis="y", labelsize=6)
+        axes.set_xlabel("top-1 (%)")
+    for axes in np.ravel(grid)[len(parts):]:
+        axes.axis("off")
+
+
+def html_table(rows):
+    cells = [[html.escape("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v))
+              for v in row] for row in (list(rows[0]), *(row.values() for row in rows))]
+    lines = ["".join(f"<{'td' if i else 'th'}>{cell}" for cell in row)
+             for i, row in enumerate(cells)]
+    return "<table>\n" + "".join(f"<tr>{line}\n" for line in lines) + "</table>"
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -4668,6 +5318,13 @@ def make_parser():
         "these (default: " + " ".join(figures) + ")")
     add("--images", help="for each that has this flag; default: its own")
     add("--points", type=int, help="of the landscape; default: its own")
+
+    add = command(reproduce, "the three papers in small on the built-in data set: trainings, "
+                  "figures, a verdict on each claim", of_checkpoints=False)
+    add("--quick", action="store_true", help="a part of it, short: 2 epochs, 2 seeds, ρ = 0.03")
+    add("--parts", nargs="+", choices=PARTS, help="of the trainings, and what is computed from "
+        "them (default: all; with --quick: " + " ".join(SCALES["quick"]["parts"]) + ")")
+    add("--seeds", nargs="+", type=int, help="(default: 0 1 2; with --quick: 0 1)")
     return parser
 
 

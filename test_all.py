@@ -5156,6 +5156,19 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_which(tmp_p
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
+def test_narrow_resnets_on_the_cpu_keep_out_of_a_layout_that_corrupts_memory(tmp_path, capsys):
+    """oneDNN writes past its memory in the gradient of a strided 1×1 convolution of few channels
+    with channels last: here it crashed, or hung."""
+    narrow, wide = (train.build_model("resnet18", 12, 32, width=width) for width in (8, 16))
+    assert train.too_narrow_for_channels_last(narrow)
+    assert not train.too_narrow_for_channels_last(wide)
+    assert not train.too_narrow_for_channels_last(train.build_model("vit_micro8", 12, 32))
+    argv = ("--model resnet18 --width 4 --dataset shapes --train-fraction 1/50 --batch-size 32 "
+            "--micro-batch 16 --max-steps 2 --warmup-steps 1 --device cpu --out-dir").split()
+    train_ok([*argv, str(tmp_path / "run")])
+    assert "fewer than 16 channels" in refusal(capsys, *argv, tmp_path / "no", "--channels-last")
+
+
 def test_gradients_of_zero_change_nothing_and_stop_nothing(tmp_path, monkeypatch):
     good = train.softmax_loss
     monkeypatch.setattr(train, "softmax_loss", lambda *args: 0 * good(*args))
@@ -8956,6 +8969,142 @@ def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
         assert answer in line, line
     assert "needs either --checkpoint" in analyze_refusal(capsys, "all")
     assert "No such file" in analyze_refusal(capsys, "all", "--checkpoint", tmp_path / "x.pt")
+
+
+def test_every_claim_is_about_trainings_and_numbers_that_reproduce_makes():
+    names = [", ".join(filter(None, (family, other))) + " + SAM" * sam
+             for _, families, other, _, with_sam in analyze.TRAININGS for family in families
+             for sam in (False, True)[:1 + with_sam]]
+    names += [f"{name}, head" for name in names if "contrastive" in name]
+    assert len(set(names)) == len(names) > 50
+    made = {f"{command} of {name}" for command, _, of, _ in analyze.analyses(
+        names, analyze.SCALES["full"]) for name in of} | set(analyze.OF_XIAO)
+    runs = {(name, 0): dict(run="x", top1=1.0) for name in names}
+    n, claims = analyze.Numbers(Path("runs"), [0], runs), set()
+    n.at_equal_loss = lambda name, seed: "epoch1.pt"
+    for where, claim, values, ratio in analyze.claims(n):
+        assert (where, claim) not in claims and re.match(r"(Chen|Park|Xiao) ", where)
+        assert len(values) > 1 and isinstance(ratio, bool), claim
+        claims.add((where, claim))
+    assert set(n.missing) <= made, set(n.missing) - made
+    rows, lacking = analyze.judged(analyze.Numbers(Path("runs"), [0], {}))
+    assert not rows and len(lacking) == len(claims) > 60
+    spent = [(other, names) for _, _, other, flags, _ in analyze.TRAININGS for names in [
+        train.settings(["--dataset", "shapes", *shlex.split(flags.format(twice=2, each="1"))])]]
+    assert spent, "and their flags are train.py's"
+
+
+def test_networks_that_reproduce_compares_cost_about_the_same():
+    cost = {family: train.complexity_of(train.settings(
+        ["--dataset", "shapes", "--model", *words.split()])[0])["macs"]
+        for family, words in analyze.FAMILIES.items()}
+    assert set(analyze.FIVE) < set(cost) and 7.2e6 < min(cost.values()), cost
+    assert max(cost.values()) < 9e6, cost
+
+
+def test_a_claim_shows_where_numbers_descend_by_more_than_their_deviation_over_seeds():
+    a, b = np.array([3.0, 5.0]), np.array([1.0, 2.0])
+    assert analyze.verdict({"a": a, "b": b}) == ("2.5 ± 0.71", "shows")
+    assert analyze.verdict({"b": b, "a": a}) == ("-2.5 ± 0.71", "does not show")
+    assert analyze.verdict({"a": a, "b": b[::-1]}) == ("2.5 ± 2.1", "shows")
+    assert analyze.verdict({"a": a, "b": np.array([1.0, 9.0])})[1] == "within the spread"
+    assert analyze.verdict({"a": a, "c": a - 1, "b": b}) == ("1 ± 0", "shows")
+    assert analyze.verdict({"a": a, "b": b, "c": a})[1] == "does not show", "nor does a part of it"
+    assert analyze.verdict({"a": a, "b": b}, ratio=True) == ("×2.739, 3 2.5", "shows")
+    assert analyze.verdict({"a": a[:1], "b": b[:1]})[1] == "shows, one seed"
+    for wrong in ({"a": a, "b": np.array([1.0, np.nan])}, {"a": a, "b": np.array([-1.0, 1.0])}):
+        margin, word = analyze.verdict(wrong, ratio=True)
+        assert margin is None and word.startswith("no verdict"), wrong
+
+
+def test_numbers_of_claims_are_taken_from_results_as_by_hand(tmp_path):
+    n = analyze.Numbers(tmp_path, [0], {("net", 0): dict(run="r", top1=70.0)})
+    kinds = {"stem": ["stem", 0], "a": ["attention", 1], "m": ["mlp", 1], "b": ["attention", 2],
+             "o": ["mlp", 2]}
+    side = dict.fromkeys(kinds, 4) | {"b": 2, "o": 2}
+    cka = np.eye(5)
+    cka[1, 2], cka[3, 4], cka[1, 3], cka[1, 4], cka[2, 3], cka[2, 4] = 0.9, 0.7, 0.1, 0.2, 0.3, 0.6
+    found = {
+        "flatness": {"softmax, 9 of images, noise of σ 0.01, 10 draws": dict(mean=2.5),
+                     "softmax, 9 of images, noise of σ 0.02, 10 draws": dict(mean=9.0),
+                     "softmax, 9 of images, ball of ρ 0, 20 steps": dict(worst=2.0),
+                     "softmax, 9 of images, ball of ρ 0.1, 20 steps": dict(worst=7.0)},
+        "variance": {"9 images": dict(units=kinds, side=side, variance=dict(
+            stem=1.0, a=1.5, m=1.25, b=8.0, o=10.0))},
+        "fourier": {"9 images": dict(units=kinds, side=side, diagonal=dict(
+            stem=[0, -1], a=[0, -3], m=[0, -2], b=[0, 5], o=[0, 7]))},
+        "noise": {"no noise": dict(top1=90.0), "0.1π, σ 0.5": dict(top1=80.0),
+                  "0.5π, σ 0.5": dict(top1=60.0), "1π, σ 0.5": dict(top1=50.0)},
+        "cka": {"9 images": dict(units=kinds, cka=cka.tolist()),
+                "9 images, against other": dict(units=kinds, cka=np.ones((5, 5)).tolist())},
+        "lesion": {"9 images, whole": 90.0, "9 images, without layer1.0": 60.0, "9 images, without "
+                   "layer1.1": 88.0, "9 images, without layer2.0": 80.0},
+        "hessian": {f"{block}: softmax": dict(eigenvalues=[value]) for block, value in (
+            ("whole", 9.0), ("embedding", 4.0), ("block 1 of 4", 3.0), ("block 4 of 4", 1.0))},
+        "robustness": {"val": dict(top1=90.0), "c-lite/x/1": dict(top1=50.0),
+                       "c-lite/x/2": dict(top1=30.0), "c-lite/y/1": dict(top1=60.0)}}
+    n.found = {command: {f"{tmp_path}/r/ckpt.pt (0123)": parts, f"{tmp_path}/r2/ckpt.pt (0)": {}}
+               for command, parts in found.items()}
+    got = [n.top1("net"), n.noise("net"), n.change("variance", "net", "attention"),
+           n.change("variance", "net", "mlp"), n.change("fourier", "net", "attention"),
+           n.vulnerability("net", 0.5, 1), n.similarity("net", True), n.similarity("net", False),
+           n.lesion("net", ".0"), n.eigenvalue("net"), n.eigenvalue("net", "embedding", -1),
+           n.eigenvalue("net", "block ", -1), n.accuracy("c-lite", "net")]
+    assert np.allclose(np.concatenate(got), [70, 0.5, 0.5, (-0.25 + 2) / 2, -2, 35, 0.8, 0.3, 20, 9,
+                                             4, 1, 50]), got
+    assert np.isnan(n.spectrum("net", "nep")) and n.missing == ["spectrum of net"]
+
+
+def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
+        tmp_path, capsys, monkeypatch, in_process):
+    small = "--batch-size 40 --micro-batch 20"
+    for name, value in (("FAMILIES", {"ViT": STUDIED, "Mixer": "mixer_micro8 --dim 16 --depth 1"}),
+                        ("FIVE", ("ViT", "Mixer")), ("CHEN", ("ViT", "Mixer")), ("TRAININGS", [
+                            ("core", ("ViT", "Mixer"), "", f"{small} --keep-epochs warmup {{each}}",
+                             True),
+                            ("twice", ("ViT",), "twice the epochs", f"{small} --epochs {{twice}}",
+                             False),
+                            ("fractions", ("ViT",), "1/10", "--train-fraction 1/10 --batch-size 4 "
+                             "--micro-batch 4", True),
+                            ("contrastive", ("ViT",), "contrastive", "--loss supcon --augment crop "
+                             + small, False)])):
+        monkeypatch.setattr(analyze, name, value)
+    monkeypatch.setitem(analyze.SCALES, "full", dict(
+        epochs=2, warmup_steps=2, seeds=[0, 1], rho=["0.03", "0.1"], images=16, held_out=12,
+        points=2, pairs=1, parts=("core", "twice", "fractions", "contrastive"), epochs_of={}))
+    monkeypatch.setattr(analyze, "figure", lambda path, *_, **__: path.touch())
+    argv = ["reproduce", "--out-dir", str(tmp_path), "--device", "cpu", "--workers", "0"]
+    assert analyze.main(argv) == 0
+    assert len(in_process) == 4 + 2 * (4 + 1 + 2 + 1 + 1), in_process
+    found = json.loads((tmp_path / "reproduce.json").read_text())
+    grid = found["results"]["ρ, top-1 % of held-out training images"]
+    for family in ("ViT", "Mixer"):
+        assert grid[f"{family}, {found['settings']['ρ'][family]}"] == max(
+            grid[f"{family}, {rho}"] for rho in ("0.03", "0.1"))
+    text, page = ((tmp_path / name).read_text() for name in ("claims.md", "index.html"))
+    claim = found["results"]["claims"]["Chen Table 2: SAM raises the accuracy of ViT (%)"]
+    test = json.loads((tmp_path / "test/robustness.json").read_text())["results"]
+    top1 = {name: np.array([next(parts["val"]["top1"] for network, parts in test.items()
+                                 if f"/runs/{name}-seed{seed}/" in network) for seed in (0, 1)])
+            for name in ("vit-sam", "vit")}
+    with_sam, plain = (f"{v.mean():.4g}" for v in top1.values())
+    assert claim["measured"].startswith(f"with SAM {with_sam}") and f"plain {plain}" in (
+        claim["measured"])
+    assert claim["verdict"] == analyze.verdict(top1)[1]
+    for what in (claim["claim"], "linear model", "Left out", "ViT, contrastive, head",
+                 "SAM gains most for Mixer, then ViT, then ResNet"):
+        assert what in text and what in page, what
+    assert 'href="cka.json"' in page and "<table>" in page
+    capsys.readouterr()
+    del in_process[:]
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    assert analyze.main(argv) == 0 and not in_process
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    for flags, line in ((["--epochs", "3"], "--epochs is this command's own"),
+                        (["--parts", "core", "x"], "invalid choice: 'x'"),
+                        (["--model", "vit_b16"], "--model is this command's own"),
+                        (["--seeds", "0", "-1"], "--seeds -1"), (["--quick"], "other settings")):
+        assert line in analyze_refusal(capsys, *argv, *flags), flags
 
 
 # ----------------------------------------------------------------------------------- the repository

@@ -464,7 +464,7 @@ def make_parser():
     add("--compile", action=on_off, help="torch.compile; default: on CUDA")
     add("--channels-last", action=on_off, help="convolutions' weights, and so the maps between, "
         "with channels innermost in memory, which is faster; default: yes, but for our ViT, "
-        "Mixer, PiT, for Swin and on MPS")
+        "Mixer, PiT, for Swin, on MPS, and on the CPU for ResNets of width below 16")
     add("--workers", type=int, help="data processes per device; default: up to 8, none for data "
         "in memory")
 
@@ -1762,6 +1762,15 @@ def check_network(args):
         build_model(args.model, 2, args.image_size, **knobs(args))(images)
 
 
+def too_narrow_for_channels_last(network):
+    """Whether oneDNN writes past its memory in the backward pass of one of its convolutions: 1×1,
+    strided, of fewer channels than a vector register holds, at most 16 (oneDNN issue 6035, in torch
+    2.11 and 2.14): crashes, waits for ever or wrong gradients."""
+    return any(isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+               and module.stride != (1, 1) and module.in_channels < 16
+               for module in network.modules())
+
+
 def starting_network(args, origin, num_classes, device, tell):
     """The network of --model with the weights of --init-from, if that is given, behind its
     normalisation, on the device; args.mean and args.std become what was used."""
@@ -1791,6 +1800,12 @@ def starting_network(args, origin, num_classes, device, tell):
         args.mean, args.std = normalisation
     precision = torch.float64 if args.dtype == "float64" else torch.float32
     bare = assemble(network, args.mean, args.std).to(device, precision)
+    if args.channels_last and device.type == "cpu" and too_narrow_for_channels_last(network):
+        if origin["channels_last"] == "command line":
+            raise UserError("--channels-last: on the CPU 1×1 convolutions of a stride and fewer than "
+                            "16 channels go wrong so (oneDNN issue 6035): leave it out, or take a "
+                            "wider network")
+        args.channels_last = False
     if args.channels_last:
         bare = bare.to(memory_format=torch.channels_last)
     if dist.is_initialized():
