@@ -51,13 +51,12 @@ import PIL
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import features, Image, ImageEnhance, ImageFile, ImageFilter
+from PIL import Image, ImageEnhance, ImageFile, ImageFilter, features
 from torchvision import transforms as v1
 from torchvision.datasets import CIFAR10, CIFAR100, Flowers102, OxfordIIITPet
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
-
 
 # ---- shapes: a data set without a download -------------------------------------------------------
 #

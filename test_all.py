@@ -36,7 +36,6 @@ import time
 import traceback
 import warnings
 import zlib
-
 from contextlib import chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from fractions import Fraction
 from functools import partial
@@ -2287,6 +2286,7 @@ def test_sam_uses_the_moved_weights_inside_one_autocast_region():
     for one_region in (True, False):
         net, (x, y) = small_net(dtype=torch.float32), toy_batch(dtype=torch.float32)
         region = lambda active: torch.autocast("cpu", torch.bfloat16) if active else nullcontext()
+
         def loss():
             with region(not one_region):
                 return F.cross_entropy(net(x).float(), y)
@@ -3523,6 +3523,7 @@ def test_matlab_files_are_read_without_scipy(tmp_path, compress):
 
 def test_flowers_are_read_from_their_published_files(tmp_path, monkeypatch):
     folder = tmp_path / "flowers-102"
+
     def load(split="train", **more):
         return data.load("flowers102", split, data_dir=tmp_path, image_size=16, **more)
     with pytest.raises(data.DataError, match="imagelabels.mat is missing .* unpack 102flowers.tgz"):
@@ -3555,6 +3556,7 @@ def test_flowers_are_read_from_their_published_files(tmp_path, monkeypatch):
 
 def test_pets_are_read_from_their_published_files(tmp_path, monkeypatch):
     folder = tmp_path / "oxford-iiit-pet"
+
     def load(split="train", **more):
         return data.load("pets", split, data_dir=tmp_path, image_size=16, **more)
 
@@ -3602,6 +3604,7 @@ def test_imagenet21k_is_told_what_to_do_about_its_missing_validation_images(tmp_
 def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
     wnids = [f"n{i:08d}" for i in range(10_000, 11_000)]
     root = tmp_path / "imagenet"
+
     def read(name, classes=wnids):
         assert data.conditions(name, root) == [(None, None)]
         return data.benchmark(name, data_dir=root, image_size=16, classes=classes)
@@ -4004,6 +4007,7 @@ def test_lamb_takes_the_steps_of_its_algorithm_with_a_ratio_of_1_where_a_length_
 
 def test_weight_decay_reaches_what_each_mask_says():
     network = vit.build("vit_micro8", num_classes=3, image_size=32, stem="conv")
+
     def decayed(mask):
         ids = {id(p) for p in train.decay_groups(network, mask)[0]}
         return {n for n, p in network.named_parameters() if id(p) in ids}

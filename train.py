@@ -1802,8 +1802,8 @@ def starting_network(args, origin, num_classes, device, tell):
     bare = assemble(network, args.mean, args.std).to(device, precision)
     if args.channels_last and device.type == "cpu" and too_narrow_for_channels_last(network):
         if origin["channels_last"] == "command line":
-            raise UserError("--channels-last: on the CPU 1×1 convolutions of a stride and fewer than "
-                            "16 channels go wrong so (oneDNN issue 6035): leave it out, or take a "
+            raise UserError("--channels-last: on the CPU strided 1×1 convolutions of fewer than 16 "
+                            "channels go wrong so (oneDNN issue 6035): leave it out, or take a "
                             "wider network")
         args.channels_last = False
     if args.channels_last:
