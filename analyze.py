@@ -4865,7 +4865,8 @@ def reproduce(args, rest):
     in OUT, too. Returns what the JSON holds under "results"."""
     how = SCALES["quick" if args.quick else "full"]
     need(args, seeds=0)
-    seeds, parts = list(dict.fromkeys(args.seeds or how["seeds"])), args.parts or how["parts"]
+    seeds = list(dict.fromkeys(args.seeds or how["seeds"]))
+    parts = list(dict.fromkeys(("core", *(args.parts or how["parts"]))))
     chosen, origin = train.settings(rest)
     refuse([name for name in origin if name not in MAY_BE_GIVEN], origin, "is this command's own; "
            "of train.py's flags it takes --" + ", --".join(MAY_BE_GIVEN).replace("_", "-"))
@@ -4881,7 +4882,7 @@ def reproduce(args, rest):
             epochs=how["epochs"], warmup_steps=how["warmup_steps"], seed=seed)), "--keep-epochs",
             "warmup", *shlex.split(more), *rest]
 
-    shown = {}  # as of index_page; what is computed again for another seed takes its place
+    shown = {}  # as of figure_sections; the first seed, computed last, takes the others' place
 
     def run(command, out, *argv):
         """A subcommand, with its files in the folder out."""
@@ -4944,7 +4945,8 @@ def reproduce(args, rest):
                 "attention": ([name for name in pairs if name.startswith("ViT")], []),
                 "curves": (pairs, []), "peak": (first, [])}
     for command, (of, argv) in of_first.items():
-        paths = [str(n.path(name, seeds[0])) for name in of if (name, seeds[0]) in runs]
+        paths = [str(n.path(name, seeds[0])) for name in of
+                 if runs[name, seeds[0]]["top1"] is not None]
         if paths:
             run(command, folder, *argv, "--runs" if command in ("curves", "peak") else
                 "--checkpoint", *paths)
@@ -4963,13 +4965,17 @@ def reproduce(args, rest):
         "ρ, top-1 % of held-out training images": {
             f"{family}, {rho}": top1 for (family, rho), top1 in held_out.items()},
         "claims": {f"{row['paper']}: {row['claim']}": row for row in rows}}
-    results.settings = {"ρ": rho, "seeds": seeds, "parts": list(parts)} | {
+    results.settings = {"ρ": rho, "seeds": seeds, "parts": parts} | {
         name: how[name] for name in ("epochs", "warmup_steps", "images", "held_out")}
     train.on_main(results.write)
     if train.rank() == 0:
         tables = {"Networks": family_rows(n, rho), "Claims": rows, "All trainings": [
             {"training": name, "part": runs[name, seeds[0]]["part"], "validation top-1 %":
              over_seeds(n.top1(name)) or "diverged"} for name in names]}
+        if grid:
+            tables["SAM's ρ (Chen Table 9, 10): top-1 % of held-out training images"] = [
+                {"network": family} | {rho: held_out[family, rho] for rho in how["rho"]}
+                for family in FIVE]
         counts = Counter(row["verdict"].split(",")[0] for row in rows)
         of = machine(train.start_processes(chosen.device)[0])
         write_report(folder, tables, lacking + LEFT_OUT, n, shown, (
@@ -5326,7 +5332,7 @@ def make_parser():
                   "figures, a verdict on each claim", of_checkpoints=False)
     add("--quick", action="store_true", help="a part of it, short: 2 epochs, 2 seeds, ρ = 0.03")
     add("--parts", nargs="+", choices=PARTS, help="of the trainings, and what is computed from "
-        "them (default: all; with --quick: " + " ".join(SCALES["quick"]["parts"]) + ")")
+        "them, core always (default: all; --quick: " + " ".join(SCALES["quick"]["parts"]) + ")")
     add("--seeds", nargs="+", type=int, help="(default: 0 1 2; with --quick: 0 1)")
     return parser
 

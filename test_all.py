@@ -9152,6 +9152,29 @@ def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
     assert not imported & siblings, imported & siblings
 
 
+def test_the_readmes_examples_run_as_they_stand():
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    made = {}
+    for block in blocks:
+        torch.manual_seed(0)
+        model = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).eval()
+        nn.init.normal_(model.head.weight)
+        given = dict(torch=torch, train=train, model=model, criterion=nn.CrossEntropyLoss(),
+                     x=torch.rand(4, 3, 32, 32), y=torch.arange(4), images=torch.rand(2, 3, 32, 32),
+                     optimizer=torch.optim.SGD(model.parameters(), 0.1))
+        before = copy.deepcopy(model.state_dict())
+        exec(block, given)
+        made |= {name: given[name] for name in ("block", "found", "fooling", "maps")
+                 if name in given}
+        if "SAM" in block:
+            assert not same_tensors(before, model.state_dict()), "it trains"
+        if "fooling" in given:
+            assert 0 < (given["fooling"] - given["x"]).abs().max() <= 2 / 255 + 1e-6
+    assert len(blocks) > 5 and made.keys() == {"block", "found", "fooling", "maps"}
+    assert len(made["found"]["eigenvalues"]) == 2 and made["found"]["converged"]
+    assert all(value is not None for value in made["maps"].values())
+
+
 def test_the_readmes_figures_are_there_and_not_ignored_by_git():
     figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
     ignored = [line for line in (HERE / ".gitignore").read_text().split() if "*" in line
