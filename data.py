@@ -305,9 +305,10 @@ def loader(dataset, order, workers=0, pin_memory=False):
     if dataset.on_device:  # nothing to prepare or to send, and no worker may touch a CUDA tensor
         workers, pin_memory = 0, False
     # A generator of its own: a loader draws a seed, which would move the run's random state.
+    started = torch.zeros(workers, dtype=torch.bool).share_memory_()
     return torch.utils.data.DataLoader(
         dataset, sampler=order, batch_size=None, num_workers=workers, generator=torch.Generator(),
-        worker_init_fn=_leave_signals_alone, pin_memory=pin_memory,
+        worker_init_fn=partial(_begin, started), pin_memory=pin_memory,
         prefetch_factor=4 if workers else None)
 
 
@@ -322,7 +323,7 @@ def batches(loader, tell=print):
     """Iterates a loader. What a data set has to say (a truncated image) goes to `tell`, once; a
     DataError that a worker met is raised here, without the traceback through processes that a
     DataLoader makes of it, and one if a worker was killed."""
-    told, stream = loader.dataset.told, iter(loader)
+    told, stream = loader.dataset.told, _with_workers(loader, tell)
     try:
         while True:
             try:
@@ -346,11 +347,36 @@ def batches(loader, tell=print):
         del stream  # whoever keeps an error keeps this frame, which would keep the workers
 
 
-def _leave_signals_alone(worker):
+PATIENCE = 60.0  # seconds that a worker has to begin: a fork takes 0.01, a spawn imports torch
+
+
+def _with_workers(loader, tell):
+    """iter(loader) whose workers have begun. Up to Python 3.11.7 one that is forked while a thread
+    of torch.distributed is about to enter Python waits for ever (CPython issue 112275): then all
+    are started anew."""
+    started = loader.worker_init_fn.args[0]
+    while True:
+        before = torch.multiprocessing.active_children()
+        started.zero_()
+        stream, end = iter(loader), time.monotonic() + PATIENCE
+        own = [p for p in torch.multiprocessing.active_children() if p not in before]
+        while not started.all() and time.monotonic() < end and all(p.is_alive() for p in own):
+            time.sleep(0.001)
+        if time.monotonic() < end:
+            return stream
+        tell(f"{(~started).sum()} of {len(started)} data workers did not begin in {PATIENCE:g} "
+             "seconds: all are started again")
+        del stream  # forgets them, or torch would raise an error for who is killed
+        for process in own:
+            process.kill()
+
+
+def _begin(started, worker):
     """Ctrl-C and SIGTERM reach every process of a job: the trainer answers, its workers end with
     it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    started[worker] = True
 
 
 @atexit.register

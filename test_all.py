@@ -5734,6 +5734,7 @@ KILLER = """
 # after a new state of the file `watched`. Two processes find each other as torchrun's do; one of
 # them is told, and when one has failed the other is ended, as by torchrun.
 import importlib, json, os, random, signal, socket, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
 how = json.loads(sys.argv[1])
 program = importlib.import_module(how["program"])
 random.seed(how["seed"])
@@ -5937,6 +5938,21 @@ stream = data.batches(data.evaluation_loader(dataset, 1, workers=1))
 next(stream)
 1 / 0
 """
+
+
+def test_workers_that_hang_as_they_are_forked_are_started_again(monkeypatch):
+    """As Python 3.11.7 does it, CPython issue 112275."""
+    hangs, told = [True], []
+    os.register_at_fork(after_in_child=lambda: hangs and time.sleep(1000),
+                        after_in_parent=hangs.clear)
+    dataset = data.InMemory(torch.arange(8)[:, None, None, None].expand(8, 3, 2, 2).byte(),
+                            torch.arange(8), list(range(8)))
+    monkeypatch.setattr(data, "PATIENCE", 0.5)
+    labels = torch.cat([y for _, y in data.batches(
+        data.evaluation_loader(dataset, 2, workers=2), told.append)])
+    assert labels.tolist() == list(range(8)) and len(told) == 1 and not hangs
+    assert told[0].startswith("1 of 2 data workers did not begin"), told
+    assert not torch.multiprocessing.active_children()
 
 
 def test_a_program_ends_by_an_error_though_its_workers_leave_signals_alone():
