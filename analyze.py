@@ -4474,11 +4474,11 @@ PARTS = tuple(dict.fromkeys([part for part, *_ in TRAININGS] + ["optimizability"
 SCALES = {
     "full": dict(
         epochs=12, warmup_steps=125, seeds=[0, 1, 2], rho=["0.01", "0.03", "0.1"],
-        images=240, held_out=500, points=17, pairs=16, parts=PARTS,
+        images=240, held_out=500, points=17, pairs=16, corruptions=True, fit="1", parts=PARTS,
         epochs_of={"length": [3, 6, 12], "optimizer": [3, 6, 12], "lr-wd": [3]}),
     "quick": dict(
         epochs=2, warmup_steps=60, seeds=[0, 1], rho=["0.03"], images=48, held_out=200,
-        points=5, pairs=4, parts=("core",),
+        points=5, pairs=4, corruptions=False, fit="1000", parts=("core",),
         epochs_of={"length": [1, 2], "optimizer": [1, 2], "lr-wd": [1]})}
 MAY_BE_GIVEN = ("device", "dtype", "compile", "channels_last", "workers")  # of train.py's flags
 LEFT_OUT = [  # what no run on the built-in data set can show
@@ -4838,9 +4838,11 @@ def analyses(names, how):
         f"{name}, twice the epochs" for name in FIVE))], "ckpt.pt"
     yield "robustness", ["--benchmarks", "val", "pgd"], [
         name for name in names if "adversarial" in name], "ckpt.pt"
-    yield "robustness", [], core, "ckpt.pt"
-    yield "hessian", images, of(*CHEN), Numbers.at_equal_loss
-    yield "hessian", images, [*core, *(name for name in names if "decay" in name)], "ckpt.pt"
+    yield "robustness", [], [name for name in chen if how["corruptions"]], "ckpt.pt"
+    yield "hessian", [*images, "--params", "whole"], of(*CHEN), Numbers.at_equal_loss
+    yield "hessian", [*images, "--params", "whole"], [
+        name for name in names if "decay" in name or name in core and name not in chen], "ckpt.pt"
+    yield "hessian", images, chen, "ckpt.pt"
     yield "ntk", [*images, "--batch", str(min(48, how["images"]))], plain, "ckpt.pt"
     for command in ("norms", "sparsity"):
         yield command, images, chen, "ckpt.pt"
@@ -4853,7 +4855,8 @@ def analyses(names, how):
         yield command, held_out, plain, "ckpt.pt"
     yield "noise", [], plain, "ckpt.pt"
     yield "calibration", [], of("ViT", "ViT + SAM", "ViT, augmented"), "ckpt.pt"
-    yield "nll", [], [*chen, *(name for name in (*plain, *other) if name not in chen)], "ckpt.pt"
+    yield "nll", ["--images", how["fit"]], [
+        *chen, *(name for name in (*plain, *other) if name not in chen)], "ckpt.pt"
 
 
 def reproduce(args, rest):

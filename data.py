@@ -43,7 +43,7 @@ import tempfile
 import time
 import zlib
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +231,11 @@ def shapes(indices, seed=0, size=32):
             part = chosen[i:i + step]
             images[part] = _render(SHAPES_CLASSES[label], keys[part], size)
     return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+@lru_cache(maxsize=2)  # an analysis of many networks loads two splits again and again
+def _shapes_range(first, n, size):
+    return shapes(np.arange(first, first + n), size=size)
 
 
 # ----------------------------------------------------------------------------------- keys and order
@@ -1061,9 +1066,7 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
         return InMemory(pixels, labels, classes, steps, seed, padding, more.get("flip", True))
 
     if name == "shapes":
-        first, n = SHAPES_SPLITS[split]
-        return in_memory(*shapes(np.arange(first, first + n), size=image_size),
-                         list(SHAPES_CLASSES))
+        return in_memory(*_shapes_range(*SHAPES_SPLITS[split], image_size), list(SHAPES_CLASSES))
     if name in ("imagenet", "imagenet21k", "folder"):
         if os.path.isfile(data_dir):
             return Pack(data_dir, "train" if split == "train" else "val",

@@ -9091,7 +9091,8 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
         monkeypatch.setattr(analyze, name, value)
     monkeypatch.setitem(analyze.SCALES, "full", dict(
         epochs=2, warmup_steps=2, seeds=[0, 1], rho=["0.03", "0.1"], images=16, held_out=12,
-        points=2, pairs=1, parts=("core", "twice", "fractions", "contrastive"), epochs_of={}))
+        points=2, pairs=1, corruptions=True, fit="1", parts=("twice", "fractions", "contrastive"),
+        epochs_of={}))
     monkeypatch.setattr(analyze, "figure", lambda path, *_, **__: path.touch())
     argv = ["reproduce", "--out-dir", str(tmp_path), "--device", "cpu", "--workers", "0"]
     assert analyze.main(argv) == 0
