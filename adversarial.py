@@ -27,6 +27,7 @@ BatchNorm then has one pass at w whose statistics can count: that over the start
     torchrun --nproc_per_node=8 adversarial.py --checkpoint …                  the same on 8 devices
 """
 import argparse
+import signal
 import sys
 import time
 import warnings
@@ -737,4 +738,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1:  # an attack answers for itself
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head ends it, as it ends cat
     sys.exit(main())

@@ -22,6 +22,7 @@ B batch, C channels, H W map, n windows, w window side, N = w², H heads, d head
 import argparse
 import difflib
 import inspect
+import signal
 
 import torch
 from torch import nn
@@ -432,4 +433,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head ends it, as it ends cat
     main()

@@ -11,6 +11,7 @@
     … datasize, curves, peak, complexity, throughput   Chen Fig. 2, 4, Table 4, 7; Xiao Fig. 6
     … scale               a training on 1 to 1,024 devices, on paper
     … all                 every figure that checkpoints allow, on one page
+    … reproduce           the three papers in small on `shapes`, a verdict on each claim; --quick
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
     python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
@@ -352,7 +353,8 @@ def print_rows(rows):
 
 def significant(number, error=None):
     if number is not None and math.isfinite(number):
-        return f"{number:.4g}" + ("" if error is None else f" ± {error:.2g}")
+        wide = ".0f" if error is not None and error >= 100 else ".2g"
+        return f"{number:.4g}" + ("" if error is None else f" ± {error:{wide}}")
 
 
 def need(args, **least):

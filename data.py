@@ -39,6 +39,7 @@ import re
 import shlex
 import signal
 import struct
+import sys
 import tempfile
 import time
 import zlib
@@ -1551,4 +1552,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] not in (["pack"], ["bench"]):  # these have pipes to their workers
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head ends it, as it ends cat
     main()

@@ -26,6 +26,7 @@ import argparse
 import difflib
 import inspect
 import re
+import signal
 
 import torch
 from torch import nn
@@ -356,4 +357,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head ends it, as it ends cat
     main()

@@ -24,6 +24,7 @@ Choices, after the authors' public code:
 `python sam.py --cost 5` measures what a SAM step costs beside a plain one (2 minutes).
 """
 import argparse
+import signal
 import time
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -404,4 +405,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head ends it, as it ends cat
     main()

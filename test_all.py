@@ -9169,6 +9169,13 @@ def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
     assert not imported & siblings, imported & siblings
 
 
+def test_head_ends_a_table_without_a_traceback():
+    run = subprocess.Popen([sys.executable, "resnet.py"], cwd=HERE, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)
+    run.stdout.close()  # as `head` does when it has seen enough
+    assert (run.stderr.read(), run.wait()) == (b"", -signal.SIGPIPE)
+
+
 def test_the_readmes_examples_run_as_they_stand():
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     made = {}

@@ -25,6 +25,7 @@ import difflib
 import inspect
 import math
 import re
+import signal
 from collections import OrderedDict
 from pathlib import Path
 
@@ -668,4 +669,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head ends it, as it ends cat
     main()
