@@ -8,9 +8,9 @@ blocks with m of attention come n - 2m convolution blocks, then m pairs of one a
   (0, 1, 3, 2), Fig. D.5; fewer where a stage is too short.
 - The authors' code has the rest: norm, GELU and 1×1 convolution before attention, then a norm;
   heads of 64 channels; one table of position biases N(0, 0.02²) for all heads of a block; torch's
-  initialisation. No shift and no padding (Appendix E): windows have to divide the maps.
-- pre_activation=False and groups=32, width_per_group=4 give post-activation ResNet and ResNeXt,
-  which the rule helps too (Appendix E); attention then has its norms after it, as in that code.
+  initialisation; no padding. No shift (Appendix E): windows have to divide the maps.
+- pre_activation=False gives post-activation ResNet, groups=32, width_per_group=4 ResNeXt, which
+  the rule helps too (Appendix E).
 State-dict keys are torchvision's ResNet's; attention is layer{stage}.{index}.attn.
 
     python alternet.py                                    parameters, MACs, activations (4 s)
@@ -119,15 +119,15 @@ class Bottleneck(nn.Module):
 
     def __init__(self, dim, planes, stride, *, groups, width_per_group, pre_activation, drop_path):
         super().__init__()
-        width, wide = planes * width_per_group // 64 * groups, 4 * planes
-        norms = (dim, width, width) if pre_activation else (width, width, wide)
-        self.conv1 = nn.Conv2d(dim, width, 1, bias=False)
+        inner, outer = planes * width_per_group // 64 * groups, 4 * planes
+        norms = (dim, inner, inner) if pre_activation else (inner, inner, outer)
+        self.conv1 = nn.Conv2d(dim, inner, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(norms[0])
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, groups=groups, bias=False)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride=stride, padding=1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(norms[1])
-        self.conv3 = nn.Conv2d(width, wide, 1, bias=False)
+        self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(norms[2])
-        self.downsample = projection(dim, wide, stride, pre_activation)
+        self.downsample = projection(dim, outer, stride, pre_activation)
         self.drop_path = DropPath(drop_path)
         self.pre_activation = pre_activation
 
@@ -173,14 +173,16 @@ class WindowAttention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """A 1×1 convolution and window attention beside the shortcut. skip leaves both out."""
+    """A 1×1 convolution and window attention beside the shortcut. skip leaves both out. As in the
+    authors' code: GELU, no activation between the second norm and attention, and, post-activation,
+    no ReLU after the sum."""
 
-    def __init__(self, dim, width, *, heads, head_dim, window_size, pre_activation, drop_path):
+    def __init__(self, dim, planes, *, heads, head_dim, window_size, pre_activation, drop_path):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(dim if pre_activation else width)
-        self.conv1 = nn.Conv2d(dim, width, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width if pre_activation else dim)
-        self.attn = WindowAttention(width, dim, heads=heads, head_dim=head_dim,
+        self.bn1 = nn.BatchNorm2d(dim if pre_activation else planes)
+        self.conv1 = nn.Conv2d(dim, planes, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes if pre_activation else dim)
+        self.attn = WindowAttention(planes, dim, heads=heads, head_dim=head_dim,
                                     window_size=window_size)
         self.drop_path = DropPath(drop_path)
         self.pre_activation = pre_activation
@@ -253,10 +255,12 @@ class AlterNet(nn.Module):
     msa_blocks       how many of them are attention, at most half of a stage
     window_size      pixels of a window's side
     heads, head_dim  per stage, and channels of each
-    bottleneck, width, groups, width_per_group, pre_activation, stem, drop_path   as in resnet.py:
-                     1×1, 3×3, 1×1 convolutions, else two 3×3; of the stem, stages have 1, 2, 4, 8
-                     times as many; of the 3×3 (ResNeXt: 32 and 4); norm and ReLU before each
-                     convolution; "imagenet" or "cifar"; rate of the last block, rising from 0
+    bottleneck       convolution blocks are 1×1, 3×3, 1×1, else two 3×3
+    width            of the stem; stages have 1, 2, 4, 8 times as many, bottlenecks' ends 4× that
+    groups, width_per_group    of the 3×3 convolution; ResNeXt 32x4d: 32 and 4
+    pre_activation   norm and activation before each convolution, not after
+    stem             "imagenet": 7×7 of stride 2 and max-pooling; "cifar": 3×3
+    drop_path        stochastic depth of the last block; rises linearly from 0 at the first
     """
 
     def __init__(self, *, num_classes=1000, image_size=224, depth=(3, 4, 6, 4),

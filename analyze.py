@@ -10,8 +10,7 @@
     … noise, attention, calibration, nll      Park Fig. 2b, F.1a, 5, 7a, C.1-C.3; Chen Fig. 3, B.2
     … datasize, curves, peak, complexity, throughput   Chen Fig. 2, 4, Table 4, 7; Xiao Fig. 6
     … scale               a training on 1 to 1,024 devices, on paper
-    … all                 every figure that checkpoints allow, on one page
-    … reproduce           the three papers in small on `shapes`, a verdict on each claim; --quick
+    … all, reproduce      every figure that checkpoints allow; the papers in small, with verdicts
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
     python analyze.py transfer --checkpoint RUN/ckpt.pt --data-dir DATA     Chen Table 6
@@ -4472,6 +4471,9 @@ TRAININGS = [  # part, of which families, what is other about them, flags, wheth
     ("blocks", ("AlterNet",), "0 attention blocks", "--msa-blocks 0 0 0 0", False),
     ("blocks", ("AlterNet",), "1 attention block", "--msa-blocks 0 0 0 1", False),
     ("blocks", ("AlterNet",), "2 attention blocks", "--msa-blocks 0 0 1 1", False)]
+RHO_BESIDE = {  # Chen Table 9, E.3, E.4: how SAM's ρ there compares with plain training's
+    "augmentation": {"ViT": 1 / 4, "Mixer": 1 / 3}, "contrastive": {"ViT": 1 / 10},
+    "adversarial": {"ViT": 1 / 2, "Mixer": 5 / 12, "ResNet": 5 / 2}}
 PARTS = tuple(dict.fromkeys([part for part, *_ in TRAININGS] + ["optimizability"]))
 SCALES = {
     "full": dict(
@@ -4491,7 +4493,9 @@ LEFT_OUT = [  # what no run on the built-in data set can show
     ("Chen Fig. 3: attention maps", "judged by eye: the figure is below"),
     ("Chen Fig. 1, Park Fig. 1a: landscapes", "judged by eye: the figure is below; in numbers, the "
      "loss under noise"),
-    ("Chen Table 10, App. E: the Mixer's grid", "`stability --study grid`"),
+    ("Chen App. E: the Mixer's grid", "`stability --study grid`"),
+    ("Park Fig. C.2: patches of 2", "cost 16 times as much as patches of 8"),
+    ("Park Fig. D.4: lesions of PiT and Swin", "are in the figure `lesion`"),
     ("Park Fig. 12b, E.1: AlterNet beside many networks", "needs CIFAR or ImageNet: `robustness`"),
     ("Xiao Table 2, Fig. 6: peak performance, ImageNet-21k", "need ImageNet: `peak`")]
 
@@ -4537,6 +4541,14 @@ class Numbers:
     def accuracy(self, benchmark, name):
         return self.of("robustness", name, lambda parts: robustness_summary(
             {part: of["top1"] for part, of in parts.items()})[benchmark])
+
+    def accuracy_on_clean(self, name):
+        """Of the split whose corrupted images are in accuracy("c-lite")."""
+        return self.accuracy("val", name)
+
+    def active(self, name):
+        """Active neurons of the first block, in percent."""
+        return self.only("sparsity", name, lambda of: 100 * next(iter(of["block"].values())))
 
     def eigenvalue(self, name, block="whole", which=0, file="ckpt.pt"):
         """The largest of the Hessian's diagonal block, or of the first (0) or last (-1) such."""
@@ -4592,11 +4604,13 @@ class Numbers:
             return np.mean(own) if own else math.nan
         return self.only(command, name, pick)
 
-    def vulnerability(self, name, low, high):
-        """Points of accuracy lost to noise of the frequencies from low to high π, on average."""
+    def vulnerability(self, name, low, high, energy="in proportion"):
+        """Points of accuracy lost to noise of the frequencies from low to high π, on average, of
+        "equal" energy or "in proportion" to the area of the band."""
         def pick(parts):
             lost = [parts["no noise"]["top1"] - of["top1"] for part, of in parts.items()
-                    if part != "no noise" and low <= float(part.split("π")[0]) <= high]
+                    if part != "no noise" and low <= float(part.split("π")[0]) <= high
+                    and ("equal" in part) == (energy == "equal")]
             return np.mean(lost)
         return self.of("noise", name, pick)
 
@@ -4610,159 +4624,237 @@ class Numbers:
                             and stages[j] - stages[i] == (0 if within else 1)])
         return self.of("cka", name, pick)
 
-    def lesion(self, name, which):
-        """Points of accuracy lost by the units of a kind, or by the first or last convolution of a
-        stage, on average."""
+    def lesion(self, name, pattern):
+        """Points of accuracy lost without one of the units whose name has the pattern, on
+        average."""
         def pick(parts):
             whole = next(top1 for part, top1 in parts.items() if part.endswith("whole"))
             lost = {part.split("without ")[1]: whole - top1 for part, top1 in parts.items()
                     if "without" in part}
-            return np.mean([points for unit, points in lost.items() if unit.endswith(which)])
+            return np.mean([points for unit, points in lost.items() if re.search(pattern, unit)])
         return self.of("lesion", name, pick)
 
 
 def claims(n):
     """Yields where a paper says something, what it says, {what: its numbers over seeds}, which
-    descend where the claim holds, and whether it is their ratio that counts."""
-    sam = " + SAM"
+    descend where the claim holds, and whether it is their ratio that counts. A "control" is ours:
+    what a claim is to be read beside."""
+    sam, nothing = " + SAM", np.zeros(len(n.seeds))
     blocks = ["AlterNet, 0 attention blocks", "AlterNet, 1 attention block",
               "AlterNet, 2 attention blocks", "AlterNet"]
+
+    def beside(measured, name, first="with SAM", then="plain"):
+        """A network with SAM and without."""
+        both = {"with SAM": measured(name + sam), "plain": measured(name)}
+        return {first: both[first], then: both[then]}
+
+    def corrupted(name):
+        return n.accuracy("c-lite", name)
+
+    def fit(name):
+        return n.only("nll", name, lambda of: of["nll"])
+
+    def negative(name):
+        return 100 * n.spectrum(name, "nep")
+
+    def positive(name):
+        return n.spectrum(name, "ape")
+
+    # ---- Chen et al.
     for name in CHEN:
-        yield ("Chen Table 2", f"SAM raises the accuracy of {name} (%)",
-               {"with SAM": n.test(name + sam), "plain": n.test(name)}, False)
-    yield ("Chen Table 2", "SAM gains most for Mixer, then ViT, then ResNet (points)", {
+        yield "Chen Table 2", f"SAM raises the accuracy of {name} (%)", beside(n.test, name), False
+        yield ("Chen Table 2", f"SAM raises {name}'s accuracy on corrupted images (%)",
+               beside(corrupted, name), False)
+    yield ("Chen §4.2, Table 2", "SAM gains most for Mixer, then ViT, then ResNet (points)", {
         name: n.test(name + sam) - n.test(name) for name in ("Mixer", "ViT", "ResNet")}, False)
+    for measured, images in ((n.test, "clean"), (corrupted, "corrupted")):
+        yield ("Chen §4.3, Table 2", f"with SAM ViT is better than ResNet, {images} images (%)", {
+            name: measured(name + sam) for name in ("ViT", "ResNet")}, False)
     for name in ("ViT", "Mixer"):
+        yield ("Chen §4.2", f"SAM gains more on corrupted images than on clean ones, {name} "
+               "(points)", {what: measured(name + sam) - measured(name) for what, measured in (
+                   ("corrupted", corrupted), ("clean", n.accuracy_on_clean))}, False)
         yield ("Chen App. F", f"twice the epochs do not bring {name} what SAM brings (%)", {
             "with SAM": n.test(name + sam), "twice": n.test(f"{name}, twice the epochs")}, False)
-    for name in ("ViT", "Mixer"):
-        yield ("Chen Table 2", f"SAM makes {name} robust: corrupted images (%)", {
-            "with SAM": n.accuracy("c-lite", name + sam), "plain": n.accuracy("c-lite", name)},
-            False)
-    for name in ("ViT", "Mixer"):
         yield ("Chen Table 1", f"{name} converges at sharper points than ResNet (λmax)", {
-            name: n.eigenvalue(name), "ResNet": n.eigenvalue("ResNet")}, True)
-        yield ("Chen Table 1", f"… than ResNet at the same training loss ({name})", {
+            of: n.eigenvalue(of) for of in (name, "ResNet")}, True)
+        yield ("control", f"… than ResNet at about the same training loss ({name}, λmax)", {
             of: n.eigenvalue(of, file=n.at_equal_loss) for of in (name, "ResNet")}, True)
-        yield ("Chen Table 1", f"… than ResNet, both with weight decay 1 ({name})", {
+        yield ("control", f"… than ResNet, both with weight decay 1 ({name}, λmax)", {
             of: n.eigenvalue(f"{of}, weight decay 1") for of in (name, "ResNet")}, True)
+    yield ("Chen §3, Table 1", "Mixer is the sharpest (λmax)", {
+        name: n.eigenvalue(name) for name in ("Mixer", "ViT")}, True)
     for name in CHEN:
-        yield ("Chen Table 1", f"SAM lowers λmax of {name}", {
-            "plain": n.eigenvalue(name), "with SAM": n.eigenvalue(name + sam)}, True)
-    for name in CHEN:
-        yield ("Chen Table 1, Fig. 1", f"SAM makes {name} less sensitive to noise on its weights "
-               "(rise of the loss)", {"plain": n.noise(name), "with SAM": n.noise(name + sam)},
-               False)
+        yield ("control" if name == "ResNet" else "Chen Table 1", f"SAM lowers λmax of {name}",
+               beside(n.eigenvalue, name, "plain", "with SAM"), True)
+        yield ("control" if name == "ResNet" else "Chen Fig. 1", f"SAM makes {name} less sensitive "
+               "to noise on its weights (rise of the loss)",
+               beside(n.noise, name, "plain", "with SAM"), False)
+        yield ("control", f"SAM lowers λmax of {name} with weight decay 1", {
+            what: n.eigenvalue(f"{name}, weight decay 1{s}")
+            for what, s in (("plain", ""), ("with SAM", sam))}, True)
     yield ("Chen Table 1", "Mixer's NTK is conditioned worst, ResNet's best (κ)", {
         name: n.of("ntk", name, lambda parts: ntk_summary(list(parts.values()))["κ"])
         for name in ("Mixer", "ViT", "ResNet")}, True)
+    yield ("Chen §3", "Mixer fits its training images better than ViT (loss)", {
+        name: fit(name) for name in ("ViT", "Mixer")}, True)
+    yield ("Chen §3", "… and is worse on others (%)", {
+        name: n.test(name) for name in ("ViT", "Mixer")}, False)
     for name in ("ViT", "Mixer"):
-        yield ("Chen Table 3", f"{name}'s embedding is sharper than its last block (λmax)", {
-            what: n.eigenvalue(name, block, -1) for what, block in (
-                ("embedding", "embedding"), ("last block", "block "))}, True)
-        yield ("Chen Table 3", f"{name}'s first block is sharper than its last (λmax)", {
+        yield ("Chen Table 3, §4.4", f"{name}: embedding, MLPs, MSAs or token MLPs in order of "
+               "λmax", {what: n.eigenvalue(name, what)
+                        for what in ("embedding", "MLPs", "MSAs")}, True)
+        yield ("Chen Table 3, §4.4", f"{name}'s first block is sharper than its last (λmax)", {
             what: n.eigenvalue(name, "block ", which)
             for what, which in (("first", 0), ("last", -1))}, True)
-        yield ("Chen Table 3", f"SAM makes {name}'s weights longer (‖w‖)", {
-            what: n.only("norms", name + s, lambda of: of["weights"])
-            for what, s in (("with SAM", sam), ("plain", ""))}, True)
-        yield ("Chen Fig. 2, §4.4", f"SAM makes {name}'s first block sparser (active, %)", {
-            what: n.only("sparsity", name + s, lambda of: 100 * next(iter(of["block"].values())))
-            for what, s in (("plain", ""), ("with SAM", sam))}, False)
-        yield ("Chen Fig. 2", f"SAM raises the training loss of {name}", {
-            what: n.only("nll", name + s, lambda of: of["nll"])
-            for what, s in (("with SAM", sam), ("plain", ""))}, True)
-    for name in CHEN:
-        yield ("Chen Fig. 4, Table 4", f"SAM gains more with a tenth of the images, {name} "
-               "(points)", {"1/10": n.top1(f"{name}, 1/10{sam}") - n.top1(f"{name}, 1/10"),
+        yield ("Chen Table 3, §4.4", f"SAM makes {name}'s weights longer (‖w‖)", beside(
+            lambda of: n.only("norms", of, lambda parts: parts["weights"]), name), True)
+        yield ("Chen Table 3, §4.4", f"SAM makes {name}'s first activations longer (‖a₁‖)", beside(
+            lambda of: n.only("norms", of, lambda parts: next(iter(
+                parts["activation"].values()))), name), True)
+        yield ("Chen Fig. 2, §4.4", f"SAM makes {name}'s first block sparser (active, %)", beside(
+            n.active, name, "plain", "with SAM"), False)
+    yield ("Chen §4.4", "ViT has the sparsest neurons (active in its first block, %)", {
+        name: n.active(name) for name in ("ResNet", "ViT")}, False)
+    yield "Chen Fig. 2, §4.4", "SAM raises the training loss of ViT", beside(fit, "ViT"), True
+    for name, part in itertools.product(CHEN, ("1/2", "1/4", "1/10")):
+        yield ("Chen Fig. 4, Table 4", f"SAM gains more with {part} of the images, {name} "
+               "(points)", {part: n.top1(f"{name}, {part}{sam}") - n.top1(f"{name}, {part}"),
                             "all": n.top1(name + sam) - n.top1(name)}, False)
     for name in ("ViT", "Mixer"):
-        yield ("Chen §5.2, Table 4", f"SAM helps {name} more than strong augmentation, a tenth of "
-               "the images (%)", {"with SAM": n.top1(f"{name}, 1/10{sam}"),
-                                  "augmented": n.top1(f"{name}, augmented, 1/10")}, False)
-        yield ("Chen §5.2, Table 4", f"SAM adds to strong augmentation, {name} (%)", {
-            "both": n.top1(f"{name}, augmented{sam}"), "augmented": n.top1(f"{name}, augmented")},
-            False)
+        for part in ("1/2", "1/4"):
+            yield ("Chen §5.1, Fig. 4", f"{name} loses more than ResNet with {part} of the images "
+                   "(points)", {of: n.top1(of) - n.top1(f"{of}, {part}")
+                                for of in (name, "ResNet")}, False)
+        for part, images in (("", "all images"), (", 1/10", "a tenth of the images")):
+            yield ("Chen §5.2, Table 4", f"SAM helps {name} more than strong augmentation, "
+                   f"{images} (%)", {"with SAM": n.top1(f"{name}{part}{sam}"),
+                                     "augmented": n.top1(f"{name}, augmented{part}")}, False)
+            yield ("Chen §5.2, Table 4", f"SAM adds to strong augmentation, {name}, {images} (%)",
+                   beside(n.top1, f"{name}, augmented{part}"), False)
     yield ("Chen §5.3", "SAM helps ViT in contrastive training (%)", {
         "with SAM": n.top1(f"ViT, contrastive{sam}, head"),
         "plain": n.top1("ViT, contrastive, head")}, False)
-    for name in ("ViT", "Mixer"):
-        for benchmark, images in (("val", "clean"), ("pgd", "under PGD-10")):
+    for benchmark, images in (("val", "clean"), ("pgd", "under PGD-10")):
+        def attacked(name):
+            return n.accuracy(benchmark, name)
+        for name in ("ViT", "Mixer"):
             yield ("Chen Table 5", f"SAM helps {name} in adversarial training, {images} (%)",
-                   {what: n.accuracy(benchmark, f"{name}, adversarial{s}")
-                    for what, s in (("with SAM", sam), ("without", ""))}, False)
+                   beside(attacked, f"{name}, adversarial"), False)
+        yield ("Chen Table 5", f"with both ViT is better than ResNet, {images} (%)", {
+            name: attacked(f"{name}, adversarial{sam}") for name in ("ViT", "ResNet")}, False)
+    yield ("Chen Table 5", "SAM costs ResNet a little in adversarial training, clean (%)", beside(
+        lambda of: n.accuracy("val", of), "ResNet, adversarial", "plain", "with SAM"), False)
 
-    # ---- Park & Kim, at the end of the warm-up where they speak of an early phase
-    yield ("Park Fig. 1b, 4", "ViT's Hessians have more negative eigenvalues than ResNet's (NEP, "
-           "%)", {name: 100 * n.spectrum(name, "nep") for name in ("ViT", "ResNet")}, False)
-    yield ("Park Fig. 1b, 4", "ViT's positive eigenvalues are smaller (APE)",
-           {name: n.spectrum(name, "ape") for name in ("ResNet", "ViT")}, True)
-    yield ("Park Fig. 4", "less data, more negative eigenvalues in ViT (NEP, %)", {
-        what: 100 * n.spectrum(name, "nep") for what, name in (("1/10", "ViT, 1/10"),
-                                                               ("all", "ViT"))}, False)
+    # ---- Park & Kim; eigenvalues at the end of the warm-up, as they speak of an early phase
+    yield ("Park Fig. 1b, 4", "ViT has more negative eigenvalues than ResNet (NEP, %)", {
+        name: negative(name) for name in ("ViT", "ResNet")}, False)
+    yield ("Park Fig. 1b, 4", "ViT's positive eigenvalues are smaller (APE)", {
+        name: positive(name) for name in ("ResNet", "ViT")}, True)
+    yield ("Park Fig. 4", "less data, more negative eigenvalues of ViT (NEP, %)", {
+        "1/10": negative("ViT, 1/10"), "all": negative("ViT")}, False)
+    yield ("Park Fig. C.4", "stages: fewer negative eigenvalues (NEP, %)", {
+        name: negative(name) for name in ("ViT", "PiT")}, False)
+    yield ("Park Fig. C.4", "stages and windows: smaller positive eigenvalues (APE)", {
+        name: positive(name) for name in ("ViT", "Swin")}, True)
     yield ("Park Fig. 6", "GAP for the class token: fewer negative eigenvalues (NEP, %)", {
-        what: 100 * n.spectrum(name, "nep") for what, name in (("class token", "ViT"),
-                                                               ("GAP", "ViT, GAP"))}, False)
+        "class token": negative("ViT"), "GAP": negative("ViT, GAP")}, False)
     yield ("Park §2", "GAP for the class token: better (%)", {
         "GAP": n.top1("ViT, GAP"), "class token": n.top1("ViT")}, False)
-    yield ("Park Fig. 7b", "kernels of 5×5: fewer negative eigenvalues than global attention (NEP, "
-           "%)", {what: 100 * n.spectrum(name, "nep") for what, name in (
-               ("global", "ViT, patch 4"), ("5×5", "ViT, patch 4, kernel 5"))}, False)
-    yield ("Park Fig. 7a", "kernels of 5×5: better than global attention (%)", {
-        "5×5": n.top1("ViT, patch 4, kernel 5"), "global": n.top1("ViT, patch 4")}, False)
-    for names in (("Mixer", "ViT"), ("ViT", "PiT"), ("ViT", "Swin"), ("ViT", "ResNet")):
-        yield ("Park Fig. 5a", f"stronger inductive bias, lower training loss: {names[1]} below "
-               f"{names[0]}", {name: n.only("nll", name, lambda of: of["nll"])
-                               for name in names}, True)
-        yield ("Park Fig. 5a", f"… and lower error ({names[1]}, {names[0]}, %)", {
-            name: 100 - n.top1(name) for name in names}, False)
-    yield ("Park Fig. 5b", "less data, higher training loss of ViT", {
-        what: n.only("nll", name, lambda of: of["nll"])
-        for what, name in (("1/10", "ViT, 1/10"), ("all", "ViT"))}, True)
-    for key, what in (("nep", "fewer negative"), ("ape", "smaller positive")):
-        yield ("Park Fig. C.5", f"more heads, {what} eigenvalues ({key.upper()})", {
-            name: n.spectrum(f"ViT, {name}", key) for name in ("1 head", "9 heads")}, False)
-        yield ("Park Fig. C.6", f"wider heads, {what} eigenvalues ({key.upper()})", {
-            "8 channels": n.spectrum("ViT, heads of 8", key), "32": n.spectrum("ViT", key)}, False)
-    yield ("Park Fig. C.2a", "very small patches do not help ViT (%)", {
-        "patches of 8": n.top1("ViT"), "of 4": n.top1("ViT, patch 4")}, False)
-    nothing = np.zeros(len(n.seeds))
-    for command, what in (("fourier", "high frequencies (Δ log amplitude)"),
-                          ("variance", "the variance")):
-        where = "Park Fig. 8, 2a" if command == "fourier" else "Park Fig. 9"
-        for name in ("ViT", "AlterNet"):
-            yield (where, f"attention lowers {what}, {name}", {
-                "unchanged": nothing, "attention": n.change(command, name, "attention")}, False)
-        for name, kind in (("ViT", "mlp"), ("ResNet", "conv")):
-            yield (where, f"{kind if kind == 'conv' else 'MLP'}s raise {what}, {name}", {
-                kind: n.change(command, name, kind), "unchanged": nothing}, False)
+    kernels = {"global": "ViT, patch 4", "3×3": "ViT, patch 4, kernel 3",
+               "5×5": "ViT, patch 4, kernel 5"}
+    for worse, better in (("global", "5×5"), ("global", "3×3"), ("3×3", "5×5")):
+        if worse == "global":
+            yield ("Park Fig. 7a, §1.2", f"attention in {better} is better than global (%)", {
+                what: n.top1(kernels[what]) for what in (better, worse)}, False)
+        yield ("Park Fig. 7a", f"{better} fits its training images better than {worse} (loss, here "
+               "without augmentation)", {
+                   what: fit(kernels[what]) for what in (worse, better)}, True)
+        if better == "5×5":
+            yield ("Park Fig. 7b", f"5×5: fewer negative eigenvalues than {worse} (NEP, %)", {
+                what: negative(kernels[what]) for what in (worse, better)}, False)
+    for worse, better in (("Mixer", "ViT"), ("ViT", "PiT"), ("PiT", "Swin"), ("ViT", "ResNet")):
+        yield ("Park Fig. 5a", f"the stronger inductive bias fits better: {better} than {worse} "
+               "(loss, here without augmentation)", {
+                   name: fit(name) for name in (worse, better)}, True)
+        yield ("Park Fig. 5a", f"… and errs less: {better} than {worse} (%)", {
+            name: 100 - n.top1(name) for name in (worse, better)}, False)
+    yield ("Park Fig. 5b", "less data, higher training loss of ViT, augmented", {
+        "1/10": fit("ViT, augmented, 1/10"), "all": fit("ViT, augmented")}, True)
+    yield ("Park Fig. C.3", "twice the epochs: lower error and training loss of ViT (loss)", {
+        "once": fit("ViT"), "twice": fit("ViT, twice the epochs")}, True)
+    for where, what, fewer, more in (("C.5", "more heads", "ViT, 1 head", "ViT, 9 heads"),
+                                     ("C.6", "wider heads", "ViT, heads of 8", "ViT")):
+        yield (f"Park Fig. {where}", f"{what}: fewer negative eigenvalues (NEP, %)", {
+            name: negative(name) for name in (fewer, more)}, False)
+        yield (f"Park Fig. {where}", f"{what}: smaller positive ones (APE)", {
+            name: positive(name) for name in (fewer, more)}, True)
+    yield ("Park Fig. C.2a", "large patches harm ViT (%)", {
+        side: n.top1(name) for side, name in (("4", "ViT, patch 4"), ("8", "ViT"),
+                                              ("16", "ViT, patch 16"))}, False)
+    yield ("Park Fig. C.2b", "smaller patches: more negative eigenvalues (NEP, %)", {
+        "4": negative("ViT, patch 4"), "8": negative("ViT")}, False)
+    yield ("Park Fig. C.2b", "… and smaller positive ones (APE)", {
+        "8": positive("ViT"), "4": positive("ViT, patch 4")}, True)
+    for command, what, exact, others in (
+            ("fourier", "high frequencies (Δ log amplitude)", "8", "D.2"),
+            ("variance", "the variance", "9", "D.1")):
+        for name in ("ViT", "PiT", "Swin"):
+            yield (f"Park Fig. {exact if name == 'ViT' else others}",
+                   f"attention lowers {what}, {name}", {"0": nothing, "attention": n.change(
+                       command, name, "attention")}, False)
+        for name, kind, shown in (("ViT", "mlp", "MLP"), ("ResNet", "conv", "convolution")):
+            yield (f"Park Fig. {exact if name == 'ViT' else others}",
+                   f"{shown}s raise {what}, {name}", {
+                       shown: n.change(command, name, kind), "0": nothing}, False)
+    for name in ("ViT", "ResNet"):
+        yield ("Park Fig. 9", f"variance grows with depth, {name}", {
+            what: n.only("variance", name, lambda of: list(of["variance"].values())[i])
+            for what, i in (("last", -1), ("first", 1))}, True)
     yield ("Park Fig. 2b", "noise of high frequencies hurts ResNet more than ViT (points, 0.5π to "
            "π)", {name: n.vulnerability(name, 0.5, 1) for name in ("ResNet", "ViT")}, False)
-    yield ("Park Fig. 2b", "noise of low frequencies hurts ViT more than ResNet (points, to 0.2π)",
-           {name: n.vulnerability(name, 0, 0.2) for name in ("ViT", "ResNet")}, False)
-    for name in ("ResNet", "Swin"):
-        yield ("Park Fig. 10a", f"feature maps are alike within a stage, {name} (CKA)", {
+    yield ("Park Fig. 2b", "noise of low frequencies hurts ViT more than ResNet (points, to 0.2π, "
+           "equal energy)", {name: n.vulnerability(name, 0, 0.2, "equal")
+                             for name in ("ViT", "ResNet")}, False)
+    for name, where in (("ResNet", "10a"), ("Swin", "10a"), ("PiT", "D.3")):
+        yield (f"Park Fig. {where}", f"feature maps are alike within a stage, {name} (CKA)", {
             "within": n.similarity(name, True), "neighbouring": n.similarity(name, False)}, False)
     yield ("Park Fig. 10b", "ResNet needs the first block of a stage more than the last (points)",
-           {"first": n.lesion("ResNet", ".0"), "last": n.lesion("ResNet", ".1")}, False)
-    yield ("Park Fig. 11, 12b", "AlterNet is better than ResNet (%)", {
-        name: n.test(name) for name in ("AlterNet", "ResNet")}, False)
-    for more in (1, 2, 3):
-        yield ("Park Fig. 12a", f"AlterNet: one attention block more is better, {more} (%)", {
-            str(of): n.top1(blocks[of]) for of in (more, more - 1)}, False)
+           {"first": n.lesion("ResNet", r"\.0$"), "last": n.lesion("ResNet", r"\.1$")}, False)
+    yield ("Park Fig. 10b", "ResNet needs its first stage more than its last (points)", {
+        "first": n.lesion("ResNet", "layer1"), "last": n.lesion("ResNet", "layer4")}, False)
+    for other in ("ResNet", "AlterNet, 0 attention blocks"):
+        yield ("Park Fig. 12b", f"AlterNet is better than {other} (%)", {
+            name: n.top1(name) for name in ("AlterNet", other)}, False)
+    yield ("Park Fig. 12b", "… and on corrupted images (%)", {
+        name: corrupted(name) for name in ("AlterNet", "ResNet")}, False)
+    for more, which in ((1, "4"), (3, "2")):
+        yield ("Park Fig. 12a", f"an attention block at the end of stage {which} helps (%)", {
+            "with": n.top1(blocks[more]), "without": n.top1(blocks[more - 1])}, False)
+    yield ("control", "… at the end of stage 3, which the paper keeps (%)", {
+        "with": n.top1(blocks[2]), "without": n.top1(blocks[1])}, False)
     yield ("Park Fig. 12c", "AlterNet's eigenvalues are smaller than ResNet's (APE)", {
-        name: n.spectrum(name, "ape") for name in ("ResNet", "AlterNet")}, True)
+        name: positive(name) for name in ("ResNet", "AlterNet")}, True)
     yield ("Park App. B", "a blur of 2×2 helps ResNet (%)", {
         "blur": n.top1("ResNet, blur"), "none": n.top1("ResNet")}, False)
-    yield ("Park Fig. F.1a", "strong augmentation harms ViT's calibration (ECE, %)", {
-        what: n.only("calibration", name, lambda of: of["ece"])
-        for what, name in (("augmented", "ViT, augmented"), ("plain", "ViT"))}, False)
+
+    def excess(name):
+        return n.only("calibration", name, lambda of: of["confidence"] - of["top1"])
+    yield ("Park Fig. F.1a", "ViT is overconfident, with augmentation underconfident (confidence "
+           "less accuracy, points)", {"plain": excess("ViT"), "0": nothing, "augmented": excess(
+               "ViT, augmented")}, False)
+    yield ("Park Fig. F.1b", "augmentation: more negative eigenvalues (NEP, %)", {
+        "augmented": negative("ViT, augmented"), "plain": negative("ViT")}, False)
+    yield ("Park Fig. F.1b", "… and smaller positive ones (APE)", {
+        "plain": positive("ViT"), "augmented": positive("ViT, augmented")}, True)
 
     # ---- Xiao et al.
-    yield ("Xiao §6", "the convolutional stem makes ViT better (%)", {
+    yield ("Xiao §6, Fig. 6", "ViT with patches is worse than ResNet (%)", {
+        name: n.test(name) for name in ("ResNet", "ViT")}, False)
+    yield ("Xiao §6, Fig. 6", "the convolutional stem makes ViT better (%)", {
         name: n.test(name) for name in ("ViT_C", "ViT")}, False)
-    yield ("Xiao §6", "… and better than a convolutional network (%)", {
-        name: n.test(name) for name in ("ViT_C", "ResNet")}, False)
+    yield ("Xiao §6, Fig. 6", "… and better than a convolutional network (the paper: of middle "
+           "size, %)", {name: n.test(name) for name in ("ViT_C", "ResNet")}, False)
     yield ("Xiao Fig. 2", "ViT_C lacks less than ViT to its own result of twice the epochs "
            "(points)", {name: n.test(f"{name}, twice the epochs") - n.test(name)
                         for name in ("ViT", "ViT_C")}, False)
@@ -4803,7 +4895,8 @@ def judged(n):
     rows, lacking = [], []
     for where, claim, values, ratio in claims(n):
         if n.missing:
-            lacking.append((f"{where}: {claim}", f"no numbers: {', '.join(n.missing)}"))
+            lacking.append((f"{where}: {claim}",
+                            f"no numbers: {', '.join(dict.fromkeys(n.missing))}"))
             n.missing.clear()
             continue
         margin, word = verdict(values, ratio)
@@ -4840,7 +4933,8 @@ def analyses(names, how):
         f"{name}, twice the epochs" for name in FIVE))], "ckpt.pt"
     yield "robustness", ["--benchmarks", "val", "pgd"], [
         name for name in names if "adversarial" in name], "ckpt.pt"
-    yield "robustness", [], [name for name in chen if how["corruptions"]], "ckpt.pt"
+    yield "robustness", [], [name for name in of(*chen, "AlterNet") if how["corruptions"]], (
+        "ckpt.pt")
     yield "hessian", [*images, "--params", "whole"], of(*CHEN), Numbers.at_equal_loss
     yield "hessian", [*images, "--params", "whole"], [
         name for name in names if "decay" in name or name in core and name not in chen], "ckpt.pt"
@@ -4851,10 +4945,12 @@ def analyses(names, how):
     yield "flatness", [*images, "--sigma", "0.005", "0.01", "0.02", "--rho", "0.05", "0.1"], chen, (
         "ckpt.pt")
     yield "spectrum", images, [*plain, *(name for name in other if "ViT, " in name and (
-        "head" in name or "kernel" in name or name in ("ViT, 1/10", "ViT, GAP", "ViT, patch 4")))
-        ], "warmup.pt"
+        "head" in name or "kernel" in name or name in (
+            "ViT, 1/10", "ViT, GAP", "ViT, patch 4", "ViT, augmented")))], "warmup.pt"
     for command in ("fourier", "variance", "cka", "lesion"):
         yield command, held_out, plain, "ckpt.pt"
+    yield "noise", ["--equal-energy", "--frequencies", "0", "0.1", "0.2"], of("ViT", "ResNet"), (
+        "ckpt.pt")
     yield "noise", [], plain, "ckpt.pt"
     yield "calibration", [], of("ViT", "ViT + SAM", "ViT, augmented"), "ckpt.pt"
     yield "nll", ["--images", how["fit"]], [
@@ -4877,7 +4973,7 @@ def reproduce(args, rest):
            "of train.py's flags it takes --" + ", --".join(MAY_BE_GIVEN).replace("_", "-"))
     train.join("cpu:gloo,cuda:nccl" if chosen.device == "cuda" else "gloo",
                timeout=timedelta(days=1000))
-    folder = Path(args.out_dir or "results")
+    folder = Path(args.out_dir or "out/reproduce")
     results = Results(folder, "reproduce")
 
     def flags(family, seed, more=""):
@@ -4920,7 +5016,9 @@ def reproduce(args, rest):
             if part in parts:
                 slug = re.sub(r"[^\w]+", "-", f"{name} seed{seed}".lower())
                 runs[name, seed] = dict(run=slug, part=part, family=family)
-                jobs[slug] = [*flags(family, seed, more), "--sam-rho", rho[family] if sam else "0"]
+                factor = RHO_BESIDE.get(part, {}).get(family, 1)
+                jobs[slug] = [*flags(family, seed, more), *as_flags(dict(
+                    sam_rho=three_digits(factor * float(rho[family])) if sam else 0))]
     ended = conduct("trainings", jobs, folder / "runs")
     heads = {}
     for (name, seed), of in list(runs.items()):
@@ -4981,13 +5079,14 @@ def reproduce(args, rest):
             tables["SAM's ρ (Chen Table 9, 10): top-1 % of held-out training images"] = [
                 {"network": family} | {rho: held_out[family, rho] for rho in how["rho"]}
                 for family in FIVE]
-        counts = Counter(row["verdict"].split(",")[0] for row in rows)
+        judgements = [row["verdict"].split(",")[0] for row in rows if row["paper"] != "control"]
+        counts = Counter(judgements)
         of = machine(train.start_processes(chosen.device)[0])
         write_report(folder, tables, lacking + LEFT_OUT, n, shown, (
-            f"Of {len(rows)} claims {counts['shows']} show, {counts['does not show']} do not show, "
-            f"{counts['within the spread']} are within the spread. Trained on shapes, "
-            f"{how['epochs']} epochs, seeds {', '.join(map(str, seeds))}; {of['device']}, torch "
-            f"{of['torch']}."))
+            f"Of {len(judgements)} claims {counts['shows']} show, {counts['does not show']} do not "
+            f"show, {counts['within the spread']} are within the spread. Trained on shapes, "
+            f"{how['epochs']} epochs{', too few for a verdict,' * args.quick} seeds "
+            f"{', '.join(map(str, seeds))}; {of['device']}, torch {of['torch']}."))
     return results.parts
 
 
@@ -5030,7 +5129,9 @@ def write_report(folder, tables, left_out, n, shown, how):
         own["datasize"] = "Accuracy and SAM's gain by the number of images (Chen Fig. 4)"
     rules = ("A claim shows if the numbers descend as it says, on average over seeds by more than "
              "the standard deviation of that over seeds; it does not show if they ascend by as "
-             "much; else it is within the spread. Of ratios (×) it is their logarithms.")
+             "much; else it is within the spread. Of ratios (×) it is their logarithms. Where "
+             "nothing is true, one claim in nine shows and one in nine does not (of two seeds: one "
+             "in five each).")
     sections = tables | {"Left out": [{"what": what, "why": why} for what, why in left_out]}
     text = f"# The papers in small\n\n{how}\n\n{rules}\n" + "".join(
         f"\n## {title}\n\n{markdown(rows)}" for title, rows in sections.items())

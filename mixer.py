@@ -124,8 +124,8 @@ def check_rates(**rates):
 def check_images(x, image_size):
     if x.shape[1:] != (3, image_size, image_size):
         raise ValueError(f"built for images (3, {image_size}, {image_size}), got "
-                         f"{tuple(x.shape[1:])}; a Mixer's token MLPs have one size: resize the "
-                         "images, or build with image_size and train anew")
+                         f"{tuple(x.shape[1:])}; a Mixer takes square RGB images of one size: "
+                         "resize them, or build with image_size and train anew")
 
 
 def lecun_normal_(weight):
@@ -223,7 +223,7 @@ def unknown(what, name, known, listing):
     return ValueError(f"unknown {what} {name!r}{hint} known: {listing}")
 
 
-def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides) -> nn.Module:
+def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides) -> Mixer:
     """Variant name with any constructor argument overridden: mixer_{micro,ti,s,b,l}P for each patch
     size P. ValueError for what is unknown or does not fit."""
     match = re.fullmatch(rf"mixer_({'|'.join(MIXER)})([1-9]\d*)", name)
@@ -239,9 +239,9 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
 
 def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
     """Fill model from a file of google-research/vision_transformer or big_vision (Mixer,
-    SAM, GSAM), made for images in [-1, 1] of the model's image_size; under an optimizer's prefix
-    or none, other arrays are ignored. head=False keeps the model's own head.
-    ValueError, and the model is as before, if the file is damaged or does not fit."""
+    SAM, GSAM), made for images in [-1, 1] of the model's image_size. Names may carry an optimizer's
+    prefix; other arrays are ignored. head=False keeps the model's own head. ValueError, and the
+    model is as before, if the file is damaged or does not fit, OSError if it cannot be opened."""
     import numpy as np
     if not isinstance(model, Mixer):
         raise ValueError(f"load_npz fills a Mixer, got {type(model).__name__}")

@@ -1,11 +1,11 @@
-"""ResNets of three papers: Chen et al. (arXiv 2106.01548, Table 7) train ResNet-50…152 and their x2
+"""ResNets of three papers: Chen et al. (arXiv 2106.01548, Table 2) train ResNet-50…152 and their x2
 widths with SAM, Xiao et al. (2106.14881, Table 2) compare with ResNet-50…200, Park & Kim
 (2202.06709, Fig. 5, 12, Appendix E) use ResNet, ResNeXt-50 32x4d (1611.05431) and, under AlterNet,
 pre-activation ResNets (1603.05027), with 3×3 stems for CIFAR.
 
-- A bottleneck's stride is on its 3×3 convolution, as in torchvision and both authors' codes.
-- x2 doubles every width, stem and head included: the only reading that gives Table 7's 98, 173 and
-  236 M parameters (torchvision's wide_resnet50_2 doubles the 3×3 alone and has 69 M).
+- A bottleneck's stride is on its 3×3 convolution, as in torchvision, pycls and Park & Kim's code.
+- x2 doubles every width, stem and head included: Table 2's 98, 173 and 236 M parameters, cut off as
+  its 25, 44 and 60 are; torchvision's wide_resnet50_2 doubles the 3×3 alone and has 69 M.
 - Pre-activation: no norm in the stem, a shortcut that changes shape is a bare 1×1 convolution of
   the activated input, norm and ReLU before pooling.
 - blur=True ends each stage with a 2×2 box blur without parameters, the spatial smoothing that Park
@@ -123,15 +123,15 @@ class Bottleneck(nn.Module):
 
     def __init__(self, dim, planes, stride, *, groups, width_per_group, pre_activation, drop_path):
         super().__init__()
-        width, wide = planes * width_per_group // 64 * groups, 4 * planes
-        norms = (dim, width, width) if pre_activation else (width, width, wide)
-        self.conv1 = nn.Conv2d(dim, width, 1, bias=False)
+        inner, outer = planes * width_per_group // 64 * groups, 4 * planes
+        norms = (dim, inner, inner) if pre_activation else (inner, inner, outer)
+        self.conv1 = nn.Conv2d(dim, inner, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(norms[0])
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, groups=groups, bias=False)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride=stride, padding=1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(norms[1])
-        self.conv3 = nn.Conv2d(width, wide, 1, bias=False)
+        self.conv3 = nn.Conv2d(inner, outer, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(norms[2])
-        self.downsample = projection(dim, wide, stride, pre_activation)
+        self.downsample = projection(dim, outer, stride, pre_activation)
         self.drop_path = DropPath(drop_path)
         self.pre_activation = pre_activation
 

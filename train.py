@@ -853,7 +853,8 @@ def build_model(name, num_classes=1000, image_size=224, **overrides):
 LISTED = [
     ("Chen Table 7", 224, 1000, [
         *(f"vit_{size}" for size in ("s32", "s16", "s14", "s8", "b32", "b16")),
-        *(f"mixer_{size}" for size in ("s32", "s16", "s8", "b32", "b16", "b8")),
+        *(f"mixer_{size}" for size in ("s32", "s16", "s8", "b32", "b16", "b8"))]),
+    ("Chen Table 2", 224, 1000, [
         *(f"resnet{size}" for size in ("50", "50x2", "101", "101x2", "152", "152x2"))]),
     ("Xiao Table 1", 224, 1000, [f"vit_{stem}_{size}" for stem in "pc" for size in vit.VIT_GF]),
     ("Xiao Table 2", 224, 1000, ["resnet50", "resnet101", "resnet152", "resnet200"]),

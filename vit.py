@@ -3,15 +3,17 @@ ViT (2010.11929) with SAM, Xiao et al. (2106.14881, §3, Table 1) give it a conv
 & Kim (2202.06709, §2, Fig. 7) restrict its attention to k×k neighbourhoods and also use PiT.
 
 What the papers leave open is as in their authors' code:
-- vit_{ti,s,b,l}P are Google's: tanh-GELU (flax's default), LayerNorm eps 1e-6, Google's init. The
-  weights on timm want gelu="exact"; Park & Kim's CIFAR ViT-Ti, a timm class, is vit_ti2 with
-  gelu="exact", qkv_bias=False, init="timm".
+- vit_{ti,s,b,l}P are Google's: tanh-GELU (flax's default), LayerNorm eps 1e-6, Google's init.
+  Weights that timm trained want gelu="exact"; Park & Kim's CIFAR ViT-Ti, a timm class, is vit_ti2
+  with gelu="exact", qkv_bias=False, init="timm".
 - vit_{p,c}_*gf are pycls': exact GELU, its init of 2021. Table 1 prints 86.7 M parameters for
   ViT_P-18GF, Table 2 86.6 M; it has 86,567,656.
 - pool="gap" is big_vision's: no class token, norm over all tokens, then mean; timm norms the mean.
-- Convolutional attention (kernel_size=k), never published: neighbours beyond the border are masked,
-  not zero keys; the class token sees and is seen by all; k is odd. Fig. 7's 8×8 is global: None.
-Differs from the papers: stochastic depth divides by the keep probability, as timm, not big_vision.
+- Convolutional attention (kernel_size=k), whose code was never published: neighbours beyond the
+  border are masked, not zero keys; the class token sees and is seen by all; k is odd. Fig. 7's 8×8
+  is global: None.
+Differs from big_vision's Mixer (Chen et al.'s group): what stochastic depth keeps is divided by the
+keep probability, as in timm, so that training has the expectation which evaluation computes.
 State-dict keys are timm's. load_npz reads Google's files; those models take images in [-1, 1].
 
     python vit.py                             parameters, MACs, activations of the variants (6 s)
@@ -178,9 +180,9 @@ class PatchEmbed(nn.Module):
 def neighbourhood(grid, kernel_size, prefix_tokens):
     """(N, N) mask, True where the column's token lies in the k×k window around the row's; the class
     token (prefix) sees and is seen by all."""
-    row, column = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
-    rows_apart, columns_apart = ((i.flatten()[:, None] - i.flatten()).abs() for i in (row, column))
-    near = torch.maximum(rows_apart, columns_apart) <= kernel_size // 2
+    y, x = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    y_apart, x_apart = ((i.flatten()[:, None] - i.flatten()).abs() for i in (y, x))
+    near = torch.maximum(y_apart, x_apart) <= kernel_size // 2
     return F.pad(near, (prefix_tokens, 0, prefix_tokens, 0), value=True)
 
 
@@ -200,7 +202,8 @@ def check_rates(**rates):
 def check_images(x, image_size):
     if x.shape[1:] != (3, image_size, image_size):
         raise ValueError(f"built for images (3, {image_size}, {image_size}), got "
-                         f"{tuple(x.shape[1:])}; build with their size and use resize_pos_embed")
+                         f"{tuple(x.shape[1:])}; for square RGB images of another size build with "
+                         "image_size and use resize_pos_embed")
 
 
 def lecun_normal_(weight):
@@ -283,13 +286,15 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, init, head_bias):
-        """All: zero class token, head weight and biases, LayerNorm 1 and 0, positions N(0, 0.02²).
+        """All: LayerNorm 1 and 0, biases of linear layers zero but for the MLPs', of the head
+        head_bias.
         google  MLP, out, and each of q, k, v xavier-uniform; convolutions lecun-normal
         pycls   MLP and the stacked q, k, v (std √2 smaller) xavier-uniform, out torch's default;
                 patches N(0, 1/fan_in); 3×3 torch's default and 1×1 N(0, 2/D), until March 2022
         timm    all linear layers, head and positions too, truncated N(0, 0.02²), class token
                 N(0, 1e-6²), convolutions torch's default
-        google and pycls: MLP biases N(0, 1e-6²). The head's bias is head_bias."""
+        google and pycls: zero class token, head weight and patch bias, positions N(0, 0.02²), MLP
+        biases N(0, 1e-6²), representation layer lecun-normal."""
         linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
         convs = [module for module in self.patch_embed.modules() if isinstance(module, nn.Conv2d)]
         for linear in linears:
@@ -495,7 +500,7 @@ def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int],
     else:
         prefix, tokens = pos_embed[:, :prefix_tokens], pos_embed[:, prefix_tokens:]
         side = math.isqrt(tokens.shape[1])
-        if side**2 != tokens.shape[1]:
+        if side == 0 or side**2 != tokens.shape[1]:
             raise ValueError(f"position embedding has {tokens.shape[1]} rows besides "
                              f"{prefix_tokens} for the class token, which form no square grid")
         tokens = tokens.mT.unflatten(2, (side, side))  # (1, D, n, n)
@@ -511,7 +516,8 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
     made for images in [-1, 1]. Reads both block layouts, with class token or GAP, with or without
     representation layer, at any resolution (see resize_pos_embed), under an optimizer's prefix;
     ignores other arrays. head=False keeps the model's own head and representation layer.
-    ValueError, and the model is as before, if the file is damaged or does not fit."""
+    ValueError, and the model is as before, if the file is damaged or does not fit, OSError if it
+    cannot be opened."""
     import numpy as np
     if not isinstance(model, ViT):
         raise ValueError(f"load_npz fills a ViT, got {type(model).__name__}")
@@ -562,18 +568,22 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
     if len(model.patch_embed.stem) or attn.qkv.bias is None:
         raise ValueError('load_npz needs a model with stem="patchify" and qkv_bias=True')
     agree("class token", "cls", model.cls_token is not None, "pool")
-    agree(f"block {depth}", f"Transformer/encoderblock_{depth}/LayerNorm_0/scale", False, "depth")
+    names = (key.split("/") for key in arrays if key.startswith("Transformer/encoderblock_"))
+    blocks = len({name for _, name, *_ in names})
+    if blocks != depth:
+        raise ValueError(f"{path} has depth {blocks}, the model {depth}: build it with "
+                         f"depth={blocks}")
     weights["patch_embed.proj.bias"] = take("embedding/bias", dim)
     kernel = take("embedding/kernel", *patch.kernel_size, 3, dim)
     weights["patch_embed.proj.weight"] = kernel.permute(3, 2, 0, 1)  # HWIO to OIHW
     if model.cls_token is not None:
         weights["cls_token"] = take("cls", 1, 1, dim)
-    if "pos_embedding" in arrays:  # big_vision adds it before it prepends the class token
-        positions = arrays["pos_embedding"].shape[-2]
-        pos_embed = F.pad(take("pos_embedding", 1, positions, dim), (0, 0, model.prefix_tokens, 0))
-    else:
-        key = "Transformer/posembed_input/pos_embedding"
-        pos_embed = take(key, 1, arrays[key].shape[-2] if key in arrays else 0, dim)
+    top_level = "pos_embedding" in arrays  # big_vision adds it before it prepends the class token
+    key = "pos_embedding" if top_level else "Transformer/posembed_input/pos_embedding"
+    shape = arrays[key].shape if key in arrays else ()
+    pos_embed = take(key, 1, shape[-2] if len(shape) > 1 else 1, dim)
+    if top_level:
+        pos_embed = F.pad(pos_embed, (0, 0, model.prefix_tokens, 0))
     weights["pos_embed"] = resize_pos_embed(pos_embed, model.grid, model.prefix_tokens)
     released = "Transformer/encoderblock_0/LayerNorm_2/scale" in arrays  # else named by flax.linen
     second, attention, mlp = (2, 1, 3) if released else (1, 0, 0)
