@@ -17,9 +17,9 @@ With SAM it is Eq. 5, min_w max_ε max_δ L(w + ε, x + δ, y), and costs no pas
         adversarial = ascend(start, first.input_grads[0], x, eps, 1.25 * eps)
         criterion(model(adversarial), y).backward()        # the gradient at w + ε, x + δ
 
-The order of the maxima: the paper takes both gradients from one backward pass, so the loss is
-linear in ε and δ around (w, start), its two terms part, and either may be maximised first.
-BatchNorm then has one pass at w whose statistics can count: that over the starting images.
+Which maximum comes first does not matter: both gradients come from one pass at (w, start), so to
+first order the loss is a sum of a term in ε and a term in δ. That pass, over the starting images,
+is the only one at w, so BatchNorm's running statistics are its.
 
     python adversarial.py                     a toy: what adversarial training unlearns (5 s)
     python adversarial.py --cost 5            training steps: plain, adversarial, SAM, both (1 min)
@@ -124,7 +124,8 @@ def set_random_state(state):
 
 @contextmanager
 def full_precision(device):
-    """Arithmetic in the tensors' own type: no autocast, no TF32."""
+    """Arithmetic in the tensors' own type: no autocast, on CUDA no TF32; oneDNN's setting on the
+    CPU is left as it is."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = matmul.fp32_precision, conv.fp32_precision
     matmul.fp32_precision = conv.fp32_precision = "ieee"
@@ -163,7 +164,8 @@ def cross_entropy(logits, y):
 
 
 def check(model, x, y, eps, step_size, steps, norm, start):
-    """What cannot be right, in one line each. Waits for the device once."""
+    """What cannot be right, in one line each. Waits for the device once, and once more for
+    start."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model is a {type(model).__name__}; an attack takes a "
                          "torch.nn.Module")
@@ -290,7 +292,8 @@ def fgsm(model, x, y, eps=2 / 255, step_size=None, random_start=True, **more):
 
 def keyed_start(x, positions, eps, norm, seed):
     """`uniform_start` for each image by itself, from its position in the data set and the seed: the
-    same in any batch and on any number of devices."""
+    same in any batch and on any number of devices of a kind. Restart r of seed s is restart 0 of
+    seed s + r: for independent attacks take seeds further apart than restarts."""
     generator, points = torch.Generator(x.device), [x[:0]]
     for image, position in zip(x, positions):
         generator.manual_seed((seed * 1_000_003 + position * 2_654_435_761) % 2**32)

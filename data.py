@@ -243,7 +243,11 @@ def _shapes_range(first, n, size):
 
 def keys(*numbers):
     """63-bit seeds that depend on every one of the numbers and on their order (splitmix64 of each
-    in turn). numbers: integers or integer arrays (N,). -> uint64 (N,)."""
+    in turn). numbers: integers or integer arrays (N,). -> uint64 (N,).
+
+    In use: (seed, epoch) for the order; (seed, epoch, i, 1) augmentation; (seed, class, 2) subsets;
+    (seed, index, 3) c-lite; in train.py (seed, step, micro-batch) for masks and (seed, step,
+    micro-batch, 2) for mixup. Some coincide, and then feed unrelated draws."""
     state = np.zeros(1, dtype=np.uint64)
     for number in numbers:
         if isinstance(number, int):
@@ -266,9 +270,10 @@ class TrainOrder(torch.utils.data.Sampler):
     """Yields, for each micro-batch of this process from step `start` to step `stop`,
     its (epoch, index) pairs.
 
-    Step t takes images [t·B, (t+1)·B) of its epoch's permutation of `n` images; its micro-batches
-    go to the processes in contiguous runs, so that micro-batch j of the step is the same whatever
-    the number of processes.
+    Step s of a run is step t = s mod k of epoch e = s div k, k = n div B. It takes images
+    [t·B, (t+1)·B) of epoch e's permutation of `n` images, randperm seeded by key(seed, e); its
+    micro-batches go to the processes in contiguous runs, so that micro-batch j of the step is the
+    same whatever the number of processes. n is at least B, and B a multiple of micro_batch × world.
 
     repeats: R > 1 is repeated augmentation (Hoffer et al. 1901.09335; DeiT: 3). The epoch is as
     long, but each image comes R times in a row, so that only n / R of them come; the v-th time is
@@ -291,9 +296,9 @@ class TrainOrder(torch.utils.data.Sampler):
     def __iter__(self):
         epoch = None
         for step in range(self.start, self.stop):
-            now, t = divmod(step, self.n // self.batch_size)
-            if now != epoch:
-                epoch = now
+            own_epoch, t = divmod(step, self.n // self.batch_size)
+            if own_epoch != epoch:
+                epoch = own_epoch
                 order = torch.randperm(
                     self.n, generator=torch.Generator().manual_seed(key(self.seed, epoch)))
             place = torch.arange(t * self.batch_size, (t + 1) * self.batch_size)
@@ -360,18 +365,19 @@ def _with_workers(loader, tell):
     """iter(loader) whose workers have begun. Up to Python 3.11.7 one that is forked while a thread
     of torch.distributed is about to enter Python waits for ever (CPython issue 112275): then all
     are started anew."""
-    started = loader.worker_init_fn.args[0]
+    started, patience = loader.worker_init_fn.args[0], PATIENCE
     while True:
         before = torch.multiprocessing.active_children()
         started.zero_()
-        stream, end = iter(loader), time.monotonic() + PATIENCE
+        stream, end = iter(loader), time.monotonic() + patience
         own = [p for p in torch.multiprocessing.active_children() if p not in before]
         while not started.all() and time.monotonic() < end and all(p.is_alive() for p in own):
             time.sleep(0.001)
-        if time.monotonic() < end:
+        if started.all() or not all(p.is_alive() for p in own):  # of a dead one next() tells
             return stream
-        tell(f"{(~started).sum()} of {len(started)} data workers did not begin in {PATIENCE:g} "
+        tell(f"{(~started).sum()} of {len(started)} data workers did not begin in {patience:g} "
              "seconds: all are started again")
+        patience *= 2  # perhaps the machine is only slow
         del stream  # forgets them, or torch would raise an error for who is killed
         for process in own:
             process.kill()
@@ -387,8 +393,8 @@ def _begin(started, worker):
 
 @atexit.register
 def _end_workers():
-    """Those left when a program ends by an error: multiprocessing would ask them by SIGTERM, and
-    wait."""
+    """Kills the workers left when a program ends by an error: multiprocessing would send SIGTERM,
+    which they ignore (_begin), and wait for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error more
     for process in torch.multiprocessing.active_children():
         if process.daemon:
@@ -603,8 +609,9 @@ def decode(source, box=None):
     at = jpeg_height(encoded) if box is not None else None
     if at is not None:
         # A JPEG is decoded from its top. Its header is made to say that it ends below the box, and
-        # libjpeg skips the rest: for training crops 9/10 of the time. One row more than the box is
-        # kept, because a row's colours may be smoothed with those of the next, where there is one.
+        # libjpeg skips the rest: training crops then take 9/10 of the time. One row more than the
+        # box is kept, because a row's colours may be smoothed with those of the next, where there
+        # is one.
         rows, columns = struct.unpack_from(">HH", encoded, at)
         part = box(rows, columns)
         rows = min(rows, part[0] + part[2] + 1)
@@ -637,8 +644,9 @@ def jpeg_height(encoded):
 
 
 def read_image(source, name, notes, box=None):
-    """decode, but of a truncated file what can be decoded, the rest grey, which is added to notes:
-    rather than the end of a run of days. DataError, by name, where nothing can be decoded."""
+    """decode; but a truncated file is used as far as it goes, its rest blank (JPEG grey, PNG
+    black), with a line in `notes`: one bad file should not end a run of days. Raises DataError,
+    which names the file, where nothing can be decoded."""
     damage = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
     try:
         return decode(source, box)
@@ -653,13 +661,14 @@ def read_image(source, name, notes, box=None):
                         "it") from None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
-    notes.append(f"{name} is truncated: used as far as it can be decoded, the rest is grey")
+    notes.append(f"{name} is truncated: used as far as it can be decoded, the rest is blank")
     return image
 
 
 def show(path):
     """A path for a message: one printable line whatever bytes it has."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def read_mat(path):
@@ -995,7 +1004,8 @@ GOOGLE_OPERATIONS = {  # what big_vision does to an image; m: magnitude / 10; si
 
 def google_randaugment(image, magnitude):
     """One operation of Chen et al.'s RandAugment (E.3), as in their group's public code: 16 of
-    them, twice torchvision's strength at 10 and without an upper end, lengths in pixels."""
+    them. At 10 about torchvision's strength, but without an upper end (E.3's 15 turns by 45°);
+    translations and cut-outs in pixels; Solarize grows weaker with the magnitude, not stronger."""
     change = list(GOOGLE_OPERATIONS.values())[int(torch.randint(len(GOOGLE_OPERATIONS), ()))]
     return change(image, magnitude / 10, 1 - 2 * int(torch.randint(2, ())))
 
@@ -1351,8 +1361,9 @@ def corrupt(image, corruption, severity, seed=0, index=0):
 
 
 class Corrupted(Dataset):
-    """`dataset` with a corruption of C_LITE after its own transform: as many images, labels and
-    classes, in the same order. Raises DataError for an unknown corruption or severity."""
+    """`dataset`, whose images are on the CPU, with a corruption of C_LITE after its own transform:
+    as many images, labels and classes, in the same order. Raises DataError for an unknown
+    corruption or severity."""
 
     def __init__(self, dataset, corruption, severity, seed=0):
         _check_condition(corruption, severity, C_LITE)
@@ -1552,6 +1563,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] not in (["pack"], ["bench"]):  # these have pipes to their workers
+    if not {"pack", "bench"} & set(sys.argv[1:]):  # these have pipes to their workers
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head ends it, as it ends cat
     main()

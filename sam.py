@@ -3,7 +3,8 @@
 it: the gradient that the optimizer sees is taken not at w but at w + ε, the worst point nearby to
 first order,
 
-    ε = ρ · g / ‖g‖₂        g = ∇L(w), one norm over all parameters that have a gradient.
+    ε = ρ · g / ‖g‖₂        g = ∇L(w), one norm over all parameters that have a gradient
+                            (SAM._epsilon)
 
 Choices, after the authors' public code:
 - ε is each process's own (the m of m-sharpness is its micro-batch); `sync=True` shares it.
@@ -12,7 +13,7 @@ Choices, after the authors' public code:
 - Clipping, decoupled weight decay and the optimizer act once, on the second gradient, at w. An L2
   penalty counts for ε only if it is a term of `loss`.
 - Both passes draw the same dropout and stochastic-depth masks. BatchNorm keeps the statistics of
-  the first.
+  the first, which are those of w, the weights that are evaluated.
 
     sam = SAM(model, rho=0.2)
     loss = lambda: criterion(model(x), y)
@@ -121,8 +122,8 @@ class SAM:
     @contextmanager
     def perturb(self, loss, *, inputs=(), sync: bool = False, keep_grads: bool = False):
         """Context in which the weights are w + ε; afterwards they are w again, bit for bit, also
-        when the body raises, and buffers (BatchNorm's running statistics) are as the first call of
-        `loss` left them.
+        when the body raises, and buffers (BatchNorm's running statistics) are as the first pass
+        left them: statistics at w + ε are not those of w, and each image counts once.
 
         loss: called without arguments, returns a scalar that depends on the model. Or a sequence of
             such, one for each micro-batch: ε then belongs to the gradient of their mean. Each is
@@ -151,12 +152,13 @@ class SAM:
         grads, value = self._gradient(losses, params + inputs)
         kept = tuple(grads[:len(params)]) if keep_grads else ()
         input_grads = tuple(grads[len(params):])
-        reached, grads = [[a for a, g in zip(some, grads) if g is not None]
-                          for some in (params, grads[:len(params)])]
+        grads = grads[:len(params)]
+        reached = [p for p, g in zip(params, grads) if g is not None]
+        grads = [g for g in grads if g is not None]
         if not reached:
             raise ValueError("SAM: the loss depends on no parameter of the model that requires "
                              "a gradient")
-        saved_buffers = [b.clone() for b in buffers]
+        saved_buffers = [b.clone() for b in buffers]  # after the pass at w: its statistics stay
         saved = None
         try:
             for step in range(self.steps):
@@ -168,13 +170,13 @@ class SAM:
                 if sync:
                     grads = average(grads)
                 with torch.no_grad():
-                    ascent, norm = self._ascent(saved or reached, grads)
+                    epsilon, norm = self._epsilon(saved or reached, grads)
                     del grads  # before the copy below, so that the two never lie side by side
                     if step == 0:
                         first = First(value, norm, input_grads, kept)
                         saved = [p.clone() for p in reached]
-                    torch._foreach_add_(reached, ascent)
-                    del ascent
+                    torch._foreach_add_(reached, epsilon)
+                    del epsilon
                 # Inside an autocast region that spans both passes, the cached half-precision copies
                 # of the weights would still be those of w, and ε would have no effect.
                 torch.clear_autocast_cache()
@@ -201,9 +203,10 @@ class SAM:
             value = value + out.detach()
         return total, value
 
-    def _ascent(self, weights, grads):
-        """(ρ/steps)·g/‖g‖, or ASAM's form of it, and the norm. In new tensors: autograd may hand
-        out one piece of memory as the gradient of two parameters, so nothing is scaled in place."""
+    def _epsilon(self, weights, grads):
+        """ε, or this step's share of it: (ρ/steps)·g/‖g‖, or ASAM's form; and the norm. In new
+        tensors: autograd may hand out one piece of memory as the gradient of two parameters, so
+        nothing is scaled in place."""
         if self.adaptive:
             scale = torch._foreach_abs(weights)
             torch._foreach_add_(scale, self.eta)
@@ -211,10 +214,10 @@ class SAM:
         norm = global_norm(grads)
         factor = torch.where(norm == 0, 0.0, self.rho / self.steps / norm)
         factor = torch.where(norm.isinf(), torch.nan, factor)  # ρ/∞ would be a silent ε = 0
-        ascent = torch._foreach_mul(grads, factor)
+        epsilon = torch._foreach_mul(grads, factor)
         if self.adaptive:
-            torch._foreach_mul_(ascent, scale)
-        return ascent, norm
+            torch._foreach_mul_(epsilon, scale)
+        return epsilon, norm
 
 
 class LookSAM:

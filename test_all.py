@@ -2986,7 +2986,7 @@ def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
     good = load()
     whole = (tmp_path / "train/ant/ant_0.JPEG").read_bytes()
 
-    # truncated: the rest is grey, and a note
+    # truncated: the rest is blank, and a note
     (tmp_path / "train/ant/ant_0.JPEG").write_bytes(whole[:len(whole) // 2])
     told = []
     images = [x for x, _ in data.batches(
