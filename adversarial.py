@@ -719,7 +719,10 @@ def main(argv=None):
     """-> exit status: 0, 2 for what the user has to set right, 130 for Ctrl-C."""
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    if args.cost > 0 and not rest:
+    given = sys.argv[1:] if argv is None else argv
+    if args.cost:
+        if args.cost < 0 or any(w.startswith("--") and w.split("=")[0] != "--cost" for w in given):
+            parser.error("--cost ROUNDS stands alone, and ROUNDS is at least 1")
         times = cost(args.cost, 16)
         for name, ratio in zip(("adversarial", "SAM", "adversarial + SAM"),
                                (times[:, 1:] / times[:, :1]).T):
@@ -727,7 +730,7 @@ def main(argv=None):
                   f"{ratio.max():.2f}) times a plain one of {times[:, 0].median():.2f} s")
         return 0
     if not (args.checkpoint or any(word.split("=")[0] == "--init-from" for word in rest)):
-        if argv or argv is None and len(sys.argv) > 1:
+        if given:
             parser.error("an attack needs --checkpoint RUN/ckpt.pt, or --model NAME --init-from "
                          "FILE; --cost ROUNDS stands alone, and without any flag a toy runs")
         return toy()
