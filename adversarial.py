@@ -550,6 +550,42 @@ def spread(n, wanted):
     return [i * n // wanted for i in range(wanted)] if 0 < wanted < n else list(range(n))
 
 
+def draw_losses(axes, curves):
+    for restart, losses in enumerate(curves, 1):
+        axes.plot(range(len(losses)), losses, label=f"restart {restart}")
+    axes.set_xlabel("step of the attack")
+    axes.set_ylabel("mean cross-entropy (nats)")
+    if len(curves) > 1:
+        axes.legend()
+
+
+def draw_images(examples, classes):
+    """A picture of three rows: images, their perturbations magnified so that the largest is black
+    or white, attacked images; above what they are, below what they are taken for, in red if
+    wrong."""
+    from PIL import Image, ImageDraw
+
+    x, y, attacked, before, after = (torch.cat(some).cpu() for some in zip(*examples))
+    side, line, gap = max(128, x.shape[-1]), 14, 6
+    size = gap + len(x) * (side + gap), line + 3 * (side + line + gap)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    factor = 0.5 / (attacked - x).abs().amax().clamp(min=1e-30).item()
+    for row, images in enumerate((x, 0.5 + factor * (attacked - x), attacked)):
+        for column, image in enumerate(images):
+            left, top = gap + column * (side + gap), line + row * (side + line + gap)
+            pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()
+            picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(picture, (left, top))
+            taken = (before, None, after)[row]
+            caption = f"difference x {factor:.0f}" if row == 1 else classes[taken[column]]
+            wrong = row != 1 and taken[column] != y[column]
+            draw.text((left, top + side), caption, fill="red" if wrong else "black")
+            if row == 0:
+                draw.text((left, 0), str(classes[y[column]]), fill="black")
+    return sheet
+
+
 def attack_checkpoint(args, rest):
     """Prints accuracies by step and the check of the attack's strength; writes them, after each
     CHUNK of images, to OUT/adversarial.json, from which the same command goes on. Returns them."""
@@ -677,42 +713,6 @@ def attack_checkpoint(args, rest):
             say(f"images    {path}")
         say(f"results   {results.path}")
     return done
-
-
-def draw_losses(axes, curves):
-    for restart, losses in enumerate(curves, 1):
-        axes.plot(range(len(losses)), losses, label=f"restart {restart}")
-    axes.set_xlabel("step of the attack")
-    axes.set_ylabel("mean cross-entropy (nats)")
-    if len(curves) > 1:
-        axes.legend()
-
-
-def draw_images(examples, classes):
-    """A picture of three rows: images, their perturbations magnified so that the largest is black
-    or white, attacked images; above what they are, below what they are taken for, in red if
-    wrong."""
-    from PIL import Image, ImageDraw
-
-    x, y, attacked, before, after = (torch.cat(some).cpu() for some in zip(*examples))
-    side, line, gap = max(128, x.shape[-1]), 14, 6
-    size = gap + len(x) * (side + gap), line + 3 * (side + line + gap)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    factor = 0.5 / (attacked - x).abs().amax().clamp(min=1e-30).item()
-    for row, images in enumerate((x, 0.5 + factor * (attacked - x), attacked)):
-        for column, image in enumerate(images):
-            left, top = gap + column * (side + gap), line + row * (side + line + gap)
-            pixels = (255 * image).round().byte().permute(1, 2, 0).numpy()
-            picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(picture, (left, top))
-            taken = (before, None, after)[row]
-            caption = f"difference x {factor:.0f}" if row == 1 else classes[taken[column]]
-            wrong = row != 1 and taken[column] != y[column]
-            draw.text((left, top + side), caption, fill="red" if wrong else "black")
-            if row == 0:
-                draw.text((left, 0), str(classes[y[column]]), fill="black")
-    return sheet
 
 
 def main(argv=None):

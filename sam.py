@@ -83,6 +83,15 @@ def global_norm(tensors):
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, widest) for n in norms]))
 
 
+def average(tensors):
+    """Mean over the processes of the default group: one all-reduce of everything together."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    return [f.view_as(t).to(t.dtype)
+            for f, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
+
 class SAM:
     """Moves a model's weights to w + ε for the length of a `with` block.
 
@@ -296,15 +305,6 @@ class LookSAM:
     def load_state_dict(self, state):
         torch._foreach_copy_(self.direction, state["direction"])
         self.length.copy_(state["length"])
-
-
-def average(tensors):
-    """Mean over the processes of the default group: one all-reduce of everything together."""
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    return [f.view_as(t).to(t.dtype)
-            for f, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
 
 
 def toy(rho, seed, steps):
