@@ -1062,7 +1062,7 @@ def test_a_mixer_that_cannot_be_built_is_refused_in_one_line(name, arguments, me
 
 
 def test_a_mixer_refuses_images_of_another_size():
-    with pytest.raises(ValueError, match=r"images \(3, 16, 16\), got \(3, 24, 24\); a Mixer's tok"):
+    with pytest.raises(ValueError, match=r"images \(3, 16, 16\), got \(3, 24, 24\); a Mixer takes"):
         tiny_mixer()(tiny_images(1, 24))
 
 
