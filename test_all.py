@@ -9479,27 +9479,35 @@ def stress_analyses(folder, share):
     """The numbers of an analysis that is ended again and again; a sweep's; a pack's bytes."""
     with redirect_stdout(io.StringIO()):
         train_ok(tiny(folder / "run", "--sam-rho 0.1"))
-    for name, flags in (("hessian", "--images 48 --params whole"),
-                        ("landscape", "--points 12 --images 96")):
+
+    def results(path):
+        text = re.sub(r'"seconds": [\d.e-]+', '"seconds": 0', path.read_text())
+        return json.loads(text)["results"]
+    for (name, flags), processes in itertools.product((
+            ("hessian", "--images 48 --params whole"),
+            ("landscape", "--points 12 --images 96")), (1, 2)):
         found = []
         for out, kills in (("whole", 0), ("again", round(20 * share))):
-            argv = [name, "--checkpoint", folder / "run", *flags.split(), "--out-dir", folder / out]
-            count, _ = killed("analyze", argv, folder / out / f"{name}.json", kills, late=0.2,
-                              early=0.5, signals=ANY)
-            text = (folder / out / f"{name}.json").read_text()
-            text = re.sub(r'"seconds": [\d.e-]+', '"seconds": 0', text)
-            found.append(json.loads(text)["results"])
-        yield f"the same to analyze.py {name}", count, found[0] != found[1]
-    found = []
-    for out, kills in (("whole", 0), ("again", round(20 * share))):
-        argv = ["stability", "--study", "length", "--models", "vit_micro8 --dim 24 --depth 1",
-                *"--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 --device "
-                "cpu --vary optimizer adamw sgd --vary epochs 60 120 --optimum adamw 1e-3 0.1 "
-                "--optimum sgd 1e-2 1e-4 --save-every 5".split(), "--out-dir", folder / f"s{out}"]
-        count, _ = killed("analyze", argv, folder / f"s{out}/length.json", kills, early=3.0,
-                          late=8.0, signals=ANY)
-        found.append(json.loads((folder / f"s{out}/length.json").read_text())["results"])
-    yield "the same to a study of 4 trainings", count, found[0] != found[1]
+            out = folder / f"{out}{processes}"
+            argv = [name, "--checkpoint", folder / "run", *flags.split(), "--out-dir", out]
+            count, _ = killed("analyze", argv, out / f"{name}.json", kills, late=0.2, early=0.5,
+                              signals=ANY, processes=processes)
+            found.append(results(out / f"{name}.json"))
+        yield (f"the same to analyze.py {name}, {processes} processes", count,
+               found[0] != found[1])
+    for processes in (1, 2):
+        found = []
+        for out, kills in (("whole", 0), ("again", round(20 * share))):
+            out = folder / f"study{out}{processes}"
+            argv = ["stability", "--study", "length", "--models", "vit_micro8 --dim 24 --depth 1",
+                    *"--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 "
+                    "--device cpu --vary optimizer adamw sgd --vary epochs 60 120 --optimum adamw "
+                    "1e-3 0.1 --optimum sgd 1e-2 1e-4 --save-every 5".split(), "--out-dir", out]
+            count, _ = killed("analyze", argv, out / "length.json", kills, early=3.0, late=8.0,
+                              signals=ANY, processes=processes)
+            found.append(results(out / "length.json"))
+        yield f"the same to a study of 4 trainings, {processes} processes", count, (
+            found[0] != found[1])
     write_image_folder(folder / "images", train=300, val=100)
     count = 0
     for out, kills in (("whole.pack", 0), ("again.pack", round(20 * share))):
