@@ -1251,6 +1251,8 @@ def _real(path, dataset):
     try:
         answers = json.loads(path.read_bytes())
         rows = [torch.tensor(answers[int(match[1]) - 1], dtype=torch.int64) for match in found]
+        if any(len(row) and not 0 <= row.min() <= row.max() < len(dataset.classes) for row in rows):
+            raise ValueError("a label is out of range")
         dataset.labels = torch.nn.utils.rnn.pad_sequence(rows, True, padding_value=-1)
         return dataset.restrict((dataset.labels >= 0).any(1))
     except (OSError, ValueError, LookupError, TypeError, RuntimeError):

@@ -3659,7 +3659,8 @@ def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
                           for y in ys])
     right = (torch.tensor([2, 5, 5])[:, None] == labels.view(len(labels), -1)).any(1)
     assert right.tolist() == [True, False, True], "the rule of benchmark's docstring"
-    for damage in ("[", "[[1], 2, 3, 4, 5]", "[[1], [2]]", '{"a": 1}'):
+    for damage in ("[", "[[1], 2, 3, 4, 5]", "[[1], [2]]", '{"a": 1}', "[[1000], [], [], [], []]",
+                   "[[-1], [], [], [], []]"):
         (root / "real.json").write_text(damage)
         with pytest.raises(data.DataError, match="real.json is damaged; expected: 50,000 lists"):
             read("real")
