@@ -42,7 +42,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -434,11 +434,20 @@ def robustness_summary(parts, imagenet=True):
     return summary
 
 
+def whole_benchmarks(done, todo):
+    """Of {part: numbers} and what robustness_parts asks for: {part: top-1} of the benchmarks that
+    are there with all their parts, and the names of the others."""
+    lacking = dict.fromkeys(part.split("/")[0] for part, _ in todo if part not in done)
+    return {part: done[part]["top1"] for part, _ in todo
+            if part.split("/")[0] not in lacking}, lacking
+
+
 def robustness(args, rest):
     """Accuracy of checkpoints on held-out images and on benchmarks of natural and of synthetic
     change (Chen et al. Table 2, 5; Park & Kim Fig. 12b, E.1). Returns what the JSON holds under
     "results". Whatever benchmark is not there is named, with where it was looked for."""
-    chosen, summaries, trained, told = networks(args.checkpoint, rest), {}, {}, set()
+    own = make_parser().commands["robustness"]._option_string_actions
+    chosen, summaries, trained, told = networks(args.checkpoint, rest, own), {}, {}, set()
     first = chosen[0][0]
     device, world, on_machine = train.start_processes(first.device)
     results = Results(args.out_dir or Path(first.init_from).parent, "robustness")
@@ -481,11 +490,9 @@ def robustness(args, rest):
                 model, settings.image_size, device))
             results.put(name, part, train.evaluate(model, loader, device, autocast,
                                                    restrict_logits=dataset.restrict_logits))
-        done = results.parts.get(name, {})
-        lacking = dict.fromkeys(part.split("/")[0] for part, _ in todo if part not in done)
+        wanted, lacking = whole_benchmarks(results.parts.get(name, {}), todo)
         for benchmark in lacking:
             tell(f"missing   {benchmark}: parts of it, so it has no number")
-        wanted = {part: done[part]["top1"] for part, _ in todo if part.split("/")[0] not in lacking}
         summaries[name] = robustness_summary(wanted, "cifar" not in settings.dataset)
     if not any(summaries.values()):
         raise UserError("nothing could be evaluated: the lines above say what is missing where")
@@ -1430,8 +1437,9 @@ def flatness(args, rest):
     """How fast the loss of networks rises around their weights, on a class-balanced tenth of the
     training set: its average under Gaussian noise on all weights (average flatness), and the worst
     that projected ascent finds in balls (what SAM minimises, Chen et al. Eq. 1). Noise and radii
-    are absolute, not relative to the weights' size. The papers at hand give no σ: the default's are
-    ours; the radii span Chen Table 9. Returns what the JSON holds under "results"."""
+    are absolute, not relative to the weights' size. The papers at hand give no σ: the defaults are
+    ours, and so are those of ρ, with which Chen Table 9 trains from 0.02 on. Returns what the JSON
+    holds under "results"."""
     need(args, sigma=0, draws=1, rho=0, steps=1)
     results, device, named = started(args, rest, "flatness")
     first, rows, curves = f"{args.loss}, {args.images} of images", [], {}
@@ -1492,7 +1500,12 @@ def draw_flatness(axes, curves, what):
 
 # ---------------------------------------------------------------------------- neural tangent kernel
 
-TABLE_1_NTK = {"vit_b16": 4205.3, "mixer_b16": 14468.0, "resnet50": 2801.6, "resnet152": 2801.6}
+TABLE_1 = {  # Chen et al.: NTK κ, λmax, top-1, top-1 on ImageNet-C; then Table 3's λmax of blocks
+    "vit_b16": (4205.3, 738.8, 74.6, 46.6, 300.4, 179.8, 281.4, 44.4, 32.4, 26.9),
+    "vit_b16, SAM": (None, 20.9, 79.9, 56.5, 3.8, 8.5, 9.6, 1.7, 1.7, 1.5),
+    "mixer_b16": (14468.0, 1644.4, 66.4, 33.8, 1042.3, 95.8, 417.9, 239.3, 41.2, 5.1),
+    "mixer_b16, SAM": (None, 22.5, 77.4, 48.8, 18.2, 1.4, 9.5, 4.0, 1.1, 0.3),
+    "resnet50": (2801.6, 122.9, 76.0, 44.6), "resnet152": (2801.6, 179.8, 78.5, 50.0)}
 # Parameters (1, …) that are added to or put beside the tokens of each image.
 OF_TOKENS = ("cls_token", "class_token", "pos_embed", "pos_embedding")
 CACHE = 2**22  # bytes of gradients that a CPU forms and multiplies before they leave its cache
@@ -1815,7 +1828,7 @@ def ntk_command(args, rest):
     if train.rank() == 0:
         print_rows([{"NTK": name} | {key: value if isinstance(value, int) else significant(value)
                                      for key, value in summary.items() if key != "spectrum"}
-                    | {"Table 1": TABLE_1_NTK.get(shown[name])}
+                    | {"Table 1": TABLE_1.get(shown[name], [None])[0] if fresh else None}
                     for name, summary in summaries.items()])
         finished(results, lambda axes: draw_ntk(axes, summaries))
     return results.parts
@@ -2056,21 +2069,13 @@ def draw_blocks(axes, networks, what):
 
 # ------------------------------------------------------------------------------------------ compare
 
-TABLE_1 = {  # Chen et al.: NTK κ, λmax, top-1, top-1 on ImageNet-C; then Table 3's λmax of blocks
-    "vit_b16": (4205.3, 738.8, 74.6, 46.6, 300.4, 179.8, 281.4, 44.4, 32.4, 26.9),
-    "vit_b16, SAM": (None, 20.9, 79.9, 56.5, 3.8, 8.5, 9.6, 1.7, 1.7, 1.5),
-    "mixer_b16": (14468.0, 1644.4, 66.4, 33.8, 1042.3, 95.8, 417.9, 239.3, 41.2, 5.1),
-    "mixer_b16, SAM": (None, 22.5, 77.4, 48.8, 18.2, 1.4, 9.5, 4.0, 1.1, 0.3),
-    "resnet50": (2801.6, 122.9, 76.0, 44.6), "resnet152": (2801.6, 179.8, 78.5, 50.0)}
-
-
 def compare_command(args, rest):
     """Tables 1 and 3 of Chen et al. for networks: NTK κ at initialisation, largest Hessian
-    eigenvalues, accuracy, norms, by the subcommands hessian, ntk, norms and robustness with their
-    defaults, whose files are in OUT/compare. The paper's corruptions are ImageNet-C (--benchmarks
-    val c). Beside these the training loss and the accuracy, both
-    on the same images: where the loss is near zero, the curvature of the cross-entropy vanishes
-    with it, whatever the network. Returns what the JSON holds under "results"."""
+    eigenvalues, accuracy, norms, by the subcommands hessian, ntk, norms (with --images) and
+    robustness, else with their defaults, whose files are in OUT/compare. The paper's corruptions
+    are ImageNet-C (--benchmarks val c). Beside these loss and accuracy on the training images,
+    because where the loss is near zero, the curvature of the cross-entropy vanishes with it,
+    whatever the network. Returns what the JSON holds under "results"."""
     results, device, named = started(args, rest, "compare")
     folder, images = results.path.parent / "compare", f"{args.images} images"
 
@@ -2081,7 +2086,7 @@ def compare_command(args, rest):
         return own.function(own, rest)
 
     def of(found, name, *words):
-        """The results of a network whose parts' names have these words."""
+        """The results of a network whose parts' names have all these words."""
         if name not in found:
             raise UserError(f"{name} changed meanwhile: wait until its training is finished")
         return {part: numbers for part, numbers in found[name].items()
@@ -2092,21 +2097,28 @@ def compare_command(args, rest):
     run("robustness", "--benchmarks", *args.benchmarks)
     accuracies = Results(folder, "robustness").parts
     first, third = [], []
-    for name, settings, origin in named:
+    # robustness measures in its own --dtype, which is part of its networks' names
+    measured_as = [label(settings)[0] for settings, _ in networks(args.checkpoint, rest)]
+    for accuracy_of, (name, settings, origin) in zip(measured_as, named):
         model, loss, batches = prepared(
             argparse.Namespace(images=args.images, loss="softmax"), settings, origin, device, 256)
-        share_out(results, name, {images: lambda: fit(model, loss, batches)}, "training images")
-        top1 = robustness_summary({part: numbers["top1"] for part, numbers in accuracies[
-            label(settings)[0]].items()}, "cifar" not in settings.dataset)
-        blocks = {part.split(":")[0]: numbers["eigenvalues"][0]
-                  for part, numbers in of(hessians, name, images, " by algebraic").items()}
-        numbers, = of(lengths, name, images).values()
+        share_out(results, name, {images: lambda: loss_and_accuracy(model, loss, batches)},
+                  "training images")
+        todo = []
+        for benchmark in args.benchmarks:
+            with suppress(data.DataError):  # robustness has told what is missing
+                todo += robustness_parts(benchmark, settings, batches.loader.dataset.classes)
+        top1 = robustness_summary(whole_benchmarks(accuracies.get(accuracy_of, {}), todo)[0],
+                                  "cifar" not in settings.dataset)
+        blocks = {part.split(":")[0]: numbers["eigenvalues"][0] for part, numbers in of(
+            hessians, name, f", {images}, ", " by algebraic").items()}
+        numbers = of(lengths, name)[images]
         inside = list(numbers["activation"].values())
-        kernel = ntk_summary(list(of(kernels, name, images, "initialised").values()))
+        kernel = ntk_summary(list(of(kernels, name, f", {images} by ", "initialised").values()))
         first.append({"Table 1": name, "parameters": sum(p.numel() for p in model.parameters()),
                       "NTK κ": kernel["κ"], "λmax": blocks["whole"]} | results.parts[name][images]
-                     | {"top-1 %": top1.get("val"),
-                        "corrupted %": top1.get("c", top1.get("c-lite"))})
+                     | {"top-1 %": top1.get("val"), "c %": top1.get("c"),
+                        "c-lite %": top1.get("c-lite")})
         third.append({"Table 3": name, "whole": blocks.pop("whole"), "‖w‖": numbers["weights"]} | {
             f"‖a_{which}‖": inside[i] for i, which in (
                 (0, "1"), ((len(inside) - 1) // 2, "mid"), (-1, "last"))} | blocks)
@@ -2114,7 +2126,7 @@ def compare_command(args, rest):
     for name, (kappa, whole, top1, corrupted, *blocks) in TABLE_1.items():
         if name.split(",")[0] in columns:
             first.append({"Table 1": f"Chen, {name}", "NTK κ": kappa, "λmax": whole,
-                          "top-1 %": top1, "corrupted %": corrupted})
+                          "top-1 %": top1, "c %": corrupted})
             third.append(dict(zip(columns[name.split(",")[0]], (
                 f"Chen, {name}", whole, *TABLE_3.get(name, (None,) * 4), *blocks))))
     if train.rank() == 0:
@@ -2133,8 +2145,8 @@ def compare_command(args, rest):
     return results.parts
 
 
-def fit(model, loss, batches):
-    """Mean loss and accuracy in percent."""
+def loss_and_accuracy(model, loss, batches):
+    """Mean loss and accuracy in percent, in evaluation mode. Two forward passes."""
     right = 0
     with adversarial.held_still(model, next(model.parameters()).device):
         for x, y in batches:
@@ -2231,8 +2243,9 @@ def fourier(model, batches):
     x a channel's map (H, H), the FFT not normalised. diagonal: at (f, f), f = 2πk/H, k = 0 … H//2;
     radial: the mean over the ring of frequencies whose |f| is nearest to this f. For even H the
     last f is π, the paper's 1.0π, where its code takes the one before, π(1 − 2/H), which for H = 2
-    would be f = 0. The logarithm's mean is lower by ½ ln 2 where FFT₂ is real, at f = 0 and
-    (π, π): white noise has Δ = 0 there and ½ ln 2 elsewhere.
+    would be f = 0. The logarithm's mean is lower by ½ ln 2 where FFT₂ is real, at f = 0 and, for
+    even H, at (π, π), (π, 0) and (0, π): on the diagonal white noise has Δ = 0 at both ends and
+    ½ ln 2 between.
     -> dict: images; units {name: [kind, stage]}; side {name: H}; frequency {name: [f/π]}; diagonal,
     radial {name: [Δ]}. One forward pass. UserError for a map that is not square."""
     found, amplitudes = mean_over_images(

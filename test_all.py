@@ -7954,13 +7954,13 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
             assert abs(float(three[name]) - value) <= 0.011 * abs(value), (name, three[name], value)
         weights = sum(p.double().square().sum() for p in model.parameters()).sqrt().item()
         assert abs(float(three["‖w‖"]) - weights) < 1e-3 * weights
-        assert 1 <= float(one["NTK κ"]) and 0 <= float(one["corrupted %"]) <= 100, one
+        assert 1 <= float(one["NTK κ"]) and 0 <= float(one["c-lite %"]) <= 100, one
         accuracy = json.loads((tmp_path / "out/compare/robustness.json").read_text())["results"]
         top1, = (parts["val"]["top1"] for name, parts in accuracy.items() if name.startswith(run))
         assert abs(float(one["top-1 %"]) - top1) < 0.01
 
     monkeypatch.setattr(analyze, "lanczos", None)  # nothing is computed again
-    monkeypatch.setattr(analyze, "fit", None)
+    monkeypatch.setattr(analyze, "loss_and_accuracy", None)
     before = (tmp_path / "out/compare.md").read_bytes()
     assert analyze.main(argv) == 0 and (tmp_path / "out/compare.md").read_bytes() == before
 
