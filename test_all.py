@@ -5970,6 +5970,10 @@ def test_wrong_variables_of_torchrun_and_a_busy_port_are_told(tmp_path, capsys, 
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "two")
         assert "WORLD_SIZE=two: no number, as torchrun sets it" in refusal(capsys, *argv)
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "3")  # left over: it would compute for nobody
+        patch.setenv("LOCAL_RANK", "3")
+        assert "RANK=3 LOCAL_RANK=3 without WORLD_SIZE" in refusal(capsys, *argv)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "cannot join: " in refusal(capsys, *argv), "RANK is missing"
     with socket.socket() as other:
@@ -9039,11 +9043,12 @@ def test_a_claim_shows_where_numbers_descend_by_more_than_their_deviation_over_s
     assert analyze.verdict({"a": a, "b": np.array([1.0, 9.0])})[1] == "within the spread"
     assert analyze.verdict({"a": a, "c": a - 1, "b": b}) == ("1 ± 0", "shows")
     assert analyze.verdict({"a": a, "b": b, "c": a})[1] == "does not show", "nor does a part of it"
+    noise = {"a": a, "c": a - [1, -2], "b": b - 9}
+    assert analyze.verdict(noise) == ("-0.5 ± 2.1", "within the spread"), "of one of its steps"
     assert analyze.verdict({"a": a, "b": b}, ratio=True) == ("×2.739, 3 2.5", "shows")
-    assert analyze.verdict({"a": a[:1], "b": b[:1]})[1] == "shows, one seed"
+    assert analyze.verdict({"a": a[:1], "b": b[:1]}) == ("2", "shows, one seed")
     for wrong in ({"a": a, "b": np.array([1.0, np.nan])}, {"a": a, "b": np.array([-1.0, 1.0])}):
-        margin, word = analyze.verdict(wrong, ratio=True)
-        assert margin is None and word.startswith("no verdict"), wrong
+        assert analyze.verdict(wrong, ratio=True) == (None, "no verdict"), wrong
 
 
 def test_numbers_of_claims_are_taken_from_results_as_by_hand(tmp_path):

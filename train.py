@@ -27,6 +27,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -428,11 +429,12 @@ def make_parser():
     add("--train-only", choices=("all", "head"), default="all", help="head: the classifier; the "
         "rest stays as in --init-from, in evaluation mode (Chen E.4, second stage)")
     add("--label-smoothing", type=float, default=0.0, help="share of the uniform distribution")
-    add("--ema-decay", type=float, default=0.0, help="of an average of the weights, per step t; "
-        "min(decay, (1+t)/(10+t))")
+    add("--ema-decay", type=float, default=0.0, help="of an average of the weights, at each of "
+        "its moves: min(decay, (1+t)/(10+t)) at step t")
     add("--ema-every", type=int, default=1, help="steps between its moves (Xiao's code: 32)")
     add("--ema-alpha", type=float, default=0.0, help="α: if --ema-decay is not given it is 1 - α · "
-        "--batch-size / --epochs · --ema-every, and 0 in the warm-up (Xiao's code: 1e-5)")
+        "--batch-size / --epochs · --ema-every, without that minimum, and 0 in the warm-up (Xiao's "
+        "code: 1e-5)")
     add("--seed", type=int, default=0, help="of weights, order, augmentation and masks")
 
     add = parser.add_argument_group("sharpness-aware minimisation").add_argument
@@ -443,9 +445,10 @@ def make_parser():
         "instead of each micro-batch's")
     add("--sam-every", type=int, default=1, metavar="K", help="SAM in every K-th step only, for "
         "1 + 1/K of plain training's time")
-    add("--sam-reuse", type=float, default=0.7, metavar="ALPHA", help="with --sam-every, add the "
-        "last SAM step's sharp direction to the gradients between, at most so long beside them, "
-        "which is for large batches; 0: do not (LookSAM, Liu et al. 2022: 0.7)")
+    add("--sam-reuse", type=float, default=0.7, metavar="ALPHA", help="with --sam-every: in "
+        "the steps without SAM, add to the gradient the part of SAM's last gradient orthogonal to "
+        "the plain one, at most ALPHA times the gradient's length, which is for large batches; 0: "
+        "off (LookSAM, Liu et al. 2022: 0.7)")
     add("--sam-scope", default="", metavar="REGEX", help="move only parameters whose names it "
         r"matches, as norm or ^blocks\.0\.; what the first pass does not need for these it skips")
 
@@ -478,8 +481,8 @@ def make_parser():
     add("--log-every", type=int, default=50, help="steps between records of log.jsonl")
     add("--save-every", type=int, default=0, help="steps between checkpoints, besides each epoch's")
     add("--keep-epochs", nargs="+", default=[], metavar="EPOCH", help="keep the weights at the end "
-        "of these epochs, as epoch100.pt; warmup: at that of the warm-up (Park Fig. 1b: warmup "
-        "100 200 300)")
+        "of these epochs, as epoch100.pt, and for warmup at the end of the warm-up, as warmup.pt "
+        "(Park Fig. 1b: warmup 100 200 300)")
     add("--dry-run", **off, help="print what would happen and stop")
     add("--expect", type=float, nargs=2, default=[0, 0], metavar=("DEVICES", "TFLOPS"), help="with "
         "--dry-run or --list-recipes: hours on so many devices that sustain so many TFLOP/s each, "
@@ -689,7 +692,8 @@ def check(args, origin):
                "augmentation are the same: add --augment crop or another")
         refuse(args.sam_rho and not args.sam_sync, "--loss supcon has one loss for the whole "
                "batch, and so one ε: leave out --no-sam-sync")
-    for name, default in (("sam_every", 1), ("sam_scope", "")):
+    for name, default in (("sam_every", 1), ("sam_scope", ""), ("sam_steps", 1),
+                          ("sam_adaptive", False), ("sam_sync", False)):
         refuse(not args.sam_rho and getattr(args, name) != default,
                f"{flag(name)} is a way of SAM: add --sam-rho")
     refuse(args.sam_every == 1 and origin["sam_reuse"] == "command line",
@@ -1144,7 +1148,7 @@ class Contrastive(nn.Module):
 class LAMB(torch.optim.Optimizer):
     """You et al. 2020 (1904.00962, Algorithm 2) with φ(z) = z: the update u of each tensor, Adam's
     and decoupled decay, is given that tensor's length, w ← w - η · ‖w‖/‖u‖ · u. As in its authors'
-    code the ratio is 1 where ‖w‖ or ‖u‖ is 0."""
+    code the ratio is 1 where ‖w‖ or ‖u‖ is 0; theirs also leaves it at 1 where nothing decays."""
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
@@ -1679,7 +1683,13 @@ def join(backend, **options):
     if wrong:
         raise UserError(f"{' '.join(wrong)}: no number, as torchrun sets it; unset it, or start "
                         "with torchrun")
-    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+    if dist.is_initialized():
+        return
+    if "WORLD_SIZE" not in os.environ:
+        alone = [f"{name}={os.environ[name]}" for name in numbers if name in os.environ]
+        if alone:  # this process would take itself for another than the first, and save nothing
+            raise UserError(f"{' '.join(alone)} without WORLD_SIZE: unset it, or start with "
+                            "torchrun")
         return
     try:
         # A store by attempt: in torchrun's own, processes that it restarts would find the addresses
@@ -1981,8 +1991,9 @@ def run(args, origin):
     warmup_steps = args.warmup_steps + round(args.warmup_epochs * steps_per_epoch)
     total_steps = args.epochs * steps_per_epoch or args.max_steps
     last_step = min(args.max_steps or total_steps, total_steps)
-    kept = {warmup_steps if epoch == "warmup" else int(epoch) * steps_per_epoch:
-            ("" if epoch == "warmup" else "epoch") + f"{epoch}.pt" for epoch in args.keep_epochs}
+    kept = {("" if epoch == "warmup" else "epoch") + f"{epoch}.pt":
+            warmup_steps if epoch == "warmup" else int(epoch) * steps_per_epoch
+            for epoch in args.keep_epochs}
     micro_batches = args.batch_size // args.micro_batch
     own_micros = range(rank() * micro_batches // world, (rank() + 1) * micro_batches // world)
 
@@ -2123,7 +2134,9 @@ def run(args, origin):
         return evaluated < step and (at_epoch or step == last_step)
 
     # ---- the loss of a micro-batch
-    clean = {}     # micro-batch -> its loss and, against the larger share of its labels, error at w
+    # micro-batch -> its loss and, against the larger share of its labels, error in the first pass:
+    # at w; with --adv-eps on the random start of δ
+    clean = {}
     pulls = {}     # micro-batch -> gradient of the whole batch's supcon loss by its projections
     together = []  # micro-batches that share an ε: one, or with --sam-sync all; or a loss
 
@@ -2248,8 +2261,8 @@ def run(args, origin):
                     f"{step:,}, learning rate {lr:.3g}; "
                     + ("nothing was saved before" if saved is None else
                        f"{args.out_dir}/ckpt.pt is of step {saved:,}, with finite gradients"))
-        if step in kept:  # before the checkpoint, so that no kill comes between
-            checkpoint(kept[step])
+        for name in (name for name, at in kept.items() if at == step):
+            checkpoint(name)  # before the run's own, so that no kill comes between
         if step == last_step or step % steps_per_epoch == 0 or (
                 args.save_every and step % args.save_every == 0):
             save_checkpoint()  # before the evaluation, which may be long
@@ -2279,7 +2292,7 @@ def run(args, origin):
             and name not in ("sam_rho", "out_dir", "resume")
             and not (sam and name.startswith("sam_")) for word in as_flag(name, args)]
     launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"
-    tell(" ".join(["to compare:", launch, "train.py", *same, "--sam-rho", f"{other:g}"]))
+    tell(f"to compare: {launch} train.py {shlex.join([*same, '--sam-rho', f'{other:g}'])}")
     return 0
 
 
@@ -2307,7 +2320,7 @@ def answer(program, function, again):
     try:
         status = function() or 0
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
             print(f"{program}: {one_line(error)}", file=sys.stderr)
         status = 2
     except (data.DataError, WriteError, BrokenPipeError, MemoryError, RuntimeError) as error:
