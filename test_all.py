@@ -4734,6 +4734,9 @@ def test_keep_epochs_keeps_the_weights_of_these_moments(tmp_path):
         cut = train_ok(tiny(tmp_path / name, f"--max-steps {step}"))
         assert kept["step"] == step and same_tensors(kept["model"], cut["model"]), name
         assert train.is_ours(kept)
+    train_ok(tiny(tmp_path / "one", "--keep-epochs warmup 1 --warmup-steps 5 --max-steps 5"))
+    assert same_tensors(*(train.read_checkpoint(tmp_path / "one" / name)["model"]
+                          for name in ("warmup.pt", "epoch1.pt"))), "two moments of one step"
 
 
 def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
