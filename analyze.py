@@ -4987,13 +4987,14 @@ def reproduce(args, rest):
     need(args, seeds=0)
     seeds = list(dict.fromkeys(args.seeds or how["seeds"]))
     parts = list(dict.fromkeys(("core", *(args.parts or how["parts"]))))
-    chosen, origin = train.settings(rest)
+    chosen, origin = train.settings(
+        rest, make_parser().commands["reproduce"]._option_string_actions)
     refuse([name for name in origin if name not in MAY_BE_GIVEN], origin, "is this command's own; "
            "of train.py's flags it takes --" + ", --".join(MAY_BE_GIVEN).replace("_", "-"))
     train.join("cpu:gloo,cuda:nccl" if chosen.device == "cuda" else "gloo",
                timeout=timedelta(days=1000))
     folder = Path(args.out_dir or "out/reproduce")
-    results = Results(folder, "reproduce")
+    results = None if args.dry_run else Results(folder, "reproduce")
 
     def flags(family, seed, more=""):
         more = more.format(twice=2 * how["epochs"], each=" ".join(map(str, range(
@@ -5021,10 +5022,11 @@ def reproduce(args, rest):
     # ---- ρ
     grid = {(family, rho): f"rho-{family.lower()}-{rho}" for family in FIVE for rho in how["rho"]
             if len(how["rho"]) > 1}
-    ended = conduct("ρ", {run: [*flags(family, seeds[0]), "--hold-out", "1/5", "--sam-rho", rho]
-                          for (family, rho), run in grid.items()}, folder / "runs")
+    searches = {run: [*flags(family, seeds[0]), "--hold-out", "1/5", "--sam-rho", rho]
+                for (family, rho), run in grid.items()}
+    ended = {} if args.dry_run else conduct("ρ", searches, folder / "runs")
     held_out = {key: -1 if ended[run]["diverged"] else ended[run]["top1"]
-                for key, run in grid.items()}
+                for key, run in grid.items() if run in ended}
     rho = {family: max(how["rho"], key=lambda rho: held_out.get((family, rho), 0))
            for family in FIVE}
 
@@ -5039,6 +5041,10 @@ def reproduce(args, rest):
                 factor = RHO_BESIDE.get(part, {}).get(family, 1)
                 jobs[slug] = [*flags(family, seed, more), *as_flags(dict(
                     sam_rho=three_digits(factor * float(rho[family])) if sam else 0))]
+    if args.dry_run:
+        for name, words in (searches | jobs).items():
+            tell(f"python train.py {shlex.join(words)} --out-dir {folder / 'runs' / name} --resume")
+        return {}
     ended = conduct("trainings", jobs, folder / "runs")
     heads = {}
     for (name, seed), of in list(runs.items()):
@@ -5463,6 +5469,8 @@ def make_parser():
     add("--parts", nargs="+", choices=PARTS, help="of the trainings, and what is computed from "
         "them, core always (default: all; --quick: " + " ".join(SCALES["quick"]["parts"]) + ")")
     add("--seeds", nargs="+", type=int, help="(default: 0 1 2; with --quick: 0 1)")
+    add("--dry-run", action="store_true", help="print the trainings, as if the first ρ were the "
+        "best, and stop")
     return parser
 
 

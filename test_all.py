@@ -9002,6 +9002,10 @@ def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
     assert "No such file" in analyze_refusal(capsys, "all", "--checkpoint", tmp_path / "x.pt")
 
 
+def test_the_stress_of_arguments_knows_every_subcommand():
+    assert analyze.make_parser().commands.keys() == QUICK.keys()
+
+
 def test_every_claim_is_about_trainings_and_numbers_that_reproduce_makes():
     names = [", ".join(filter(None, (family, other))) + " + SAM" * sam
              for _, families, other, _, with_sam in analyze.TRAININGS for family in families
@@ -9139,7 +9143,12 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
     before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
     assert analyze.main(argv) == 0 and not in_process
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    assert analyze.main([*argv, "--dry-run"]) == 0
+    printed = re.findall(r"^python train\.py .*/runs/(\S+) --resume$", capsys.readouterr().out,
+                         re.MULTILINE)
+    assert len(set(printed)) == 4 + 2 * (4 + 1 + 2 + 1) and not in_process, printed
     for flags, line in ((["--epochs", "3"], "--epochs is this command's own"),
+                        (["--quik"], "did you mean --quick"),
                         (["--parts", "core", "x"], "invalid choice: 'x'"),
                         (["--model", "vit_b16"], "--model is this command's own"),
                         (["--seeds", "0", "-1"], "--seeds -1"), (["--quick"], "other settings")):
@@ -9654,7 +9663,7 @@ QUICK = {  # flags with which a subcommand takes a second; {run}: a run's folder
     "--seconds 0.01 --rounds 1 --compile no", "scale": "--tflops 100 --devices 1 8 --dataset "
     "imagenet", "datasize": "--models vit_s16 --dry-run", "stability": "--study rho --models "
     "vit_s16 --dry-run", "transfer": "--datasets shapes --epochs 1 --max-steps 1",
-    "all": "--figures norms --images 12"}
+    "all": "--figures norms --images 12", "reproduce": "--quick --dry-run"}
 
 
 def stress_arguments(folder, share):
