@@ -26,6 +26,7 @@ is the only one at w, so BatchNorm's running statistics are its.
     python adversarial.py --checkpoint RUN/ckpt.pt --attack pgd --steps 10 --eps 2/255
     torchrun --nproc_per_node=8 adversarial.py --checkpoint …                  the same on 8 devices
 """
+
 import argparse
 import signal
 import sys
@@ -49,11 +50,13 @@ def fraction(text):
     try:
         return float(Fraction(top) / Fraction(bottom if slash else "1"))
     except (ValueError, ZeroDivisionError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number; give one as 0.0078 or "
-                                         "2/255") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number; give one as 0.0078 or 2/255"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------- the ball
+
 
 def lengths(delta):
     """ℓ2 norm of each image, shaped to divide a batch (B, C, H, W)."""
@@ -99,6 +102,7 @@ def ascend(points, grad, x, eps, step_size, norm="linf"):
 
 
 # ---------------------------------------------------------------------------------------- the model
+
 
 def random_state(devices):
     """State of the default generators of the CPU and of `devices`. Kept on the host:
@@ -159,6 +163,7 @@ def held_still(model, device):
 
 # ------------------------------------------------------------------------------------------ attacks
 
+
 def cross_entropy(logits, y):
     return F.cross_entropy(logits, y, reduction="none")
 
@@ -167,48 +172,78 @@ def check(model, x, y, eps, step_size, steps, norm, start):
     """What cannot be right, in one line each. Waits for the device once, and once more for
     start."""
     if not isinstance(model, nn.Module):
-        raise ValueError(f"the model is a {type(model).__name__}; an attack takes a "
-                         "torch.nn.Module")
+        raise ValueError(
+            f"the model is a {type(model).__name__}; an attack takes a torch.nn.Module"
+        )
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; it is one of {' '.join(NORMS)}")
     if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"images are {x.dtype} {tuple(x.shape)}; an attack takes floating-point "
-                         "(B, C, H, W) in [0, 1], as x.float() / 255 makes of bytes")
+        raise ValueError(
+            f"images are {x.dtype} {tuple(x.shape)}; an attack takes floating-point "
+            "(B, C, H, W) in [0, 1], as x.float() / 255 makes of bytes"
+        )
     if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
-        raise ValueError(f"labels are {y.dtype} {tuple(y.shape)} for {len(x)} images; an attack "
-                         f"takes their classes as integers, ({len(x)},)")
+        raise ValueError(
+            f"labels are {y.dtype} {tuple(y.shape)} for {len(x)} images; an attack "
+            f"takes their classes as integers, ({len(x)},)"
+        )
     if not (0 <= eps <= 1 or norm == "l2" and 0 <= eps < float("inf")):
-        raise ValueError(f"eps is {eps}; pixels are in [0, 1], so it is from 0 to 1, "
-                         "such as 2/255 (for l2: at least 0)")
+        raise ValueError(
+            f"eps is {eps}; pixels are in [0, 1], so it is from 0 to 1, "
+            "such as 2/255 (for l2: at least 0)"
+        )
     if not 0 <= step_size < float("inf"):
-        raise ValueError(f"step_size is {step_size}; it is a length in pixels of [0, 1], at least "
-                         "0, such as 0.25/255")
+        raise ValueError(
+            f"step_size is {step_size}; it is a length in pixels of [0, 1], at least "
+            "0, such as 0.25/255"
+        )
     if steps < 0:
         raise ValueError(f"steps is {steps}; it is at least 0")
     if start is not None and (start.shape != x.shape or not start.isfinite().all()):
-        raise ValueError(f"start is {tuple(start.shape)} for images {tuple(x.shape)}, or not "
-                         "finite; it is a point for each image")
+        raise ValueError(
+            f"start is {tuple(start.shape)} for images {tuple(x.shape)}, or not "
+            "finite; it is a point for each image"
+        )
     if len(x):
         low, high = torch.stack(x.aminmax()).tolist()
         if not (low >= 0 and high <= 1):  # NaN is in no range
-            raise ValueError(f"images reach from {low:.4g} to {high:.4g}; an attack takes [0, 1]: "
-                             "put mean and standard deviation into the model")
+            raise ValueError(
+                f"images reach from {low:.4g} to {high:.4g}; an attack takes [0, 1]: "
+                "put mean and standard deviation into the model"
+            )
 
 
 def check_labels(logits, y):
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if isinstance(shape, str) or len(shape) != 2 or len(logits) != len(y):
-        raise ValueError(f"the model returns {shape} for {len(y)} images; an attack "
-                         "needs logits (B, classes)")
+        raise ValueError(
+            f"the model returns {shape} for {len(y)} images; an attack needs logits (B, classes)"
+        )
     low, high = torch.stack(y.aminmax()).tolist()
     if low < 0 or high >= logits.shape[1]:
-        raise ValueError(f"labels reach from {low} to {high}; the model has {logits.shape[1]} "
-                         f"classes, 0 to {logits.shape[1] - 1}")
+        raise ValueError(
+            f"labels reach from {low} to {high}; the model has {logits.shape[1]} "
+            f"classes, 0 to {logits.shape[1] - 1}"
+        )
 
 
-def pgd(model, x, y, eps=2 / 255, step_size=0.25 / 255, steps=10, random_start=True, *,
-        norm="linf", targeted=False, loss=cross_entropy, start=None, generator=None,
-        early_stop=False, trace=None):
+def pgd(
+    model,
+    x,
+    y,
+    eps=2 / 255,
+    step_size=0.25 / 255,
+    steps=10,
+    random_start=True,
+    *,
+    norm="linf",
+    targeted=False,
+    loss=cross_entropy,
+    start=None,
+    generator=None,
+    early_stop=False,
+    trace=None,
+):
     """Projected gradient ascent on the loss (Madry et al. 2018, Eq. 3): x_{k+1} = P(x_k + step_size
     · sign ∂L/∂x_k). Defaults: Chen et al. E.5. Returns the last iterate, (B, C, H, W), detached.
 
@@ -236,8 +271,10 @@ def pgd(model, x, y, eps=2 / 255, step_size=0.25 / 255, steps=10, random_start=T
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     if any(module.training for module in model.modules()):
-        warnings.warn("the model is in training mode: it is attacked in evaluation mode and put "
-                      "back", stacklevel=2)
+        warnings.warn(
+            "the model is in training mode: it is attacked in evaluation mode and put back",
+            stacklevel=2,
+        )
     with held_still(model, x.device):
         x, y = x.detach().clone(), y.long().clone()
         points = x.clone()
@@ -264,20 +301,23 @@ def pgd(model, x, y, eps=2 / 255, step_size=0.25 / 255, steps=10, random_start=T
             if trace is not None:
                 trace.append((losses.clone(), predicted.clone()))
             if len(now) and step < steps:
-                grad, = torch.autograd.grad(each.sum(), now)
+                (grad,) = torch.autograd.grad(each.sum(), now)
                 broken[going] |= ~grad.flatten(1).abs().amax(1).isfinite()
                 now = now.detach()
                 if early_stop:
                     unbeaten = (predicted[going] == y_now) != targeted
                     points[going] = now
                     now, x_now, y_now, grad, going = (
-                        t[unbeaten] for t in (now, x_now, y_now, grad, going))
+                        t[unbeaten] for t in (now, x_now, y_now, grad, going)
+                    )
                 now = ascend(now, grad, x_now, eps, step_size, norm)
         points[going] = now.detach()
     if broken.any():
-        raise FloatingPointError(f"the loss of {int(broken.sum())} of {len(x)} images, or its "
-                                 "gradient, is not finite: an attack finds no direction there; "
-                                 "look at the model's output for these images")
+        raise FloatingPointError(
+            f"the loss of {int(broken.sum())} of {len(x)} images, or its "
+            "gradient, is not finite: an attack finds no direction there; "
+            "look at the model's output for these images"
+        )
     return points
 
 
@@ -290,6 +330,7 @@ def fgsm(model, x, y, eps=2 / 255, step_size=None, random_start=True, **more):
 
 # --------------------------------------------------------------------------------------- evaluation
 
+
 def keyed_start(x, positions, eps, norm, seed):
     """`uniform_start` for each image by itself, from its position in the data set and the seed: the
     same in any batch and on any number of devices of a kind. Restart r of seed s is restart 0 of
@@ -301,9 +342,22 @@ def keyed_start(x, positions, eps, norm, seed):
     return torch.cat(points)
 
 
-def robustness(model, batches, *, eps=2 / 255, step_size=0.25 / 255, steps=10, random_start=True,
-               norm="linf", targeted=False, early_stop=False, restarts=1, seed=0, source=None,
-               examples=None):
+def robustness(
+    model,
+    batches,
+    *,
+    eps=2 / 255,
+    step_size=0.25 / 255,
+    steps=10,
+    random_start=True,
+    norm="linf",
+    targeted=False,
+    early_stop=False,
+    restarts=1,
+    seed=0,
+    source=None,
+    examples=None,
+):
     """Accuracy under `pgd`, over batches of (x, y, positions in the data set), as sums over all
     processes that `summary` turns into percent: dict of images; clean, right without attack;
     robust, last and loss, lists for iterates 0 to steps.
@@ -340,9 +394,19 @@ def robustness(model, batches, *, eps=2 / 255, step_size=0.25 / 255, steps=10, r
                 start = keyed_start(x, positions, eps, norm, seed + restart) if random_start else x
                 trace = None if source else []
                 try:
-                    shown[going] = pgd(source or model, x[going], aim[going], eps, step_size, steps,
-                                       norm=norm, targeted=targeted, start=start[going],
-                                       early_stop=early_stop, trace=trace)
+                    shown[going] = pgd(
+                        source or model,
+                        x[going],
+                        aim[going],
+                        eps,
+                        step_size,
+                        steps,
+                        norm=norm,
+                        targeted=targeted,
+                        start=start[going],
+                        early_stop=early_stop,
+                        trace=trace,
+                    )
                 except FloatingPointError:  # on this process perhaps alone: all hear of it below
                     curves += torch.nan
                     break
@@ -377,8 +441,11 @@ def summary(parts):
         return scale * sum(values) / n
 
     scales = dict(clean=100, robust=100, last=100, loss=1)
-    return dict(images=round(n)) | {name: mean([part[name] for part in parts], scales[name])
-                                    for name in parts[0] if name != "images"}
+    return dict(images=round(n)) | {
+        name: mean([part[name] for part in parts], scales[name])
+        for name in parts[0]
+        if name != "images"
+    }
 
 
 def verdicts(by_eps, by_step, images):
@@ -387,15 +454,17 @@ def verdicts(by_eps, by_step, images):
     large that no image is left; by_step: accuracies after 0, 1, … steps; a rise by two images, or
     half a percent, is chance."""
     chance = max(200 / images, 0.5)
-    falls = lambda values: all(b <= min(values[:i + 1]) + chance
-                               for i, b in enumerate(values[1:]))
+    falls = lambda values: all(b <= min(values[: i + 1]) + chance for i, b in enumerate(values[1:]))
     accuracies = [accuracy for _, accuracy in by_eps]
-    return [("accuracy falls as ε grows", falls(accuracies)),
-            ("accuracy falls from step to step", falls(by_step)),
-            ("accuracy is about 0 at the largest ε", accuracies[-1] <= 1)]
+    return [
+        ("accuracy falls as ε grows", falls(accuracies)),
+        ("accuracy falls from step to step", falls(by_step)),
+        ("accuracy is about 0 at the largest ε", accuracies[-1] <= 1),
+    ]
 
 
 # --------------------------------------------------------------------------------------------- toy
+
 
 def toy(steps=300):
     """What adversarial training unlearns, after Tsipras et al. 2019 (arXiv 1805.12152): two classes
@@ -415,14 +484,15 @@ def toy(steps=300):
     print(f"{'':22}clean %   FGSM %   PGD-10 %   at ε = {eps:.4f}")
     for name, adversarially in (("trained on clean", False), ("adversarially trained", True)):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 64), nn.ReLU(),
-                              nn.Linear(64, 2))
+        model = nn.Sequential(
+            nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
+        )
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         for _ in range(steps):
             x, y = images(256)
             if adversarially:
                 start = uniform_start(x, eps).requires_grad_()
-                grad, = torch.autograd.grad(F.cross_entropy(model(start), y), start)
+                (grad,) = torch.autograd.grad(F.cross_entropy(model(start), y), start)
                 x = ascend(start, grad, x, eps, 1.25 * eps)
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
@@ -455,7 +525,7 @@ def cost(rounds, batch):
 
     def adversarially():
         start = uniform_start(x, eps).requires_grad_()
-        grad, = torch.autograd.grad(loss(start), start)
+        (grad,) = torch.autograd.grad(loss(start), start)
         loss(ascend(start, grad, x, eps, 1.25 * eps)).backward()
 
     def sharpness_aware():
@@ -491,39 +561,88 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     parser = Parser(
-        allow_abbrev=False, description="Attacks a trained network: accuracy under FGSM or PGD, "
+        allow_abbrev=False,
+        description="Attacks a trained network: accuracy under FGSM or PGD, "
         "and whether the attack is as strong as it should be. Without flags, a toy.",
         epilog="Further flags are train.py's, such as --data-dir, --device, --dtype, --weights; "
-        "--model NAME --init-from FILE instead of --checkpoint is a foreign network.")
+        "--model NAME --init-from FILE instead of --checkpoint is a foreign network.",
+    )
     add = parser.add_argument
     add("--checkpoint", default="", metavar="FILE", help="of a run of train.py")
     add("--attack", choices=("pgd", "fgsm"), default="pgd", help="fgsm: one step (default: pgd)")
-    add("--eps", type=fraction, default=2 / 255, help="radius in pixels of [0, 1], as 2/255 "
-        "(default: that, Chen E.5)")
+    add(
+        "--eps",
+        type=fraction,
+        default=2 / 255,
+        help="radius in pixels of [0, 1], as 2/255 (default: that, Chen E.5)",
+    )
     add("--steps", type=int, help="of pgd (default: 10, E.5)")
-    add("--step-size", type=fraction, help="default: pgd: eps/8, which is E.5's 0.25/255; fgsm: "
-        "1.25·eps, without a random start eps")
+    add(
+        "--step-size",
+        type=fraction,
+        help="default: pgd: eps/8, which is E.5's 0.25/255; fgsm: "
+        "1.25·eps, without a random start eps",
+    )
     add("--norm", choices=NORMS, default="linf", help="of the ball (default: linf, E.5)")
-    add("--random-start", action=argparse.BooleanOptionalAction, default=True,
-        help="from a uniform point of the ball")
+    add(
+        "--random-start",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="from a uniform point of the ball",
+    )
     add("--restarts", type=int, default=1, help="an image withstands all of them or counts as lost")
     add("--targeted", action="store_true", help="at another class, a fixed one for each image")
-    add("--early-stop", action="store_true", help="spares images that are misclassified already: "
-        "the same accuracy, sooner, without loss curves")
+    add(
+        "--early-stop",
+        action="store_true",
+        help="spares images that are misclassified already: "
+        "the same accuracy, sooner, without loss curves",
+    )
     add("--attack-seed", type=int, default=0, help="of the random starts")
     add("--images", type=int, default=0, help="only so many, spread evenly (0: all)")
-    add("--batch-size", type=int, default=0, help="images per pass and device; 0: on CUDA as many "
-        "as fit in its memory, elsewhere 128 (default: 0)")
-    add("--strength-images", type=int, default=256, help="for the check of the attack's strength, "
-        "over ε and 5 times as many steps (0: no check; default: 256)")
-    add("--transfer-from", default="", metavar="FILE", help="also attack those images through this "
-        "checkpoint's gradients: a white box must be stronger, or gradients are masked")
-    add("--save-images", type=int, nargs="?", const=8, default=0, metavar="N", help="draw N images "
-        "(8), the perturbation magnified, the attacked images and predictions")
-    add("--out-dir", default="", help="for adversarial.json and the figures; default: the "
-        "checkpoint's folder")
-    add("--cost", type=int, default=0, metavar="ROUNDS", help="instead of all this, measure what "
-        "adversarial training and SAM cost, on batches of 16 images")
+    add(
+        "--batch-size",
+        type=int,
+        default=0,
+        help="images per pass and device; 0: on CUDA as many "
+        "as fit in its memory, elsewhere 128 (default: 0)",
+    )
+    add(
+        "--strength-images",
+        type=int,
+        default=256,
+        help="for the check of the attack's strength, "
+        "over ε and 5 times as many steps (0: no check; default: 256)",
+    )
+    add(
+        "--transfer-from",
+        default="",
+        metavar="FILE",
+        help="also attack those images through this "
+        "checkpoint's gradients: a white box must be stronger, or gradients are masked",
+    )
+    add(
+        "--save-images",
+        type=int,
+        nargs="?",
+        const=8,
+        default=0,
+        metavar="N",
+        help="draw N images (8), the perturbation magnified, the attacked images and predictions",
+    )
+    add(
+        "--out-dir",
+        default="",
+        help="for adversarial.json and the figures; default: the checkpoint's folder",
+    )
+    add(
+        "--cost",
+        type=int,
+        default=0,
+        metavar="ROUNDS",
+        help="instead of all this, measure what "
+        "adversarial training and SAM cost, on batches of 16 images",
+    )
     return parser
 
 
@@ -531,14 +650,18 @@ def check_flags(args, error):
     if args.attack == "fgsm" and args.steps not in (None, 1):
         raise error("--attack fgsm takes one step; --attack pgd takes --steps")
     args.steps = args.steps if args.steps is not None else 10 if args.attack == "pgd" else 1
-    for name, low in dict(steps=1, restarts=1, batch_size=0, images=0, strength_images=0,
-                          save_images=0, attack_seed=0).items():
+    for name, low in dict(
+        steps=1, restarts=1, batch_size=0, images=0, strength_images=0, save_images=0, attack_seed=0
+    ).items():
         if getattr(args, name) < low:
-            raise error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least "
-                        f"{low}")
+            raise error(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}"
+            )
     if args.norm == "linf" and not 0 < args.eps <= 1 or args.norm == "l2" and not args.eps > 0:
-        raise error(f"--eps is {args.eps:g}; pixels are in [0, 1], so it is above 0 and at most 1, "
-                    "such as 2/255 (for l2: above 0)")
+        raise error(
+            f"--eps is {args.eps:g}; pixels are in [0, 1], so it is above 0 and at most 1, "
+            "such as 2/255 (for l2: above 0)"
+        )
     if args.step_size is not None and not args.step_size > 0:
         raise error(f"--step-size is {args.step_size:g}; it must be above 0, such as 0.25/255")
     if args.restarts > 1 and not args.random_start:
@@ -603,8 +726,10 @@ def attack_checkpoint(args, rest):
             raise train.UserError("--adv-eps is of training; the attack's is --eps")
         if settings.dtype in ("bfloat16", "float16"):
             if origin["dtype"] == "command line":
-                raise train.UserError(f"--dtype {settings.dtype}: attacks are computed in float32 "
-                                      "or float64, where rounding hides no gradient")
+                raise train.UserError(
+                    f"--dtype {settings.dtype}: attacks are computed in float32 "
+                    "or float64, where rounding hides no gradient"
+                )
             settings.dtype = "float32"
         return settings, origin
 
@@ -620,32 +745,55 @@ def attack_checkpoint(args, rest):
     if other:
         source, images = analyze.network_and_images(*other, device)
         if images.classes != dataset.classes or other[0].image_size != settings.image_size:
-            raise train.UserError(f"--transfer-from {args.transfer_from}: it has other classes, or "
-                                  f"another image size, than {settings.init_from}")
+            raise train.UserError(
+                f"--transfer-from {args.transfer_from}: it has other classes, or "
+                f"another image size, than {settings.init_from}"
+            )
     workers = train.worker_count(settings, dataset, on_machine)
 
     steps = args.steps
     ratio = 1 / 8 if args.attack == "pgd" else 1.25 if args.random_start else 1
-    how = dict(eps=args.eps, step_size=args.step_size or ratio * args.eps, steps=steps,
-               random_start=args.random_start, norm=args.norm, targeted=args.targeted,
-               early_stop=args.early_stop, restarts=args.restarts, seed=args.attack_seed)
+    how = dict(
+        eps=args.eps,
+        step_size=args.step_size or ratio * args.eps,
+        steps=steps,
+        random_start=args.random_start,
+        norm=args.norm,
+        targeted=args.targeted,
+        early_stop=args.early_stop,
+        restarts=args.restarts,
+        seed=args.attack_seed,
+    )
 
     def attack(what, positions, through=None, **changes):
         """Numbers of these images, chunk by chunk, or from the file what it has of them."""
         now = how | changes
         key = f"{what}: {len(positions)} images, " + ", ".join(
-            f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in now.items())
-        chunks = [positions[i:i + CHUNK] for i in range(0, len(positions), CHUNK)]
+            f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in now.items()
+        )
+        chunks = [positions[i : i + CHUNK] for i in range(0, len(positions), CHUNK)]
         with train.progress(0 if key in done else len(positions), what) as bar:
             for i, chunk in enumerate(() if key in done else chunks):
                 if f"{key}, chunk {i}" in done:
                     bar.update(len(chunk))
                     continue
-                sums = train.under_attack(model, dataset, settings.image_size, device, chunk,
-                                          args.batch_size, workers, bar, source=through, **now)
+                sums = train.under_attack(
+                    model,
+                    dataset,
+                    settings.image_size,
+                    device,
+                    chunk,
+                    args.batch_size,
+                    workers,
+                    bar,
+                    source=through,
+                    **now,
+                )
                 if sums["robust"][-1] != sums["robust"][-1]:
-                    raise train.UserError(f"{settings.init_from}: its loss or its gradient by the "
-                                          "image is not finite for some images: nothing to attack")
+                    raise train.UserError(
+                        f"{settings.init_from}: its loss or its gradient by the "
+                        "image is not finite for some images: nothing to attack"
+                    )
                 results.put(name, f"{key}, chunk {i}", sums)
         if key not in done:
             parts = [done.pop(f"{key}, chunk {i}") for i in range(len(chunks))]
@@ -660,21 +808,31 @@ def attack_checkpoint(args, rest):
     result = attack(args.attack, everything)
     say(f"{settings.init_from}, {settings.dataset}, {settings.eval_split} split")
     say(f"clean     {result['clean']:.2f} % of {result['images']:,} images")
-    say(f"{args.attack:10}ε = {shown(args.eps)} ({args.norm}), step {shown(how['step_size'])}, "
+    say(
+        f"{args.attack:10}ε = {shown(args.eps)} ({args.norm}), step {shown(how['step_size'])}, "
         f"{steps} step{'s' * (steps > 1)}, {args.restarts} restart{'s' * (args.restarts > 1)}"
-        + ", targeted" * args.targeted)
-    say(f"{'steps':>6}{'accuracy %':>12}"
-        + f"{'by that iterate alone %':>25}{'loss':>9}" * ("last" in result))
+        + ", targeted"
+        * args.targeted
+    )
+    say(
+        f"{'steps':>6}{'accuracy %':>12}"
+        + f"{'by that iterate alone %':>25}{'loss':>9}" * ("last" in result)
+    )
     for step in sorted({0, 1, 2, 5, 10, 20, 50, 100, steps} & set(range(steps + 1))):
-        say(f"{step:6}{result['robust'][step]:12.2f}" + (
-            f"{result['last'][step]:25.2f}{result['loss'][0][step]:9.4f}" if "last" in result
-            else ""))
+        say(
+            f"{step:6}{result['robust'][step]:12.2f}"
+            + (
+                f"{result['last'][step]:25.2f}{result['loss'][0][step]:9.4f}"
+                if "last" in result
+                else ""
+            )
+        )
 
     strong = dict(steps=steps, step_size=how["step_size"])
     if args.attack == "fgsm":
         strong = dict(steps=10, step_size=args.eps / 8)
     if args.strength_images:
-        largest = 0.5 if args.norm == "linf" else 0.5 * (3 * settings.image_size ** 2) ** 0.5
+        largest = 0.5 if args.norm == "linf" else 0.5 * (3 * settings.image_size**2) ** 0.5
         by_eps = []
         for eps in [*(r * args.eps for r in (0.5, 1, 2, 4) if r * args.eps < largest), largest]:
             scaled = strong | dict(step_size=strong["step_size"] * eps / args.eps)
@@ -682,31 +840,56 @@ def attack_checkpoint(args, rest):
             by_eps.append((eps, found["robust"][-1]))
         longer = attack("pgd", few, early_stop=False, **strong | dict(steps=5 * strong["steps"]))
         curve = longer["last"]
-        say(f"strength  of pgd with {strong['steps']} steps on {longer['images']:,} images: "
+        say(
+            f"strength  of pgd with {strong['steps']} steps on {longer['images']:,} images: "
             + ", ".join(f"{accuracy:.1f} % at ε = {shown(eps)}" for eps, accuracy in by_eps)
-            + f"; with {len(curve) - 1} steps {curve[-1]:.1f} %")
+            + f"; with {len(curve) - 1} steps {curve[-1]:.1f} %"
+        )
         for sentence, holds in verdicts(by_eps, curve, longer["images"]):
-            say(f"          {sentence}: " + ("yes" if holds else "NO: do not trust these numbers, "
-                                             "gradients may be masked or steps too few"))
+            say(
+                f"          {sentence}: "
+                + (
+                    "yes"
+                    if holds
+                    else "NO: do not trust these numbers, gradients may be masked or steps too few"
+                )
+            )
     if source is not None:
         some = few if args.strength_images else everything
         strong["early_stop"] = False  # stopping tells what the source takes for wrong
-        black, white = (attack(f"pgd through {of}", some, through, **strong)["robust"][-1]
-                        for of, through in ((analyze.label(other[0])[0], source), (name, model)))
-        say(f"transfer  of {len(some):,} images, by the gradients of {args.transfer_from} "
-            f"{black:.2f} %, by its own {white:.2f} %: " + (
-                "its own are the stronger attack, as it should be" if white < black else
-                "no difference" if white == black else "NO: its gradients may be masked"))
+        black, white = (
+            attack(f"pgd through {of}", some, through, **strong)["robust"][-1]
+            for of, through in ((analyze.label(other[0])[0], source), (name, model))
+        )
+        say(
+            f"transfer  of {len(some):,} images, by the gradients of {args.transfer_from} "
+            f"{black:.2f} %, by its own {white:.2f} %: "
+            + (
+                "its own are the stronger attack, as it should be"
+                if white < black
+                else "no difference"
+                if white == black
+                else "NO: its gradients may be masked"
+            )
+        )
     examples = []
     if args.save_images:
         drawn = [p for p in spread(len(dataset), args.save_images) for _ in range(world)]
         train.under_attack(  # each process attacks all of them
-            model, dataset, settings.image_size, device, drawn, args.batch_size, workers,
-            **how | dict(early_stop=False, restarts=1, examples=examples))
+            model,
+            dataset,
+            settings.image_size,
+            device,
+            drawn,
+            args.batch_size,
+            workers,
+            **how | dict(early_stop=False, restarts=1, examples=examples),
+        )
     if train.rank() == 0:
         if "loss" in result:
-            analyze.figure(results.path.with_suffix(".png"),
-                           lambda axes: draw_losses(axes, result["loss"]))
+            analyze.figure(
+                results.path.with_suffix(".png"), lambda axes: draw_losses(axes, result["loss"])
+            )
         if args.save_images:
             path = results.path.with_name("adversarial_images.png")
             draw_images(examples, dataset.classes).save(path)
@@ -724,15 +907,20 @@ def main(argv=None):
         if args.cost < 0 or any(w.startswith("--") and w.split("=")[0] != "--cost" for w in given):
             parser.error("--cost ROUNDS stands alone, and ROUNDS is at least 1")
         times = cost(args.cost, 16)
-        for name, ratio in zip(("adversarial", "SAM", "adversarial + SAM"),
-                               (times[:, 1:] / times[:, :1]).T):
-            print(f"a step of {name:18} takes {ratio.median():.2f} ({ratio.min():.2f} to "
-                  f"{ratio.max():.2f}) times a plain one of {times[:, 0].median():.2f} s")
+        for name, ratio in zip(
+            ("adversarial", "SAM", "adversarial + SAM"), (times[:, 1:] / times[:, :1]).T
+        ):
+            print(
+                f"a step of {name:18} takes {ratio.median():.2f} ({ratio.min():.2f} to "
+                f"{ratio.max():.2f}) times a plain one of {times[:, 0].median():.2f} s"
+            )
         return 0
     if not (args.checkpoint or any(word.split("=")[0] == "--init-from" for word in rest)):
         if given:
-            parser.error("an attack needs --checkpoint RUN/ckpt.pt, or --model NAME --init-from "
-                         "FILE; --cost ROUNDS stands alone, and without any flag a toy runs")
+            parser.error(
+                "an attack needs --checkpoint RUN/ckpt.pt, or --model NAME --init-from "
+                "FILE; --cost ROUNDS stands alone, and without any flag a toy runs"
+            )
         return toy()
     import analyze
     import train

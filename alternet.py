@@ -19,6 +19,7 @@ State-dict keys are torchvision's ResNet's; attention is layer{stage}.{index}.at
         python alternet.py alter_resnet50 --image-size 32 --msa-blocks $M; done
 
 B batch, C channels, H W map, n windows, w window side, N = w², H heads, d head_dim."""
+
 import argparse
 import difflib
 import inspect
@@ -50,12 +51,16 @@ def record(out, name, value):
 
 def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
-    units = [name for name, (kind, _) in intermediates.items()
-             if kind in ("attention", "token mlp", "mlp", "conv")]
+    units = [
+        name
+        for name, (kind, _) in intermediates.items()
+        if kind in ("attention", "token mlp", "mlp", "conv")
+    ]
     for name in out or ():
         if name not in intermediates:
-            raise ValueError(f"unknown intermediate {name!r}; this model has "
-                             f"{', '.join(intermediates)}")
+            raise ValueError(
+                f"unknown intermediate {name!r}; this model has {', '.join(intermediates)}"
+            )
     if skip is not None and skip not in units:
         raise ValueError(f"unknown unit {skip!r} to skip; this model has {', '.join(units)}")
 
@@ -84,11 +89,12 @@ def projection(dim, wider, stride, pre_activation):
 
 def spatial(conv, x, skip):
     """A 3×3 convolution of x, or, to leave it out, the identity: of stride s, every s-th pixel."""
-    return x[..., ::conv.stride[0], ::conv.stride[1]] if skip else conv(x)
+    return x[..., :: conv.stride[0], :: conv.stride[1]] if skip else conv(x)
 
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions beside the shortcut. skip leaves the second out."""
+
     expansion = 1
 
     def __init__(self, dim, planes, stride, *, pre_activation, drop_path):
@@ -115,6 +121,7 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     """1×1, 3×3 and 1×1 convolutions beside the shortcut. skip leaves the 3×3 one out."""
+
     expansion = 4
 
     def __init__(self, dim, planes, stride, *, groups, width_per_group, pre_activation, drop_path):
@@ -163,8 +170,10 @@ class WindowAttention(nn.Module):
         grid = (x.shape[2] // self.window_size, x.shape[3] // self.window_size)
         x = x.permute(0, 2, 3, 1).unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1))
         x = x.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B·n, N, C)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B·n, H, N, d) each
-                   for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B·n, H, N, d) each
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
         bias = self.rel_pos_bias.flatten()[self.index]  # (N, N)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         x = self.proj(x.transpose(1, 2).flatten(2))  # (B·n, N, C)
@@ -182,8 +191,9 @@ class AttentionBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(dim if pre_activation else planes)
         self.conv1 = nn.Conv2d(dim, planes, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes if pre_activation else dim)
-        self.attn = WindowAttention(planes, dim, heads=heads, head_dim=head_dim,
-                                    window_size=window_size)
+        self.attn = WindowAttention(
+            planes, dim, heads=heads, head_dim=head_dim, window_size=window_size
+        )
         self.drop_path = DropPath(drop_path)
         self.pre_activation = pre_activation
 
@@ -212,9 +222,11 @@ def check_widths(depth, bottleneck, width, groups, width_per_group):
     if len(depth) != 4 or min(depth) < 1:
         raise ValueError(f"depth needs the number of blocks of four stages, got {depth}")
     if min(width, groups, width_per_group) < 1 or width * width_per_group % 64:
-        raise ValueError("width, groups and width_per_group must be at least 1, width times "
-                         f"width_per_group a multiple of 64; got {width}, {groups}, "
-                         f"{width_per_group}")
+        raise ValueError(
+            "width, groups and width_per_group must be at least 1, width times "
+            f"width_per_group a multiple of 64; got {width}, {groups}, "
+            f"{width_per_group}"
+        )
     if not bottleneck and (groups, width_per_group) != (1, 64):
         raise ValueError("groups and width_per_group are for bottlenecks (ResNet-50 and deeper)")
 
@@ -229,6 +241,7 @@ def map_sides(image_size, stem):
 
 def check_windows(image_size, stem, msa_blocks, window_size):
     """ValueError, which names sizes that work, if windows do not tile a map that has attention."""
+
     def fits(image_size, window_size):
         sides = map_sides(image_size, stem)
         return not any(side % window_size for side, blocks in zip(sides, msa_blocks) if blocks)
@@ -240,11 +253,13 @@ def check_windows(image_size, stem, msa_blocks, window_size):
     below = [size for size in multiples if size < image_size and fits(size, window_size)][-1:]
     above = [size for size in multiples if size > image_size and fits(size, window_size)][:1]
     windows = [str(size) for size in range(1, max(sides) + 1) if fits(image_size, size)]
-    raise ValueError(f"windows of {window_size} do not divide the maps of images of {image_size} "
-                     f"pixels a side, {', '.join(map(str, sides))}, with attention in "
-                     f"{' '.join(map(str, msa_blocks))} of their blocks; image sizes that work: "
-                     f"{' and '.join(map(str, below + above))}; window sizes that work: "
-                     f"{', '.join(windows)}")
+    raise ValueError(
+        f"windows of {window_size} do not divide the maps of images of {image_size} "
+        f"pixels a side, {', '.join(map(str, sides))}, with attention in "
+        f"{' '.join(map(str, msa_blocks))} of their blocks; image sizes that work: "
+        f"{' and '.join(map(str, below + above))}; window sizes that work: "
+        f"{', '.join(windows)}"
+    )
 
 
 class AlterNet(nn.Module):
@@ -263,21 +278,39 @@ class AlterNet(nn.Module):
     drop_path        stochastic depth of the last block; rises linearly from 0 at the first
     """
 
-    def __init__(self, *, num_classes=1000, image_size=224, depth=(3, 4, 6, 4),
-                 msa_blocks=(0, 1, 3, 2), window_size=7, heads=(3, 6, 12, 24), head_dim=64,
-                 bottleneck=True, width=64, groups=1, width_per_group=64, pre_activation=True,
-                 stem="imagenet", drop_path=0.0):
+    def __init__(
+        self,
+        *,
+        num_classes=1000,
+        image_size=224,
+        depth=(3, 4, 6, 4),
+        msa_blocks=(0, 1, 3, 2),
+        window_size=7,
+        heads=(3, 6, 12, 24),
+        head_dim=64,
+        bottleneck=True,
+        width=64,
+        groups=1,
+        width_per_group=64,
+        pre_activation=True,
+        stem="imagenet",
+        drop_path=0.0,
+    ):
         super().__init__()
         check_choices(stem=(stem, "imagenet", "cifar"))
         check_rates(drop_path=drop_path)
         check_widths(depth, bottleneck, width, groups, width_per_group)
         if len(msa_blocks) != 4 or any(not 0 <= m <= n // 2 for m, n in zip(msa_blocks, depth)):
-            raise ValueError("msa_blocks needs four numbers, each at most half of its stage's "
-                             f"blocks {tuple(depth)}; got {tuple(msa_blocks)}")
+            raise ValueError(
+                "msa_blocks needs four numbers, each at most half of its stage's "
+                f"blocks {tuple(depth)}; got {tuple(msa_blocks)}"
+            )
         if len(heads) != 4 or min(*heads, head_dim, window_size, image_size) < 1:
-            raise ValueError("heads needs four numbers, and they, head_dim, window_size and "
-                             "image_size must be at least 1; got "
-                             f"{heads}, {head_dim}, {window_size}, {image_size}")
+            raise ValueError(
+                "heads needs four numbers, and they, head_dim, window_size and "
+                "image_size must be at least 1; got "
+                f"{heads}, {head_dim}, {window_size}, {image_size}"
+            )
         check_windows(image_size, stem, msa_blocks, window_size)
         self.stem, self.pre_activation = stem, pre_activation
         self.msa_blocks, self.window_size = msa_blocks, window_size
@@ -293,8 +326,14 @@ class AlterNet(nn.Module):
             for j in range(blocks):
                 common = dict(pre_activation=pre_activation, drop_path=next(rates))
                 if j >= blocks - 2 * msa and (blocks - j) % 2:  # from the end: every other block
-                    block = AttentionBlock(dim, width * 2**i, heads=heads[i], head_dim=head_dim,
-                                           window_size=window_size, **common)
+                    block = AttentionBlock(
+                        dim,
+                        width * 2**i,
+                        heads=heads[i],
+                        head_dim=head_dim,
+                        window_size=window_size,
+                        **common,
+                    )
                 else:
                     block = kind(dim, width * 2**i, 2 if i and j == 0 else 1, **more, **common)
                     dim = width * 2**i * kind.expansion
@@ -404,13 +443,17 @@ def complexity(model: nn.Module, image_size: int = 224) -> dict[str, int]:
     Runs on the meta device: instant, and the model is left alone."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    images = torch.empty(2, 3, image_size, image_size, device="meta",  # BatchNorm may refuse one
-                         dtype=next(model.parameters()).dtype)
+    shape = (2, 3, image_size, image_size)  # BatchNorm may refuse one image
+    images = torch.empty(shape, device="meta", dtype=next(model.parameters()).dtype)
     with torch.no_grad(), Counter() as count:
         torch.func.functional_call(model, tensors, (images,))
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return dict(params=params, macs=count.macs // 2, acts=count.acts // 2,
-                macs_with_bias=(count.macs + count.biases) // 2)
+    return dict(
+        params=params,
+        macs=count.macs // 2,
+        acts=count.acts // 2,
+        macs_with_bias=(count.macs + count.biases) // 2,
+    )
 
 
 def main(argv=None):
@@ -418,8 +461,13 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(NAMES)}")
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side")
     parser.add_argument("--num-classes", type=int, default=1000, help="width of the head")
-    parser.add_argument("--msa-blocks", type=int, nargs=4, metavar="M",
-                        help="attention blocks of the four stages (default: Fig. 11, Fig. D.5)")
+    parser.add_argument(
+        "--msa-blocks",
+        type=int,
+        nargs=4,
+        metavar="M",
+        help="attention blocks of the four stages (default: Fig. 11, Fig. D.5)",
+    )
     parser.add_argument("--window-size", type=int, help="default: 4 up to 64 pixels, else 7")
     args = parser.parse_args(argv)
     given = dict(msa_blocks=args.msa_blocks, window_size=args.window_size)
@@ -432,8 +480,10 @@ def main(argv=None):
         except ValueError as error:
             parser.error(str(error))
         cost = complexity(model, args.image_size)
-        print(f"{name:16}{cost['params']:14,}{cost['macs'] / 1e9:9.3f}"
-              f"{cost['macs_with_bias'] / 1e9:11.3f}{cost['acts'] / 1e6:15.3f}")
+        print(
+            f"{name:16}{cost['params']:14,}{cost['macs'] / 1e9:9.3f}"
+            f"{cost['macs_with_bias'] / 1e9:11.3f}{cost['acts'] / 1e6:15.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ runs say what is finished. What a subcommand does not know of a command line bel
 --data-dir, --device, --dtype, --weights, --mean, …; a foreign network is
 --model NAME --init-from FILE.
 """
+
 import argparse
 import copy
 import ctypes
@@ -72,6 +73,7 @@ BENCHMARKS = ("val", "real", "v2", "pgd", "r", "c", "c-lite")
 
 # ------------------------------------------------------------------------------------------- common
 
+
 def tell(text=""):
     """Prints a line, by the first process only."""
     if train.rank() == 0:
@@ -98,14 +100,20 @@ class Results:
         except OSError as error:
             raise UserError(f"--out-dir {self.path.parent}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{self.path} is damaged: remove it, or choose another "
-                            "--out-dir") from None
+            raise UserError(
+                f"{self.path} is damaged: remove it, or choose another --out-dir"
+            ) from None
 
     def write(self):
-        versions = dict(torch=torch.__version__, torchvision=torchvision.__version__,
-                        python=sys.version.split()[0])
-        text = train.to_json(dict(results=self.parts, settings=self.settings, versions=versions,
-                                  command=sys.argv), indent=1)
+        versions = dict(
+            torch=torch.__version__,
+            torchvision=torchvision.__version__,
+            python=sys.version.split()[0],
+        )
+        text = train.to_json(
+            dict(results=self.parts, settings=self.settings, versions=versions, command=sys.argv),
+            indent=1,
+        )
         try:
             train.write_file(self.path, lambda file: file.write(text))
         except OSError as error:
@@ -126,31 +134,62 @@ def fingerprint(path):
 
 
 # Settings of train.py that decide a network's numbers; others, as of its training, do not.
-DECIDES = ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side", "model", "dtype",
-           "weights", "mean", "std", *train.MODEL_FLAGS)
+DECIDES = (
+    "dataset",
+    "data_dir",
+    "eval_split",
+    "image_size",
+    "eval_short_side",
+    "model",
+    "dtype",
+    "weights",
+    "mean",
+    "std",
+    *train.MODEL_FLAGS,
+)
 LOSSES = {"softmax": train.softmax_loss, "sigmoid": train.sigmoid_loss}
-AUGMENTS = ("augment", "autoaugment", "randaugment", "randaugment_prob", "randaugment_of",
-            "erasing", "flip")
+AUGMENTS = (
+    "augment",
+    "autoaugment",
+    "randaugment",
+    "randaugment_prob",
+    "randaugment_of",
+    "erasing",
+    "flip",
+)
 # What of its training further decides the numbers of an analysis of the loss or the weights.
-OF_TRAINING = ("seed", "train_fraction", "hold_out", "micro_batch", "mixup", "cutmix", "decay",
-               *AUGMENTS)
+OF_TRAINING = (
+    "seed",
+    "train_fraction",
+    "hold_out",
+    "micro_batch",
+    "mixup",
+    "cutmix",
+    "decay",
+    *AUGMENTS,
+)
 
 
 def networks(checkpoints, rest, also=(), untrained=False):
     """(settings, {flag: who set it}) of each checkpoint, or of --model with --init-from or, if it
     may be untrained, without. also: the caller's own flags, for hints."""
-    files = [["--init-from", f"{path}/ckpt.pt" if os.path.isdir(path) else path]
-             for path in checkpoints] or [[]]
+    files = [
+        ["--init-from", f"{path}/ckpt.pt" if os.path.isdir(path) else path] for path in checkpoints
+    ] or [[]]
     foreign = any(word.split("=")[0] == "--init-from" for word in rest)
     if checkpoints and foreign or not (checkpoints or foreign or untrained):
-        raise UserError("needs either --checkpoint RUN/ckpt.pt or --model NAME --init-from FILE"
-                        + ", or --model NAME alone, untrained" * untrained)
+        raise UserError(
+            "needs either --checkpoint RUN/ckpt.pt or --model NAME --init-from FILE"
+            + ", or --model NAME alone, untrained" * untrained
+        )
     evaluates = ["--eval-only"] * bool(checkpoints or foreign)
     chosen = [train.settings([*evaluates, *rest, *file], also) for file in files]
     for name in ("download", "dry_run", "list_models", "list_recipes", "resume"):
         if chosen[0][1][name] == "command line":
-            raise UserError(f"--{name.replace('_', '-')} is for train.py; an analysis goes on by "
-                            "itself when it is started again")
+            raise UserError(
+                f"--{name.replace('_', '-')} is for train.py; an analysis goes on by "
+                "itself when it is started again"
+            )
     return chosen
 
 
@@ -172,20 +211,27 @@ def class_names(settings, saved):
     if saved.get("classes") is not None:
         return saved["classes"]
     try:
-        return data.load(settings.dataset, settings.eval_split, image_size=224,
-                         data_dir=settings.data_dir).classes
+        return data.load(
+            settings.dataset, settings.eval_split, image_size=224, data_dir=settings.data_dir
+        ).classes
     except data.DataError as error:
-        raise UserError(f"{error}; of another project's file, only these tell the class "
-                        "names") from None
+        raise UserError(
+            f"{error}; of another project's file, only these tell the class names"
+        ) from None
 
 
 def network_and_images(settings, origin, device):
     """The network of a checkpoint, to be evaluated, and the held-out images of its data set."""
     saved = {} if settings.init_from.endswith(".npz") else train.read_checkpoint(settings.init_from)
     try:
-        dataset = data.load(settings.dataset, settings.eval_split, data_dir=settings.data_dir,
-                            image_size=settings.image_size, classes=saved.get("classes"),
-                            short_side=settings.eval_short_side)
+        dataset = data.load(
+            settings.dataset,
+            settings.eval_split,
+            data_dir=settings.data_dir,
+            image_size=settings.image_size,
+            classes=saved.get("classes"),
+            short_side=settings.eval_short_side,
+        )
     except data.DataError as error:
         raise UserError(str(error)) from None
     if dataset.notice:
@@ -207,14 +253,18 @@ def started(args, rest, what, untrained=False):
     own = make_parser().commands[what]._option_string_actions
     chosen = networks(args.checkpoint, rest, own, untrained)
     device = train.start_processes(chosen[0][0].device)[0]
-    results = Results(args.out_dir or (Path(chosen[0][0].init_from).parent if
-                                       chosen[0][0].init_from else Path("out", what)), what)
+    results = Results(
+        args.out_dir
+        or (Path(chosen[0][0].init_from).parent if chosen[0][0].init_from else Path("out", what)),
+        what,
+    )
     named = []
     for settings, origin in chosen:
         if settings.dtype in ("bfloat16", "float16"):
             if origin["dtype"] == "command line":
-                raise UserError(f"--dtype {settings.dtype}: {what} is computed in float32 or "
-                                "float64")
+                raise UserError(
+                    f"--dtype {settings.dtype}: {what} is computed in float32 or float64"
+                )
             settings.dtype = "float32"
         name, results.settings[name] = label(settings, OF_TRAINING)
         named.append((name, settings, origin))
@@ -280,16 +330,20 @@ class Batches:
     (a function of x and y, as of train.py) makes them, shares (B, classes). Of n processes each has
     every n-th batch, or all of them, where not split, or the one numbered `only`. Once read, up to
     KEPT bytes of images stay in memory."""
+
     KEPT = 8 * 2**30
 
-    def __init__(self, dataset, model, batch_size, workers=0, mix=None, seed=0, split=True,
-                 only=None):
+    def __init__(
+        self, dataset, model, batch_size, workers=0, mix=None, seed=0, split=True, only=None
+    ):
         self.model, self.mix, self.seed, self.total = model, mix, seed, len(dataset)
         first, each = (train.rank(), world_size()) if split else (0, 1)
         starts = range(first * batch_size, len(dataset), each * batch_size)
         starts = starts if only is None else [only * batch_size]
-        order = [[(0, i) for i in range(start, min(start + batch_size, len(dataset)))]
-                 for start in starts]
+        order = [
+            [(0, i) for i in range(start, min(start + batch_size, len(dataset)))]
+            for start in starts
+        ]
         self.numbers = [start // batch_size for start in starts]
         self.loader = data.loader(dataset, order, workers)
         self.kept = None
@@ -342,8 +396,10 @@ def share_out(results, network, units, what):
 
 def print_rows(rows):
     """A table of dicts with the same keys; numbers have two decimals, None is -."""
-    text = [list(rows[0])] + [["-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)
-                               for v in row.values()] for row in rows]
+    text = [list(rows[0])] + [
+        ["-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()]
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*text)]
     for line in text:
         cells = [f"{cell:>{width}}" for cell, width in zip(line, widths)]
@@ -374,6 +430,7 @@ def figure(path, draw, rows=1, columns=1):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     picture = pyplot.figure(figsize=(5 * columns, 4 * rows), layout="constrained")
     draw(picture.subplots(rows, columns))
     picture.savefig(path, dpi=150)
@@ -389,6 +446,7 @@ def finished(results, draw, rows=1, columns=1):
 
 # --------------------------------------------------------------------------------------- robustness
 
+
 def robustness_parts(benchmark, args, classes):
     """The parts of a benchmark and what makes the data set of each: [(name, function)].
     DataError if its files are not there."""
@@ -403,13 +461,22 @@ def robustness_parts(benchmark, args, classes):
     if benchmark in ("val", "pgd"):
         return [(benchmark, held_out)]
     if benchmark == "c-lite":
-        return [(f"c-lite/{corruption}/{severity}",
-                 lambda c=corruption, s=severity: data.Corrupted(held_out(), c, s))
-                for corruption in data.C_LITE for severity in data.SEVERITIES]
+        return [
+            (
+                f"c-lite/{corruption}/{severity}",
+                lambda c=corruption, s=severity: data.Corrupted(held_out(), c, s),
+            )
+            for corruption in data.C_LITE
+            for severity in data.SEVERITIES
+        ]
     name = f"{args.dataset}-c" if benchmark == "c" and "cifar" in args.dataset else benchmark
-    return [("/".join([benchmark, corruption, str(severity)] if corruption else [benchmark]),
-             lambda c=corruption, s=severity: data.benchmark(name, c, s, **common))
-            for corruption, severity in data.conditions(name, args.data_dir)]
+    return [
+        (
+            "/".join([benchmark, corruption, str(severity)] if corruption else [benchmark]),
+            lambda c=corruption, s=severity: data.benchmark(name, c, s, **common),
+        )
+        for corruption, severity in data.conditions(name, args.data_dir)
+    ]
 
 
 def robustness_summary(parts, imagenet=True):
@@ -429,8 +496,11 @@ def robustness_summary(parts, imagenet=True):
         summary[benchmark] = sum(means.values()) / len(means)
         summary[f"{benchmark} by corruption"] = means
         if benchmark == "c" and imagenet and data.ALEXNET_ERRORS.keys() <= means.keys():
-            summary["mCE"] = sum((100 - means[name]) / error for name, error in
-                                 data.ALEXNET_ERRORS.items()) / len(data.ALEXNET_ERRORS) * 100
+            summary["mCE"] = (
+                sum((100 - means[name]) / error for name, error in data.ALEXNET_ERRORS.items())
+                / len(data.ALEXNET_ERRORS)
+                * 100
+            )
     return summary
 
 
@@ -438,8 +508,9 @@ def whole_benchmarks(done, todo):
     """Of {part: numbers} and what robustness_parts asks for: {part: top-1} of the benchmarks that
     are there with all their parts, and the names of the others."""
     lacking = dict.fromkeys(part.split("/")[0] for part, _ in todo if part not in done)
-    return {part: done[part]["top1"] for part, _ in todo
-            if part.split("/")[0] not in lacking}, lacking
+    return {
+        part: done[part]["top1"] for part, _ in todo if part.split("/")[0] not in lacking
+    }, lacking
 
 
 def robustness(args, rest):
@@ -454,8 +525,9 @@ def robustness(args, rest):
     for settings, origin in chosen:
         name, results_of = label(settings)
         results.settings[name] = results_of
-        saved = {} if settings.init_from.endswith(".npz") else train.read_checkpoint(
-            settings.init_from)
+        saved = (
+            {} if settings.init_from.endswith(".npz") else train.read_checkpoint(settings.init_from)
+        )
         trained[name] = saved["settings"] if train.is_ours(saved) else {}
         classes, todo = class_names(settings, saved), []
         for benchmark in dict.fromkeys(args.benchmarks):
@@ -469,8 +541,11 @@ def robustness(args, rest):
         if remaining:
             model = train.starting_network(settings, origin, len(classes), device, tell)
             half = settings.dtype in ("bfloat16", "float16")
-            autocast = (torch.autocast(device.type, getattr(torch, settings.dtype)) if half else
-                        nullcontext())
+            autocast = (
+                torch.autocast(device.type, getattr(torch, settings.dtype))
+                if half
+                else nullcontext()
+            )
         quiet = train.rank() > 0 or not sys.stderr.isatty()
         for part, make in tqdm(remaining, unit="part", disable=quiet):
             try:
@@ -483,13 +558,22 @@ def robustness(args, rest):
                 tell(dataset.notice)
             workers = train.worker_count(settings, dataset, on_machine)
             if part == "pgd":
-                results.put(name, part, dict(top1=train.pgd_10(
-                    model, dataset, settings.image_size, device, workers)))
+                results.put(
+                    name,
+                    part,
+                    dict(top1=train.pgd_10(model, dataset, settings.image_size, device, workers)),
+                )
                 continue
-            loader = train.own_share(dataset, device, workers, train.images_at_once(
-                model, settings.image_size, device))
-            results.put(name, part, train.evaluate(model, loader, device, autocast,
-                                                   restrict_logits=dataset.restrict_logits))
+            loader = train.own_share(
+                dataset, device, workers, train.images_at_once(model, settings.image_size, device)
+            )
+            results.put(
+                name,
+                part,
+                train.evaluate(
+                    model, loader, device, autocast, restrict_logits=dataset.restrict_logits
+                ),
+            )
         wanted, lacking = whole_benchmarks(results.parts.get(name, {}), todo)
         for benchmark in lacking:
             tell(f"missing   {benchmark}: parts of it, so it has no number")
@@ -506,11 +590,24 @@ def robustness(args, rest):
 
 def plain_twins(trained):
     """{network: the one that was trained as it was, but without SAM}, from their runs' settings."""
-    same = {name: {k: v for k, v in of.items() if k not in train.FREE_FLAGS | {"recipe"}
-                   and not k.startswith("sam_")} for name, of in trained.items()}
-    return {name: other for name, of in trained.items() for other in trained
-            if of and trained[other] and of["sam_rho"] > 0 and trained[other]["sam_rho"] == 0
-            and same[name] == same[other]}
+    same = {
+        name: {
+            k: v
+            for k, v in of.items()
+            if k not in train.FREE_FLAGS | {"recipe"} and not k.startswith("sam_")
+        }
+        for name, of in trained.items()
+    }
+    return {
+        name: other
+        for name, of in trained.items()
+        for other in trained
+        if of
+        and trained[other]
+        and of["sam_rho"] > 0
+        and trained[other]["sam_rho"] == 0
+        and same[name] == same[other]
+    }
 
 
 def print_robustness(summaries, twins):
@@ -519,22 +616,31 @@ def print_robustness(summaries, twins):
     widest = max(24, *map(len, summaries))
     train.say(f"{'top-1 %':{widest}}" + "".join(f"{name:>9}" for name in columns))
     for name, summary in summaries.items():
-        train.say(f"{name:{widest}}" + "".join(
-            f"{summary[c]:9.2f}" if c in summary else f"{'-':>9}" for c in columns))
+        train.say(
+            f"{name:{widest}}"
+            + "".join(f"{summary[c]:9.2f}" if c in summary else f"{'-':>9}" for c in columns)
+        )
         if name in twins:
             plain = summaries[twins[name]]
-            train.say(f"{'  against without SAM':{widest}}" + "".join(
-                f"{summary[c] - plain[c]:+9.2f}" if c in summary and c in plain else f"{'-':>9}"
-                for c in columns))
+            train.say(
+                f"{'  against without SAM':{widest}}"
+                + "".join(
+                    f"{summary[c] - plain[c]:+9.2f}" if c in summary and c in plain else f"{'-':>9}"
+                    for c in columns
+                )
+            )
     for benchmark in ("c", "c-lite"):
         tables = [summary.get(f"{benchmark} by corruption", {}) for summary in summaries.values()]
         corruptions = list(dict.fromkeys(name for table in tables for name in table))
         if corruptions:
-            train.say(f"\n{benchmark + ', mean of severities':28}"
-                      + "".join(f"{i:>9}" for i in range(1, len(tables) + 1)))
+            train.say(
+                f"\n{benchmark + ', mean of severities':28}"
+                + "".join(f"{i:>9}" for i in range(1, len(tables) + 1))
+            )
         for name in corruptions:
-            train.say(f"{name:28}" + "".join(f"{table.get(name, math.nan):9.2f}"
-                                             for table in tables))
+            train.say(
+                f"{name:28}" + "".join(f"{table.get(name, math.nan):9.2f}" for table in tables)
+            )
 
 
 def draw_robustness(axes, summaries):
@@ -551,6 +657,7 @@ def draw_robustness(axes, summaries):
 
 # ----------------------------------------------------------------------------- hessian and spectrum
 
+
 class Hessian:
     """Products with the Hessian H of the loss
 
@@ -565,8 +672,9 @@ class Hessian:
     each process gives its own, and H is that of all; alone: of this process's only. loss: of
     logits and y, mean over the batch. tick: is told of images that are done."""
 
-    def __init__(self, model, loss, batches, params=None, decay=0.0, memory=4.0, alone=False,
-                 tick=None):
+    def __init__(
+        self, model, loss, batches, params=None, decay=0.0, memory=4.0, alone=False, tick=None
+    ):
         self.model, self.loss, self.batches, self.decay = model, loss, batches, decay
         self.params = list(model.parameters() if params is None else params)
         self.sizes = [p.numel() for p in self.params]
@@ -589,8 +697,9 @@ class Hessian:
 
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 loss = self.loss(self.model(x), y) * len(x)
-                grads = torch.autograd.grad(loss, self.params, create_graph=True,
-                                            materialize_grads=True)
+                grads = torch.autograd.grad(
+                    loss, self.params, create_graph=True, materialize_grads=True
+                )
             for p in self.params:
                 held.pop(p.untyped_storage().data_ptr(), None)
             self.room -= sum(held.values())
@@ -622,13 +731,22 @@ class Hessian:
 
     def __call__(self, *vectors):
         """Vectors (size,) -> a list of their products."""
+
         def product(grads, v):
-            pairs = [(g, part.view_as(g)) for g, part in zip(grads, v.split(self.sizes))
-                     if g.requires_grad]  # else the loss is linear in these, or without them
+            pairs = [
+                (g, part.view_as(g))
+                for g, part in zip(grads, v.split(self.sizes))
+                if g.requires_grad
+            ]  # else the loss is linear in these, or without them
             if not pairs:
                 return torch.zeros_like(v)
-            rows = torch.autograd.grad([g for g, _ in pairs], self.params, [u for _, u in pairs],
-                                       retain_graph=True, materialize_grads=True)
+            rows = torch.autograd.grad(
+                [g for g, _ in pairs],
+                self.params,
+                [u for _, u in pairs],
+                retain_graph=True,
+                materialize_grads=True,
+            )
             return torch.cat([row.flatten() for row in rows])
 
         return [h.add_(v, alpha=self.decay) for h, v in zip(self.mean(product, vectors), vectors)]
@@ -681,8 +799,9 @@ class Saved:
 def random_vector(hessian, *seed, signs=False):
     """Of unit length, normal or, with signs, ±. Drawn in float32 on the CPU, it depends on its seed
     only and is the same on all processes."""
-    v = torch.randn(hessian.size, dtype=torch.float32,
-                    generator=torch.Generator().manual_seed(data.key(*seed)))
+    v = torch.randn(
+        hessian.size, dtype=torch.float32, generator=torch.Generator().manual_seed(data.key(*seed))
+    )
     v = (v.sign() if signs else v).to(hessian.params[0])
     return v / v.norm()
 
@@ -692,11 +811,12 @@ def power(hessian, iterations, seed, saved):
     state = saved.load(lambda: dict(v=random_vector(hessian, seed, 0), i=0))
     while state["i"] < iterations:
         v = state["v"].to(hessian.params[0])
-        w, = hessian(v)
+        (w,) = hessian(v)
         value = v @ w
         residual, length = (w - value * v).norm().item(), w.norm().item()
-        state = dict(v=w / length if length else v, i=state["i"] + 1, value=value.item(),
-                     residual=residual)
+        state = dict(
+            v=w / length if length else v, i=state["i"] + 1, value=value.item(), residual=residual
+        )
         saved.keep(state)
     return state["value"], state["residual"], state["i"]
 
@@ -734,7 +854,7 @@ class Krylov:
         if len(self.done) == len(self.basis):
             self.append(random_vector(self.hessian, seed, len(self.basis)))
         j = max(set(range(len(self.basis))) - set(self.done))
-        w, = self.hessian(self.basis[j])
+        (w,) = self.hessian(self.basis[j])
         length = w.norm().item()
         row = self.project(w) + self.project(w)
         self.C[j] = self.C[:, j] = row
@@ -759,6 +879,7 @@ class Krylov:
 
 def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
     """What hessian_eigenvalues describes -> values, residuals, errors, converged, products."""
+
     def start():
         z, g = random_vector(hessian, seed, 0), hessian.gradient()
         v = z + 0.9 * g / g.norm() if g.norm() > 0 else z  # of one parameter too not 0
@@ -781,7 +902,8 @@ def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
                 (own, *_), (off, *_), _ = space.ritz(which, chain)
                 size, kth = ((v.abs() if which == "magnitude" else v) for v in (own, values[k - 1]))
                 explored = off <= max(tolerance * own.abs(), rounding) or (
-                    size + off < kth and off <= 0.1 * own.abs())
+                    size + off < kth and off <= 0.1 * own.abs()
+                )
                 good = bool(explored and ((values[:k] - before).abs() <= enough[:k]).all())
             if explored and not good:
                 before, chain = values[:k], len(space.basis)
@@ -795,9 +917,22 @@ def lanczos(hessian, k, which, tolerance, iterations, seed, saved):
     return (*(v[:k].tolist() for v in (values, residuals, errors)), good, len(space.done))
 
 
-def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=None, *,
-                        method="lanczos", tolerance=0.01, iterations=100, decay=0.0, seed=0,
-                        saved=None, **options):
+def hessian_eigenvalues(
+    model,
+    loss,
+    batches,
+    k=1,
+    which="algebraic",
+    params=None,
+    *,
+    method="lanczos",
+    tolerance=0.01,
+    iterations=100,
+    decay=0.0,
+    seed=0,
+    saved=None,
+    **options,
+):
     """The k largest eigenvalues, "algebraic" or by "magnitude" with their sign, of the Hessian of
     a loss L (`Hessian` has the formula and further options) by all parameters of a model or some,
     a diagonal block (Chen et al. Table 1, 3). Fewer than k where there are fewer parameters.
@@ -828,12 +963,24 @@ def hessian_eigenvalues(model, loss, batches, k=1, which="algebraic", params=Non
         else:
             found = lanczos(H, k, which, tolerance, iterations, seed, saved)
         names = "eigenvalues residuals errors converged products".split()
-        return dict(zip(names, found)) | dict(images=H.images, parameters=H.size,
-                                              seconds=saved.spent())
+        return dict(zip(names, found)) | dict(
+            images=H.images, parameters=H.size, seconds=saved.spent()
+        )
 
 
-def hessian_density(model, loss, batches, probes=10, steps=50, params=None, *, decay=0.0, seed=0,
-                    saved=None, **options):
+def hessian_density(
+    model,
+    loss,
+    batches,
+    probes=10,
+    steps=50,
+    params=None,
+    *,
+    decay=0.0,
+    seed=0,
+    saved=None,
+    **options,
+):
     """Trace and spectral density of a Hessian, as PyHessian (Yao et al. 2020, 1912.07145) has them,
     from `probes` random vectors z of ±1 (Rademacher). -> dict of `trace`, the mean of zᵀ H z
     (Hutchinson), `trace_error`, its standard error (None of one probe), and for each probe `nodes`
@@ -849,10 +996,14 @@ def hessian_density(model, loss, batches, probes=10, steps=50, params=None, *, d
         raise ValueError(f"probes = {probes}, steps = {steps}: at least 1")
     with hessian_of(model, loss, batches, params, decay=decay, **options) as H:
         of_each = range(probes)
-        state = saved.load(lambda: dict(
-            now=[random_vector(H, seed, i, signs=True) for i in of_each],
-            before=[torch.zeros(H.size)] * probes, alphas=[[] for _ in of_each],
-            betas=[[] for _ in of_each]))
+        state = saved.load(
+            lambda: dict(
+                now=[random_vector(H, seed, i, signs=True) for i in of_each],
+                before=[torch.zeros(H.size)] * probes,
+                alphas=[[] for _ in of_each],
+                betas=[[] for _ in of_each],
+            )
+        )
         alphas, betas = state["alphas"], state["betas"]
         now, before = ([v.to(H.params[0]) for v in state[name]] for name in ("now", "before"))
         eps, steps = torch.finfo(H.params[0].dtype).eps, min(steps, H.size)
@@ -874,15 +1025,22 @@ def hessian_density(model, loss, batches, probes=10, steps=50, params=None, *, d
             nodes.append(values.tolist())
             weights.append(vectors[0].square().tolist())
         error = (traces.std() / probes**0.5).item() if probes > 1 else None
-        return dict(trace=traces.mean().item(), trace_error=error, nodes=nodes, weights=weights,
-                    products=sum(map(len, alphas)), images=H.images, parameters=H.size,
-                    seconds=saved.spent())
+        return dict(
+            trace=traces.mean().item(),
+            trace_error=error,
+            nodes=nodes,
+            weights=weights,
+            products=sum(map(len, alphas)),
+            images=H.images,
+            parameters=H.size,
+            seconds=saved.spent(),
+        )
 
 
 def kernel_density(at, points, weights, width):
     """Σ_i weights_i · N(t; points_i, width²) at each t of an array; width: one or of each point."""
     z = (np.asarray(at)[:, None] - points) / width
-    return np.exp(-z**2 / 2) / (math.sqrt(2 * math.pi) * np.asarray(width)) @ np.asarray(weights)
+    return np.exp(-(z**2) / 2) / (math.sqrt(2 * math.pi) * np.asarray(width)) @ np.asarray(weights)
 
 
 def components(network, wanted=("table3",)):
@@ -898,9 +1056,11 @@ def components(network, wanted=("table3",)):
     blocks = list(dict.fromkeys(match[0] for match in found if match))
     table = {"whole": ""}
     if blocks:
-        table |= {"embedding": r"^(patch_embed|stem|features\.0)\.",
-                  "MSAs or token MLPs": r"\.(attn|mlp_tokens)\.",
-                  "MLPs or channel MLPs": r"\.(mlp|mlp_channels)\."}
+        table |= {
+            "embedding": r"^(patch_embed|stem|features\.0)\.",
+            "MSAs or token MLPs": r"\.(attn|mlp_tokens)\.",
+            "MLPs or channel MLPs": r"\.(mlp|mlp_channels)\.",
+        }
         for i in sorted({1, (len(blocks) + 1) // 2, len(blocks)}):
             table[f"block {i} of {len(blocks)}"] = "^" + re.escape(blocks[i - 1])
     else:
@@ -918,8 +1078,10 @@ def components(network, wanted=("table3",)):
             if params:
                 parts[name] = params
             elif want != "table3":
-                raise UserError(f"--params {want}: no parameter's name matches; there are "
-                                f"{', '.join(list(names)[:2])}, …, {list(names)[-1]}")
+                raise UserError(
+                    f"--params {want}: no parameter's name matches; there are "
+                    f"{', '.join(list(names)[:2])}, …, {list(names)[-1]}"
+                )
     return parts
 
 
@@ -934,45 +1096,66 @@ def hessian(args, rest):
         raise UserError("--method power finds one eigenvalue: leave out --k, or use lanczos")
     results, device, named = started(args, rest, "hessian")
     of = f"{args.loss}, {args.images} images"
-    how = (f"power, {args.iterations}" if args.method == "power" else
-           f"{args.k} by {args.which}, tolerance {args.tolerance:g}, at most {args.iterations}")
+    how = (
+        f"power, {args.iterations}"
+        if args.method == "power"
+        else f"{args.k} by {args.which}, tolerance {args.tolerance:g}, at most {args.iterations}"
+    )
     rows, shown = [], {}
     for name, settings, origin in named:
         model, dataset, workers = network_and_training_images(settings, origin, device, args.images)
         batches = Batches(dataset, model, args.chunk, workers)
         for block, params in components(model.network, args.params).items():
             common = (model, LOSSES[args.loss], batches)
-            jobs = {f"{block}: {of}, {how}": functools.partial(
-                hessian_eigenvalues, *common, args.k, args.which, params, method=args.method,
-                tolerance=args.tolerance, iterations=args.iterations)}
+            jobs = {
+                f"{block}: {of}, {how}": functools.partial(
+                    hessian_eigenvalues,
+                    *common,
+                    args.k,
+                    args.which,
+                    params,
+                    method=args.method,
+                    tolerance=args.tolerance,
+                    iterations=args.iterations,
+                )
+            }
             if args.probes:
                 jobs[f"{block}: {of}, density, {args.probes} probes, {args.steps} steps"] = (
-                    functools.partial(hessian_density, *common, args.probes, args.steps, params))
+                    functools.partial(hessian_density, *common, args.probes, args.steps, params)
+                )
             for part, job in jobs.items():
                 if part not in results.parts.get(name, {}):
                     mark = hashlib.sha256(f"{name} {part}".encode()).hexdigest()[:8]
                     saved = Saved(results.path.with_name(f"hessian-{mark}.state"))
                     with train.progress(None, block) as bar:
-                        results.put(name, part, job(memory=args.memory, saved=saved,
-                                                    tick=bar.update))
+                        results.put(
+                            name, part, job(memory=args.memory, saved=saved, tick=bar.update)
+                        )
                     saved.remove()
             shown[name, block] = [results.parts[name][part] for part in jobs]
             found, *density = shown[name, block]
             row = {"network": name, "block": block, "parameters": found["parameters"]}
             row |= {f"λ{i + 1}": f"{value:.4g}" for i, value in enumerate(found["eigenvalues"])}
-            row |= {"error": f"{max(found['errors']):.1g}", "products": found["products"],
-                    "s": f"{found['seconds']:.1f}"}
+            row |= {
+                "error": f"{max(found['errors']):.1g}",
+                "products": found["products"],
+                "s": f"{found['seconds']:.1f}",
+            }
             for numbers in density:
                 error = numbers["trace_error"]
                 row["trace"] = f"{numbers['trace']:.4g}"
                 row["trace"] += "" if error is None else f" ± {error:.1g}"
             rows.append(row)
             if not found["converged"]:
-                tell(f"{block}: not within {args.tolerance:g} after {found['products']} products"
-                     + "; --iterations allows more" * (args.method == "lanczos"))
+                tell(
+                    f"{block}: not within {args.tolerance:g} after {found['products']} products"
+                    + "; --iterations allows more" * (args.method == "lanczos")
+                )
             if args.method == "power" and found["eigenvalues"][0] < 0:
-                tell(f"{block}: the eigenvalue of largest magnitude is negative, and power "
-                     "iteration finds no other; --method lanczos finds the largest")
+                tell(
+                    f"{block}: the eigenvalue of largest magnitude is negative, and power "
+                    "iteration finds no other; --method lanczos finds the largest"
+                )
     if train.rank() == 0:
         print_rows(rows)
         finished(results, lambda axes: draw_hessian(axes, shown), columns=1 + (args.probes > 0))
@@ -984,10 +1167,17 @@ def draw_hessian(axes, shown):
     bars, lines = axes if isinstance(axes, np.ndarray) else (axes, None)
     names, blocks = (list(dict.fromkeys(column)) for column in zip(*shown))
     for i, name in enumerate(names):
-        own = {blocks.index(block): found[0]["eigenvalues"][0]
-               for (of, block), found in shown.items() if of == name}
-        bars.bar([x + 0.8 * (i + 0.5) / len(names) - 0.4 for x in own], list(own.values()),
-                 0.8 / len(names), label=name)
+        own = {
+            blocks.index(block): found[0]["eigenvalues"][0]
+            for (of, block), found in shown.items()
+            if of == name
+        }
+        bars.bar(
+            [x + 0.8 * (i + 0.5) / len(names) - 0.4 for x in own],
+            list(own.values()),
+            0.8 / len(names),
+            label=name,
+        )
     below = any(found[0]["eigenvalues"][0] <= 0 for found in shown.values())
     bars.set_yscale("symlog" if below else "log")
     bars.set_xticks(range(len(blocks)), blocks, rotation=30, ha="right")
@@ -998,8 +1188,11 @@ def draw_hessian(axes, shown):
             nodes, weights = (np.concatenate(densities[0][key]) for key in ("nodes", "weights"))
             width = (np.ptp(nodes) or 1) / 100
             at = np.linspace(nodes.min() - 5 * width, nodes.max() + 5 * width, 1000)
-            lines.plot(at, kernel_density(at, nodes, weights / len(densities[0]["nodes"]), width),
-                       label=f"{name}, {block}")
+            lines.plot(
+                at,
+                kernel_density(at, nodes, weights / len(densities[0]["nodes"]), width),
+                label=f"{name}, {block}",
+            )
     if lines:
         lines.set_yscale("log")
         lines.set_ylim(bottom=1e-7)
@@ -1016,19 +1209,37 @@ def nep_ape(eigenvalues):
     return float((values < 0).mean()), float(above.mean()) if len(above) else None
 
 
-def hessian_spectrum(model, loss, batches, k=5, *, decay=0.0, tolerance=0.01, iterations=200,
-                     memory=4.0):
+def hessian_spectrum(
+    model, loss, batches, k=5, *, decay=0.0, tolerance=0.01, iterations=200, memory=4.0
+):
     """The k eigenvalues of largest magnitude, with their sign, of the Hessian of the loss of each
     mini-batch plus ½ · decay · ‖w‖² over all parameters (which adds `decay` to each eigenvalue),
     by Lanczos; `batches` are independent, and this process's own. -> dict of `eigenvalues`, a list
     for each batch, `nep` and `ape` of all (Park & Kim A.1, A.2), `converged` and `products`."""
-    found = [hessian_eigenvalues(model, loss, [batch], k, "magnitude", decay=decay, memory=memory,
-                                 tolerance=tolerance, iterations=iterations, alone=True)
-             for batch in batches]
+    found = [
+        hessian_eigenvalues(
+            model,
+            loss,
+            [batch],
+            k,
+            "magnitude",
+            decay=decay,
+            memory=memory,
+            tolerance=tolerance,
+            iterations=iterations,
+            alone=True,
+        )
+        for batch in batches
+    ]
     values = [one["eigenvalues"] for one in found]
     nep, ape = nep_ape(sum(values, []))
-    return dict(eigenvalues=values, nep=nep, ape=ape, products=sum(f["products"] for f in found),
-                converged=all(f["converged"] for f in found))
+    return dict(
+        eigenvalues=values,
+        nep=nep,
+        ape=ape,
+        products=sum(f["products"] for f in found),
+        converged=all(f["converged"] for f in found),
+    )
 
 
 def spectrum(args, rest):
@@ -1057,51 +1268,85 @@ def spectrum(args, rest):
     results, device, named = started(args, rest, "spectrum")
     spectra, rows = {}, []
     for name, settings, origin in named:
-        model, dataset, _ = network_and_training_images(settings, origin, device, args.images,
-                                                        augmented=True)
-        dataset.restrict(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(
-            data.key(settings.seed, 3))))
+        model, dataset, _ = network_and_training_images(
+            settings, origin, device, args.images, augmented=True
+        )
+        dataset.restrict(
+            torch.randperm(
+                len(dataset), generator=torch.Generator().manual_seed(data.key(settings.seed, 3))
+            )
+        )
         sizes = {what: attention_size(model.network, what) for what in [args.against] if what}
         loss = functools.partial(train.softmax_loss, smoothing=settings.label_smoothing)
         mix = train.mixing(settings, len(dataset.classes))
-        what = (f"{args.k} of batches of {args.batch}, {args.images} images, decay "
-                f"{settings.weight_decay:g}, smoothing {settings.label_smoothing:g}, tolerance "
-                f"{args.tolerance:g}")
+        what = (
+            f"{args.k} of batches of {args.batch}, {args.images} images, decay "
+            f"{settings.weight_decay:g}, smoothing {settings.label_smoothing:g}, tolerance "
+            f"{args.tolerance:g}"
+        )
 
         def unit(number):
             batch = Batches(dataset, model, args.batch, mix=mix, seed=settings.seed, only=number)
-            found = hessian_spectrum(model, loss, batch, args.k, decay=settings.weight_decay,
-                                     tolerance=args.tolerance, memory=args.memory)
+            found = hessian_spectrum(
+                model,
+                loss,
+                batch,
+                args.k,
+                decay=settings.weight_decay,
+                tolerance=args.tolerance,
+                memory=args.memory,
+            )
             return found | dict(eigenvalues=found["eigenvalues"][0])
 
         count = len(dataset) // args.batch
         if not count:
-            raise UserError(f"--images {args.images}: {len(dataset)} images are no mini-batch of "
-                            f"{args.batch}")
+            raise UserError(
+                f"--images {args.images}: {len(dataset)} images are no mini-batch of {args.batch}"
+            )
         units = {f"{what}: {i}": functools.partial(unit, i) for i in range(count)}
         share_out(results, name, units, "mini-batches")
         found = [results.parts[name][part] for part in units]
         spectra[name] = [value for one in found for value in one["eigenvalues"]]
         nep, ape = nep_ape(spectra[name])
-        numbers = dict(nep=nep, ape=ape, batches=count, products=sum(f["products"] for f in found),
-                       not_converged=sum(not f["converged"] for f in found))
+        numbers = dict(
+            nep=nep,
+            ape=ape,
+            batches=count,
+            products=sum(f["products"] for f in found),
+            not_converged=sum(not f["converged"] for f in found),
+        )
         results.put(name, what, numbers | sizes)
         rows.append({"network": name} | numbers | sizes)
     fitted = None
     if args.against:
         fitted = power_law([row[args.against] for row in rows], [row["ape"] for row in rows])
-        results.put(f"against {args.against}", "APE = c n^a", dict(zip("ca", fitted)) if fitted
-                    else None)
+        results.put(
+            f"against {args.against}", "APE = c n^a", dict(zip("ca", fitted)) if fitted else None
+        )
     if train.rank() == 0:
-        print_rows([row | dict(nep=f"{row['nep']:.4f}", ape="-" if row["ape"] is None else
-                               f"{row['ape']:.4g}") for row in rows])
+        print_rows(
+            [
+                row
+                | dict(
+                    nep=f"{row['nep']:.4f}", ape="-" if row["ape"] is None else f"{row['ape']:.4g}"
+                )
+                for row in rows
+            ]
+        )
         if args.against:
             paper = {"heads": "-0.562 (Fig. C.5)", "head_dim": "-0.796 (Fig. C.6)"}[args.against]
-            tell(f"APE = {fitted[0]:.4g} · {args.against}^{fitted[1]:.3f}; the paper's exponent: "
-                 f"{paper}" if fitted else f"no exponent: it takes two values of {args.against} "
-                 "and a positive eigenvalue at each")
-        finished(results, lambda axes: draw_spectrum(
-            axes, spectra, rows, args.against, fitted), columns=3 if args.against else 2)
+            tell(
+                f"APE = {fitted[0]:.4g} · {args.against}^{fitted[1]:.3f}; the paper's exponent: "
+                f"{paper}"
+                if fitted
+                else f"no exponent: it takes two values of {args.against} "
+                "and a positive eigenvalue at each"
+            )
+        finished(
+            results,
+            lambda axes: draw_spectrum(axes, spectra, rows, args.against, fitted),
+            columns=3 if args.against else 2,
+        )
     return results.parts
 
 
@@ -1135,8 +1380,9 @@ def draw_spectrum(axes, spectra, rows, against, fitted):
             if len(own) > 1:
                 low, high = np.quantile(own, (0.25, 0.75))
                 width = 0.9 * min(own.std(), (high - low) / 1.34) * len(own) ** -0.2
-            density = kernel_density(at, own, np.full(len(own), 1 / len(values)),
-                                     max(width, end / 500))
+            density = kernel_density(
+                at, own, np.full(len(own), 1 / len(values)), max(width, end / 500)
+            )
             panel.plot(at, density, label=name)
         panel.set_xlim(*sorted((0, sign * end)))
         panel.set_ylim(bottom=0)
@@ -1149,8 +1395,9 @@ def draw_spectrum(axes, spectra, rows, against, fitted):
         right.plot(n, [row["ape"] or math.nan for row in rows], "s", color="C3")
         if fitted:
             at = np.geomspace(min(n), max(n))
-            right.plot(at, fitted[0] * at ** fitted[1], "--", color="C3",
-                       label=f"exponent {fitted[1]:.3f}")
+            right.plot(
+                at, fitted[0] * at ** fitted[1], "--", color="C3", label=f"exponent {fitted[1]:.3f}"
+            )
             right.legend(fontsize=6)
         axes[2].set_xlabel({"heads": "heads", "head_dim": "width of a head"}[against])
         axes[2].set_ylabel("NEP (%)", color="C0")
@@ -1170,8 +1417,14 @@ SIGMAS, RADII = [0.005, 0.01, 0.02, 0.05], [0.05, 0.1, 0.2, 0.5, 1.0]
 def gaussian(model, *seed):
     """A standard normal vector in weight space, in the shape of model.parameters(). What a
     parameter gets depends on the seed (integers) and its name only: drawn in float32 on the CPU."""
-    return [torch.randn(p.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(
-        data.key(*seed, zlib.crc32(name.encode())))).to(p) for name, p in model.named_parameters()]
+    return [
+        torch.randn(
+            p.shape,
+            dtype=torch.float32,
+            generator=torch.Generator().manual_seed(data.key(*seed, zlib.crc32(name.encode()))),
+        ).to(p)
+        for name, p in model.named_parameters()
+    ]
 
 
 @torch.no_grad()
@@ -1185,6 +1438,7 @@ def directions(model, seed=0, normalise="filter"):
     token (1, 1, D) and position embedding (1, N, D) have one i, so these are scaled as a whole.
     "park" is what the code of Park & Kim does instead: norms run over the outputs i, one for each
     (in, kh, kw), so a class token's numbers become ±|w|; and position embeddings too get zero."""
+
     def scaled(d, w, name):
         if w.ndim < 2 or normalise == "park" and re.search("pos_embed|relative_position", name):
             return d.zero_()
@@ -1192,9 +1446,13 @@ def directions(model, seed=0, normalise="filter"):
         of_w, of_d = (torch.linalg.vector_norm(v, dim=over, keepdim=True) for v in (w, d))
         return d.mul_(of_w / (of_d + 1e-7 * (normalise == "park")))
 
-    return [[scaled(d, w, name) for d, (name, w) in zip(gaussian(model, seed, axis),
-                                                        model.named_parameters())]
-            for axis in (0, 1)]
+    return [
+        [
+            scaled(d, w, name)
+            for d, (name, w) in zip(gaussian(model, seed, axis), model.named_parameters())
+        ]
+        for axis in (0, 1)
+    ]
 
 
 @contextmanager
@@ -1227,8 +1485,12 @@ def mean_loss(model, loss, batches, grad=False):
             logits = model(x)
             value = loss(logits, y.to(logits.dtype) if y.is_floating_point() else y)
             if grad:
-                torch._foreach_add_(total, torch.autograd.grad(
-                    value * len(x), weights, allow_unused=True, materialize_grads=True))
+                torch._foreach_add_(
+                    total,
+                    torch.autograd.grad(
+                        value * len(x), weights, allow_unused=True, materialize_grads=True
+                    ),
+                )
             losses.append(value.detach())
             sizes.append(len(x))
     values = torch.stack(losses).tolist()  # the one time that the device is waited for
@@ -1257,8 +1519,13 @@ def landscape(model, loss, batches, vectors, xs, ys, decayed=None):
             for x in xs:
                 move((x, vectors[0]), (y, vectors[1]))
                 norms = torch.stack(torch._foreach_norm(decayed))
-                row.append((mean_loss(model, loss, batches), (norms.square().sum() / 2).item(),
-                            norms.sum().item()))
+                row.append(
+                    (
+                        mean_loss(model, loss, batches),
+                        (norms.square().sum() / 2).item(),
+                        norms.sum().item(),
+                    )
+                )
             for name, values in zip(("loss", "half_square", "sum_of_norms"), zip(*row)):
                 found[name].append(list(values))
     return found
@@ -1314,14 +1581,22 @@ def in_pieces(results, network, part, units, join, what):
 def prepared(args, settings, origin, device, batch_size, augmented=False):
     """The network, its loss and the batches: all images on every process, augmented and mixed as
     in training if wanted."""
-    model, dataset, workers = network_and_training_images(settings, origin, device, args.images,
-                                                          augmented)
+    model, dataset, workers = network_and_training_images(
+        settings, origin, device, args.images, augmented
+    )
     mix = train.mixing(settings, len(dataset.classes)) if augmented else None
-    if augmented and dataset.transform is None and not (
-            dataset.padding or settings.mixup or settings.cutmix) and train.rank() == 0:
+    if (
+        augmented
+        and dataset.transform is None
+        and not (dataset.padding or settings.mixup or settings.cutmix)
+        and train.rank() == 0
+    ):
         train.say("--augmented: this training augments nothing, so the images are the plain ones")
-    return model, LOSSES[args.loss], Batches(dataset, model, batch_size, workers, mix,
-                                             settings.seed, split=False)
+    return (
+        model,
+        LOSSES[args.loss],
+        Batches(dataset, model, batch_size, workers, mix, settings.seed, split=False),
+    )
 
 
 def landscape_command(args, rest):
@@ -1332,51 +1607,91 @@ def landscape_command(args, rest):
     need(args, points=2, direction_seed=0, span=1e-6, clip=1e-6)
     results, device, named = started(args, rest, "landscape")
     axis = [args.span * (2 * i - args.points + 1) / (args.points - 1) for i in range(args.points)]
-    part = (f"{args.loss}, {args.images} of {'augmented ' * args.augmented}images, {args.points}² "
-            f"points to ±{args.span:g}, {args.normalise}-normalised, seed {args.direction_seed}")
+    part = (
+        f"{args.loss}, {args.images} of {'augmented ' * args.augmented}images, {args.points}² "
+        f"points to ±{args.span:g}, {args.normalise}-normalised, seed {args.direction_seed}"
+    )
 
     def joined(pieces):
         centre, *rest = pieces
         whole = dict(x=axis, y=axis, centre={})
         for key in ("loss", "half_square", "sum_of_norms"):
             values = [value for piece in rest for value in piece[key][0]]
-            whole[key] = [values[i:i + len(axis)] for i in range(0, len(values), len(axis))]
+            whole[key] = [values[i : i + len(axis)] for i in range(0, len(values), len(axis))]
             whole["centre"][key] = centre[key][0][0]
         return whole
 
     for name, settings, origin in named:
         if part in results.parts.get(name, {}):
             continue
-        model, loss, batches = prepared(args, settings, origin, device, settings.micro_batch
-                                        if args.augmented else 256, args.augmented)
+        model, loss, batches = prepared(
+            args,
+            settings,
+            origin,
+            device,
+            settings.micro_batch if args.augmented else 256,
+            args.augmented,
+        )
         plane = functools.partial(
-            landscape, model, loss, batches, directions(model, args.direction_seed, args.normalise),
-            decayed=train.decay_groups(model, settings.decay)[0])
+            landscape,
+            model,
+            loss,
+            batches,
+            directions(model, args.direction_seed, args.normalise),
+            decayed=train.decay_groups(model, settings.decay)[0],
+        )
         tell(f"{name}: {args.points}² points of {batches.total:,} images")
         # A kill costs at most PIECE points of each process; the file is not written for every one.
-        in_pieces(results, name, part, [functools.partial(plane, [0.0], [0.0])] + [
-            functools.partial(plane, axis[i:i + PIECE], [y])
-            for y in axis for i in range(0, len(axis), PIECE)], joined, "landscape")
+        in_pieces(
+            results,
+            name,
+            part,
+            [functools.partial(plane, [0.0], [0.0])]
+            + [
+                functools.partial(plane, axis[i : i + PIECE], [y])
+                for y in axis
+                for i in range(0, len(axis), PIECE)
+            ],
+            joined,
+            "landscape",
+        )
     if train.rank() == 0:
         planes, rows = {}, []
         for name, settings, _ in named:
             found = results.parts[name][part]
-            centre, planes[name] = (regularised(of, args.l2, settings.weight_decay)
-                                    for of in (found["centre"], found))
+            centre, planes[name] = (
+                regularised(of, args.l2, settings.weight_decay) for of in (found["centre"], found)
+            )
             known = planes[name][np.isfinite(planes[name])]
             low, middle, high = np.quantile(known, (0, 0.5, 1)) if known.size else [None] * 3
             penalty = settings.weight_decay if L2[args.l2] else 0
-            rows.append({"loss": name} | {key: significant(value) for key, value in (
-                ("λ", penalty), ("centre", centre), ("lowest", low), ("median", middle),
-                ("highest", high))} | {"not finite": planes[name].size - known.size})
+            rows.append(
+                {"loss": name}
+                | {
+                    key: significant(value)
+                    for key, value in (
+                        ("λ", penalty),
+                        ("centre", centre),
+                        ("lowest", low),
+                        ("median", middle),
+                        ("highest", high),
+                    )
+                }
+                | {"not finite": planes[name].size - known.size}
+            )
             if not known.size:
                 train.say(f"{name}: its loss is finite nowhere, so it is not drawn")
                 del planes[name]
         print_rows(rows)
         if planes:
-            figure(results.path.with_suffix(".png"), lambda axes: draw_landscape(
-                axes, np.array(axis), planes, TITLES[args.loss] + L2[args.l2], args.clip), 2,
-                len(planes))
+            figure(
+                results.path.with_suffix(".png"),
+                lambda axes: draw_landscape(
+                    axes, np.array(axis), planes, TITLES[args.loss] + L2[args.l2], args.clip
+                ),
+                2,
+                len(planes),
+            )
         train.say(f"results   {results.path}")
     return results.parts
 
@@ -1402,6 +1717,7 @@ def draw_landscape(axes, axis, planes, what, clip):
     is more than 30 times the lowest loss. What is higher or not finite is drawn flat at the top of
     the surface and left white among the contours."""
     from matplotlib import colormaps, colors
+
     axes = axes.reshape(2, -1)
     low, high, over = landscape_scale(list(planes.values()), clip)
     if over:
@@ -1413,8 +1729,13 @@ def draw_landscape(axes, axis, planes, what, clip):
         shown, picture = np.where(plane <= high, np.maximum(plane, low), high), below.figure
         flat.remove()
         above = picture.add_subplot(flat.get_subplotspec(), projection="3d")
-        above.plot_surface(*np.meshgrid(axis, axis), np.log10(shown) if logarithmic else shown,
-                           facecolors=colormaps["viridis"](scale(shown)), rstride=1, cstride=1)
+        above.plot_surface(
+            *np.meshgrid(axis, axis),
+            np.log10(shown) if logarithmic else shown,
+            facecolors=colormaps["viridis"](scale(shown)),
+            rstride=1,
+            cstride=1,
+        )
         above.set_zlim(*np.log10([low, high]) if logarithmic else (low, high))
         above.zaxis.set_major_formatter(lambda v, _: f"{10**v if logarithmic else v:.3g}")
         above.set_zlabel(what, labelpad=14 if logarithmic else 8)
@@ -1443,32 +1764,54 @@ def flatness(args, rest):
     need(args, sigma=0, draws=1, rho=0, steps=1)
     results, device, named = started(args, rest, "flatness")
     first, rows, curves = f"{args.loss}, {args.images} of images", [], {}
-    noise = {f"{first}, noise of σ {sigma:g}, {args.draws} draws": sigma
-             for sigma in dict.fromkeys(args.sigma)}
-    balls = {f"{first}, ball of ρ {rho:g}, {args.steps} steps": rho
-             for rho in dict.fromkeys([0.0, *args.rho])}
+    noise = {
+        f"{first}, noise of σ {sigma:g}, {args.draws} draws": sigma
+        for sigma in dict.fromkeys(args.sigma)
+    }
+    balls = {
+        f"{first}, ball of ρ {rho:g}, {args.steps} steps": rho
+        for rho in dict.fromkeys([0.0, *args.rho])
+    }
     for name, settings, origin in named:
         done = results.parts.get(name, {}).keys()
         if not {*noise, *balls} <= done:
             given = prepared(args, settings, origin, device, settings.micro_batch)
             for part in [part for part in noise if part not in done]:
-                in_pieces(results, name, part, [
-                    functools.partial(noisy_loss, *given, noise[part], draw=draw)
-                    for draw in range(args.draws)], average, f"σ = {noise[part]:g}")
-            share_out(results, name, {part: functools.partial(worst_loss, *given, rho, args.steps)
-                                      for part, rho in balls.items()}, "balls")
+                in_pieces(
+                    results,
+                    name,
+                    part,
+                    [
+                        functools.partial(noisy_loss, *given, noise[part], draw=draw)
+                        for draw in range(args.draws)
+                    ],
+                    average,
+                    f"σ = {noise[part]:g}",
+                )
+            share_out(
+                results,
+                name,
+                {
+                    part: functools.partial(worst_loss, *given, rho, args.steps)
+                    for part, rho in balls.items()
+                },
+                "balls",
+            )
         found = results.parts[name]
         averages = {sigma: found[part] for part, sigma in noise.items()}
         worst = {rho: found[part]["worst"] for part, rho in balls.items()}
         curves[name] = averages, worst
-        rows.append({"loss": name, "σ = ρ = 0": significant(worst[0])} | {
-            f"σ = {sigma:g}": significant(of["mean"], of["standard_error"])
-            for sigma, of in averages.items()} | {
-            f"ρ = {rho:g}": significant(value) for rho, value in worst.items() if rho})
+        rows.append(
+            {"loss": name, "σ = ρ = 0": significant(worst[0])}
+            | {
+                f"σ = {sigma:g}": significant(of["mean"], of["standard_error"])
+                for sigma, of in averages.items()
+            }
+            | {f"ρ = {rho:g}": significant(value) for rho, value in worst.items() if rho}
+        )
     if train.rank() == 0:
         print_rows(rows)
-        finished(results, lambda axes: draw_flatness(
-            axes, curves, TITLES[args.loss]), columns=2)
+        finished(results, lambda axes: draw_flatness(axes, curves, TITLES[args.loss]), columns=2)
     return results.parts
 
 
@@ -1476,7 +1819,7 @@ def average(losses):
     """Of draws: mean and its standard error; None where a loss is not finite, or of one draw."""
     if None in losses:
         return dict(mean=None, standard_error=None, losses=losses)
-    error = float(np.std(losses, ddof=1)) / len(losses)**0.5 if len(losses) > 1 else None
+    error = float(np.std(losses, ddof=1)) / len(losses) ** 0.5 if len(losses) > 1 else None
     return dict(mean=sum(losses) / len(losses), standard_error=error, losses=losses)
 
 
@@ -1484,13 +1827,23 @@ def draw_flatness(axes, curves, what):
     """Mean over draws of noise, worst loss in balls; what is not finite, "-" in the table, not."""
     for name, (averages, worst) in curves.items():
         start = {0.0: dict(mean=worst[0], standard_error=0.0)}
-        for ax, points in ((axes[0], [(sigma, of["mean"], of["standard_error"] or 0) for sigma, of
-                                      in (start | averages).items()]),
-                           (axes[1], [(rho, loss, 0) for rho, loss in worst.items()])):
+        for ax, points in (
+            (
+                axes[0],
+                [
+                    (sigma, of["mean"], of["standard_error"] or 0)
+                    for sigma, of in (start | averages).items()
+                ],
+            ),
+            (axes[1], [(rho, loss, 0) for rho, loss in worst.items()]),
+        ):
             known = np.array(sorted(p for p in points if p[1] is not None)).reshape(-1, 3)
             ax.errorbar(*known.T, fmt="o-", capsize=3 * (ax is axes[0]), label=name)
-    for ax, x, y in zip(axes, ("standard deviation σ of the noise on each weight",
-                               "radius ρ of the ball"), ("mean", "worst")):
+    for ax, x, y in zip(
+        axes,
+        ("standard deviation σ of the noise on each weight", "radius ρ of the ball"),
+        ("mean", "worst"),
+    ):
         ax.set_xlabel(x)
         ax.set_ylabel(f"{y} {what}")
         low, high = ax.dataLim.intervaly
@@ -1505,7 +1858,9 @@ TABLE_1 = {  # Chen et al.: NTK κ, λmax, top-1, top-1 on ImageNet-C; then Tabl
     "vit_b16, SAM": (None, 20.9, 79.9, 56.5, 3.8, 8.5, 9.6, 1.7, 1.7, 1.5),
     "mixer_b16": (14468.0, 1644.4, 66.4, 33.8, 1042.3, 95.8, 417.9, 239.3, 41.2, 5.1),
     "mixer_b16, SAM": (None, 22.5, 77.4, 48.8, 18.2, 1.4, 9.5, 4.0, 1.1, 0.3),
-    "resnet50": (2801.6, 122.9, 76.0, 44.6), "resnet152": (2801.6, 179.8, 78.5, 50.0)}
+    "resnet50": (2801.6, 122.9, 76.0, 44.6),
+    "resnet152": (2801.6, 179.8, 78.5, 50.0),
+}
 # Parameters (1, …) that are added to or put beside the tokens of each image.
 OF_TOKENS = ("cls_token", "class_token", "pos_embed", "pos_embedding")
 CACHE = 2**22  # bytes of gradients that a CPU forms and multiplies before they leave its cache
@@ -1522,8 +1877,12 @@ class ReluForGelu(TorchFunctionMode):
 @contextmanager
 def hooked(model, hook, names):
     """hook(name, module, args, kwargs, output) is called after each of these modules."""
-    handles = [model.get_submodule(name).register_forward_hook(functools.partial(hook, name),
-                                                               with_kwargs=True) for name in names]
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            functools.partial(hook, name), with_kwargs=True
+        )
+        for name in names
+    ]
     try:
         yield
     finally:
@@ -1533,8 +1892,11 @@ def hooked(model, hook, names):
 
 def per_image(model, names, images):
     """{name: the parameter (1, …), once for each image}."""
-    return {name: p.detach().expand(images, *p.shape[1:]).clone().requires_grad_()
-            for name, p in model.named_parameters() if name in names}
+    return {
+        name: p.detach().expand(images, *p.shape[1:]).clone().requires_grad_()
+        for name, p in model.named_parameters()
+        if name in names
+    }
 
 
 def owners(model, x):
@@ -1545,8 +1907,13 @@ def owners(model, x):
     x, calls = x[:3], {}  # three: seldom a size of anything else
 
     def note(name, module, args, kwargs, output):
-        batches = len(args) == 1 and not kwargs and all(
-            isinstance(t, torch.Tensor) and t.shape[:1] == x.shape[:1] for t in (*args, output))
+        batches = (
+            len(args) == 1
+            and not kwargs
+            and all(
+                isinstance(t, torch.Tensor) and t.shape[:1] == x.shape[:1] for t in (*args, output)
+            )
+        )
         calls[name] = batches and name not in calls
 
     with hooked(model, note, dict(model.named_modules())), torch.no_grad():
@@ -1602,8 +1969,11 @@ def by_products(layer, limit, a, g):
     rows = max(1, min(limit, CACHE if a.device.type == "cpu" else limit) // (size * len(a)))
     total, whole = 0, patches(a) if images >= len(a) else None
     for some in g.split(rows, dim=2):
-        j = some @ whole if whole is not None else torch.cat([
-            h @ patches(b) for h, b in zip(some.split(images), a.split(images))])
+        j = (
+            some @ whole
+            if whole is not None
+            else torch.cat([h @ patches(b) for h, b in zip(some.split(images), a.split(images))])
+        )
         total = total + inner(j.flatten(1))
     return total
 
@@ -1612,11 +1982,20 @@ def by_mapping(model, name, names, a):
     """Any module's part of the kernel, as a function of the gradient at its output g (K, B, …):
     autograd's, of the module called once for each image with parameters of its own."""
     layer, prefix = model.get_submodule(name), f"{name}." * bool(name)
-    copies = {n.removeprefix(prefix): p.detach().expand(len(a), *p.shape).clone().requires_grad_()
-              for n, p in model.named_parameters() if n in names}
+    copies = {
+        n.removeprefix(prefix): p.detach().expand(len(a), *p.shape).clone().requires_grad_()
+        for n, p in model.named_parameters()
+        if n in names
+    }
     y = torch.func.vmap(lambda w, a: torch.func.functional_call(layer, w, (a[None],))[0])(copies, a)
-    return lambda g: sum(inner(j.flatten(1)) for of_one in g for j in torch.autograd.grad(
-        y, list(copies.values()), of_one, retain_graph=True, allow_unused=True) if j is not None)
+    return lambda g: sum(
+        inner(j.flatten(1))
+        for of_one in g
+        for j in torch.autograd.grad(
+            y, list(copies.values()), of_one, retain_graph=True, allow_unused=True
+        )
+        if j is not None
+    )
 
 
 def linearised(model, owned, tokens, x, limit):
@@ -1629,16 +2008,24 @@ def linearised(model, owned, tokens, x, limit):
 
     with hooked(model, note, owned):
         logits = torch.func.functional_call(model, copies, (x,))
-    places, parts = list(copies.values()), [lambda g: sum(inner(j.flatten(1)) for j in g)
-                                            for _ in copies]
+    places, parts = (
+        list(copies.values()),
+        [lambda g: sum(inner(j.flatten(1)) for j in g) for _ in copies],
+    )
     for name, (a, edge) in called.items():
         layer = model.get_submodule(name)
-        plain = isinstance(layer, nn.Linear) or isinstance(layer, nn.Conv2d) and (
-            layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
+        plain = (
+            isinstance(layer, nn.Linear)
+            or isinstance(layer, nn.Conv2d)
+            and (layer.padding_mode == "zeros" and not isinstance(layer.padding, str))
+        )
         whole = {f"{name}.{n}" for n, _ in layer.named_parameters()} == set(owned[name])
         places.append(edge)
-        parts.append(functools.partial(by_products, layer, limit, a) if plain and whole else
-                     by_mapping(model, name, owned[name], a))
+        parts.append(
+            functools.partial(by_products, layer, limit, a)
+            if plain and whole
+            else by_mapping(model, name, owned[name], a)
+        )
     return logits, places, parts
 
 
@@ -1667,12 +2054,20 @@ def ntk_plan(model, x, projections=0, memory=4 * 2**30):
     if images < min(2, len(x)):
         two = 2 * (graph + 2 * grads)
         need = min(two + 2 * WORKING, two * 4 / 3)
-        raise ValueError(f"two images take {need / 2**30:.2g} GiB, more than the "
-                         f"{memory / 2**30:.2g} GiB allowed")
+        raise ValueError(
+            f"two images take {need / 2**30:.2g} GiB, more than the "
+            f"{memory / 2**30:.2g} GiB allowed"
+        )
     at_once = max(1, min(directions, (room // images - graph - grads) // grads))
     jacobian = len(x) * logits.shape[1] * sum(p.nbytes for p in model.parameters())
-    return dict(images=images, directions=at_once, jacobian=jacobian, owners=(owned, tokens),
-                limit=limit, bytes=images * (graph + grads * (at_once + 1)) + 2 * limit)
+    return dict(
+        images=images,
+        directions=at_once,
+        jacobian=jacobian,
+        owners=(owned, tokens),
+        limit=limit,
+        bytes=images * (graph + grads * (at_once + 1)) + 2 * limit,
+    )
 
 
 def ntk(model, x, projections=0, seed=0, memory=4 * 2**30, plan=None):
@@ -1708,42 +2103,62 @@ def ntk(model, x, projections=0, seed=0, memory=4 * 2**30, plan=None):
     with exactly(model, x.device):
         kernel = torch.zeros(len(x), len(x), dtype=torch.float64, device=x.device)
         groups = torch.arange(len(x)).split(
-            len(x) if plan["images"] == len(x) else plan["images"] // 2)
+            len(x) if plan["images"] == len(x) else plan["images"] // 2
+        )
         pairs = [torch.cat(pair) for pair in itertools.combinations(groups, 2)] or groups
         for chosen in pairs:
-            logits, places, parts = linearised(model, *plan["owners"], x[chosen],
-                                                plan["limit"])
+            logits, places, parts = linearised(model, *plan["owners"], x[chosen], plan["limit"])
             directions = torch.eye(logits.shape[1], dtype=torch.float64)
             if 0 < projections < len(directions):
-                gaussian = torch.randn(len(directions), projections, dtype=torch.float64,
-                                       generator=torch.Generator().manual_seed(seed))
+                gaussian = torch.randn(
+                    len(directions),
+                    projections,
+                    dtype=torch.float64,
+                    generator=torch.Generator().manual_seed(seed),
+                )
                 directions = torch.linalg.qr(gaussian)[0].T  # (r, C)
             directions, block = directions.to(logits), 0
             for some in directions.split(plan["directions"]):
-                grads = zip(*(torch.autograd.grad(logits, places, v.expand_as(logits),
-                                                  retain_graph=True, allow_unused=True)
-                              for v in some))
+                grads = zip(
+                    *(
+                        torch.autograd.grad(
+                            logits,
+                            places,
+                            v.expand_as(logits),
+                            retain_graph=True,
+                            allow_unused=True,
+                        )
+                        for v in some
+                    )
+                )
                 for g, part in zip(grads, parts):
                     if g[0] is not None:  # of what the logits do not depend on
                         block = block + part(torch.stack(g))
             kernel[chosen[:, None], chosen] = block / len(directions)
     eigenvalues = torch.linalg.eigvalsh(kernel).flip(0).tolist()
     largest, smallest = eigenvalues[0], eigenvalues[-1]
-    return dict(kernel=kernel.tolist(), eigenvalues=eigenvalues,
-                condition=largest / smallest if smallest > 0 else None,
-                resolved=smallest > len(x) * torch.finfo(x.dtype).eps * largest)
+    return dict(
+        kernel=kernel.tolist(),
+        eigenvalues=eigenvalues,
+        condition=largest / smallest if smallest > 0 else None,
+        resolved=smallest > len(x) * torch.finfo(x.dtype).eps * largest,
+    )
 
 
 def measure_statistics(model, x):
     """BatchNorm's running statistics become those of x, each layer's behind the ones before it:
     what training normalises by in its first step."""
+
     def measure(norm, args):
         values = args[0].transpose(0, 1).flatten(1)
         norm.running_mean.copy_(values.mean(1))
         norm.running_var.copy_(values.var(1, correction=0))
 
-    handles = [m.register_forward_pre_hook(measure) for m in model.modules() if isinstance(
-        m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    handles = [
+        m.register_forward_pre_hook(measure)
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
     with exactly(model, x.device), torch.no_grad():
         model(x)
     for handle in handles:
@@ -1758,8 +2173,8 @@ def shuffled_batches(dataset, model, size, seed=0):
         raise UserError(f"--batch {size}: at least 2 and, of these images, at most {len(order)}")
 
     def read(start):
-        pairs = [(0, i) for i in order[start:start + size]]
-        (x, _), = data.batches(data.loader(dataset, [pairs]), train.say)
+        pairs = [(0, i) for i in order[start : start + size]]
+        ((x, _),) = data.batches(data.loader(dataset, [pairs]), train.say)
         return train.to_float(x.to(next(model.parameters()).device), model)
 
     return [functools.partial(read, start) for start in range(0, len(order) - size + 1, size)]
@@ -1771,11 +2186,18 @@ def ntk_command(args, rest):
     --model, with weights drawn from --seed, ReLU in place of GELU, a new head, and BatchNorm with
     the statistics of the batch as constants. Returns what the JSON holds under "results"."""
     fresh = args.at == "init"
-    head, activation, statistics = (given or (at_init if fresh else "own") for given, at_init in (
-        (args.head, "lecun"), (args.activation, "relu"), (args.statistics, "batch")))
+    head, activation, statistics = (
+        given or (at_init if fresh else "own")
+        for given, at_init in (
+            (args.head, "lecun"),
+            (args.activation, "relu"),
+            (args.statistics, "batch"),
+        )
+    )
     if args.projections < 0 or not 0 < args.memory < math.inf:
-        raise UserError(f"--projections {args.projections} --memory {args.memory:g}: at least 0, "
-                        "and above 0")
+        raise UserError(
+            f"--projections {args.projections} --memory {args.memory:g}: at least 0, and above 0"
+        )
     results, device, named = started(args, rest, "ntk", untrained=True)
     summaries, shown = {}, {}
     for name, settings, origin in named:
@@ -1785,21 +2207,25 @@ def ntk_command(args, rest):
             settings = argparse.Namespace(**vars(settings) | dict(init_from=""))
         model, dataset, _ = network_and_training_images(settings, origin, device, args.images)
         batches = shuffled_batches(dataset, model, args.batch)
-        own, = train.classifier(model).values() or [None]
+        (own,) = train.classifier(model).values() or [None]
         if own is None and head != "own":
             raise UserError(f"{settings.model} has no linear head: add --head own")
         if own is not None and not own.weight.any():
-            tell(f"head      {settings.model} begins with a zero head, through which no gradient "
-                 f"passes; taken: {head}")
+            tell(
+                f"head      {settings.model} begins with a zero head, through which no gradient "
+                f"passes; taken: {head}"
+            )
         if head == "zero":
             nn.init.zeros_(own.weight)
         elif head == "lecun":
             torch.manual_seed(data.key(settings.seed, 3))
             vit.lecun_normal_(own.weight)
         budget, plan = int(args.memory * 2**30), None
-        part = (f"{'initialised' if fresh else 'trained'}, seed {settings.seed}, {head} head, "
-                f"activation {activation}, statistics {statistics}, {args.projections} "
-                f"projections, {args.images} images by {args.batch}, batch")
+        part = (
+            f"{'initialised' if fresh else 'trained'}, seed {settings.seed}, {head} head, "
+            f"activation {activation}, statistics {statistics}, {args.projections} "
+            f"projections, {args.images} images by {args.batch}, batch"
+        )
 
         def measure(i):
             x, mode = batches[i](), ReluForGelu() if activation == "relu" else nullcontext()
@@ -1815,21 +2241,33 @@ def ntk_command(args, rest):
                 plan = ntk_plan(model, batches[0](), args.projections, budget)
             except ValueError as error:
                 raise UserError(f"--memory: {error}") from None
-            tell(f"memory    {plan['bytes'] / 2**30:.2f} GiB beside the network, for "
-                 f"{plan['images']} images and {plan['directions']} outputs at once; the Jacobian "
-                 f"has {plan['jacobian'] / 2**30:.2f} GiB")
+            tell(
+                f"memory    {plan['bytes'] / 2**30:.2f} GiB beside the network, for "
+                f"{plan['images']} images and {plan['directions']} outputs at once; the Jacobian "
+                f"has {plan['jacobian'] / 2**30:.2f} GiB"
+            )
         share_out(results, name, units, "ntk")
         found = [results.parts[name][unit] for unit in units]
         summaries[name], shown[name] = ntk_summary(found), settings.model
         unresolved = sum(not of["resolved"] for of in found)
         if unresolved:
-            tell(f"{name}: in {unresolved} of {len(found)} batches λ_min is lost in the rounding "
-                 f"of {settings.dtype}" + "; try --dtype float64" * (settings.dtype != "float64"))
+            tell(
+                f"{name}: in {unresolved} of {len(found)} batches λ_min is lost in the rounding "
+                f"of {settings.dtype}" + "; try --dtype float64" * (settings.dtype != "float64")
+            )
     if train.rank() == 0:
-        print_rows([{"NTK": name} | {key: value if isinstance(value, int) else significant(value)
-                                     for key, value in summary.items() if key != "spectrum"}
-                    | {"Table 1": TABLE_1.get(shown[name], [None])[0] if fresh else None}
-                    for name, summary in summaries.items()])
+        print_rows(
+            [
+                {"NTK": name}
+                | {
+                    key: value if isinstance(value, int) else significant(value)
+                    for key, value in summary.items()
+                    if key != "spectrum"
+                }
+                | {"Table 1": TABLE_1.get(shown[name], [None])[0] if fresh else None}
+                for name, summary in summaries.items()
+            ]
+        )
         finished(results, lambda axes: draw_ntk(axes, summaries))
     return results.parts
 
@@ -1839,12 +2277,16 @@ def ntk_summary(found):
     of each eigenvalue with the ratio of these means, which a λ_min near zero disturbs less."""
     kappa = [of["condition"] for of in found if of["condition"] is not None]
     spectrum = np.mean([of["eigenvalues"] for of in found], axis=0).tolist()
-    return {"κ": float(np.mean(kappa)) if kappa else None,
-            "±": float(np.std(kappa, ddof=1)) if len(kappa) > 1 else None,
-            "median": float(np.median(kappa)) if kappa else None,
-            "λ_max": spectrum[0], "λ_min": spectrum[-1],
-            "λ_max / λ_min": spectrum[0] / spectrum[-1] if spectrum[-1] > 0 else None,
-            "batches": len(found), "spectrum": spectrum}
+    return {
+        "κ": float(np.mean(kappa)) if kappa else None,
+        "±": float(np.std(kappa, ddof=1)) if len(kappa) > 1 else None,
+        "median": float(np.median(kappa)) if kappa else None,
+        "λ_max": spectrum[0],
+        "λ_min": spectrum[-1],
+        "λ_max / λ_min": spectrum[0] / spectrum[-1] if spectrum[-1] > 0 else None,
+        "batches": len(found),
+        "spectrum": spectrum,
+    }
 
 
 def draw_ntk(axes, summaries):
@@ -1860,11 +2302,22 @@ def draw_ntk(axes, summaries):
 
 # ------------------------------------------------------------------------------- norms and sparsity
 
-ACTIVATIONS = (F.gelu, F.relu, F.relu_, torch.relu, torch.relu_, torch.Tensor.relu,
-               torch.Tensor.relu_)
+ACTIVATIONS = (
+    F.gelu,
+    F.relu,
+    F.relu_,
+    torch.relu,
+    torch.relu_,
+    torch.Tensor.relu,
+    torch.Tensor.relu_,
+)
 UNIT = 1024  # images that are measured and written together
-TABLE_3 = {"vit_b16": (269.3, 104.9, 104.3, 138.1), "vit_b16, SAM": (353.8, 117.0, 120.3, 97.2),
-           "mixer_b16": (197.6, 96.7, 135.1, 74.9), "mixer_b16, SAM": (389.9, 110.9, 176.0, 216.1)}
+TABLE_3 = {
+    "vit_b16": (269.3, 104.9, 104.3, 138.1),
+    "vit_b16, SAM": (353.8, 117.0, 120.3, 97.2),
+    "mixer_b16": (197.6, 96.7, 135.1, 74.9),
+    "mixer_b16, SAM": (389.9, 110.9, 176.0, 216.1),
+}
 
 
 class Watched(TorchFunctionMode):
@@ -1876,9 +2329,14 @@ class Watched(TorchFunctionMode):
         self.model, self.take, self.at_work, self.calls = model, take, [], {}
 
     def __enter__(self):
-        self.handles = [handle for name, module in self.model.named_modules() for handle in (
-            module.register_forward_pre_hook(functools.partial(self.begins, name)),
-            module.register_forward_hook(self.ends))]
+        self.handles = [
+            handle
+            for name, module in self.model.named_modules()
+            for handle in (
+                module.register_forward_pre_hook(functools.partial(self.begins, name)),
+                module.register_forward_hook(self.ends),
+            )
+        ]
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -1910,8 +2368,14 @@ def blocks_of(model):
     for name in modules:
         path = name.split(".")
         around = [".".join(path[:i]) for i in range(len(path), 0, -1)]
-        blocks[name] = next((block for block in around if block[-1:].isdigit()
-                             and "stem" not in block and any(modules[block].children())), "")
+        blocks[name] = next(
+            (
+                block
+                for block in around
+                if block[-1:].isdigit() and "stem" not in block and any(modules[block].children())
+            ),
+            "",
+        )
     return blocks
 
 
@@ -1935,15 +2399,23 @@ def activity(model, batches):
             outputs[block] = outputs.get(block, 0) + norm(output)
 
     device = next(model.parameters()).device
-    with (exactly(model, device), Watched(model, take),
-          hooked(model, put, set(blocks.values()) - {""})):
+    with (
+        exactly(model, device),
+        Watched(model, take),
+        hooked(model, put, set(blocks.values()) - {""}),
+    ):
         for x, _ in batches:
             model(x)
             images += len(x)
     active = {block for block, *_ in found.values()}
-    return dict(images=images, outputs={b: float(v) for b, v in outputs.items() if b in active},
-                activations={name: [block, int(active), n, float(length)]
-                             for name, (block, active, n, length) in found.items()})
+    return dict(
+        images=images,
+        outputs={b: float(v) for b, v in outputs.items() if b in active},
+        activations={
+            name: [block, int(active), n, float(length)]
+            for name, (block, active, n, length) in found.items()
+        },
+    )
 
 
 def added(parts):
@@ -1968,10 +2440,10 @@ def norms(model, sums):
     -> dict: weights, activation {block: …}, output {block: …}."""
     last = {block: length for block, _, _, length in sums["activations"].values() if block}
     weights = sum(p.detach().double().square().sum() for p in model.parameters()).sqrt().item()
-    return dict(weights=weights) | {name: {block: length / sums["images"]
-                                           for block, length in of.items()}
-                                    for name, of in (("activation", last),
-                                                     ("output", sums["outputs"]))}
+    return dict(weights=weights) | {
+        name: {block: length / sums["images"] for block, length in of.items()}
+        for name, of in (("activation", last), ("output", sums["outputs"]))
+    }
 
 
 def sparsity(sums):
@@ -1984,9 +2456,10 @@ def sparsity(sums):
     for block, active, n, _ in sums["activations"].values():
         if block:
             of_block[block] = [a + b for a, b in zip(of_block.get(block, (0, 0)), (active, n))]
-    return dict(block={block: active / n for block, (active, n) in of_block.items()},
-                activation={name: active / n
-                            for name, (_, active, n, _) in sums["activations"].items()})
+    return dict(
+        block={block: active / n for block, (active, n) in of_block.items()},
+        activation={name: active / n for name, (_, active, n, _) in sums["activations"].items()},
+    )
 
 
 def measured(args, rest, what, of):
@@ -1997,16 +2470,33 @@ def measured(args, rest, what, of):
     for name, settings, origin in named:
         part = f"{args.images} images"
         if part not in results.parts.get(name, {}):
-            model, dataset, workers = network_and_training_images(settings, origin, device,
-                                                                  args.images)
+            model, dataset, workers = network_and_training_images(
+                settings, origin, device, args.images
+            )
 
             def unit(images):
-                return activity(model, Batches(dataset.part(images), model, train.images_at_once(
-                    model, settings.image_size, device, "activity", lambda x: activity(
-                        model, [(x, None)]), 64), workers, split=False))
+                return activity(
+                    model,
+                    Batches(
+                        dataset.part(images),
+                        model,
+                        train.images_at_once(
+                            model,
+                            settings.image_size,
+                            device,
+                            "activity",
+                            lambda x: activity(model, [(x, None)]),
+                            64,
+                        ),
+                        workers,
+                        split=False,
+                    ),
+                )
 
-            units = {f"{part}, from {i * UNIT}": functools.partial(unit, images)
-                     for i, images in enumerate(torch.arange(len(dataset)).split(UNIT))}
+            units = {
+                f"{part}, from {i * UNIT}": functools.partial(unit, images)
+                for i, images in enumerate(torch.arange(len(dataset)).split(UNIT))
+            }
             share_out(results, name, units, what)
             done = results.parts[name]
             results.put(name, part, of(model, added([done.pop(unit) for unit in units])))
@@ -2026,16 +2516,29 @@ def norms_command(args, rest):
                 values = list(numbers[key].values())
                 for i, which in ((0, "1"), ((len(values) - 1) // 2, "mid"), (-1, "last")):
                     rows[-1][f"‖{symbol}_{which}‖"] = values[i] if values else None
-        rows += [{"network": f"Table 3, {name}"} | dict(zip(list(rows[0])[1:], values))
-                 | dict.fromkeys(list(rows[0])[5:]) for name, values in TABLE_3.items()
-                 if name.partition(",")[0] in {model for model, _ in found.values()}]
+        rows += [
+            {"network": f"Table 3, {name}"}
+            | dict(zip(list(rows[0])[1:], values))
+            | dict.fromkeys(list(rows[0])[5:])
+            for name, values in TABLE_3.items()
+            if name.partition(",")[0] in {model for model, _ in found.values()}
+        ]
         print_rows(rows)
-        train.say("a_k: after the activation function of block k, x_k: the block's output; mid: "
-                  + "; ".join(f"{(len(of['activation']) + 1) // 2} of {len(of['activation'])}"
-                              for _, of in found.values()))
-        finished(results, lambda axes: draw_blocks(
-            axes, {name: of["activation"] for name, (_, of) in found.items()},
-            "mean norm after the activation, ‖a_k‖"))
+        train.say(
+            "a_k: after the activation function of block k, x_k: the block's output; mid: "
+            + "; ".join(
+                f"{(len(of['activation']) + 1) // 2} of {len(of['activation'])}"
+                for _, of in found.values()
+            )
+        )
+        finished(
+            results,
+            lambda axes: draw_blocks(
+                axes,
+                {name: of["activation"] for name, (_, of) in found.items()},
+                "mean norm after the activation, ‖a_k‖",
+            ),
+        )
     return results.parts
 
 
@@ -2043,15 +2546,23 @@ def sparsity_command(args, rest):
     """The share of active neurons in each block of networks, on training images (Chen et al. Fig. 2
     right, §4.4). Returns what the JSON holds under "results"."""
     results, found = measured(args, rest, "sparsity", lambda _, sums: sparsity(sums))
-    shares = {name: {block: 100 * share for block, share in of["block"].items()}
-              for name, (_, of) in found.items()}
+    shares = {
+        name: {block: 100 * share for block, share in of["block"].items()}
+        for name, (_, of) in found.items()
+    }
     if not all(shares.values()):
         raise UserError("no ReLU or GELU in a block of " + next(n for n in shares if not shares[n]))
     if train.rank() == 0:
-        print_rows([{"active neurons %": name, "mean": sum(of.values()) / len(of)}
-                    | {f"block {i + 1}": dict(enumerate(of.values())).get(i)
-                       for i in range(max(map(len, shares.values())))}
-                    for name, of in shares.items()])
+        print_rows(
+            [
+                {"active neurons %": name, "mean": sum(of.values()) / len(of)}
+                | {
+                    f"block {i + 1}": dict(enumerate(of.values())).get(i)
+                    for i in range(max(map(len, shares.values())))
+                }
+                for name, of in shares.items()
+            ]
+        )
         finished(results, lambda axes: draw_blocks(axes, shares, "active neurons (%)"))
     return results.parts
 
@@ -2068,6 +2579,7 @@ def draw_blocks(axes, networks, what):
 
 
 # ------------------------------------------------------------------------------------------ compare
+
 
 def compare_command(args, rest):
     """Tables 1 and 3 of Chen et al. for networks: NTK κ at initialisation, largest Hessian
@@ -2089,11 +2601,15 @@ def compare_command(args, rest):
         """The results of a network whose parts' names have all these words."""
         if name not in found:
             raise UserError(f"{name} changed meanwhile: wait until its training is finished")
-        return {part: numbers for part, numbers in found[name].items()
-                if all(word in part for word in words)}
+        return {
+            part: numbers
+            for part, numbers in found[name].items()
+            if all(word in part for word in words)
+        }
 
-    hessians, kernels, lengths = (run(command, "--images", args.images)
-                                  for command in ("hessian", "ntk", "norms"))
+    hessians, kernels, lengths = (
+        run(command, "--images", args.images) for command in ("hessian", "ntk", "norms")
+    )
     run("robustness", "--benchmarks", *args.benchmarks)
     accuracies = Results(folder, "robustness").parts
     first, third = [], []
@@ -2101,43 +2617,84 @@ def compare_command(args, rest):
     measured_as = [label(settings)[0] for settings, _ in networks(args.checkpoint, rest)]
     for accuracy_of, (name, settings, origin) in zip(measured_as, named):
         model, loss, batches = prepared(
-            argparse.Namespace(images=args.images, loss="softmax"), settings, origin, device, 256)
-        share_out(results, name, {images: lambda: loss_and_accuracy(model, loss, batches)},
-                  "training images")
+            argparse.Namespace(images=args.images, loss="softmax"), settings, origin, device, 256
+        )
+        share_out(
+            results,
+            name,
+            {images: lambda: loss_and_accuracy(model, loss, batches)},
+            "training images",
+        )
         todo = []
         for benchmark in args.benchmarks:
             with suppress(data.DataError):  # robustness has told what is missing
                 todo += robustness_parts(benchmark, settings, batches.loader.dataset.classes)
-        top1 = robustness_summary(whole_benchmarks(accuracies.get(accuracy_of, {}), todo)[0],
-                                  "cifar" not in settings.dataset)
-        blocks = {part.split(":")[0]: numbers["eigenvalues"][0] for part, numbers in of(
-            hessians, name, f", {images}, ", " by algebraic").items()}
+        top1 = robustness_summary(
+            whole_benchmarks(accuracies.get(accuracy_of, {}), todo)[0],
+            "cifar" not in settings.dataset,
+        )
+        blocks = {
+            part.split(":")[0]: numbers["eigenvalues"][0]
+            for part, numbers in of(hessians, name, f", {images}, ", " by algebraic").items()
+        }
         numbers = of(lengths, name)[images]
         inside = list(numbers["activation"].values())
         kernel = ntk_summary(list(of(kernels, name, f", {images} by ", "initialised").values()))
-        first.append({"Table 1": name, "parameters": sum(p.numel() for p in model.parameters()),
-                      "NTK κ": kernel["κ"], "λmax": blocks["whole"]} | results.parts[name][images]
-                     | {"top-1 %": top1.get("val"), "c %": top1.get("c"),
-                        "c-lite %": top1.get("c-lite")})
-        third.append({"Table 3": name, "whole": blocks.pop("whole"), "‖w‖": numbers["weights"]} | {
-            f"‖a_{which}‖": inside[i] for i, which in (
-                (0, "1"), ((len(inside) - 1) // 2, "mid"), (-1, "last"))} | blocks)
+        first.append(
+            {
+                "Table 1": name,
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "NTK κ": kernel["κ"],
+                "λmax": blocks["whole"],
+            }
+            | results.parts[name][images]
+            | {"top-1 %": top1.get("val"), "c %": top1.get("c"), "c-lite %": top1.get("c-lite")}
+        )
+        third.append(
+            {"Table 3": name, "whole": blocks.pop("whole"), "‖w‖": numbers["weights"]}
+            | {
+                f"‖a_{which}‖": inside[i]
+                for i, which in ((0, "1"), ((len(inside) - 1) // 2, "mid"), (-1, "last"))
+            }
+            | blocks
+        )
     columns = {settings.model: list(row) for row, (_, settings, _) in zip(third, named)}
     for name, (kappa, whole, top1, corrupted, *blocks) in TABLE_1.items():
         if name.split(",")[0] in columns:
-            first.append({"Table 1": f"Chen, {name}", "NTK κ": kappa, "λmax": whole,
-                          "top-1 %": top1, "c %": corrupted})
-            third.append(dict(zip(columns[name.split(",")[0]], (
-                f"Chen, {name}", whole, *TABLE_3.get(name, (None,) * 4), *blocks))))
+            first.append(
+                {
+                    "Table 1": f"Chen, {name}",
+                    "NTK κ": kappa,
+                    "λmax": whole,
+                    "top-1 %": top1,
+                    "c %": corrupted,
+                }
+            )
+            third.append(
+                dict(
+                    zip(
+                        columns[name.split(",")[0]],
+                        (f"Chen, {name}", whole, *TABLE_3.get(name, (None,) * 4), *blocks),
+                    )
+                )
+            )
     if train.rank() == 0:
         tables = []
         for rows in (first, third):
-            columns = dict.fromkeys(column for row in rows for column, value in row.items()
-                                    if value is not None)
+            columns = dict.fromkeys(
+                column for row in rows for column, value in row.items() if value is not None
+            )
             rows = [{column: row.get(column) for column in columns} for row in rows]
             train.say()
-            print_rows([{column: value if isinstance(value, str | int) else significant(value)
-                         for column, value in row.items()} for row in rows])
+            print_rows(
+                [
+                    {
+                        column: value if isinstance(value, str | int) else significant(value)
+                        for column, value in row.items()
+                    }
+                    for row in rows
+                ]
+            )
             tables.append(markdown(rows))
         path = results.path.with_suffix(".md")
         train.write_file(path, lambda file: file.write("\n".join(tables).encode()))
@@ -2151,15 +2708,25 @@ def loss_and_accuracy(model, loss, batches):
     with adversarial.held_still(model, next(model.parameters()).device):
         for x, y in batches:
             right += (model(x).argmax(1) == y).sum().item()
-        return {"training loss": mean_loss(model, loss, batches),
-                "training top-1 %": 100 * right / batches.total}
+        return {
+            "training loss": mean_loss(model, loss, batches),
+            "training top-1 %": 100 * right / batches.total,
+        }
 
 
 def markdown(rows):
     """A table of dicts with the same keys."""
-    cells = [list(rows[0]), ["---"] * len(rows[0]), *(
-        ["-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
-         for v in row.values()] for row in rows)]
+    cells = [
+        list(rows[0]),
+        ["---"] * len(rows[0]),
+        *(
+            [
+                "-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
+                for v in row.values()
+            ]
+            for row in rows
+        ),
+    ]
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
@@ -2175,11 +2742,17 @@ def units(model):
     kind "block"; those in one module are a stage. UserError if it has none."""
     network = getattr(model, "network", model)
     if hasattr(network, "intermediates"):
-        return {name: [kind, stage] for name, (kind, stage) in network.intermediates.items()
-                if kind not in ("weights", "representation")}
+        return {
+            name: [kind, stage]
+            for name, (kind, stage) in network.intermediates.items()
+            if kind not in ("weights", "representation")
+        }
     inner = blocks_of(network)
-    blocks = dict.fromkeys(inner[name] for name, module in network.named_modules()
-                           if not any(module.children()) and inner[name])
+    blocks = dict.fromkeys(
+        inner[name]
+        for name, module in network.named_modules()
+        if not any(module.children()) and inner[name]
+    )
     if not blocks:
         raise UserError(f"{type(network).__name__} neither names its units nor has blocks")
     stages = itertools.groupby(blocks, lambda block: block.rpartition(".")[0])
@@ -2195,14 +2768,16 @@ def feature_maps(model, x, names):
     else:
         with hooked(network, lambda name, module, args, kwargs, y: found.update({name: y}), names):
             model(x)
-    channels_last = (isinstance(network, torchvision.models.SwinTransformer)
-                     or getattr(network, "output_fmt", "") == "NHWC")  # timm's word for it
+    channels_last = (
+        isinstance(network, torchvision.models.SwinTransformer)
+        or getattr(network, "output_fmt", "") == "NHWC"
+    )  # timm's word for it
     for name, y in found.items():
         if not isinstance(y, torch.Tensor) or y.ndim not in (3, 4):
             raise UserError(f"{type(network).__name__}: its block {name} gives no feature map")
         if y.ndim == 3:
             side = math.isqrt(y.shape[1])
-            found[name] = y[:, -side * side:].mT.unflatten(2, (side, side))
+            found[name] = y[:, -side * side :].mT.unflatten(2, (side, side))
         elif channels_last:
             found[name] = y.permute(0, 3, 1, 2)
     return found
@@ -2232,9 +2807,13 @@ def mean_over_images(model, batches, measure):
                 sides[name] = y.shape[2]
                 sums[name] = sums.get(name, 0) + measure(y).sum(0, dtype=torch.float64)
             images += len(x)
-    return (dict(images=images, units=names, side=sides),
-            {name: finite((total / images).cpu(), f"the mean of {name}")
-             for name, total in sums.items()})
+    return (
+        dict(images=images, units=names, side=sides),
+        {
+            name: finite((total / images).cpu(), f"the mean of {name}")
+            for name, total in sums.items()
+        },
+    )
 
 
 def fourier(model, batches):
@@ -2249,7 +2828,8 @@ def fourier(model, batches):
     -> dict: images; units {name: [kind, stage]}; side {name: H}; frequency {name: [f/π]}; diagonal,
     radial {name: [Δ]}. One forward pass. UserError for a map that is not square."""
     found, amplitudes = mean_over_images(
-        model, batches, lambda y: torch.fft.fft2(y).abs().add(1e-6).log().mean(1))
+        model, batches, lambda y: torch.fft.fft2(y).abs().add(1e-6).log().mean(1)
+    )
     found |= dict(frequency={}, diagonal={}, radial={})
     for name, a in amplitudes.items():
         side, half = len(a), len(a) // 2 + 1
@@ -2268,18 +2848,31 @@ def variance(model, batches):
     """Park & Kim Fig. 9, D.1: the variance of each unit's feature map over its H·W points
     (unbiased), a mean over channels and images. -> dict: images, units, side as fourier's; variance
     {name: number}, 0 of a map of one point. One forward pass."""
-    found, means = mean_over_images(model, batches, lambda y: y.flatten(2).var(
-        2, correction=min(1, y[0, 0].numel() - 1)).mean(1))
+    found, means = mean_over_images(
+        model,
+        batches,
+        lambda y: y.flatten(2).var(2, correction=min(1, y[0, 0].numel() - 1)).mean(1),
+    )
     return found | dict(variance={name: mean.item() for name, mean in means.items()})
 
 
 def pooled(parts):
     """fourier or variance over all images from those over disjoint parts of them."""
     images = [part["images"] for part in parts]
-    return parts[0] | dict(images=sum(images)) | {
-        key: {unit: np.average([part[key][unit] for part in parts], axis=0, weights=images).tolist()
-              for unit in parts[0][key]}
-        for key in ("diagonal", "radial", "variance") if key in parts[0]}
+    return (
+        parts[0]
+        | dict(images=sum(images))
+        | {
+            key: {
+                unit: np.average(
+                    [part[key][unit] for part in parts], axis=0, weights=images
+                ).tolist()
+                for unit in parts[0][key]
+            }
+            for key in ("diagonal", "radial", "variance")
+            if key in parts[0]
+        }
+    )
 
 
 def held_out(args, settings, origin, device):
@@ -2288,8 +2881,11 @@ def held_out(args, settings, origin, device):
     model, dataset = network_and_images(settings, origin, device)
     dataset = share_of(dataset, args.images, "held-out")
     workers = worker_count(settings, dataset)
-    return model, dataset.restrict(torch.randperm(
-        len(dataset), generator=torch.Generator().manual_seed(0))), workers
+    return (
+        model,
+        dataset.restrict(torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))),
+        workers,
+    )
 
 
 def in_parts(args, results, device, part, measure, join, first, *other, batch=0):
@@ -2297,29 +2893,53 @@ def in_parts(args, results, device, part, measure, join, first, *other, batch=0)
     pieces of UNIT images or a little less. first, other: network's name, settings, origin."""
     name, side = first[0], first[1].image_size
     if part not in results.parts.get(name, {}):
-        (model, dataset, workers), *others = [held_out(args, *of[1:], device)
-                                              for of in (first, *other)]
-        batch = batch or train.images_at_once(model, side, device, measure.__name__,
-                                              lambda x: measure(model, [(x, None)]), 64, UNIT)
+        (model, dataset, workers), *others = [
+            held_out(args, *of[1:], device) for of in (first, *other)
+        ]
+        batch = batch or train.images_at_once(
+            model, side, device, measure.__name__, lambda x: measure(model, [(x, None)]), 64, UNIT
+        )
         size = max(UNIT // batch, 1) * batch
-        in_pieces(results, name, part, [lambda start=start: measure(model, Batches(
-            dataset.part(range(start, min(start + size, len(dataset)))), model, batch, workers,
-            split=False), *(model for model, *_ in others))
-            for start in range(0, len(dataset), size)], join, measure.__name__)
+        in_pieces(
+            results,
+            name,
+            part,
+            [
+                lambda start=start: measure(
+                    model,
+                    Batches(
+                        dataset.part(range(start, min(start + size, len(dataset)))),
+                        model,
+                        batch,
+                        workers,
+                        split=False,
+                    ),
+                    *(model for model, *_ in others),
+                )
+                for start in range(0, len(dataset), size)
+            ],
+            join,
+            measure.__name__,
+        )
     return results.parts[name][part]
 
 
 def of_maps(args, rest, measure):
     """measure(model, batches) of each network. -> Results, {network: numbers}."""
     results, device, named = started(args, rest, measure.__name__)
-    return results, {of[0]: in_parts(args, results, device, f"{args.images} images", measure,
-                                     pooled, of) for of in named}
+    return results, {
+        of[0]: in_parts(args, results, device, f"{args.images} images", measure, pooled, of)
+        for of in named
+    }
 
 
 def changes(of, values):
     """{unit: its value minus that before it}, where the map has the same size before and after."""
-    return {unit: after - before for (one, before), (unit, after)
-            in itertools.pairwise(values.items()) if of["side"][one] == of["side"][unit] > 1}
+    return {
+        unit: after - before
+        for (one, before), (unit, after) in itertools.pairwise(values.items())
+        if of["side"][one] == of["side"][unit] > 1
+    }
 
 
 def report(results, found, what, values, form=None):
@@ -2330,14 +2950,24 @@ def report(results, found, what, values, form=None):
     summary = []
     for name, of in found.items():
         train.say(f"{name}, {of['images']:,} held-out images")
-        print_rows([{"unit": unit, "kind": kind, "stage": stage, what: significant(
-            values[name][unit])} for unit, (kind, stage) in of["units"].items()])
+        print_rows(
+            [
+                {"unit": unit, "kind": kind, "stage": stage, what: significant(values[name][unit])}
+                for unit, (kind, stage) in of["units"].items()
+            ]
+        )
         effects = changes(of, values[name]) if "side" in of else values[name]
         for kind in dict.fromkeys(of["units"][unit][0] for unit in effects):
             numbers = [e for unit, e in effects.items() if of["units"][unit][0] == kind]
-            summary.append({"network": name, "units": kind, "number": len(numbers), "lowering":
-                            sum(e < 0 for e in numbers), "mean change": significant(
-                                sum(numbers) / len(numbers))})
+            summary.append(
+                {
+                    "network": name,
+                    "units": kind,
+                    "number": len(numbers),
+                    "lowering": sum(e < 0 for e in numbers),
+                    "mean change": significant(sum(numbers) / len(numbers)),
+                }
+            )
     print_rows(summary)
 
     def draw(grid):
@@ -2353,9 +2983,14 @@ def report(results, found, what, values, form=None):
 def draw_frequencies(axes, of, form):
     """Fig. 2a, D.2 left: a curve for each unit."""
     from matplotlib import colormaps
+
     for i, (unit, curve) in enumerate(of[form].items()):
-        axes.plot(of["frequency"][unit], curve, ".-",
-                  color=colormaps["viridis"](i / max(len(of[form]) - 1, 1)))
+        axes.plot(
+            of["frequency"][unit],
+            curve,
+            ".-",
+            color=colormaps["viridis"](i / max(len(of[form]) - 1, 1)),
+        )
     axes.set_xlabel(f"frequency / π, {form} (dark: first unit, yellow: last)")
     axes.set_ylabel("Δ log amplitude")
 
@@ -2366,8 +3001,12 @@ def draw_depth(axes, units, values, what, width):
     last, stages = max(len(values) - 1, 1), [units[unit][1] for unit in values]
     for i, unit in enumerate(values):
         if units[unit][0] in SHADES:
-            axes.axvspan((i - width) / last, (i - width + 1) / last, color=SHADES[units[unit][0]],
-                         linewidth=0)
+            axes.axvspan(
+                (i - width) / last,
+                (i - width + 1) / last,
+                color=SHADES[units[unit][0]],
+                linewidth=0,
+            )
         if i and stages[i] > stages[i - 1]:
             axes.axvline((i - width) / last, color="black", linestyle=":", linewidth=1)
     axes.plot(np.arange(len(values)) / last, list(values.values()), "o-")
@@ -2380,9 +3019,16 @@ def fourier_command(args, rest):
     networks, on held-out images (Park & Kim Fig. 2a, 8, D.2): by frequency, and that of the highest
     by depth. --form decides only what is shown. Returns what the JSON holds under "results"."""
     results, found = of_maps(args, rest, fourier)
-    report(results, found, "highest Δ log amplitude", {
-        name: {unit: curve[-1] for unit, curve in of[args.form].items()}
-        for name, of in found.items()}, form=args.form)
+    report(
+        results,
+        found,
+        "highest Δ log amplitude",
+        {
+            name: {unit: curve[-1] for unit, curve in of[args.form].items()}
+            for name, of in found.items()
+        },
+        form=args.form,
+    )
     return results.parts
 
 
@@ -2411,8 +3057,13 @@ def hsic(model, batches, other=None):
     with as_is(networks[0]), as_is(networks[-1]):
         for x, _ in batches:
             if len(x) > 3:
-                grams = torch.stack([u_centred(y) for network, of in zip(networks, names)
-                                     for y in feature_maps(network, x, of).values()])
+                grams = torch.stack(
+                    [
+                        u_centred(y)
+                        for network, of in zip(networks, names)
+                        for y in feature_maps(network, x, of).values()
+                    ]
+                )
                 sums = sums + grams @ grams.T / (len(x) - 3)
     return dict(units=names[0], other=names[-1], sums=finite(sums, "HSIC").tolist())
 
@@ -2424,8 +3075,11 @@ def cka_of(parts):
         raise UserError("CKA needs at least 4 images")
     with np.errstate(invalid="ignore", divide="ignore"):
         values = sums / np.sqrt(np.outer(sums.diagonal(), sums.diagonal()))
-    return dict(units=of["units"], other=of["other"],
-                cka=values[:len(of["units"]), -len(of["other"]):].tolist())
+    return dict(
+        units=of["units"],
+        other=of["other"],
+        cka=values[: len(of["units"]), -len(of["other"]) :].tolist(),
+    )
 
 
 def cka(model, batches, other=None):
@@ -2451,37 +3105,59 @@ def cka_command(args, rest):
     flags = ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side")
     images = [{flag: getattr(settings, flag) for flag in flags} for _, settings, _ in named]
     if len(named) == 2 and images[0] != images[1]:
-        raise UserError(f"two networks are compared on the same images, these have {images[0]} and "
-                        f"{images[1]}")
+        raise UserError(
+            f"two networks are compared on the same images, these have {images[0]} and {images[1]}"
+        )
     for group in groups:
-        part = ", against ".join([f"{args.images} images in batches of {args.batch}",
-                                  *(name for name, *_ in group[1:])])
+        part = ", against ".join(
+            [f"{args.images} images in batches of {args.batch}", *(name for name, *_ in group[1:])]
+        )
         found[" (up) and ".join(name for name, *_ in group)] = in_parts(
-            args, results, device, part, hsic, cka_of, *group, batch=args.batch)
+            args, results, device, part, hsic, cka_of, *group, batch=args.batch
+        )
     if train.rank() == 0:
         for name, of in found.items():
-            values, (one, two) = np.array(of["cka"], float), (
-                np.array([stage for _, stage in of[key].values()]) for key in ("units", "other"))
+            values, (one, two) = (
+                np.array(of["cka"], float),
+                (np.array([stage for _, stage in of[key].values()]) for key in ("units", "other")),
+            )
             if name in results.parts:
                 np.fill_diagonal(values, np.nan)  # a unit with itself
             pairs = np.ma.masked_invalid(values)  # its mean over none is masked, which is false
-            print_rows([{f"mean CKA, {name}": f"stage {i}"} | {
-                f"stage {j}": pairs[one == i][:, two == j].mean() or None for j in np.unique(two)}
-                for i in np.unique(one)])
-        finished(results, lambda grid: [
-            draw_cka(axes, name, of) for axes, (name, of) in zip(np.ravel(grid), found.items())],
-            1, len(found))
+            print_rows(
+                [
+                    {f"mean CKA, {name}": f"stage {i}"}
+                    | {
+                        f"stage {j}": pairs[one == i][:, two == j].mean() or None
+                        for j in np.unique(two)
+                    }
+                    for i in np.unique(one)
+                ]
+            )
+        finished(
+            results,
+            lambda grid: [
+                draw_cka(axes, name, of) for axes, (name, of) in zip(np.ravel(grid), found.items())
+            ],
+            1,
+            len(found),
+        )
     return results.parts
 
 
 def draw_cka(axes, name, of):
     """Fig. 10a, D.3: E is the stem or embedding, P pooling; lines are where stages begin."""
     image = axes.imshow(np.array(of["cka"], float), origin="lower", vmin=0, vmax=1, cmap="magma")
-    for names, axis, line in ((of["other"], axes.xaxis, axes.axvline),
-                              (of["units"], axes.yaxis, axes.axhline)):
+    for names, axis, line in (
+        (of["other"], axes.xaxis, axes.axvline),
+        (of["units"], axes.yaxis, axes.axhline),
+    ):
         kinds, stages = zip(*names.values())
-        marks = {i: "EP"[kind == "pooling"] for i, kind in enumerate(kinds)
-                 if kind in ("stem", "pooling")}
+        marks = {
+            i: "EP"[kind == "pooling"]
+            for i, kind in enumerate(kinds)
+            if kind in ("stem", "pooling")
+        }
         axis.set_ticks(list(marks), list(marks.values()))
         for i in range(1, len(stages)):
             if stages[i] > stages[i - 1]:
@@ -2502,11 +3178,16 @@ def accuracy(model, batches, skip=None):
 
 def removable(model):
     """units that lesion leaves out; UserError if there are none (torchvision's, timm's others)."""
-    names = {name: of for name, of in units(model).items()
-             if of[0] in ("attention", "token mlp", "mlp", "conv")}
+    names = {
+        name: of
+        for name, of in units(model).items()
+        if of[0] in ("attention", "token mlp", "mlp", "conv")
+    }
     if not names:
-        raise UserError(f"{type(getattr(model, 'network', model)).__name__} has no units that can "
-                        "be left out; our networks, torchvision's ResNets and its Swin have")
+        raise UserError(
+            f"{type(getattr(model, 'network', model)).__name__} has no units that can "
+            "be left out; our networks, torchvision's ResNets and its Swin have"
+        )
     return names
 
 
@@ -2518,8 +3199,11 @@ def lesion(model, batches):
     ReLU stay. -> dict: units {name: [kind, stage]}; whole, top-1 in percent; without {name: top-1}.
     As many passes over the images as there are units, and one. UserError as of removable."""
     names = removable(model)
-    return dict(units=names, whole=accuracy(model, batches),
-                without={name: accuracy(model, batches, name) for name in names})
+    return dict(
+        units=names,
+        whole=accuracy(model, batches),
+        without={name: accuracy(model, batches, name) for name in names},
+    )
 
 
 def lesion_command(args, rest):
@@ -2529,10 +3213,22 @@ def lesion_command(args, rest):
     found, values = {}, {}
     for name, settings, origin in named:
         model, dataset, workers = held_out(args, settings, origin, device)
-        names, batches = removable(model), Batches(dataset, model, train.images_at_once(
-            model, settings.image_size, device), workers, split=False)
-        todo = {f"{args.images} images, {f'without {skip}' if skip else 'whole'}":
-                functools.partial(accuracy, model, batches, skip) for skip in (None, *names)}
+        names, batches = (
+            removable(model),
+            Batches(
+                dataset,
+                model,
+                train.images_at_once(model, settings.image_size, device),
+                workers,
+                split=False,
+            ),
+        )
+        todo = {
+            f"{args.images} images, {f'without {skip}' if skip else 'whole'}": functools.partial(
+                accuracy, model, batches, skip
+            )
+            for skip in (None, *names)
+        }
         share_out(results, name, todo, "lesion")
         whole, *without = [results.parts[name][part] for part in todo]
         found[name] = dict(units=names, images=len(dataset))
@@ -2543,6 +3239,7 @@ def lesion_command(args, rest):
 
 
 # -------------------------------------------------------------------- noise, calibration, fit (NLL)
+
 
 def together(results, device, named, parts, what):
     """Computes what is not finished of {part: function of (model, held-out images, settings,
@@ -2585,18 +3282,39 @@ def band_noise(delta, mask):
     return torch.fft.ifft2(torch.fft.fft2(delta) * mask).real
 
 
-def noise(model, dataset, frequency, sigma=0.5, window=0.1, *, form="paper", equal_energy=False,
-          seed=0, workers=0, batch_size=256):
+def noise(
+    model,
+    dataset,
+    frequency,
+    sigma=0.5,
+    window=0.1,
+    *,
+    form="paper",
+    equal_energy=False,
+    seed=0,
+    workers=0,
+    batch_size=256,
+):
     """Accuracy on images x₀ + F⁻¹(F(δ) ⊙ M_f), noise of frequencies around f·π only (Park & Kim §3,
     Fig. 2b), not clamped to [0, 1]. δ is N(0, σ²) in each value, so the noise has the expected
     energy Σ|·|² = σ²·|M_f| in a channel: in proportion to the band's area; with equal_energy, σ²
     times H·W in each ring. form "code": δ = σ·sign(N(0, 1)) and other bands, see ring. δ depends on
     seed, f and the image's index only. frequency None: no noise. -> dict of train.evaluate, over
     all processes. Cost: an evaluation, and 1 ms for the δ of an image of 224²."""
+
     def disturbed(number, x, y):
-        mine = dataset.indices[train.rank()::world_size()][number * batch_size:][:len(x)]
-        delta = torch.stack([torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(
-            data.key(seed, i, round(1e6 * frequency), 4))) for i in mine.tolist()]).to(x)
+        mine = dataset.indices[train.rank() :: world_size()][number * batch_size :][: len(x)]
+        delta = torch.stack(
+            [
+                torch.randn(
+                    x.shape[1:],
+                    generator=torch.Generator().manual_seed(
+                        data.key(seed, i, round(1e6 * frequency), 4)
+                    ),
+                )
+                for i in mine.tolist()
+            ]
+        ).to(x)
         mask = ring(x.shape[-1], frequency, window, form)
         scale = sigma / mask.double().mean().item() ** (0.5 * equal_energy)
         delta = scale * (delta.sign() if form == "code" else delta)
@@ -2614,25 +3332,47 @@ def noise_command(args, rest):
     gives the window, 0.1π; σ is our choice. Returns what the JSON holds under "results"."""
     need(args, frequencies=0, sigma=0, window=1e-6, noise_seed=0)
     results, device, named = started(args, rest, "noise")
-    how = (f"σ {args.sigma:g}, window {args.window:g}π, {args.form}"
-           f"{', equal energy' * args.equal_energy}, seed {args.noise_seed}")
+    how = (
+        f"σ {args.sigma:g}, window {args.window:g}π, {args.form}"
+        f"{', equal energy' * args.equal_energy}, seed {args.noise_seed}"
+    )
     bands = {"no noise": None} | {f"{f:g}π, {how}": f for f in sorted(set(args.frequencies))}
 
     def at(frequency, model, dataset, settings, workers):
-        if frequency is not None and not ring(settings.image_size, frequency, args.window,
-                                              args.form).any():
+        if (
+            frequency is not None
+            and not ring(settings.image_size, frequency, args.window, args.form).any()
+        ):
             return None
-        return noise(model, dataset, frequency, args.sigma, args.window, form=args.form,
-                     equal_energy=args.equal_energy, seed=args.noise_seed, workers=workers,
-                     batch_size=train.images_at_once(model, settings.image_size, device))
+        return noise(
+            model,
+            dataset,
+            frequency,
+            args.sigma,
+            args.window,
+            form=args.form,
+            equal_energy=args.equal_energy,
+            seed=args.noise_seed,
+            workers=workers,
+            batch_size=train.images_at_once(model, settings.image_size, device),
+        )
 
     rows = []
-    for name, found in together(results, device, named, {
-            part: functools.partial(at, f) for part, f in bands.items()}, "bands"):
+    for name, found in together(
+        results,
+        device,
+        named,
+        {part: functools.partial(at, f) for part, f in bands.items()},
+        "bands",
+    ):
         clean, *top1 = (of and of["top1"] for of in found.values())
-        rows.append({"decrease of top-1": name, "top-1 %": clean} | {
-            f"{f:g}π": None if value is None else clean - value
-            for f, value in zip(list(bands.values())[1:], top1)})
+        rows.append(
+            {"decrease of top-1": name, "top-1 %": clean}
+            | {
+                f"{f:g}π": None if value is None else clean - value
+                for f, value in zip(list(bands.values())[1:], top1)
+            }
+        )
     if train.rank() == 0:
         print_rows(rows)
         finished(results, lambda axes: draw_noise(axes, rows, how))
@@ -2641,8 +3381,12 @@ def noise_command(args, rest):
 
 def draw_noise(axes, rows, how):
     for name, _, *decrease in (row.values() for row in rows):
-        axes.plot([float(key[:-1]) for key in list(rows[0])[2:]],
-                  [math.nan if v is None else v for v in decrease], "o-", label=name)
+        axes.plot(
+            [float(key[:-1]) for key in list(rows[0])[2:]],
+            [math.nan if v is None else v for v in decrease],
+            "o-",
+            label=name,
+        )
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set_xlabel(f"frequency of the noise (π); {how}", fontsize=8)
     axes.set_ylabel("decrease of accuracy (points)")
@@ -2669,8 +3413,9 @@ def calibration(batches, bins=10):
         right = best == y[:, None]
         top = top + train.bin_sums(confidence, right, bins)
         classes = classes + train.bin_sums(p, truth, bins)
-        scores = scores + torch.stack([F.cross_entropy(logits, y, reduction="sum"),
-                                       (p - truth).square().sum()])
+        scores = scores + torch.stack(
+            [F.cross_entropy(logits, y, reduction="sum"), (p - truth).square().sum()]
+        )
         seen.append(torch.cat([confidence, right], dim=1))
     every = [[part.cpu() for part in (top, classes, scores, torch.cat(seen))] if seen else None]
     if dist.is_initialized():
@@ -2682,12 +3427,21 @@ def calibration(batches, bins=10):
     nll, brier = (scores / n).tolist()
     ece, classwise = (train.calibration_error(of).mean().item() for of in (top, classes))
     adaptive = sum(abs((right - confidence)[images].sum()) for images in equal).item()
-    shares = [[100 * v / m if m else None for v, m in zip(of.tolist(), top[0, 0].tolist())]
-              for of in top[1:, 0]]
-    return dict(images=n, top1=100 * right.mean().item(), confidence=100 * confidence.mean().item(),
-                nll=nll, brier=brier, ece=ece, classwise_ece=classwise,
-                adaptive_ece=100 * adaptive / n, bins=dict(
-                    images=top[0, 0].int().tolist(), accuracy=shares[0], confidence=shares[1]))
+    shares = [
+        [100 * v / m if m else None for v, m in zip(of.tolist(), top[0, 0].tolist())]
+        for of in top[1:, 0]
+    ]
+    return dict(
+        images=n,
+        top1=100 * right.mean().item(),
+        confidence=100 * confidence.mean().item(),
+        nll=nll,
+        brier=brier,
+        ece=ece,
+        classwise_ece=classwise,
+        adaptive_ece=100 * adaptive / n,
+        bins=dict(images=top[0, 0].int().tolist(), accuracy=shares[0], confidence=shares[1]),
+    )
 
 
 def calibration_command(args, rest):
@@ -2698,19 +3452,37 @@ def calibration_command(args, rest):
 
     def of(model, dataset, settings, workers):
         with adversarial.held_still(model, device), torch.inference_mode():
-            loader = train.own_share(dataset, device, workers, train.images_at_once(
-                model, settings.image_size, device))
-            return calibration(((model(train.to_float(x.to(device), model)), y)
-                                for x, y in data.batches(loader, train.say)), args.bins)
+            loader = train.own_share(
+                dataset, device, workers, train.images_at_once(model, settings.image_size, device)
+            )
+            return calibration(
+                (
+                    (model(train.to_float(x.to(device), model)), y)
+                    for x, y in data.batches(loader, train.say)
+                ),
+                args.bins,
+            )
 
-    found = {name: numbers for name, own in together(results, device, named, {
-        f"{args.bins} bins": of}, "calibration") for numbers in own.values()}
+    found = {
+        name: numbers
+        for name, own in together(results, device, named, {f"{args.bins} bins": of}, "calibration")
+        for numbers in own.values()
+    }
     if train.rank() == 0:
         units = dict.fromkeys(("images", "nll", "brier"), "")
-        print_rows([{"network": name} | {
-            key.replace("_", " ") + units.get(key, " %"): value if key == "images" else significant(
-                value) for key, value in numbers.items() if key != "bins"}
-            for name, numbers in found.items()])
+        print_rows(
+            [
+                {"network": name}
+                | {
+                    key.replace("_", " ") + units.get(key, " %"): value
+                    if key == "images"
+                    else significant(value)
+                    for key, value in numbers.items()
+                    if key != "bins"
+                }
+                for name, numbers in found.items()
+            ]
+        )
         finished(results, lambda axes: draw_calibration(axes, found))
     return results.parts
 
@@ -2719,8 +3491,14 @@ def draw_calibration(axes, found):
     """Accuracy of the images of each bin, at their mean confidence."""
     axes.plot([0, 100], [0, 100], "--", color="grey")
     for name, of in found.items():
-        axes.plot(*([math.nan if v is None else v for v in of["bins"][key]]
-                    for key in ("confidence", "accuracy")), "o-", label=name)
+        axes.plot(
+            *(
+                [math.nan if v is None else v for v in of["bins"][key]]
+                for key in ("confidence", "accuracy")
+            ),
+            "o-",
+            label=name,
+        )
     axes.set_xlabel("confidence (%)")
     axes.set_ylabel("accuracy (%)")
     axes.figure.legend(fontsize=6, loc="outside upper left")
@@ -2728,10 +3506,19 @@ def draw_calibration(axes, found):
 
 # Park & Kim App. C: NLL of the training set and test error in percent on CIFAR-100. ResNet's is 1.9
 # points below PiT's; that it is ResNet-50's is our reading. Other values are in figures only.
-NLL_TEXT = {"resnet18": (2.31, 22.0), "resnet50": (None, 22.2), "pit_ti": (2.29, 24.1),
-            "vit_s2": (2.17, 30.4)}
-AGAINST = {"model": "model", "images": "training images per class", "patch": "patch (pixels)",
-           "kernel": "kernel of the attention (tokens)", "epochs": "epochs trained"}
+NLL_TEXT = {
+    "resnet18": (2.31, 22.0),
+    "resnet50": (None, 22.2),
+    "pit_ti": (2.29, 24.1),
+    "vit_s2": (2.17, 30.4),
+}
+AGAINST = {
+    "model": "model",
+    "images": "training images per class",
+    "patch": "patch (pixels)",
+    "kernel": "kernel of the attention (tokens)",
+    "epochs": "epochs trained",
+}
 
 
 def nll(model, training, held_out, settings, workers=0):
@@ -2743,11 +3530,22 @@ def nll(model, training, held_out, settings, workers=0):
     Evaluation mode; over all processes. Cost: both sets forward."""
     mixes, device = settings.mixup or settings.cutmix, next(model.parameters()).device
     with adversarial.held_still(model, device):
-        fit = train.measure("training images", training, model, settings, device, workers, mix=(
-            train.mixing(settings, len(training.classes)) if mixes else None))
+        fit = train.measure(
+            "training images",
+            training,
+            model,
+            settings,
+            device,
+            workers,
+            mix=(train.mixing(settings, len(training.classes)) if mixes else None),
+        )
         test = train.measure("held-out images", held_out, model, settings, device, workers)
-    return dict(nll=fit["nll"], training_error=100 - fit["top1"], test_nll=test["nll"],
-                error=100 - test["top1"])
+    return dict(
+        nll=fit["nll"],
+        training_error=100 - fit["top1"],
+        test_nll=test["nll"],
+        error=100 - test["top1"],
+    )
 
 
 def sizes(network, settings, n, classes):
@@ -2756,11 +3554,16 @@ def sizes(network, settings, n, classes):
     first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     grid = getattr(network, "grid", [None])[0]
     return dict(
-        model=settings.model, images=n / classes,
-        patch=settings.image_size // grid if kind in ("vit", "mixer") else
-        first.kernel_size[0] if kind in ("pit", "swin") else None,  # PiT's may overlap
+        model=settings.model,
+        images=n / classes,
+        patch=settings.image_size // grid
+        if kind in ("vit", "mixer")
+        else first.kernel_size[0]
+        if kind in ("pit", "swin")
+        else None,  # PiT's may overlap
         kernel=settings.kernel_size or grid if kind == "vit" else None,  # global: all (Fig. 7)
-        epochs=saved["step"] / max(n // settings.batch_size, 1) if saved else None)
+        epochs=saved["step"] / max(n // settings.batch_size, 1) if saved else None,
+    )
 
 
 def nll_command(args, rest):
@@ -2773,30 +3576,56 @@ def nll_command(args, rest):
     def of(model, held_out, settings, workers):
         n = len(training_images(settings, device, "1"))
         training = training_images(settings, device, args.images, augmented=True)
-        training.restrict(torch.randperm(len(training), generator=torch.Generator().manual_seed(
-            data.key(settings.seed, 3))))  # a folder's are sorted: like would be mixed with like
-        augmented = {name: getattr(settings, name) for name in (
-            "augment", "autoaugment", "randaugment", "erasing", "mixup", "cutmix")}
-        return nll(model, training, held_out, settings, workers) | sizes(
-            model.network, settings, n, len(held_out.classes)) | dict(augmented=augmented)
+        training.restrict(
+            torch.randperm(
+                len(training), generator=torch.Generator().manual_seed(data.key(settings.seed, 3))
+            )
+        )  # a folder's are sorted: like would be mixed with like
+        augmented = {
+            name: getattr(settings, name)
+            for name in ("augment", "autoaugment", "randaugment", "erasing", "mixup", "cutmix")
+        }
+        return (
+            nll(model, training, held_out, settings, workers)
+            | sizes(model.network, settings, n, len(held_out.classes))
+            | dict(augmented=augmented)
+        )
 
-    rows = [dict(network=name) | numbers for name, found in together(results, device, named, {
-        f"{args.images} of the training images": of}, "networks") for numbers in found.values()]
+    rows = [
+        dict(network=name) | numbers
+        for name, found in together(
+            results, device, named, {f"{args.images} of the training images": of}, "networks"
+        )
+        for numbers in found.values()
+    ]
     for row in rows:
         if row[args.against] is None:
             raise UserError(f"--against {args.against}: {row['network']} has no such number")
     if train.rank() == 0:
-        table = [{"network": row["network"], args.against: row[args.against] if
-                  args.against == "model" else significant(row[args.against]),
-                  "NLL, training": significant(row["nll"]), "error %": row["error"],
-                  "training error %": row["training_error"], "NLL, held out": significant(
-                  row["test_nll"])} for row in rows]
-        table += [dict(zip(table[0], (f"Park & Kim, CIFAR-100, {model}", None, *of, None, None)))
-                  for model, of in NLL_TEXT.items() if model in {row["model"] for row in rows}]
+        table = [
+            {
+                "network": row["network"],
+                args.against: row[args.against]
+                if args.against == "model"
+                else significant(row[args.against]),
+                "NLL, training": significant(row["nll"]),
+                "error %": row["error"],
+                "training error %": row["training_error"],
+                "NLL, held out": significant(row["test_nll"]),
+            }
+            for row in rows
+        ]
+        table += [
+            dict(zip(table[0], (f"Park & Kim, CIFAR-100, {model}", None, *of, None, None)))
+            for model, of in NLL_TEXT.items()
+            if model in {row["model"] for row in rows}
+        ]
         print_rows(table)
         for row in rows:
-            train.say(f"{row['network']}: training images with " + ", ".join(
-                f"{name} {value}" for name, value in row["augmented"].items()))
+            train.say(
+                f"{row['network']}: training images with "
+                + ", ".join(f"{name} {value}" for name, value in row["augmented"].items())
+            )
         finished(results, lambda axes: draw_nll(axes, rows, args.against))
     return results.parts
 
@@ -2808,8 +3637,13 @@ def draw_nll(axes, rows, against):
         own = sorted((row for row in rows if row["model"] == model), key=lambda row: row[against])
         at = [rows.index(row) if of_model else row[against] for row in own]
         for ax, key, style in ((axes, "error", "^-"), (right, "nll", "o--")):
-            ax.plot(at, [row[key] for row in own], style[:1] if of_model else style, color=f"C{i}",
-                    label=model)
+            ax.plot(
+                at,
+                [row[key] for row in own],
+                style[:1] if of_model else style,
+                color=f"C{i}",
+                label=model,
+            )
     if of_model:
         axes.set_xticks(range(len(rows)), [row["model"] for row in rows], rotation=30, ha="right")
     elif against in ("images", "epochs"):
@@ -2822,17 +3656,23 @@ def draw_nll(axes, rows, against):
 
 # ----------------------------------------------------------------------------------- attention maps
 
+
 def attention_weights(model, x=None):
     """{block: softmax(q·kᵀ/√d) (B, H, N, N)} of each global self-attention for images x, in order;
     a query's row sums to one; the class token, where there is one, is first. UserError where there
     is none, also without x."""
     network = model.network
-    out = {name: None for name, (kind, _) in getattr(network, "intermediates", {}).items()
-           if kind == "weights"}
+    out = {
+        name: None
+        for name, (kind, _) in getattr(network, "intermediates", {}).items()
+        if kind == "weights"
+    }
     if not out:
-        raise UserError(f"{type(network).__name__} shows no map of global attention: Swin and "
-                        "AlterNet attend within windows, ResNet and Mixer not at all; timm's and "
-                        "torchvision's ViTs tell none (timm's weights load into --model vit_…)")
+        raise UserError(
+            f"{type(network).__name__} shows no map of global attention: Swin and "
+            "AlterNet attend within windows, ResNet and Mixer not at all; timm's and "
+            "torchvision's ViTs tell none (timm's weights load into --model vit_…)"
+        )
     if x is not None:
         with adversarial.held_still(model, x.device), torch.inference_mode():
             model(x, out=out)
@@ -2862,9 +3702,12 @@ def attention(model, image):
     weights = [layer[0].cpu().double() for layer in attention_weights(model, image[None]).values()]
     last, prefix = finite(weights[-1], "the attention"), model.network.prefix_tokens
     whole = rollout([layer for layer in weights if layer.shape == last.shape])
-    return dict(map=as_map(last.mean(0), prefix).tolist(), heads=as_map(last, prefix).tolist(),
-                rollout=as_map(whole, prefix).tolist(),
-                shown="of the class token" if prefix else "received, mean over queries")
+    return dict(
+        map=as_map(last.mean(0), prefix).tolist(),
+        heads=as_map(last, prefix).tolist(),
+        rollout=as_map(whole, prefix).tolist(),
+        shown="of the class token" if prefix else "received, mean over queries",
+    )
 
 
 def upsampled(values, size):
@@ -2901,18 +3744,24 @@ def attention_command(args, rest):
     results, device, named = started(args, rest, "attention")
     indices = args.indices or ([] if args.image or args.distance else [0, 1, 2, 3])
     files = {f"{path} ({train.on_main(lambda: fingerprint(path))})": path for path in args.image}
-    sets = {f"{settings.dataset} {settings.eval_split} in {os.path.abspath(settings.data_dir)}"
-            for _, settings, _ in named}
+    sets = {
+        f"{settings.dataset} {settings.eval_split} in {os.path.abspath(settings.data_dir)}"
+        for _, settings, _ in named
+    }
     if indices and len(sets) > 1:
-        raise UserError(f"--indices: networks of several data sets, {', '.join(sorted(sets))}, "
-                        "have no images in common; give --image FILE")
+        raise UserError(
+            f"--indices: networks of several data sets, {', '.join(sorted(sets))}, "
+            "have no images in common; give --image FILE"
+        )
     pictures, maps, distances, part = {}, {}, {}, f"distance, {args.distance} images"
     for name, settings, origin in named:
         if indices or args.distance:
             model, dataset = network_and_images(settings, origin, device)
             if max([args.distance, *(i + 1 for i in indices)]) > len(dataset):
-                raise UserError(f"--indices, --distance: there are {len(dataset):,} held-out "
-                                "images, the first is 0")
+                raise UserError(
+                    f"--indices, --distance: there are {len(dataset):,} held-out "
+                    "images, the first is 0"
+                )
         else:  # these need no data set
             classes = class_names(settings, train.own_checkpoint(settings.init_from))
             model = train.starting_network(settings, origin, len(classes), device, tell)
@@ -2921,8 +3770,10 @@ def attention_command(args, rest):
         except UserError as error:
             tell(f"{name}: {error}")
             continue
-        prepare, notes = data.transforms("none", settings.image_size,
-                                         short_side=settings.eval_short_side), []
+        prepare, notes = (
+            data.transforms("none", settings.image_size, short_side=settings.eval_short_side),
+            [],
+        )
         own = {of: prepare(data.read_image(path, path, notes)) for of, path in files.items()}
         if indices:
             loader = data.loader(dataset, [[(0, i)] for i in indices])
@@ -2930,12 +3781,15 @@ def attention_command(args, rest):
         for note in notes:
             tell(note)
         pictures = own | pictures  # as the first network sees them
-        units = {of: functools.partial(attention, model, train.to_float(x.to(device), model))
-                 for of, x in own.items()}
+        units = {
+            of: functools.partial(attention, model, train.to_float(x.to(device), model))
+            for of, x in own.items()
+        }
         if args.distance:
             some = data.subset(dataset.labels, Fraction(args.distance, len(dataset)))
-            units[part] = functools.partial(attention_distance, model, Batches(
-                dataset.part(some), model, 16, split=False))
+            units[part] = functools.partial(
+                attention_distance, model, Batches(dataset.part(some), model, 16, split=False)
+            )
         share_out(results, name, units, "images")
         maps[name] = {of: results.parts[name][of] for of in own}
         if args.distance:
@@ -2944,16 +3798,35 @@ def attention_command(args, rest):
         raise UserError("none of the networks has a map of global attention")
     if train.rank() == 0:
         if pictures:
-            print_rows([{"attention": f"{name}, {of}", "is": found["shown"], "highest":
-                         significant(np.max(found["map"])), "uniform":
-                         significant(1 / np.size(found["map"]))}
-                        for name, own in maps.items() for of, found in own.items()])
+            print_rows(
+                [
+                    {
+                        "attention": f"{name}, {of}",
+                        "is": found["shown"],
+                        "highest": significant(np.max(found["map"])),
+                        "uniform": significant(1 / np.size(found["map"])),
+                    }
+                    for name, own in maps.items()
+                    for of, found in own.items()
+                ]
+            )
         if distances:
-            print_rows([{"distance, pixels": f"{name}, {block}", "mean": sum(heads) / len(heads),
-                         "nearest head": min(heads), "farthest": max(heads)}
-                        for name, of in distances.items() for block, heads in of.items()])
-            figure(results.path.with_name("attention-distance.png"),
-                   lambda axes: draw_distances(axes, distances))
+            print_rows(
+                [
+                    {
+                        "distance, pixels": f"{name}, {block}",
+                        "mean": sum(heads) / len(heads),
+                        "nearest head": min(heads),
+                        "farthest": max(heads),
+                    }
+                    for name, of in distances.items()
+                    for block, heads in of.items()
+                ]
+            )
+            figure(
+                results.path.with_name("attention-distance.png"),
+                lambda axes: draw_distances(axes, distances),
+            )
         for of, x in pictures.items():
             found = {name: own[of] for name, own in maps.items()}
             rows = {"mean of heads": "map"} | ({"rollout": "rollout"} if args.rollout else {})
@@ -2961,8 +3834,12 @@ def attention_command(args, rest):
             heads = itertools.zip_longest(*(one["heads"] for one in found.values()))
             rows |= {f"head {i}": of_all for i, of_all in enumerate(heads, 1) if args.each_head}
             stem = re.sub(r"[^\w.]+", "-", Path(of).name).strip("-")
-            figure(results.path.with_name(f"attention-{stem}.png"), lambda axes: draw_attention(
-                np.atleast_2d(axes), of, x, found, rows), len(rows), 1 + len(found))
+            figure(
+                results.path.with_name(f"attention-{stem}.png"),
+                lambda axes: draw_attention(np.atleast_2d(axes), of, x, found, rows),
+                len(rows),
+                1 + len(found),
+            )
         train.say(f"results   {results.path}")
     return results.parts
 
@@ -2975,8 +3852,10 @@ def draw_attention(axes, title, x, found, rows):
         for ax, (name, own), values in zip(row[1:], found.items(), maps):
             if values is not None:  # others have more heads
                 ax.imshow(upsampled(values, x.shape[-1]), vmin=0, cmap="inferno")
-                ax.set_title(f"{name if len(name) < 48 else '…' + name[-46:]}\n{what}, "
-                             f"{own['shown']}", fontsize=8)
+                ax.set_title(
+                    f"{name if len(name) < 48 else '…' + name[-46:]}\n{what}, {own['shown']}",
+                    fontsize=8,
+                )
     axes[0, 0].imshow(x.permute(1, 2, 0).numpy())
     axes[0, 0].set_title(title, fontsize=8)
 
@@ -2995,6 +3874,7 @@ def draw_distances(axes, distances):
 
 # ----------------------------------------------------------------------------------- finished runs
 
+
 def training_curve(records):
     """Of a run's records, lists of [step, epoch, value]: "loss" and "error", the mean training loss
     and error in percent of the steps since the record before, on images as augmented, before each
@@ -3009,8 +3889,10 @@ def training_curve(records):
         if "val" in record:
             found["top1"].append([*at, record["val"]["top1"]])
         if "final" in record:
-            found |= {"ended": "finished",
-                      "training error": 100 - record["final"]["training"]["top1"]}
+            found |= {
+                "ended": "finished",
+                "training error": 100 - record["final"]["training"]["top1"],
+            }
         if "diverged" in record:
             found["ended"] = "diverged"
     return found
@@ -3025,8 +3907,9 @@ def read_log(run):
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give folders of train.py, or their "
-                        "log.jsonl") from None
+        raise UserError(
+            f"{path}: {error.strerror}; give folders of train.py, or their log.jsonl"
+        ) from None
     records = []
     for i, line in enumerate(lines):
         try:
@@ -3034,8 +3917,10 @@ def read_log(run):
             training_curve(records[-1:])
         except (ValueError, KeyError, TypeError):
             if i < len(lines) - 1:
-                raise UserError(f"{path}, line {i + 1}: not a record of train.py; the file is "
-                                "damaged, or another program's") from None
+                raise UserError(
+                    f"{path}, line {i + 1}: not a record of train.py; the file is "
+                    "damaged, or another program's"
+                ) from None
             train.say(f"{path}: the last line is half written and left out")
             records = [record for record in records if isinstance(record, dict)]
     return records
@@ -3056,29 +3941,43 @@ def curves(args, rest):
     those under way included (Chen et al. Fig. 2 left and middle; Xiao et al. Fig. 2). Returns what
     the JSON holds under "results"."""
     results = opened(args, rest, "curves")
-    results.parts = {run: training_curve(train.on_main(functools.partial(read_log, run)))
-                     for run in dict.fromkeys(args.runs)}
+    results.parts = {
+        run: training_curve(train.on_main(functools.partial(read_log, run)))
+        for run in dict.fromkeys(args.runs)
+    }
     train.on_main(results.write)
     if train.rank() == 0:
         rows = []
         for run, of in results.parts.items():
             losses, top1 = ([v for *_, v in of[key] if v is not None] for key in ("loss", "top1"))
             steps = max([step for step, *_ in of["loss"] + of["top1"]], default=0)
-            rows.append({"run": run, "step": f"{steps:,}", "state": of["ended"] or "not ended",
-                         "loss": significant(losses[-1]) if losses else None,
-                         "training error %": of["training error"],
-                         "top-1 %": top1[-1] if top1 else None, "best": max(top1, default=None)})
+            rows.append(
+                {
+                    "run": run,
+                    "step": f"{steps:,}",
+                    "state": of["ended"] or "not ended",
+                    "loss": significant(losses[-1]) if losses else None,
+                    "training error %": of["training error"],
+                    "top-1 %": top1[-1] if top1 else None,
+                    "best": max(top1, default=None),
+                }
+            )
         print_rows(rows)
         finished(results, lambda axes: draw_curves(axes, results.parts, args.against), columns=3)
     return results.parts
 
 
 def draw_curves(axes, runs, against):
-    for one, key, what in zip(axes, ("error", "loss", "top1"), (
-            "training error (%)", "training loss", "validation top-1 (%)")):
+    for one, key, what in zip(
+        axes,
+        ("error", "loss", "top1"),
+        ("training error (%)", "training loss", "validation top-1 (%)"),
+    ):
         for run, of in runs.items():
-            points = [(step if against == "step" else epoch, math.nan if value is None else value)
-                      for step, epoch, value in of[key]]
+            points = [
+                (step if against == "step" else epoch, math.nan if value is None else value)
+                for step, epoch, value in of[key]
+            ]
             one.plot(*zip(*points or [(math.nan, math.nan)]), "o-", markersize=2, label=run)
         one.set_xlabel(against)
         one.set_ylabel(what)
@@ -3088,7 +3987,11 @@ def draw_curves(axes, runs, against):
 # Xiao et al. Table 2: G multiply-adds, M parameters (Table 1: vit_p_18gf 86.7), M activations,
 # minutes for an epoch of ImageNet on 8 V100, top-1 error after 100, 200 and 400 epochs, and after
 # pre-training on ImageNet-21k.
-XIAO_2 = {name: [None if n == "-" else float(n) for n in row] for name, *row in map(str.split, """
+XIAO_2 = {
+    name: [None if n == "-" else float(n) for n in row]
+    for name, *row in map(
+        str.split,
+        """
     resnet50 4.1 25.6 11.3 3.4 22.5 21.2 20.7 21.6
     resnet101 7.8 44.5 16.4 5.5 20.3 19.1 18.5 19.2
     resnet152 11.5 60.2 22.8 7.7 19.5 18.4 17.7 18.2
@@ -3111,7 +4014,9 @@ XIAO_2 = {name: [None if n == "-" else float(n) for n in row] for name, *row in 
     vit_c_1gf 1.1 4.6 5.7 2.7 28.6 26.1 24.7 -
     vit_c_4gf 4.0 17.8 11.3 3.9 20.9 19.2 18.6 18.8
     vit_c_18gf 17.7 81.6 24.1 11.4 18.4 17.5 17.0 15.1
-    vit_c_36gf 35.0 167.8 36.7 18.6 18.3 17.6 16.8 14.2""".splitlines()[1:])}
+    vit_c_36gf 35.0 167.8 36.7 18.6 18.3 17.6 16.8 14.2""".splitlines()[1:],
+    )
+}
 
 
 def family_of(model, stem=None):
@@ -3140,21 +4045,30 @@ def peak(args, rest):
         *_, end = records
         results.settings[run] = own
         results.parts[run] = dict(
-            family=family_of(own["model"], own["stem"]), dataset=own["dataset"],
+            family=family_of(own["model"], own["stem"]),
+            dataset=own["dataset"],
             training=f"{own['epochs']} epochs, SAM's ρ {own['sam_rho']:g}",
             minutes=end["step"] / end["epoch"] * own["batch_size"] / speed / 60,
-            error=100 - end["final"]["validation"]["top1"])
+            error=100 - end["final"]["validation"]["top1"],
+        )
     sets = {of["dataset"] for of in results.parts.values()}
     if len(sets) != 1 and args.runs:
-        raise UserError("runs of several data sets, whose errors do not compare: "
-                        + " ".join(sorted(sets)) if sets else "none of the runs is finished")
+        raise UserError(
+            "runs of several data sets, whose errors do not compare: " + " ".join(sorted(sets))
+            if sets
+            else "none of the runs is finished"
+        )
     train.on_main(results.write)
     if train.rank() == 0:
         if args.runs:
             print_rows([{"run": run} | of for run, of in results.parts.items()])
-        print_rows([{"Xiao Table 2": model} | dict(zip(
-            ("minutes", "100 epochs %", "200 %", "400 %", "21k %"), row[3:]))
-            for model, row in XIAO_2.items()])
+        print_rows(
+            [
+                {"Xiao Table 2": model}
+                | dict(zip(("minutes", "100 epochs %", "200 %", "400 %", "21k %"), row[3:]))
+                for model, row in XIAO_2.items()
+            ]
+        )
         finished(results, lambda axes: draw_peak(axes, results.parts.values()), columns=2)
     return results.parts
 
@@ -3162,9 +4076,11 @@ def peak(args, rest):
 def draw_peak(axes, runs):
     """Left the runs; right Table 2 after 400 epochs and, dashed, after ImageNet-21k."""
     from matplotlib.ticker import LogLocator
+
     for name, own in group(runs, "family", "training").items():
-        axes[0].plot(*zip(*sorted((of["minutes"], of["error"]) for of in own)), "o-",
-                     label=", ".join(name))
+        axes[0].plot(
+            *zip(*sorted((of["minutes"], of["error"]) for of in own)), "o-", label=", ".join(name)
+        )
     rows = [dict(family=family_of(model), row=row) for model, row in XIAO_2.items()]
     for color, (name, own) in enumerate(group(rows, "family").items()):
         for error, style, title in ((6, "o-", name), (7, "s--", None)):
@@ -3186,16 +4102,35 @@ def draw_peak(axes, runs):
 # Chen et al. Table 2 and 7: M parameters (some cut, not rounded), images per second in inference on
 # a core of a TPU v3.
 CHEN_7 = {
-    "vit_s32": (23, 6888), "vit_s16": (22, 2043), "vit_s14": (22, 1234), "vit_s8": (22, 333),
-    "vit_b32": (88, 2805), "vit_b16": (87, 863), "mixer_s32": (19, 11401),
-    "mixer_s16": (18, 4005), "mixer_s8": (20, 1498), "mixer_b32": (60, 4209),
-    "mixer_b16": (59, 1390), "mixer_b8": (64, 466), "resnet50": (25, 2161),
-    "resnet101": (44, 1334), "resnet152": (60, 935), "resnet50x2": (98, 891),
-    "resnet101x2": (173, 519), "resnet152x2": (236, 356)}
+    "vit_s32": (23, 6888),
+    "vit_s16": (22, 2043),
+    "vit_s14": (22, 1234),
+    "vit_s8": (22, 333),
+    "vit_b32": (88, 2805),
+    "vit_b16": (87, 863),
+    "mixer_s32": (19, 11401),
+    "mixer_s16": (18, 4005),
+    "mixer_s8": (20, 1498),
+    "mixer_b32": (60, 4209),
+    "mixer_b16": (59, 1390),
+    "mixer_b8": (64, 466),
+    "resnet50": (25, 2161),
+    "resnet101": (44, 1334),
+    "resnet152": (60, 935),
+    "resnet50x2": (98, 891),
+    "resnet101x2": (173, 519),
+    "resnet152x2": (236, 356),
+}
 # Park & Kim A.1: images per second in training on CIFAR-100. App. E: alter_resnet50's 473 are 20 %
 # above the pre-activation ResNet-50, whose own number it does not give.
-PARK_A1 = {"resnet50": 320, "vit_ti2": 434, "pit_ti": 364, "torchvision:swin_t": 469,
-           "alter_resnet50": 473, "preresnet50": 394}
+PARK_A1 = {
+    "resnet50": 320,
+    "vit_ti2": 434,
+    "pit_ti": 364,
+    "torchvision:swin_t": 469,
+    "alter_resnet50": 473,
+    "preresnet50": 394,
+}
 
 
 def of_models(models, rest, what):
@@ -3217,17 +4152,26 @@ def complexity(args, rest):
     layers and attention, activations the outputs of these and of max-pooling (vit.complexity).
     Returns what the JSON holds under "results"."""
     results, rows = opened(args, [], "complexity"), []
-    models = args.models or dict.fromkeys([*CHEN_7, *(
-        m for m in XIAO_2 if family_of(m) not in ("regnetz", "efficientnet"))])
+    models = args.models or dict.fromkeys(
+        [*CHEN_7, *(m for m in XIAO_2 if family_of(m) not in ("regnetz", "efficientnet"))]
+    )
     for words, (settings, _) in of_models(models, rest, "complexity").items():
         cost = results.parts[words] = train.complexity_of(settings, tell)
         results.settings[words] = label(settings)[1]
         flops, params, acts = XIAO_2.get(words, [None] * 3)[:3]
-        rows.append({
-            "network": words, "pixels": settings.image_size, "G multiply-adds": cost["macs"] / 1e9,
-            "Xiao": flops, "M parameters": cost["params"] / 1e6, "Xiao ": params,
-            "Chen": CHEN_7.get(words, [None])[0], "M activations": cost["acts"] / 1e6,
-            " Xiao": acts})
+        rows.append(
+            {
+                "network": words,
+                "pixels": settings.image_size,
+                "G multiply-adds": cost["macs"] / 1e9,
+                "Xiao": flops,
+                "M parameters": cost["params"] / 1e6,
+                "Xiao ": params,
+                "Chen": CHEN_7.get(words, [None])[0],
+                "M activations": cost["acts"] / 1e6,
+                " Xiao": acts,
+            }
+        )
     train.on_main(results.write)
     if train.rank() == 0:
         print_rows(rows)
@@ -3236,12 +4180,17 @@ def complexity(args, rest):
 
 
 def draw_complexity(axes, rows):
-    for name, own in group([row | dict(family=family_of(row["network"])) for row in rows],
-                           "family").items():
-        axes.plot(*zip(*((row["G multiply-adds"], row["M activations"]) for row in own)), "o",
-                  label=name)
-    axes.plot(*zip(*((row["Xiao"] or math.nan, row[" Xiao"] or math.nan) for row in rows)), "kx",
-              label="Xiao Table 2")
+    for name, own in group(
+        [row | dict(family=family_of(row["network"])) for row in rows], "family"
+    ).items():
+        axes.plot(
+            *zip(*((row["G multiply-adds"], row["M activations"]) for row in own)), "o", label=name
+        )
+    axes.plot(
+        *zip(*((row["Xiao"] or math.nan, row[" Xiao"] or math.nan) for row in rows)),
+        "kx",
+        label="Xiao Table 2",
+    )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("multiply-adds of an image (G)")
@@ -3251,15 +4200,31 @@ def draw_complexity(axes, rows):
 
 SMALL = ["vit_micro8", "mixer_micro8", "resnet18 --width 16", "alter_resnet18 --width 16"]
 # What of a training's step decides its time.
-OF_STEP = ("optimizer", "lr", "momentum", "nesterov", "weight_decay", "decay", "grad_clip", "loss",
-           "label_smoothing", "mixup", "cutmix", "sam_steps", "sam_adaptive", "sam_scope")
+OF_STEP = (
+    "optimizer",
+    "lr",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "decay",
+    "grad_clip",
+    "loss",
+    "label_smoothing",
+    "mixup",
+    "cutmix",
+    "sam_steps",
+    "sam_adaptive",
+    "sam_scope",
+)
 MODES = ("inference", "training", "sam")
 
 
 @functools.cache
 def random_batch(size, side, classes, device):
-    return (torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, device=device),
-            torch.randint(0, classes, (size,), device=device))
+    return (
+        torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, device=device),
+        torch.randint(0, classes, (size,), device=device),
+    )
 
 
 def work(settings, model, bare, optimizer, mode, batch):
@@ -3272,16 +4237,25 @@ def work(settings, model, bare, optimizer, mode, batch):
     autocast, criterion = train.autocast_of(settings, device), LOSSES[settings.loss]
     bare.train(mode != "inference")
     if mode == "inference":
+
         def infer():
             with torch.inference_mode(), autocast:
                 model(train.to_float(images, bare))
+
         return infer
     mix, statistics = train.mixing(settings, classes), train.RunningStatistics(bare)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.dtype == "float16")
-    sam = train.SAM(
-        model, settings.sam_rho or 0.05, steps=settings.sam_steps, adaptive=settings.sam_adaptive,
-        params=train.scope(bare.network, settings.sam_scope) if settings.sam_scope else None,
-    ) if mode == "sam" else None
+    sam = (
+        train.SAM(
+            model,
+            settings.sam_rho or 0.05,
+            steps=settings.sam_steps,
+            adaptive=settings.sam_adaptive,
+            params=train.scope(bare.network, settings.sam_scope) if settings.sam_scope else None,
+        )
+        if mode == "sam"
+        else None
+    )
     params, passes = list(bare.parameters()), settings.timing["micro_batches"]
 
     def step():
@@ -3295,21 +4269,25 @@ def work(settings, model, bare, optimizer, mode, batch):
                     logits = model(x)
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 return scaler.scale(criterion(logits, y, settings.label_smoothing))
+
             with sam.perturb(loss) if sam else nullcontext():
                 (loss(sends=k == passes - 1) / passes).backward()
             statistics.end_pass()
-        train.update(optimizer, scaler, params, settings.grad_clip, statistics,
-                     passes * world_size())
+        train.update(
+            optimizer, scaler, params, settings.grad_clip, statistics, passes * world_size()
+        )
+
     return step
 
 
 class Timed(NamedTuple):
     """A network of throughput."""
-    key: str             # its name among the results
+
+    key: str  # its name among the results
     settings: argparse.Namespace
-    cost: dict           # vit.complexity
+    cost: dict  # vit.complexity
     bare: nn.Module
-    models: dict         # {whether it is compiled: what is called}
+    models: dict  # {whether it is compiled: what is called}
     optimizer: torch.optim.Optimizer
 
 
@@ -3332,6 +4310,7 @@ def most_of(number):
 
 def seconds_of(call, seconds, device):
     """Of a call, a mean over about so many seconds, after one that does not count."""
+
     def clock(n):
         started = time.perf_counter()
         for _ in range(n):
@@ -3362,8 +4341,12 @@ def machine(device):
         name = torch.cuda.get_device_name(device)
     elif os.path.exists("/proc/cpuinfo"):
         name = (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [name])[0]
-    return dict(device=f"{world_size()} × {device.type}, {name}", threads=torch.get_num_threads(),
-                torch=torch.__version__, cuda=torch.version.cuda)
+    return dict(
+        device=f"{world_size()} × {device.type}, {name}",
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+    )
 
 
 def throughput(args, rest):
@@ -3394,19 +4377,28 @@ def throughput(args, rest):
     device, world, _ = train.start_processes(first.device)
     results = Results(args.out_dir or "out/throughput", "throughput")
     timing = machine(device) | dict(
-        seconds=args.seconds, micro_batches=args.micro_batches, beside=list(chosen))
-    tell(f"{timing['device']}, {timing['threads']} threads, torch {timing['torch']}, "
-         f"{first.dtype}; step: {first.optimizer}, {first.loss} loss, clipping "
-         f"{first.grad_clip:g}, {args.micro_batches} passes")
+        seconds=args.seconds, micro_batches=args.micro_batches, beside=list(chosen)
+    )
+    tell(
+        f"{timing['device']}, {timing['threads']} threads, torch {timing['torch']}, "
+        f"{first.dtype}; step: {first.optimizer}, {first.loss} loss, clipping "
+        f"{first.grad_clip:g}, {args.micro_batches} passes"
+    )
     compiled = args.compile or ("yes" if device.type == "cuda" else "no")
     compiles = {"no": [False], "yes": [True], "both": [False, True]}[compiled]
     if compiled == "both" and dist.is_initialized():
-        raise UserError("--compile both: several processes would average one network's gradients "
-                        "twice; run it with yes and with no")
-    cells = {mode + ", compiled" * compiled: (mode, compiled) for mode in args.modes
-             for compiled in compiles}
-    passes = {cell: 1 if mode == "inference" else args.micro_batches
-              for cell, (mode, _) in cells.items()}
+        raise UserError(
+            "--compile both: several processes would average one network's gradients "
+            "twice; run it with yes and with no"
+        )
+    cells = {
+        mode + ", compiled" * compiled: (mode, compiled)
+        for mode in args.modes
+        for compiled in compiles
+    }
+    passes = {
+        cell: 1 if mode == "inference" else args.micro_batches for cell, (mode, _) in cells.items()
+    }
 
     timed = {}
     for words, (settings, origin) in chosen.items():
@@ -3415,15 +4407,24 @@ def throughput(args, rest):
             if origin[name] != "command line":
                 setattr(settings, name, value)
         settings.timing = timing
-        key, results.settings[key] = label(settings, (
-            *OF_STEP, "channels_last", "timing"))
-        bare = train.starting_network(settings, origin, train.CLASSES[settings.dataset], device,
-                                      tell)
-        models = {compiled: train.averaging(
-            torch.compile(bare, dynamic=False) if compiled else bare, device)
-            for compiled in compiles}
-        timed[words] = Timed(key, settings, train.complexity_of(settings, tell), bare, models,
-                             train.make_optimizer(settings, bare, device))
+        key, results.settings[key] = label(settings, (*OF_STEP, "channels_last", "timing"))
+        bare = train.starting_network(
+            settings, origin, train.CLASSES[settings.dataset], device, tell
+        )
+        models = {
+            compiled: train.averaging(
+                torch.compile(bare, dynamic=False) if compiled else bare, device
+            )
+            for compiled in compiles
+        }
+        timed[words] = Timed(
+            key,
+            settings,
+            train.complexity_of(settings, tell),
+            bare,
+            models,
+            train.make_optimizer(settings, bare, device),
+        )
 
     def rate(key, part, images, prepare):
         """Calls per second times images, and the most gigabytes of a CUDA device that a call took
@@ -3433,12 +4434,17 @@ def throughput(args, rest):
             try:
                 seconds = seconds_of(prepare(), args.seconds, device)
             except RuntimeError as error:  # the CPU's has no class of its own
-                if not (isinstance(error, torch.OutOfMemoryError)
-                        or "allocate memory" in str(error)):
+                if not (
+                    isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+                ):
                     raise
                 if dist.is_initialized():
-                    print(f"analyze.py: {part}: process {train.rank()} lacks memory: give smaller "
-                          "--batch-sizes", file=sys.stderr, flush=True)
+                    print(
+                        f"analyze.py: {part}: process {train.rank()} lacks memory: give smaller "
+                        "--batch-sizes",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     os._exit(2)  # the others are in the middle of an all-reduce
                 return 0, 0  # not kept: another time there may be room
             taken = device.type == "cuda" and torch.cuda.max_memory_allocated(device) - held
@@ -3448,40 +4454,56 @@ def throughput(args, rest):
 
     def rate_of(words, cell, batch, turn=""):
         one, (mode, compiled) = timed[words], cells[cell]
-        found = rate(one.key, f"{cell}, batch {batch}{turn}", batch * passes[cell], lambda: work(
-            one.settings, one.models[compiled], one.bare, one.optimizer, mode, batch))
+        found = rate(
+            one.key,
+            f"{cell}, batch {batch}{turn}",
+            batch * passes[cell],
+            lambda: work(one.settings, one.models[compiled], one.bare, one.optimizer, mode, batch),
+        )
         if not found[0]:
             one.bare.zero_grad(set_to_none=True)  # of a backward pass that broke off
         return found
 
     best, rounds, memory = {}, {}, {}
     # Else dynamo would give up after 8 networks or batch sizes, in silence.
-    with (torch._dynamo.config.patch(recompile_limit=10**6, accumulated_recompile_limit=10**6),
-          train.progress(None, "throughput", "measurement") as bar):
+    with (
+        torch._dynamo.config.patch(recompile_limit=10**6, accumulated_recompile_limit=10**6),
+        train.progress(None, "throughput", "measurement") as bar,
+    ):
         for words, cell in itertools.product(timed, cells):
             rates = {}
             for batch in sorted(set(args.batch_sizes)):
                 rates[batch], _ = rate_of(words, cell, batch)
                 most = max(rates.values())
                 if not most:
-                    raise UserError(f"{words}, {cell}: a batch of {batch} does not fit in memory; "
-                                    "give smaller --batch-sizes")
+                    raise UserError(
+                        f"{words}, {cell}: a batch of {batch} does not fit in memory; "
+                        "give smaller --batch-sizes"
+                    )
                 images = 2 * batch * passes[cell]  # of the next batch size's step
                 if rates[batch] < 0.95 * most or images > args.seconds * rates[batch]:
                     break
             best[words, cell] = max(rates, key=rates.get)
         for k in range(args.rounds):
-            for words, cell in list(best)[::-1 if k % 2 else 1]:
+            for words, cell in list(best)[:: -1 if k % 2 else 1]:
                 speed, memory[words, cell] = rate_of(
-                    words, cell, best[words, cell], f", round {k + 1}")
+                    words, cell, best[words, cell], f", round {k + 1}"
+                )
                 rounds.setdefault((words, cell), []).append(speed)
                 if not speed:
-                    raise UserError("the networks do not fit in memory beside one another: give "
-                                    "fewer --models or smaller --batch-sizes")
+                    raise UserError(
+                        "the networks do not fit in memory beside one another: give "
+                        "fewer --models or smaller --batch-sizes"
+                    )
         n = 8192 if device.type == "cuda" else 2048
         a = torch.randn(n, n, device=device).to(getattr(torch, first.dtype))
-        top = 2 * n ** 3 * rate(next(iter(timed.values())).key, "products of matrices", 1,
-                                lambda: lambda: a @ a)[0]
+        top = (
+            2
+            * n**3
+            * rate(
+                next(iter(timed.values())).key, "products of matrices", 1, lambda: lambda: a @ a
+            )[0]
+        )
 
     rows, fits, epoch = [], {}, train.TRAINING_IMAGES["imagenet"] / (args.devices or world) / 60
     for cell, (words, (key, settings, cost, *_)) in itertools.product(cells, timed.items()):
@@ -3492,40 +4514,75 @@ def throughput(args, rest):
         over_plain = plain and quartiles(np.divide(plain, own))
         units = {"inference": 1, "training": 3, "sam": 3 * (1 + settings.sam_steps)}[mode]
         flops = 2 * units * cost["macs"] * speed[1]
-        results.put(key, cell, dict(
-            batch=best[words, cell], images_per_second=speed, ratio=ratio, over_plain=over_plain,
-            flops=flops, share_of_peak=flops / top, epoch_minutes=epoch / speed[1],
-            gigabytes=memory[words, cell]))
+        results.put(
+            key,
+            cell,
+            dict(
+                batch=best[words, cell],
+                images_per_second=speed,
+                ratio=ratio,
+                over_plain=over_plain,
+                flops=flops,
+                share_of_peak=flops / top,
+                epoch_minutes=epoch / speed[1],
+                gigabytes=memory[words, cell],
+            ),
+        )
         at_32 = PARK_A1.get(words) if settings.image_size == 32 else None
-        rows.append({
-            "images/s and device": words, "": cell, "batch": best[words, cell],
-            "median": f"{speed[1]:,.4g}", "quartiles": f"{speed[0]:,.4g}-{speed[2]:,.4g}",
-            "ratio": f"{ratio[1]:.3f} ({ratio[0]:.3f}-{ratio[2]:.3f})",
-            "cost of SAM": plain and "{1:.3f} ({0:.3f}-{2:.3f})".format(*over_plain),
-            "TFLOP/s": flops / 1e12, "peak %": 100 * flops / top,
-            "GB": memory[words, cell] if device.type == "cuda" else None,
-            "min/epoch": epoch / speed[1], "GFLOPs": cost["macs"] / 1e9,
-            "M acts": cost["acts"] / 1e6, "papers' images/s": {
-                "inference": CHEN_7.get(words, [None] * 2)[1], "training": at_32}.get(mode),
-            "Xiao min": XIAO_2.get(words, [None] * 4)[3] if mode == "training" else None})
+        rows.append(
+            {
+                "images/s and device": words,
+                "": cell,
+                "batch": best[words, cell],
+                "median": f"{speed[1]:,.4g}",
+                "quartiles": f"{speed[0]:,.4g}-{speed[2]:,.4g}",
+                "ratio": f"{ratio[1]:.3f} ({ratio[0]:.3f}-{ratio[2]:.3f})",
+                "cost of SAM": plain and "{1:.3f} ({0:.3f}-{2:.3f})".format(*over_plain),
+                "TFLOP/s": flops / 1e12,
+                "peak %": 100 * flops / top,
+                "GB": memory[words, cell] if device.type == "cuda" else None,
+                "min/epoch": epoch / speed[1],
+                "GFLOPs": cost["macs"] / 1e9,
+                "M acts": cost["acts"] / 1e6,
+                "papers' images/s": {
+                    "inference": CHEN_7.get(words, [None] * 2)[1],
+                    "training": at_32,
+                }.get(mode),
+                "Xiao min": XIAO_2.get(words, [None] * 4)[3] if mode == "training" else None,
+            }
+        )
     seconds = {cell: [1 / np.median(rounds[words, cell]) for words in timed] for cell in cells}
     for cell, times in seconds.items():
-        of = [(t, one.cost) for t, one in zip(times, timed.values())
-              if one.cost["macs"] > 0]  # it could be counted
+        of = [
+            (t, one.cost) for t, one in zip(times, timed.values()) if one.cost["macs"] > 0
+        ]  # it could be counted
         if len(of) > 2:
-            fits[cell] = {what: correlations(*zip(*((t, cost[what]) for t, cost in of)))
-                          for what in ("macs", "acts")}
+            fits[cell] = {
+                what: correlations(*zip(*((t, cost[what]) for t, cost in of)))
+                for what in ("macs", "acts")
+            }
     table = list(zip(*XIAO_2.values()))
-    fits["Xiao Table 2"] = dict(macs=correlations(table[3], table[0]),
-                                acts=correlations(table[3], table[2]))
+    fits["Xiao Table 2"] = dict(
+        macs=correlations(table[3], table[0]), acts=correlations(table[3], table[2])
+    )
     results.put("all networks", "correlations of time, linear and of ranks", fits)
     if train.rank() == 0:
         print_rows(rows)
-        tell(f"peak: {top / 1e12:.3g} TFLOP/s, a product of {n}×{n} matrices, {first.dtype}; "
-             f"epoch: ImageNet on {args.devices or world} devices; the papers' were others")
-        print_rows([{"correlation of time with": cell} | {
-            f"{what}, {kind}": value for what, pair in of.items()
-            for kind, value in zip(("linear", "ranks"), pair)} for cell, of in fits.items()])
+        tell(
+            f"peak: {top / 1e12:.3g} TFLOP/s, a product of {n}×{n} matrices, {first.dtype}; "
+            f"epoch: ImageNet on {args.devices or world} devices; the papers' were others"
+        )
+        print_rows(
+            [
+                {"correlation of time with": cell}
+                | {
+                    f"{what}, {kind}": value
+                    for what, pair in of.items()
+                    for kind, value in zip(("linear", "ranks"), pair)
+                }
+                for cell, of in fits.items()
+            ]
+        )
         costs = {words: one.cost for words, one in timed.items()}
         finished(results, lambda axes: draw_throughput(axes, seconds, costs), columns=2)
     return results.parts
@@ -3559,16 +4616,29 @@ def step_on_paper(settings, cost, devices, *, tflops, bandwidth, cores, decode):
     ring = sends / (bandwidth * 1e9)
     hidden = min(ring, 2 * micro_batch * forward)
     look = settings.sam_every > 1 and settings.sam_reuse > 0
-    more = (settings.sam_rho > 0) * (
-        settings.sam_sync * settings.sam_steps + look) / settings.sam_every
-    of = dict(micro_batch=micro_batch, micro_batches=share / micro_batch,
-              compute=share * train.forward_passes(settings) * forward,
-              all_reduce=(1 + more) * ring, waits=(1 + more) * ring - hidden,
-              decode=share / (cores * decode), sends=(1 + more) * sends)
+    more = (
+        (settings.sam_rho > 0)
+        * (settings.sam_sync * settings.sam_steps + look)
+        / settings.sam_every
+    )
+    of = dict(
+        micro_batch=micro_batch,
+        micro_batches=share / micro_batch,
+        compute=share * train.forward_passes(settings) * forward,
+        all_reduce=(1 + more) * ring,
+        waits=(1 + more) * ring - hidden,
+        decode=share / (cores * decode),
+        sends=(1 + more) * sends,
+    )
     busy = of["compute"] + of["waits"]
     of["step"] = max(busy, of["decode"])
-    of["bound"] = ("decode" if of["decode"] > busy else
-                   "all-reduce" if of["waits"] > of["compute"] else "compute")
+    of["bound"] = (
+        "decode"
+        if of["decode"] > busy
+        else "all-reduce"
+        if of["waits"] > of["compute"]
+        else "compute"
+    )
     return of
 
 
@@ -3584,60 +4654,102 @@ def scale(args, rest):
     are more devices than micro-batches these are cut, marked by *: another run, with another ε.
     Returns what the JSON holds under "results"."""
     need(args, devices=1)
-    rates = {name: getattr(args, name) for name in ("tflops", "bandwidth", "cores", "decode",
-                                                    "listing")}
+    rates = {
+        name: getattr(args, name) for name in ("tflops", "bandwidth", "cores", "decode", "listing")
+    }
     for name, rate in rates.items():
         if not 0 < rate < math.inf:
             raise UserError(f"--{name} {rate:g}: a rate is above 0")
     if not {word.split("=")[0] for word in rest} & {"--model", "--recipe", "--dataset"}:
         rest = ["--model", "vit_b16", "--sam-rho", "paper", *rest]
-    settings, origin = train.settings(
-        rest, make_parser().commands["scale"]._option_string_actions)
+    settings, origin = train.settings(rest, make_parser().commands["scale"]._option_string_actions)
     refuse(NOT_OF_RUNS, origin, "is for train.py, not for scale")
     if settings.dataset == "folder":
-        raise UserError("--dataset folder: its size is not known; those of "
-                        f"{' '.join(train.TRAINING_IMAGES)} are")
-    batch, devices = settings.batch_size, args.devices or [4 ** i for i in range(6)]
-    odd = [n for n in devices if batch % n or (
-        batch // n > settings.micro_batch and batch // n % settings.micro_batch)]
+        raise UserError(
+            "--dataset folder: its size is not known; those of "
+            f"{' '.join(train.TRAINING_IMAGES)} are"
+        )
+    batch, devices = settings.batch_size, args.devices or [4**i for i in range(6)]
+    odd = [
+        n
+        for n in devices
+        if batch % n or (batch // n > settings.micro_batch and batch // n % settings.micro_batch)
+    ]
     if args.devices and odd or odd == devices:
-        raise UserError(f"--devices {odd[0]}: a batch of {batch:,} gives them no equal shares of "
-                        f"whole micro-batches of {settings.micro_batch}; choose others")
+        raise UserError(
+            f"--devices {odd[0]}: a batch of {batch:,} gives them no equal shares of "
+            f"whole micro-batches of {settings.micro_batch}; choose others"
+        )
     results, cost = opened(args, [], "scale"), train.complexity_of(settings)
     if math.isnan(cost["macs"]):
         raise UserError(f"{settings.model}: its arithmetic cannot be counted")
-    key, results.settings[key] = label(settings, (
-        "batch_size", "micro_batch", "epochs", "max_steps", "train_fraction", "loss", "adv_eps",
-        "sam_rho", "sam_steps", "sam_sync", "sam_every", "sam_reuse"))
+    key, results.settings[key] = label(
+        settings,
+        (
+            "batch_size",
+            "micro_batch",
+            "epochs",
+            "max_steps",
+            "train_fraction",
+            "loss",
+            "adv_eps",
+            "sam_rho",
+            "sam_steps",
+            "sam_sync",
+            "sam_every",
+            "sam_reuse",
+        ),
+    )
     results.settings[key] |= rates
     files = train.TRAINING_IMAGES[settings.dataset] / rates.pop("listing")
     if settings.dataset in train.IN_MEMORY:
         files, rates["decode"] = 0, math.inf
     alone = step_on_paper(settings, cost, 1, **rates)["step"]
-    results.parts[key] = {f"{n} devices": step_on_paper(settings, cost, n, **rates) | dict(
-        devices=n, listing=n * files) for n in devices if n not in odd}
+    results.parts[key] = {
+        f"{n} devices": step_on_paper(settings, cost, n, **rates)
+        | dict(devices=n, listing=n * files)
+        for n in devices
+        if n not in odd
+    }
     for of in results.parts[key].values():
-        of |= dict(hours=of["step"] * train.steps_of(settings) / 3600,
-                   images_per_second=settings.batch_size / of["step"],
-                   efficiency=alone / of["step"] / of["devices"])
+        of |= dict(
+            hours=of["step"] * train.steps_of(settings) / 3600,
+            images_per_second=settings.batch_size / of["step"],
+            efficiency=alone / of["step"] / of["devices"],
+        )
     train.on_main(results.write)
     if train.rank() == 0:
-        tell(f"{settings.recipe}: {settings.model}, batch {settings.batch_size:,} of micro-batches "
-             f"of {settings.micro_batch}, ρ = {settings.sam_rho:g}, {train.steps_of(settings):,} "
-             f"steps, {cost['params'] / 1e6:.1f} M parameters, {cost['macs'] / 1e9:.2f} G "
-             f"multiply-adds; a device: {args.tflops:g} TFLOP/s, {args.bandwidth:g} GB/s, "
-             f"{args.cores:g} cores of {args.decode:g} images/s")
-        print_rows([{
-            "devices": str(of["devices"]), "micro-batches": f"{of['micro_batches']:g} × "
-            f"{of['micro_batch']:g}" + "*" * (of["micro_batch"] < settings.micro_batch),
-            "compute ms": 1e3 * of["compute"], "all-reduce ms": 1e3 * of["all_reduce"],
-            "waits ms": 1e3 * of["waits"], "decode ms": 1e3 * of["decode"],
-            "steps/s": 1 / of["step"], "images/s": f"{of['images_per_second']:,.0f}",
-            "efficiency %": 100 * of["efficiency"], "sends MB": of["sends"] / 1e6,
-            "bound": of["bound"], "hours": f"{of['hours']:,.4g}",
-            "listing min": of["listing"] / 60} for of in results.parts[key].values()])
-        finished(results, lambda axes: draw_scale(axes, list(results.parts[key].values())),
-                 columns=2)
+        tell(
+            f"{settings.recipe}: {settings.model}, batch {settings.batch_size:,} of micro-batches "
+            f"of {settings.micro_batch}, ρ = {settings.sam_rho:g}, {train.steps_of(settings):,} "
+            f"steps, {cost['params'] / 1e6:.1f} M parameters, {cost['macs'] / 1e9:.2f} G "
+            f"multiply-adds; a device: {args.tflops:g} TFLOP/s, {args.bandwidth:g} GB/s, "
+            f"{args.cores:g} cores of {args.decode:g} images/s"
+        )
+        print_rows(
+            [
+                {
+                    "devices": str(of["devices"]),
+                    "micro-batches": f"{of['micro_batches']:g} × "
+                    f"{of['micro_batch']:g}" + "*" * (of["micro_batch"] < settings.micro_batch),
+                    "compute ms": 1e3 * of["compute"],
+                    "all-reduce ms": 1e3 * of["all_reduce"],
+                    "waits ms": 1e3 * of["waits"],
+                    "decode ms": 1e3 * of["decode"],
+                    "steps/s": 1 / of["step"],
+                    "images/s": f"{of['images_per_second']:,.0f}",
+                    "efficiency %": 100 * of["efficiency"],
+                    "sends MB": of["sends"] / 1e6,
+                    "bound": of["bound"],
+                    "hours": f"{of['hours']:,.4g}",
+                    "listing min": of["listing"] / 60,
+                }
+                for of in results.parts[key].values()
+            ]
+        )
+        finished(
+            results, lambda axes: draw_scale(axes, list(results.parts[key].values())), columns=2
+        )
     return results.parts
 
 
@@ -3648,8 +4760,9 @@ def draw_scale(axes, rows):
     axes[0].plot(devices, [rows[0]["images_per_second"] * n / devices[0] for n in devices], "k--")
     axes[0].set_ylabel("images per second")
     for part in ("compute", "all_reduce", "waits", "decode"):
-        axes[1].plot(devices, [1e3 * of[part] or math.nan for of in rows], "o-",
-                     label=part.replace("_", "-"))
+        axes[1].plot(
+            devices, [1e3 * of[part] or math.nan for of in rows], "o-", label=part.replace("_", "-")
+        )
     axes[1].set_ylabel("time of a step (ms)")
     axes[1].legend()
     for one in axes:
@@ -3663,10 +4776,19 @@ def draw_scale(axes, rows):
 FRACTIONS = ["1", "1/2", "1/4", "1/10"]
 CHEN_4 = {  # Chen et al. Table 4, for these fractions of ImageNet
     "resnet152": {"plain": (78.5, 74.2, 68.0, 54.6), "sam": (79.3, 75.6, 70.3, 57.1)},
-    "vit_b16": {"plain": (74.6, 64.9, 52.4, 32.8), "sam": (79.9, 75.4, 66.8, 46.1),
-                "augmented": (79.6, 73.1, 63.2, 38.5), "both": (81.5, 75.8, 65.6, 45.7)},
-    "mixer_b16": {"plain": (66.4, 53.9, 37.2, 21.0), "sam": (77.4, 71.0, 62.8, 43.5),
-                  "augmented": (76.5, 70.4, 61.0, 43.0), "both": (78.1, 73.1, 65.8, 51.0)}}
+    "vit_b16": {
+        "plain": (74.6, 64.9, 52.4, 32.8),
+        "sam": (79.9, 75.4, 66.8, 46.1),
+        "augmented": (79.6, 73.1, 63.2, 38.5),
+        "both": (81.5, 75.8, 65.6, 45.7),
+    },
+    "mixer_b16": {
+        "plain": (66.4, 53.9, 37.2, 21.0),
+        "sam": (77.4, 71.0, 62.8, 43.5),
+        "augmented": (76.5, 70.4, 61.0, 43.0),
+        "both": (78.1, 73.1, 65.8, 51.0),
+    },
+}
 METHODS = ("plain", "sam", "augmented", "both")
 GAINS = {"gain": ("plain", "sam"), "gain, augmented": ("augmented", "both")}  # by SAM
 STRONG = ["--mixup", "0.5", "--randaugment", "2", "15", "--randaugment-of", "google"]  # E.3
@@ -3698,53 +4820,91 @@ def datasize(args, rest):
             strong = ["--recipe", f"{base.recipe}_strong", *flags]
         if base.dataset == "imagenet":
             listed = CHEN_4.get(words, {})
-        for method, (word, share) in itertools.product(args.methods or listed or METHODS,
-                                                       shares.items()):
+        for method, (word, share) in itertools.product(
+            args.methods or listed or METHODS, shares.items()
+        ):
             kind = "supervised" if method in ("plain", "sam") else "strong augmentation"
-            rho = base.sam_rho if origin["sam_rho"] == "command line" else (
-                train.PAPER_RHO[kind].get(base.model) or base.sam_rho or 0.03)
+            rho = (
+                base.sam_rho
+                if origin["sam_rho"] == "command line"
+                else (train.PAPER_RHO[kind].get(base.model) or base.sam_rho or 0.03)
+            )
             batch = max(1, round(base.batch_size * 2.0 ** round(math.log2(share))))
             name = re.sub(r"[^\w.]+", "-", f"{words}-{method}-{word.replace('/', '_')}")
-            jobs[name] = [*(flags if kind == "supervised" else strong), *as_flags(dict(
-                train_fraction=word, batch_size=batch,
-                micro_batch=math.gcd(base.micro_batch, batch),
-                sam_rho=rho if method in ("sam", "both") else 0))]
-            runs.append(dict(
-                model=words, method=method, fraction=float(share), run=name,
-                images=int(train.TRAINING_IMAGES.get(base.dataset, 0) * share) or None,
-                paper=dict(zip(FRACTIONS, listed.get(method, ()))).get(word)))
+            jobs[name] = [
+                *(flags if kind == "supervised" else strong),
+                *as_flags(
+                    dict(
+                        train_fraction=word,
+                        batch_size=batch,
+                        micro_batch=math.gcd(base.micro_batch, batch),
+                        sam_rho=rho if method in ("sam", "both") else 0,
+                    )
+                ),
+            ]
+            runs.append(
+                dict(
+                    model=words,
+                    method=method,
+                    fraction=float(share),
+                    run=name,
+                    images=int(train.TRAINING_IMAGES.get(base.dataset, 0) * share) or None,
+                    paper=dict(zip(FRACTIONS, listed.get(method, ()))).get(word),
+                )
+            )
     if args.dry_run:
         for name, flags in jobs.items() if train.rank() == 0 else ():
             train.settings(flags)
-            train.say(f"python train.py {shlex.join(flags)} --out-dir {folder / 'runs' / name} "
-                      "--resume")
+            train.say(
+                f"python train.py {shlex.join(flags)} --out-dir {folder / 'runs' / name} --resume"
+            )
         return {}
     results = Results(folder, "datasize")
     ended = conduct("datasize", jobs, folder / "runs")
     runs = [run | ended[run["run"]] for run in runs]
-    results.parts = {words: {run["run"]: run for run in own}
-                     for words, own in group(runs, "model").items()}
+    results.parts = {
+        words: {run["run"]: run for run in own} for words, own in group(runs, "model").items()
+    }
     results.settings = jobs
     train.on_main(results.write)
     if train.rank() == 0:
-        tables = {source + words: with_gains(own, key) for words, own in group(
-            runs, "model").items() for source, key in (("", "top1"), ("Chen, ", "paper"))}
+        tables = {
+            source + words: with_gains(own, key)
+            for words, own in group(runs, "model").items()
+            for source, key in (("", "top1"), ("Chen, ", "paper"))
+        }
         images = {run["fraction"]: run["images"] for run in runs}
-        print_rows([{"top-1 %": name, "fraction": f"{share:g}", "images": n} | {
-            column: found.get(column, {}).get(share) for column in (*METHODS, *GAINS)}
-            for name, found in tables.items() for share, n in images.items()
-            if any(found[method] for method in METHODS)])
+        print_rows(
+            [
+                {"top-1 %": name, "fraction": f"{share:g}", "images": n}
+                | {column: found.get(column, {}).get(share) for column in (*METHODS, *GAINS)}
+                for name, found in tables.items()
+                for share, n in images.items()
+                if any(found[method] for method in METHODS)
+            ]
+        )
         finished(results, lambda axes: draw_datasize(axes, tables), columns=2)
     return results.parts
 
 
 def with_gains(runs, key):
     """{method: {fraction: top-1 in percent}} of runs, None left out, and SAM's gains in points."""
-    found = {method: {run["fraction"]: run[key] for run in runs if run["method"] == method
-                      and run[key] is not None} for method in METHODS}
-    return found | {name: {share: found[having][share] - top1 for share, top1
-                           in found[without].items() if share in found[having]}
-                    for name, (without, having) in GAINS.items()}
+    found = {
+        method: {
+            run["fraction"]: run[key]
+            for run in runs
+            if run["method"] == method and run[key] is not None
+        }
+        for method in METHODS
+    }
+    return found | {
+        name: {
+            share: found[having][share] - top1
+            for share, top1 in found[without].items()
+            if share in found[having]
+        }
+        for name, (without, having) in GAINS.items()
+    }
 
 
 def draw_datasize(axes, tables):
@@ -3758,8 +4918,9 @@ def draw_datasize(axes, tables):
                 one.plot(*zip(*points), "ox"[i % 2] + line, color=f"C{i // 2}")
         for column, line in zip(columns, ("-", "--", ":", "-.")):
             one.plot([], [], "k" + line, label=column)
-        shares = sorted({share for found in tables.values() for method in METHODS
-                         for share in found[method]})
+        shares = sorted(
+            {share for found in tables.values() for method in METHODS for share in found[method]}
+        )
         one.set_xscale("log")
         one.set_xticks(shares, [f"{share:g}" for share in shares])
         one.xaxis.set_minor_formatter("")
@@ -3769,6 +4930,7 @@ def draw_datasize(axes, tables):
 
 
 # ----------------------------------------------------------------------------------- many trainings
+
 
 def outcome(args):
     """How the run with these settings ended: dict of top1 in percent and nll on the validation set,
@@ -3799,15 +4961,20 @@ def outcome(args):
 
 def child_environment(device):
     """For a child that trains alone, on this process's device."""
-    environment = {k: v for k, v in os.environ.items() if not k.endswith(("RANK", "WORLD_SIZE"))
-                   and not k.startswith(("MASTER_", "TORCHELASTIC_"))} | {"PYTHONUNBUFFERED": "1"}
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.endswith(("RANK", "WORLD_SIZE")) and not k.startswith(("MASTER_", "TORCHELASTIC_"))
+    } | {"PYTHONUNBUFFERED": "1"}
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = visible if visible != [""] else [str(i) for i in range(torch.cuda.device_count())]
         local = int(os.environ["LOCAL_RANK"])
         if local >= len(names):
-            raise UserError(f"{local + 1} processes or more for {len(names)} CUDA devices: use "
-                            f"--nproc_per_node={len(names)}")
+            raise UserError(
+                f"{local + 1} processes or more for {len(names)} CUDA devices: use "
+                f"--nproc_per_node={len(names)}"
+            )
         environment["CUDA_VISIBLE_DEVICES"] = names[local]
     return environment
 
@@ -3826,9 +4993,14 @@ def train_one(argv, folder, environment):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "ab") as output:
         # In a session of its own, it is told of Ctrl-C once, by the lines below.
-        child = subprocess.Popen([sys.executable, train.__file__, *argv], stdout=output,
-                                 stderr=output, env=environment, start_new_session=True,
-                                 preexec_fn=end_with_parent)
+        child = subprocess.Popen(
+            [sys.executable, train.__file__, *argv],
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
         try:
             return child.wait()
         except KeyboardInterrupt:
@@ -3841,14 +5013,21 @@ def conduct(what, jobs, folder):
     """Trains {name: flags of train.py}, each in FOLDER/NAME; -> {name: its outcome}. What ended
     before is not trained again, what was stopped goes on. Processes of torchrun share the
     trainings, the longest first; on several machines they need a folder that all of them see."""
-    chosen = {name: train.settings([*flags, "--out-dir", str(folder / name), "--resume"])[0]
-              for name, flags in jobs.items()}
+    chosen = {
+        name: train.settings([*flags, "--out-dir", str(folder / name), "--resume"])[0]
+        for name, flags in jobs.items()
+    }
     ended = train.on_main(lambda: {name: outcome(args) for name, args in chosen.items()})
     todo = [name for name in chosen if ended[name] is None]
     tell(f"{what}: {len(jobs)} trainings, {len(jobs) - len(todo)} done before")
-    todo.sort(key=lambda name: -chosen[name].epochs * float(Fraction(chosen[name].train_fraction))
-              * train.forward_passes(chosen[name]))
-    own, failure = todo[train.rank()::int(os.environ.get("WORLD_SIZE", 1))], None
+    todo.sort(
+        key=lambda name: (
+            -chosen[name].epochs
+            * float(Fraction(chosen[name].train_fraction))
+            * train.forward_passes(chosen[name])
+        )
+    )
+    own, failure = todo[train.rank() :: int(os.environ.get("WORLD_SIZE", 1))], None
     on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -3861,10 +5040,14 @@ def conduct(what, jobs, folder):
             ended[name] = outcome(args)
             if ended[name] is None:
                 text = (folder / name / "output.txt").read_text(errors="replace")
-                raise UserError(f"{folder / name} ended with status {status}: "
-                                f"{(text.splitlines() or ['without a word'])[-1]}")
-            train.say(f"{name}: " + ("diverged" if ended[name]["diverged"] else
-                                     f"top-1 {ended[name]['top1']:.2f} %"))
+                raise UserError(
+                    f"{folder / name} ended with status {status}: "
+                    f"{(text.splitlines() or ['without a word'])[-1]}"
+                )
+            train.say(
+                f"{name}: "
+                + ("diverged" if ended[name]["diverged"] else f"top-1 {ended[name]['top1']:.2f} %")
+            )
     except UserError as error:
         failure = str(error)
     finally:
@@ -3883,8 +5066,12 @@ def conduct(what, jobs, folder):
 def as_flags(values):
     """{setting: value} as words of a command line; what is None is left out."""
     given = argparse.Namespace(**values)
-    return [word for name, value in values.items() if value is not None
-            for word in train.as_flag(name, given)]
+    return [
+        word
+        for name, value in values.items()
+        if value is not None
+        for word in train.as_flag(name, given)
+    ]
 
 
 def refuse(flags, origin, why):
@@ -3896,42 +5083,90 @@ def refuse(flags, origin, why):
 
 # ---------------------------------------------------------------------------------------- stability
 
-XIAO_MODELS = [f"{family}_{size}" for family, sizes in (
-    ("vit_p", ("1gf", "4gf", "18gf")), ("vit_c", ("1gf", "4gf", "18gf")),
-    ("regnety", ("1gf", "4gf", "16gf"))) for size in sizes]
+XIAO_MODELS = [
+    f"{family}_{size}"
+    for family, sizes in (
+        ("vit_p", ("1gf", "4gf", "18gf")),
+        ("vit_c", ("1gf", "4gf", "18gf")),
+        ("regnety", ("1gf", "4gf", "16gf")),
+    )
+    for size in sizes
+]
 NOT_OF_RUNS = ("resume", "eval_only", "list_models", "list_recipes", "download", "dry_run")
 STUDIES = {  # models; the values of what is varied
     "length": (XIAO_MODELS, dict(optimizer=["best"], epochs=[50, 100, 200, 400])),  # Xiao Fig. 2
-    "optimizer": (XIAO_MODELS, dict(optimizer=["adamw", "sgd"],                      # Xiao Fig. 3
-                                    epochs=[50, 100, 200, 400])),
-    "lr-wd": (XIAO_MODELS, dict(optimizer=["adamw", "sgd"], epochs=[50])),        # Xiao Fig. 4, 5
-    "rho": (["vit_b16", "mixer_b16"], dict(                                         # Chen Table 10
-        sam_rho=[0, 0.05, 0.1, 0.2, 0.25, 0.35, 0.4, 0.5, 0.6, 0.65])),
-    "grid": (["mixer_b16"], dict(lr=[3e-3, 1e-3], weight_decay=[0.3, 0.1, 0.03],      # Chen App. E
-                                 dropout=[0.1, 0.0], drop_path=[0.1, 0.0])),
-    "doubled": (["vit_b16", "mixer_b16"], dict(epochs=[300, 600])),                   # Chen App. F
+    "optimizer": (
+        XIAO_MODELS,
+        dict(
+            optimizer=["adamw", "sgd"],  # Xiao Fig. 3
+            epochs=[50, 100, 200, 400],
+        ),
+    ),
+    "lr-wd": (XIAO_MODELS, dict(optimizer=["adamw", "sgd"], epochs=[50])),  # Xiao Fig. 4, 5
+    "rho": (
+        ["vit_b16", "mixer_b16"],
+        dict(  # Chen Table 10
+            sam_rho=[0, 0.05, 0.1, 0.2, 0.25, 0.35, 0.4, 0.5, 0.6, 0.65]
+        ),
+    ),
+    "grid": (
+        ["mixer_b16"],
+        dict(
+            lr=[3e-3, 1e-3],
+            weight_decay=[0.3, 0.1, 0.03],  # Chen App. E
+            dropout=[0.1, 0.0],
+            drop_path=[0.1, 0.0],
+        ),
+    ),
+    "doubled": (["vit_b16", "mixer_b16"], dict(epochs=[300, 600])),  # Chen App. F
 }
 OF_XIAO = ("length", "optimizer", "lr-wd")  # their learning rate and weight decay are optimal ones
 PAPER = {  # top-1 that the paper reports: {study: {model: {values of what is varied: number}}}
-    "rho": {"vit_b16": {(0,): 74.6, (0.05,): 77.5, (0.1,): 78.8, (0.2,): 79.9, (0.25,): 79.3},
-            "mixer_b16": {(0,): 66.4, (0.05,): 69.5, (0.25,): 74.1, (0.35,): 74.7, (0.4,): 75.6,
-                          (0.5,): 76.9, (0.6,): 77.4, (0.65,): 77.1}},
+    "rho": {
+        "vit_b16": {(0,): 74.6, (0.05,): 77.5, (0.1,): 78.8, (0.2,): 79.9, (0.25,): 79.3},
+        "mixer_b16": {
+            (0,): 66.4,
+            (0.05,): 69.5,
+            (0.25,): 74.1,
+            (0.35,): 74.7,
+            (0.4,): 75.6,
+            (0.5,): 76.9,
+            (0.6,): 77.4,
+            (0.65,): 77.1,
+        },
+    },
     "grid": {"mixer_b16": {(3e-3, 0.3, 0.0, 0.1): 66.4}},  # what Table 8 chose
-    "doubled": {"vit_b16": {(300,): 74.6, (600,): "no gain"},
-                "mixer_b16": {(300,): 66.4, (600,): "no gain"}},
+    "doubled": {
+        "vit_b16": {(300,): 74.6, (600,): "no gain"},
+        "mixer_b16": {(300,): 66.4, (600,): "no gain"},
+    },
 }
 # Xiao Table 4 (arXiv v3, Appendix E): lr and weight decay at batch 2048, the optima for 50 epochs
 # on ImageNet and the intervals of the random pairs.
 OPTIMA = {
-    "adamw": {"regnety": (3.8e-3, 0.1), "vit_p_1gf": (2e-3, 0.2), "vit_p_4gf": (2e-3, 0.2),
-              "vit_p_18gf": (1e-3, 0.24), "vit_c_1gf": (2.5e-3, 0.19), "vit_c_4gf": (1e-3, 0.24),
-              "vit_c_18gf": (1e-3, 0.24)},
-    "sgd": {"regnety": (2.54, 2.4e-5), "vit_p_1gf": (1.9, 1.3e-5), "vit_p_4gf": (1.9, 1.3e-5),
-            "vit_p_18gf": (1.1, 1.2e-5), "vit_c_1gf": (1.9, 1.3e-5), "vit_c_4gf": (1.3, 2.2e-5),
-            "vit_c_18gf": (1.1, 2.7e-5)}}
+    "adamw": {
+        "regnety": (3.8e-3, 0.1),
+        "vit_p_1gf": (2e-3, 0.2),
+        "vit_p_4gf": (2e-3, 0.2),
+        "vit_p_18gf": (1e-3, 0.24),
+        "vit_c_1gf": (2.5e-3, 0.19),
+        "vit_c_4gf": (1e-3, 0.24),
+        "vit_c_18gf": (1e-3, 0.24),
+    },
+    "sgd": {
+        "regnety": (2.54, 2.4e-5),
+        "vit_p_1gf": (1.9, 1.3e-5),
+        "vit_p_4gf": (1.9, 1.3e-5),
+        "vit_p_18gf": (1.1, 1.2e-5),
+        "vit_c_1gf": (1.9, 1.3e-5),
+        "vit_c_4gf": (1.3, 2.2e-5),
+        "vit_c_18gf": (1.1, 2.7e-5),
+    },
+}
 INTERVALS = {
     "adamw": {"regnety": ((1.25e-3, 4e-2), (7.5e-3, 0.24)), "vit": ((2.5e-4, 8e-3), (0.02, 0.8))},
-    "sgd": {"regnety": ((0.25, 8.0), (3e-6, 8e-5)), "vit": ((0.1, 3.2), (4e-6, 1.2e-4))}}
+    "sgd": {"regnety": ((0.25, 8.0), (3e-6, 8e-5)), "vit": ((0.1, 3.2), (4e-6, 1.2e-4))},
+}
 WIDTH = (1 / 8, 4.0)  # of intervals around other optima, as Appendix E made these
 TABLE_4 = "Xiao Table 4"
 
@@ -3955,7 +5190,8 @@ def interval(model, values, settings, source):
     """((lowest, highest) learning rate, weight decay) of random pairs around an optimum."""
     if source == TABLE_4:
         lr, wd = INTERVALS[values["optimizer"]][
-            "regnety" if train.family(model) == "regnety" else "vit"]
+            "regnety" if train.family(model) == "regnety" else "vit"
+        ]
         return [x * settings.batch_size / 2048 for x in lr], wd
     return [[values[name] * width for width in WIDTH] for name in ("lr", "weight_decay")]
 
@@ -3967,15 +5203,20 @@ def search(starts, top1_of, factor=3):
     place, found = dict.fromkeys(starts, (0, 0)), {}
 
     def at(key, i, j):
-        return key, three_digits(starts[key][0] * factor ** i), three_digits(
-            starts[key][1] * factor ** j)
+        return (
+            key,
+            three_digits(starts[key][0] * factor**i),
+            three_digits(starts[key][1] * factor**j),
+        )
 
     moving = list(starts)
     while moving:
-        near = {key: [(i, j), (i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
-                for key in moving for i, j in [place[key]]}
-        new = [point for key in moving for ij in near[key]
-               if (point := at(key, *ij)) not in found]
+        near = {
+            key: [(i, j), (i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+            for key in moving
+            for i, j in [place[key]]
+        }
+        new = [point for key in moving for ij in near[key] if (point := at(key, *ij)) not in found]
         found |= zip(new, (-1 if top1 is None else top1 for top1 in top1_of(new)))
         place |= {key: max(near[key], key=lambda ij: found[at(key, *ij)]) for key in moving}
         moving = [key for key in moving if place[key] != near[key][0]]
@@ -3989,15 +5230,21 @@ def three_digits(x):
 def random_pairs(n, lr, wd, seed):
     """n pairs of learning rate and weight decay, log-uniform in the intervals lr and wd. Pair k
     depends on (seed, k) alone, and lies at the same place of the interval for every model."""
-    return [tuple(three_digits(low * (high / low) ** u) for u, (low, high) in zip(row, (lr, wd)))
-            for row in data.uniforms(data.keys(seed, np.arange(n)), 2).tolist()]
+    return [
+        tuple(three_digits(low * (high / low) ** u) for u, (low, high) in zip(row, (lr, wd)))
+        for row in data.uniforms(data.keys(seed, np.arange(n)), 2).tolist()
+    ]
 
 
 def stand_in(top1):
     """{epochs: top-1, None of a run that diverged} -> the same, with the best of the shorter runs
     in a diverged one's place (Xiao Fig. 3); None stays where there is none."""
-    return {epochs: max((v for e, v in top1.items() if e < epochs and v is not None), default=None)
-            if value is None else value for epochs, value in top1.items()}
+    return {
+        epochs: max((v for e, v in top1.items() if e < epochs and v is not None), default=None)
+        if value is None
+        else value
+        for epochs, value in top1.items()
+    }
 
 
 def edf(errors):
@@ -4025,10 +5272,11 @@ def best(runs):
 
 
 # study -> what its runs have in common with the one they are compared with; which one that is
-COMPARED = {"length": (["model", "optimizer"], longest),
-            "optimizer": (["model", "epochs"], lambda runs: runs[0]),  # by default AdamW
-            "lr-wd": (["model", "optimizer"], best)} | dict.fromkeys(
-    ("rho", "grid", "doubled"), (["model"], best))
+COMPARED = {
+    "length": (["model", "optimizer"], longest),
+    "optimizer": (["model", "epochs"], lambda runs: runs[0]),  # by default AdamW
+    "lr-wd": (["model", "optimizer"], best),
+} | dict.fromkeys(("rho", "grid", "doubled"), (["model"], best))
 
 
 def subtract_reference(study, runs):
@@ -4058,36 +5306,58 @@ def cell(run, key):
 def stability_rows(study, runs, axes):
     """The study's table, for print_rows."""
     if study == "length":
-        return [{"Δ top-1 to the longest": f"{model}, {optimizer}"} | {
-            f"{run['epochs']} epochs": cell(run, "delta") for run in own} | {
-            "top-1 %": cell(longest(own), "compared")}
-            for (model, optimizer), own in group(runs, "model", "optimizer").items()]
+        return [
+            {"Δ top-1 to the longest": f"{model}, {optimizer}"}
+            | {f"{run['epochs']} epochs": cell(run, "delta") for run in own}
+            | {"top-1 %": cell(longest(own), "compared")}
+            for (model, optimizer), own in group(runs, "model", "optimizer").items()
+        ]
     if study == "optimizer":
-        return [{"model": model, "epochs": epochs} | {
-            f"{run['optimizer']} %": cell(run, "compared") for run in own} | {
-            "Δ": cell(own[-1], "delta")}
-            for (model, epochs), own in group(runs, "model", "epochs").items()]
+        return [
+            {"model": model, "epochs": epochs}
+            | {f"{run['optimizer']} %": cell(run, "compared") for run in own}
+            | {"Δ": cell(own[-1], "delta")}
+            for (model, epochs), own in group(runs, "model", "epochs").items()
+        ]
     if study == "lr-wd":
-        return [{"model": model, "optimizer": optimizer, "best top-1 %": cell(best(own), "top1"),
-                 "lr": f"{best(own)['lr']:g}", "wd": f"{best(own)['weight_decay']:g}"} | {
+        return [
+            {
+                "model": model,
+                "optimizer": optimizer,
+                "best top-1 %": cell(best(own), "top1"),
+                "lr": f"{best(own)['lr']:g}",
+                "wd": f"{best(own)['weight_decay']:g}",
+            }
+            | {
                 f"Δ ≤ {most}": f"{sum(not r['diverged'] and r['delta'] <= most for r in pairs)}"
-                               f" of {len(pairs)}" for most in (1, 2, 4, 10)} | {
-                "diverged": sum(run["diverged"] for run in pairs)}
-                for (model, optimizer), own in group(runs, "model", "optimizer").items()
-                for pairs in [[run for run in own if run["random"]]]]
+                f" of {len(pairs)}"
+                for most in (1, 2, 4, 10)
+            }
+            | {"diverged": sum(run["diverged"] for run in pairs)}
+            for (model, optimizer), own in group(runs, "model", "optimizer").items()
+            for pairs in [[run for run in own if run["random"]]]
+        ]
     paper = PAPER[study]
-    return [{"model": run["model"]} | {name: f"{run[name]:g}" for name in axes} | {
-        "top-1 %": cell(run, "top1"),
-        "paper": paper.get(run["model"], {}).get(tuple(run[name] for name in axes))}
-        for run in runs]
+    return [
+        {"model": run["model"]}
+        | {name: f"{run[name]:g}" for name in axes}
+        | {
+            "top-1 %": cell(run, "top1"),
+            "paper": paper.get(run["model"], {}).get(tuple(run[name] for name in axes)),
+        }
+        for run in runs
+    ]
 
 
 def draw_length(axes, runs):
     """Xiao Fig. 2."""
     for model, own in group(runs, "model").items():
-        axes.plot([run["epochs"] for run in own],
-                  [math.nan if run["delta"] is None else run["delta"] for run in own], "o-",
-                  label=model)
+        axes.plot(
+            [run["epochs"] for run in own],
+            [math.nan if run["delta"] is None else run["delta"] for run in own],
+            "o-",
+            label=model,
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(*[list(group(runs, "epochs"))] * 2)
     axes.set_xlabel("epochs")
@@ -4099,12 +5369,18 @@ def draw_optimizer(axes, runs):
     """Xiao Fig. 3: dashed where a run diverged and the best shorter one stands in."""
     for color, own in enumerate(group(runs, "model").values()):
         for optimizer, line in group(own, "optimizer").items():
-            points = [(run["epochs"], math.nan if run["compared"] is None else run["compared"])
-                      for run in line]
+            points = [
+                (run["epochs"], math.nan if run["compared"] is None else run["compared"])
+                for run in line
+            ]
             for run, *ends in zip(line[1:], points, points[1:]):
                 axes.plot(*zip(*ends), "--" if run["diverged"] else "-", color=f"C{color}")
-            axes.plot(*zip(*points), {"adamw": "^", "sgd": "v"}.get(optimizer, "o"),
-                      color=f"C{color}", label=f"{own[0]['model']}, {optimizer}")
+            axes.plot(
+                *zip(*points),
+                {"adamw": "^", "sgd": "v"}.get(optimizer, "o"),
+                color=f"C{color}",
+                label=f"{own[0]['model']}, {optimizer}",
+            )
     axes.set_xscale("log", base=2)
     axes.set_xticks(*[list(group(runs, "epochs"))] * 2)
     axes.set_xlabel("epochs")
@@ -4119,9 +5395,14 @@ def draw_pairs(grid, runs):
         for color, (model, own) in enumerate(group(chosen, "model").items()):
             style, pairs = dict(color=f"C{color}"), [run for run in own if run["random"]]
             reached = [run for run in pairs if not run["diverged"]]
-            for axes, (name, x) in zip(row, (("lr", lambda r: r["lr"]),
-                                             ("wd", lambda r: r["weight_decay"]),
-                                             ("lr · wd", lambda r: r["lr"] * r["weight_decay"]))):
+            for axes, (name, x) in zip(
+                row,
+                (
+                    ("lr", lambda r: r["lr"]),
+                    ("wd", lambda r: r["weight_decay"]),
+                    ("lr · wd", lambda r: r["lr"] * r["weight_decay"]),
+                ),
+            ):
                 error = [100 - run["top1"] for run in reached]
                 axes.scatter([x(run) for run in reached], error, 8, **style)
                 for run in own:
@@ -4144,15 +5425,24 @@ def draw_values(axes, runs, study, names):
     labels = {tuple(run[name] for name in names): None for run in runs}
     for color, (model, own) in enumerate(group(runs, "model").items()):
         style, paper = dict(color=f"C{color}"), PAPER[study].get(model, {})
-        for source, marker, top1 in ((model, "o-", {tuple(r[n] for n in names): r["top1"]
-                                                    for r in own}), ("paper", "x", paper)):
-            shown = [(i, top1[v]) for i, v in enumerate(labels)
-                     if isinstance(top1.get(v), float)]
+        for source, marker, top1 in (
+            (model, "o-", {tuple(r[n] for n in names): r["top1"] for r in own}),
+            ("paper", "x", paper),
+        ):
+            shown = [(i, top1[v]) for i, v in enumerate(labels) if isinstance(top1.get(v), float)]
             if shown:
-                axes.plot(*zip(*shown), marker, label=f"{source}, {model}" if marker == "x"
-                          else model, **style)
-    axes.set_xticks(range(len(labels)), [" ".join(f"{v:g}" for v in values) for values in labels],
-                    rotation=90, fontsize=6)
+                axes.plot(
+                    *zip(*shown),
+                    marker,
+                    label=f"{source}, {model}" if marker == "x" else model,
+                    **style,
+                )
+    axes.set_xticks(
+        range(len(labels)),
+        [" ".join(f"{v:g}" for v in values) for values in labels],
+        rotation=90,
+        fontsize=6,
+    )
     axes.set_xlabel(", ".join(name.replace("_", " ") for name in names))
     axes.set_ylabel("top-1 (%)")
     axes.legend(fontsize=6)
@@ -4177,8 +5467,10 @@ def values_of(study, vary):
     for name, *words in vary:
         name = name.replace("-", "_")
         if name not in axes or not words:
-            raise UserError(f"--vary {' '.join([name, *words])}: {study} varies "
-                            f"{' and '.join(axes)}; give one of these and its values")
+            raise UserError(
+                f"--vary {' '.join([name, *words])}: {study} varies "
+                f"{' and '.join(axes)}; give one of these and its values"
+            )
         axes[name] = list(dict.fromkeys(map(number, words)))
     if study == "lr-wd" and len(axes["epochs"]) > 1:
         raise UserError("--vary epochs: all runs of lr-wd are of one length")
@@ -4202,8 +5494,10 @@ def stability(args, rest):
         try:
             given[optimizer] = tuple(map(float, pair))
         except ValueError:
-            raise UserError(f"--optimum {optimizer} {' '.join(pair)}: give an optimizer, a "
-                            "learning rate and a weight decay, as adamw 1e-3 0.1") from None
+            raise UserError(
+                f"--optimum {optimizer} {' '.join(pair)}: give an optimizer, a "
+                "learning rate and a weight decay, as adamw 1e-3 0.1"
+            ) from None
     if any(word.split("=")[0] == "--model" for word in rest):
         raise UserError("--model: a study has --models")
 
@@ -4216,12 +5510,21 @@ def stability(args, rest):
             raise UserError(f"--models {model!r}: {error}") from None
         chosen, origin = train.settings(base[model])
         refuse(axes, origin, "is what the study varies: --vary gives its values")
-        refuse(("lr", "weight_decay") * (study in OF_XIAO), origin,
-               "is the optimal one in this study: --optimum OPTIMIZER LR WD sets it")
-        refuse(("nesterov", "lr_end") * (study in OF_XIAO), origin,
-               "goes with the optimizer and the learning rate, which this study sets")
-        refuse(NOT_OF_RUNS, origin, "is for train.py; analyze.py goes on by itself when it is "
-                                    "started again")
+        refuse(
+            ("lr", "weight_decay") * (study in OF_XIAO),
+            origin,
+            "is the optimal one in this study: --optimum OPTIMIZER LR WD sets it",
+        )
+        refuse(
+            ("nesterov", "lr_end") * (study in OF_XIAO),
+            origin,
+            "goes with the optimizer and the learning rate, which this study sets",
+        )
+        refuse(
+            NOT_OF_RUNS,
+            origin,
+            "is for train.py; analyze.py goes on by itself when it is started again",
+        )
         train.check_network(chosen)
         settings[model] = chosen
         tell(f"model     {model}: recipe {chosen.recipe}")
@@ -4232,24 +5535,34 @@ def stability(args, rest):
         name = "-".join([re.sub(r"[^\w.]+", "-", model).strip("-"), *parts])
         if study in OF_XIAO:  # what goes with these; in their code SGD is Nesterov's
             own = settings[model]
-            values = values | dict(nesterov=values["optimizer"] == "sgd", lr_end=three_digits(
-                own.lr_end * values["lr"] / own.lr))
+            values = values | dict(
+                nesterov=values["optimizer"] == "sgd",
+                lr_end=three_digits(own.lr_end * values["lr"] / own.lr),
+            )
         return name, [*base[model], *as_flags(values)]
 
     def trained(what, trainings):
         """[(model, values)] -> [dict of these, the run's name and how it ended]."""
         jobs = [job(*training) for training in trainings]
         ended = conduct(what, dict(jobs), folder / "runs")
-        return [dict(model=model, run=name) | values | ended[name]
-                for (model, values), (name, _) in zip(trainings, jobs)]
+        return [
+            dict(model=model, run=name) | values | ended[name]
+            for (model, values), (name, _) in zip(trainings, jobs)
+        ]
 
     # ---- which trainings
     results = None if args.dry_run else Results(folder, study)
-    trainings = [(model, dict(zip(axes, values))) for model in base
-                 for values in itertools.product(*axes.values())]
+    trainings = [
+        (model, dict(zip(axes, values)))
+        for model in base
+        for values in itertools.product(*axes.values())
+    ]
     if study == "rho" and not args.vary:  # Table 10 has other values for each model
-        trainings = [(model, values) for model, values in trainings
-                     if (values["sam_rho"],) in PAPER[study].get(model, [(values["sam_rho"],)])]
+        trainings = [
+            (model, values)
+            for model, values in trainings
+            if (values["sam_rho"],) in PAPER[study].get(model, [(values["sam_rho"],)])
+        ]
     optima, sources, shortest = {}, {}, min(axes.get("epochs", [0]))
     if study in OF_XIAO:
         for model, values in trainings:
@@ -4260,23 +5573,42 @@ def stability(args, rest):
             optima[key], sources[key] = optimum(*key, settings[key[0]], given)
         starts = {key: pair for key, pair in optima.items() if not sources[key]}
         if not args.dry_run:
-            optima |= search(starts, lambda points: [run["top1"] for run in trained(
-                f"search at {shortest} epochs", [(model, dict(
-                    optimizer=optimizer, epochs=shortest, lr=lr, weight_decay=wd))
-                    for (model, optimizer), lr, wd in points])])
+            optima |= search(
+                starts,
+                lambda points: [
+                    run["top1"]
+                    for run in trained(
+                        f"search at {shortest} epochs",
+                        [
+                            (
+                                model,
+                                dict(optimizer=optimizer, epochs=shortest, lr=lr, weight_decay=wd),
+                            )
+                            for (model, optimizer), lr, wd in points
+                        ],
+                    )
+                ],
+            )
         for (model, optimizer), (lr, wd) in optima.items():
             source = sources[model, optimizer] or (
-                "the start of a search" if args.dry_run else "found by the search")
-            tell(f"optimum   {model}, {optimizer}: learning rate {lr:g}, weight decay {wd:g}, "
-                 f"{source}")
+                "the start of a search" if args.dry_run else "found by the search"
+            )
+            tell(
+                f"optimum   {model}, {optimizer}: learning rate {lr:g}, weight decay {wd:g}, "
+                f"{source}"
+            )
         for model, values in trainings:
             values |= dict(zip(("lr", "weight_decay"), optima[model, values["optimizer"]]))
     if study == "lr-wd":
-        trainings += [(model, values | dict(lr=lr, weight_decay=wd))
-                      for model, values in trainings for lr, wd in random_pairs(
-                          args.pairs, *interval(model, values, settings[model],
-                                                sources[model, values["optimizer"]]),
-                          settings[model].seed)]
+        trainings += [
+            (model, values | dict(lr=lr, weight_decay=wd))
+            for model, values in trainings
+            for lr, wd in random_pairs(
+                args.pairs,
+                *interval(model, values, settings[model], sources[model, values["optimizer"]]),
+                settings[model].seed,
+            )
+        ]
     if args.dry_run:
         for name, flags in (job(*training) for training in trainings):
             tell(f"python train.py {shlex.join(flags)} --out-dir {folder / 'runs' / name} --resume")
@@ -4287,16 +5619,25 @@ def stability(args, rest):
     for i, run in enumerate(runs if study == "lr-wd" else []):
         run["random"] = i >= len(optima)  # after those at the optima
     subtract_reference(study, runs)
-    results.parts = {model: {run["run"]: {k: v for k, v in run.items() if k not in (
-        "model", "run")} for run in own} for model, own in group(runs, "model").items()}
-    results.settings = {model: {k: v for k, v in vars(chosen).items() if k != "out_dir"}
-                        for model, chosen in settings.items()}
+    results.parts = {
+        model: {
+            run["run"]: {k: v for k, v in run.items() if k not in ("model", "run")} for run in own
+        }
+        for model, own in group(runs, "model").items()
+    }
+    results.settings = {
+        model: {k: v for k, v in vars(chosen).items() if k != "out_dir"}
+        for model, chosen in settings.items()
+    }
     train.on_main(results.write)
     if train.rank() == 0:
         print_rows(stability_rows(study, runs, axes))
         if any(run["diverged"] for run in runs):
-            tell("*: diverged" + "; the best shorter run stands in, if there is one"
-                 * (study in ("length", "optimizer")))
+            tell(
+                "*: diverged"
+                + "; the best shorter run stands in, if there is one"
+                * (study in ("length", "optimizer"))
+            )
         rows = len(axes["optimizer"]) if study == "lr-wd" else 1
         draw = DRAW.get(study, functools.partial(draw_values, study=study, names=list(axes)))
         finished(results, lambda axes: draw(axes, runs), rows, 4 if study == "lr-wd" else 1)
@@ -4308,11 +5649,17 @@ def stability(args, rest):
 HELD_OUT = {"cifar10": "1/50", "cifar100": "1/50", "flowers102": "1/10", "pets": "1/10"}  # Chen E.6
 BASE_LR = [0.001, 0.003, 0.01, 0.03]  # Table 11
 TABLE_6 = {  # cifar10, cifar100, flowers102, pets
-    "resnet50 with SAM": (97.4, 85.2, 90.0, 91.6), "resnet152 with SAM": (98.2, 87.8, 91.1, 93.3),
-    "vit_s16": (97.6, 85.7, 86.4, 90.4), "vit_s16 with SAM": (98.2, 87.6, 91.5, 92.9),
-    "vit_b16": (98.1, 87.6, 88.5, 91.9), "vit_b16 with SAM": (98.6, 89.1, 91.8, 93.1),
-    "mixer_s16": (94.1, 77.9, 83.3, 86.1), "mixer_s16 with SAM": (96.1, 82.4, 87.9, 88.7),
-    "mixer_b16": (95.4, 80.0, 82.8, 86.1), "mixer_b16 with SAM": (97.8, 86.4, 90.0, 92.5)}
+    "resnet50 with SAM": (97.4, 85.2, 90.0, 91.6),
+    "resnet152 with SAM": (98.2, 87.8, 91.1, 93.3),
+    "vit_s16": (97.6, 85.7, 86.4, 90.4),
+    "vit_s16 with SAM": (98.2, 87.6, 91.5, 92.9),
+    "vit_b16": (98.1, 87.6, 88.5, 91.9),
+    "vit_b16 with SAM": (98.6, 89.1, 91.8, 93.1),
+    "mixer_s16": (94.1, 77.9, 83.3, 86.1),
+    "mixer_s16 with SAM": (96.1, 82.4, 87.9, 88.7),
+    "mixer_b16": (95.4, 80.0, 82.8, 86.1),
+    "mixer_b16 with SAM": (97.8, 86.4, 90.0, 92.5),
+}
 NOT_INHERITED = ("dropout", "drop_path", "head_bias", "init", "zero_init")  # by fine-tuning
 
 
@@ -4332,46 +5679,92 @@ def transfer(args, rest):
         """A run's name and flags."""
         kept = [name for name in train.MODEL_FLAGS if name not in NOT_INHERITED]
         recipe = f"chen_to_{dataset if dataset in HELD_OUT else 'flowers102'}"
-        flags = ["--recipe", recipe, *rest, "--reset-head", *as_flags(dict(
-            dataset=dataset, init_from=settings.init_from, model=settings.model, lr=lr,
-            hold_out=hold_out) | {name: getattr(settings, name) for name in kept})]
+        flags = [
+            "--recipe",
+            recipe,
+            *rest,
+            "--reset-head",
+            *as_flags(
+                dict(
+                    dataset=dataset,
+                    init_from=settings.init_from,
+                    model=settings.model,
+                    lr=lr,
+                    hold_out=hold_out,
+                )
+                | {name: getattr(settings, name) for name in kept}
+            ),
+        ]
         return f"{content}-{dataset}-{'all' if hold_out == '0' else 'part'}-lr{lr:g}", flags
 
     named = [(*label(settings), settings) for settings, _ in chosen]
     results.settings |= {name: decides for name, decides, _ in named}
-    tasks = {(name, dataset): (settings, decides["content"], dataset)
-             for name, decides, settings in named for dataset in dict.fromkeys(args.datasets)}
-    searches = {key: {lr: job(*task, lr, HELD_OUT.get(key[1], "1/10")) for lr in BASE_LR}
-                for key, task in tasks.items()}
-    ended = conduct("learning rates", dict(run for own in searches.values()
-                                           for run in own.values()), folder / "transfer")
-    held_out = {key: {lr: ended[run]["top1"] for lr, (run, _) in own.items()}
-                for key, own in searches.items()}
-    best_lr = {key: max(top1, key=lambda lr: -1 if top1[lr] is None else top1[lr])
-               for key, top1 in held_out.items()}
+    tasks = {
+        (name, dataset): (settings, decides["content"], dataset)
+        for name, decides, settings in named
+        for dataset in dict.fromkeys(args.datasets)
+    }
+    searches = {
+        key: {lr: job(*task, lr, HELD_OUT.get(key[1], "1/10")) for lr in BASE_LR}
+        for key, task in tasks.items()
+    }
+    ended = conduct(
+        "learning rates",
+        dict(run for own in searches.values() for run in own.values()),
+        folder / "transfer",
+    )
+    held_out = {
+        key: {lr: ended[run]["top1"] for lr, (run, _) in own.items()}
+        for key, own in searches.items()
+    }
+    best_lr = {
+        key: max(top1, key=lambda lr: -1 if top1[lr] is None else top1[lr])
+        for key, top1 in held_out.items()
+    }
     finals = {key: job(*task, best_lr[key], "0") for key, task in tasks.items()}
     ended = conduct("whole training sets", dict(finals.values()), folder / "transfer")
     for (name, dataset), (run, _) in finals.items():
         key = name, dataset
-        results.put(name, dataset, dict(lr=best_lr[key], run=run, **ended[run], held_out={
-            f"{lr:g}": top1 for lr, top1 in held_out[key].items()}))
+        results.put(
+            name,
+            dataset,
+            dict(
+                lr=best_lr[key],
+                run=run,
+                **ended[run],
+                held_out={f"{lr:g}": top1 for lr, top1 in held_out[key].items()},
+            ),
+        )
     if train.rank() == 0:
-        tables = {name: {d: results.parts[name][d]["top1"] for d in args.datasets}
-                  for name, _, _ in named}
+        tables = {
+            name: {d: results.parts[name][d]["top1"] for d in args.datasets} for name, _, _ in named
+        }
         models = {settings.model for settings, _ in chosen}
-        tables |= {f"Table 6, {name}": {d: dict(zip(HELD_OUT, row)).get(d) for d in args.datasets}
-                   for name, row in TABLE_6.items() if name.split()[0] in models}
-        print_rows([{"top-1 %": name} | row | {"average": None if None in row.values() else
-                                               sum(row.values()) / len(row)}
-                    for name, row in tables.items()])
+        tables |= {
+            f"Table 6, {name}": {d: dict(zip(HELD_OUT, row)).get(d) for d in args.datasets}
+            for name, row in TABLE_6.items()
+            if name.split()[0] in models
+        }
+        print_rows(
+            [
+                {"top-1 %": name}
+                | row
+                | {"average": None if None in row.values() else sum(row.values()) / len(row)}
+                for name, row in tables.items()
+            ]
+        )
         finished(results, lambda axes: draw_transfer(axes, held_out))
     return results.parts
 
 
 def draw_transfer(axes, held_out):
     for (name, dataset), top1 in held_out.items():
-        axes.plot(list(top1), [math.nan if v is None else v for v in top1.values()], "o-",
-                  label=f"{dataset}, {name}")
+        axes.plot(
+            list(top1),
+            [math.nan if v is None else v for v in top1.values()],
+            "o-",
+            label=f"{dataset}, {name}",
+        )
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("top-1 on the held-out part (%)")
@@ -4417,8 +5810,13 @@ def all_command(args, rest):
                 raise  # met by this process alone
             answer = str(error)
             tell(f"none      {error}")
-        shown[what] = dict(argv=argv, answer=answer, drawn=drawn(folder, what, began),
-                           summary=commands[what].summary, folder="")
+        shown[what] = dict(
+            argv=argv,
+            answer=answer,
+            drawn=drawn(folder, what, began),
+            summary=commands[what].summary,
+            folder="",
+        )
         if train.rank() == 0:  # after each: it may be looked at meanwhile
             page = PAGE.format(title="Figures", body="\n".join(figure_sections(shown)))
             train.write_file(folder / "index.html", lambda file: file.write(page.encode()))
@@ -4428,9 +5826,11 @@ def all_command(args, rest):
 
 def drawn(folder, what, began):
     """Names of a subcommand's figures there, but for those of an earlier command."""
-    return [path.name for path in sorted(folder.glob(f"{what}*.png"))
-            if re.fullmatch(rf"{what}(-.*)?\.png", path.name)
-            and path.stat().st_mtime >= began - 1]
+    return [
+        path.name
+        for path in sorted(folder.glob(f"{what}*.png"))
+        if re.fullmatch(rf"{what}(-.*)?\.png", path.name) and path.stat().st_mtime >= began - 1
+    ]
 
 
 def figure_sections(shown):
@@ -4438,12 +5838,17 @@ def figure_sections(shown):
     the page, answer, why there are none, or None, and argv, its command}."""
     body = []
     for what, of in shown.items():
+
         def beside(name):
             return quote(os.path.normpath(os.path.join(of["folder"], name)))
+
         body.append(f"<h2 id={what}>{what}</h2>\n<p>{html.escape(of['summary'])}</p>")
         body += [f'<p><img src="{beside(name)}" alt="{html.escape(name)}">' for name in of["drawn"]]
-        body.append(f'<p><a href="{beside(f"{what}.json")}">{what}.json</a>'
-                    if of["answer"] is None else f"<p>Not made: {html.escape(of['answer'])}")
+        body.append(
+            f'<p><a href="{beside(f"{what}.json")}">{what}.json</a>'
+            if of["answer"] is None
+            else f"<p>Not made: {html.escape(of['answer'])}"
+        )
         command = shlex.join(["python", "analyze.py", *of["argv"]])
         body.append(f"<pre>{html.escape(command)}</pre>")
     return body
@@ -4452,11 +5857,14 @@ def figure_sections(shown):
 # ---------------------------------------------------------------------------------------- reproduce
 
 FAMILIES = {  # about equal in cost: 7.4 to 8.9 million multiply-adds for an image of 32×32
-    "ViT": "vit_micro8", "ViT_C": "vit_micro8 --stem conv", "Mixer": "mixer_micro8 --depth 6",
+    "ViT": "vit_micro8",
+    "ViT_C": "vit_micro8 --stem conv",
+    "Mixer": "mixer_micro8 --depth 6",
     "ResNet": "resnet18 --width 8",
     "AlterNet": "alter_resnet18 --width 9 --heads 1 2 4 8 --head-dim 8",
     "PiT": "pit_ti --patch-size 4 --stride 4 --depth 2 4 2 --heads 1 2 4 --head-dim 32",
-    "Swin": "torchvision:swin_t --dim 18 --patch-size 2 --depth 1 1 3 1 --heads 1 2 4 8"}
+    "Swin": "torchvision:swin_t --dim 18 --patch-size 2 --depth 1 1 3 1 --heads 1 2 4 8",
+}
 FIVE = ("ViT", "ViT_C", "Mixer", "ResNet", "AlterNet")
 CHEN = ("ViT", "Mixer", "ResNet")
 TRAININGS = [  # part, of which families, what is other about them, flags, whether with SAM too
@@ -4467,8 +5875,13 @@ TRAININGS = [  # part, of which families, what is other about them, flags, wheth
     ("fractions", CHEN, "1/4", "--train-fraction 1/4 --batch-size 16 --micro-batch 16", True),
     ("fractions", CHEN, "1/10", "--train-fraction 1/10 --batch-size 8 --micro-batch 8", True),
     ("augmentation", ("ViT", "Mixer"), "augmented", shlex.join(STRONG), True),
-    ("augmentation", ("ViT", "Mixer"), "augmented, 1/10", shlex.join([
-        *STRONG, *"--train-fraction 1/10 --batch-size 8 --micro-batch 8".split()]), True),
+    (
+        "augmentation",
+        ("ViT", "Mixer"),
+        "augmented, 1/10",
+        shlex.join([*STRONG, *"--train-fraction 1/10 --batch-size 8 --micro-batch 8".split()]),
+        True,
+    ),
     ("decay", CHEN, "weight decay 1", "--weight-decay 1", True),
     ("contrastive", ("ViT",), "contrastive", "--loss supcon --augment crop", True),
     ("adversarial", CHEN, "adversarial", "--adv-eps 2/255", True),
@@ -4484,20 +5897,44 @@ TRAININGS = [  # part, of which families, what is other about them, flags, wheth
     ("pooling", ("ResNet",), "blur", "--blur", False),
     ("blocks", ("AlterNet",), "0 attention blocks", "--msa-blocks 0 0 0 0", False),
     ("blocks", ("AlterNet",), "1 attention block", "--msa-blocks 0 0 0 1", False),
-    ("blocks", ("AlterNet",), "2 attention blocks", "--msa-blocks 0 0 1 1", False)]
+    ("blocks", ("AlterNet",), "2 attention blocks", "--msa-blocks 0 0 1 1", False),
+]
 RHO_BESIDE = {  # Chen Table 9, E.3, E.4: how SAM's ρ there compares with plain training's
-    "augmentation": {"ViT": 1 / 4, "Mixer": 1 / 3}, "contrastive": {"ViT": 1 / 10},
-    "adversarial": {"ViT": 1 / 2, "Mixer": 5 / 12, "ResNet": 5 / 2}}
+    "augmentation": {"ViT": 1 / 4, "Mixer": 1 / 3},
+    "contrastive": {"ViT": 1 / 10},
+    "adversarial": {"ViT": 1 / 2, "Mixer": 5 / 12, "ResNet": 5 / 2},
+}
 PARTS = tuple(dict.fromkeys([part for part, *_ in TRAININGS] + ["optimizability"]))
 SCALES = {
     "full": dict(
-        epochs=12, warmup_steps=125, seeds=[0, 1, 2], rho=["0.01", "0.03", "0.1"],
-        images=240, held_out=500, points=17, pairs=16, corruptions=True, fit="1", parts=PARTS,
-        epochs_of={"length": [3, 6, 12], "optimizer": [3, 6, 12], "lr-wd": [3]}),
+        epochs=12,
+        warmup_steps=125,
+        seeds=[0, 1, 2],
+        rho=["0.01", "0.03", "0.1"],
+        images=240,
+        held_out=500,
+        points=17,
+        pairs=16,
+        corruptions=True,
+        fit="1",
+        parts=PARTS,
+        epochs_of={"length": [3, 6, 12], "optimizer": [3, 6, 12], "lr-wd": [3]},
+    ),
     "quick": dict(
-        epochs=2, warmup_steps=60, seeds=[0, 1], rho=["0.03"], images=48, held_out=200,
-        points=5, pairs=4, corruptions=False, fit="1000", parts=("core",),
-        epochs_of={"length": [1, 2], "optimizer": [1, 2], "lr-wd": [1]})}
+        epochs=2,
+        warmup_steps=60,
+        seeds=[0, 1],
+        rho=["0.03"],
+        images=48,
+        held_out=200,
+        points=5,
+        pairs=4,
+        corruptions=False,
+        fit="1000",
+        parts=("core",),
+        epochs_of={"length": [1, 2], "optimizer": [1, 2], "lr-wd": [1]},
+    ),
+}
 MAY_BE_GIVEN = ("device", "dtype", "compile", "channels_last", "workers")  # of train.py's flags
 LEFT_OUT = [  # what is not judged here, and why
     ("Chen Table 2: ImageNet-ReaL, -V2, -R", "need ImageNet: `robustness --benchmarks real v2 r`"),
@@ -4505,14 +5942,17 @@ LEFT_OUT = [  # what is not judged here, and why
     ("Chen §5.1: pre-training on ImageNet-21k", "needs it: recipes `chen_vit_21k` and its like"),
     ("Chen Table 2, 7; Xiao §6: speed", "is of a machine, not of a training: `throughput`"),
     ("Chen Fig. 3: attention maps", "judged by eye: the figure `attention` of index.html"),
-    ("Chen Fig. 1, Park Fig. 1a: landscapes", "judged by eye: the figure `landscape`; in numbers, "
-     "the loss under noise"),
+    (
+        "Chen Fig. 1, Park Fig. 1a: landscapes",
+        "judged by eye: the figure `landscape`; in numbers, the loss under noise",
+    ),
     ("Park Fig. C.7: larger models", "needs networks of two sizes: `spectrum`"),
     ("Chen App. E: the Mixer's grid", "`stability --study grid`"),
     ("Park Fig. C.2: patches of 2", "cost 16 times as much as patches of 8"),
     ("Park Fig. D.4: lesions of PiT and Swin", "are in the figure `lesion`"),
     ("Park Fig. 12b, E.1: AlterNet beside many networks", "needs CIFAR or ImageNet: `robustness`"),
-    ("Xiao Table 2, Fig. 6: peak performance, ImageNet-21k", "need ImageNet: `peak`")]
+    ("Xiao Table 2, Fig. 6: peak performance, ImageNet-21k", "need ImageNet: `peak`"),
+]
 
 
 class Numbers:
@@ -4543,8 +5983,11 @@ class Numbers:
         numbers = []
         for seed in self.seeds:
             path = self.path(name, seed, file(name, seed) if callable(file) else file)
-            own = [parts for network, parts in self.found.get(command, {}).items()
-                   if network.startswith(f"{path} (")]
+            own = [
+                parts
+                for network, parts in self.found.get(command, {}).items()
+                if network.startswith(f"{path} (")
+            ]
             if not own:
                 return self.none(f"{command} of {name}")
             numbers.append(pick(own[-1]))
@@ -4554,8 +5997,13 @@ class Numbers:
         return self.of("test", name, lambda parts: parts["val"]["top1"])
 
     def accuracy(self, benchmark, name):
-        return self.of("robustness", name, lambda parts: robustness_summary(
-            {part: of["top1"] for part, of in parts.items()})[benchmark])
+        return self.of(
+            "robustness",
+            name,
+            lambda parts: robustness_summary({part: of["top1"] for part, of in parts.items()})[
+                benchmark
+            ],
+        )
 
     def active(self, name):
         """Active neurons of the first block, in percent."""
@@ -4563,9 +6011,14 @@ class Numbers:
 
     def eigenvalue(self, name, block="whole", which=0, file="ckpt.pt"):
         """The largest of the Hessian's diagonal block, or of the first (0) or last (-1) such."""
-        return self.of("hessian", name, lambda parts: [
-            of["eigenvalues"][0] for part, of in parts.items() if part.startswith(block)][which],
-            file)
+        return self.of(
+            "hessian",
+            name,
+            lambda parts: [
+                of["eigenvalues"][0] for part, of in parts.items() if part.startswith(block)
+            ][which],
+            file,
+        )
 
     def at_equal_loss(self, name, seed):
         """The checkpoint of the epoch whose training loss is nearest to the highest final one of
@@ -4577,16 +6030,22 @@ class Numbers:
             if self.runs[family, seed]["diverged"]:
                 continue
             curve = np.array(training_curve(read_log(self.path(family, seed, "log.jsonl")))["loss"])
-            losses[family] = {epoch: curve[np.abs(curve[:, 1] - epoch).argmin(), 2] for epoch in
-                              range(1, round(curve[-1, 1]) + 1)}
+            losses[family] = {
+                epoch: curve[np.abs(curve[:, 1] - epoch).argmin(), 2]
+                for epoch in range(1, round(curve[-1, 1]) + 1)
+            }
         highest, last = max(of[max(of)] for of in losses.values()), max(losses[name])
         nearest = min(losses[name], key=lambda e: abs(math.log(losses[name][e] / highest)))
         return "ckpt.pt" if nearest == last else f"epoch{nearest}.pt"
 
     def spectrum(self, name, key):
         """nep or ape at the end of the warm-up."""
-        return self.of("spectrum", name, lambda parts: next(
-            of[key] for of in parts.values() if "batches" in of), "warmup.pt")
+        return self.of(
+            "spectrum",
+            name,
+            lambda parts: next(of[key] for of in parts.values() if "batches" in of),
+            "warmup.pt",
+        )
 
     def only(self, command, name, pick):
         """Of a subcommand with one part."""
@@ -4596,55 +6055,84 @@ class Numbers:
         """pick of a study's runs, for each seed."""
         if study not in self.found:
             return self.none(study)
-        return np.array([pick(list(self.found[study][seed][FAMILIES[name]].values()))
-                         for seed in self.seeds], float)
+        return np.array(
+            [pick(list(self.found[study][seed][FAMILIES[name]].values())) for seed in self.seeds],
+            float,
+        )
 
     def noise(self, name):
         """By how much noise of σ = 0.01 on the weights raises the training loss."""
+
         def pick(parts):
-            noisy, clean = (next(of for part, of in parts.items() if word in part)
-                            for word in ("noise of σ 0.01,", "ball of ρ 0,"))
+            noisy, clean = (
+                next(of for part, of in parts.items() if word in part)
+                for word in ("noise of σ 0.01,", "ball of ρ 0,")
+            )
             return noisy["mean"] - clean["worst"]
+
         return self.of("flatness", name, pick)
 
     def change(self, command, name, kind):
         """By how much units of a kind change, on average, the Δ log amplitude at the highest
         frequency (fourier) or the variance."""
+
         def pick(of):
-            values = ({unit: curve[-1] for unit, curve in of["diagonal"].items()}
-                      if command == "fourier" else of["variance"])
+            values = (
+                {unit: curve[-1] for unit, curve in of["diagonal"].items()}
+                if command == "fourier"
+                else of["variance"]
+            )
             own = [e for unit, e in changes(of, values).items() if of["units"][unit][0] == kind]
             return np.mean(own) if own else math.nan
+
         return self.only(command, name, pick)
 
     def vulnerability(self, name, low, high, energy="in proportion"):
         """Points of accuracy lost to noise of the frequencies from low to high π, on average, of
         "equal" energy or "in proportion" to the area of the band."""
+
         def pick(parts):
-            lost = [parts["no noise"]["top1"] - of["top1"] for part, of in parts.items()
-                    if part != "no noise" and low <= float(part.split("π")[0]) <= high
-                    and ("equal" in part) == (energy == "equal")]
+            lost = [
+                parts["no noise"]["top1"] - of["top1"]
+                for part, of in parts.items()
+                if part != "no noise"
+                and low <= float(part.split("π")[0]) <= high
+                and ("equal" in part) == (energy == "equal")
+            ]
             return np.mean(lost)
+
         return self.of("noise", name, pick)
 
     def similarity(self, name, within):
         """Mean CKA of pairs of different units of one stage, or of neighbouring stages."""
+
         def pick(parts):
             of = next(of for part, of in parts.items() if "against" not in part)
             stages = [stage for kind, stage in of["units"].values()]
             pairs = itertools.combinations(range(len(stages)), 2)
-            return np.mean([of["cka"][i][j] for i, j in pairs if 0 < stages[i]
-                            and stages[j] - stages[i] == (0 if within else 1)])
+            return np.mean(
+                [
+                    of["cka"][i][j]
+                    for i, j in pairs
+                    if 0 < stages[i] and stages[j] - stages[i] == (0 if within else 1)
+                ]
+            )
+
         return self.of("cka", name, pick)
 
     def lesion(self, name, pattern):
         """Points of accuracy lost without one of the units whose name has the pattern, on
         average."""
+
         def pick(parts):
             whole = next(top1 for part, top1 in parts.items() if part.endswith("whole"))
-            lost = {part.split("without ")[1]: whole - top1 for part, top1 in parts.items()
-                    if "without" in part}
+            lost = {
+                part.split("without ")[1]: whole - top1
+                for part, top1 in parts.items()
+                if "without" in part
+            }
             return np.mean([points for unit, points in lost.items() if re.search(pattern, unit)])
+
         return self.of("lesion", name, pick)
 
 
@@ -4653,8 +6141,12 @@ def claims(n):
     descend if it holds, and whether it is their ratio that counts. Where is "control" for ours,
     beside which the claim before it is to be read."""
     sam, nothing = " + SAM", np.zeros(len(n.seeds))
-    blocks = ["AlterNet, 0 attention blocks", "AlterNet, 1 attention block",
-              "AlterNet, 2 attention blocks", "AlterNet"]
+    blocks = [
+        "AlterNet, 0 attention blocks",
+        "AlterNet, 1 attention block",
+        "AlterNet, 2 attention blocks",
+        "AlterNet",
+    ]
 
     def beside(measured, name, first="with SAM", then="plain"):
         """A network with SAM and without."""
@@ -4676,218 +6168,561 @@ def claims(n):
     # ---- Chen et al.
     for name in CHEN:
         yield "Chen Table 2", f"SAM raises the accuracy of {name} (%)", beside(n.test, name), False
-        yield ("Chen Table 2", f"SAM raises {name}'s accuracy on corrupted images (%)",
-               beside(corrupted, name), False)
-    yield ("Chen §4.2, Table 2", "SAM gains most for Mixer, then ViT, then ResNet (points)", {
-        name: n.test(name + sam) - n.test(name) for name in ("Mixer", "ViT", "ResNet")}, False)
+        yield (
+            "Chen Table 2",
+            f"SAM raises {name}'s accuracy on corrupted images (%)",
+            beside(corrupted, name),
+            False,
+        )
+    yield (
+        "Chen §4.2, Table 2",
+        "SAM gains most for Mixer, then ViT, then ResNet (points)",
+        {name: n.test(name + sam) - n.test(name) for name in ("Mixer", "ViT", "ResNet")},
+        False,
+    )
     for measured, images in ((n.test, "clean"), (corrupted, "corrupted")):
-        yield ("Chen §4.3, Table 2", f"with SAM ViT is better than ResNet, {images} images (%)", {
-            name: measured(name + sam) for name in ("ViT", "ResNet")}, False)
+        yield (
+            "Chen §4.3, Table 2",
+            f"with SAM ViT is better than ResNet, {images} images (%)",
+            {name: measured(name + sam) for name in ("ViT", "ResNet")},
+            False,
+        )
     for name in ("ViT", "Mixer"):
-        yield ("Chen §4.2", f"SAM gains more on corrupted images than on clean ones, {name} "
-               "(points)", {what: measured(name + sam) - measured(name) for what, measured in (
-                   ("corrupted", corrupted), ("clean", lambda of: n.accuracy("val", of)))}, False)
-        yield ("Chen App. F", f"twice the epochs do not bring {name} what SAM brings (%)", {
-            "with SAM": n.test(name + sam), "twice": n.test(f"{name}, twice the epochs")}, False)
-        yield ("Chen Table 1", f"{name} converges at sharper points than ResNet (λmax)", {
-            of: n.eigenvalue(of) for of in (name, "ResNet")}, True)
-        yield ("control", f"… than ResNet at about the same training loss ({name}, λmax)", {
-            of: n.eigenvalue(of, file=n.at_equal_loss) for of in (name, "ResNet")}, True)
-        yield ("control", f"… than ResNet, both with weight decay 1 ({name}, λmax)", {
-            of: n.eigenvalue(f"{of}, weight decay 1") for of in (name, "ResNet")}, True)
-    yield ("Chen §3, Table 1", "Mixer is the sharpest (λmax)", {
-        name: n.eigenvalue(name) for name in ("Mixer", "ViT")}, True)
+        yield (
+            "Chen §4.2",
+            f"SAM gains more on corrupted images than on clean ones, {name} (points)",
+            {
+                what: measured(name + sam) - measured(name)
+                for what, measured in (
+                    ("corrupted", corrupted),
+                    ("clean", lambda of: n.accuracy("val", of)),
+                )
+            },
+            False,
+        )
+        yield (
+            "Chen App. F",
+            f"twice the epochs do not bring {name} what SAM brings (%)",
+            {"with SAM": n.test(name + sam), "twice": n.test(f"{name}, twice the epochs")},
+            False,
+        )
+        yield (
+            "Chen Table 1",
+            f"{name} converges at sharper points than ResNet (λmax)",
+            {of: n.eigenvalue(of) for of in (name, "ResNet")},
+            True,
+        )
+        yield (
+            "control",
+            f"… than ResNet at about the same training loss ({name}, λmax)",
+            {of: n.eigenvalue(of, file=n.at_equal_loss) for of in (name, "ResNet")},
+            True,
+        )
+        yield (
+            "control",
+            f"… than ResNet, both with weight decay 1 ({name}, λmax)",
+            {of: n.eigenvalue(f"{of}, weight decay 1") for of in (name, "ResNet")},
+            True,
+        )
+    yield (
+        "Chen §3, Table 1",
+        "Mixer is the sharpest (λmax)",
+        {name: n.eigenvalue(name) for name in ("Mixer", "ViT")},
+        True,
+    )
     for name in CHEN:
-        yield ("control" if name == "ResNet" else "Chen Table 1", f"SAM lowers λmax of {name}",
-               beside(n.eigenvalue, name, "plain", "with SAM"), True)
-        yield ("control" if name == "ResNet" else "Chen Fig. 1", f"SAM makes {name} less sensitive "
-               "to noise on its weights (rise of the loss)",
-               beside(n.noise, name, "plain", "with SAM"), False)
-        yield ("control", f"SAM lowers λmax of {name} with weight decay 1", {
-            what: n.eigenvalue(f"{name}, weight decay 1{s}")
-            for what, s in (("plain", ""), ("with SAM", sam))}, True)
-    yield ("Chen Table 1", "Mixer's NTK is conditioned worst, ResNet's best (κ)", {
-        name: n.of("ntk", name, lambda parts: ntk_summary(list(parts.values()))["κ"])
-        for name in ("Mixer", "ViT", "ResNet")}, True)
-    yield ("Chen §3", "Mixer fits its training images better than ViT (loss)", {
-        name: fit(name) for name in ("ViT", "Mixer")}, True)
-    yield ("Chen §3", "… and is worse on others (%)", {
-        name: n.test(name) for name in ("ViT", "Mixer")}, False)
+        yield (
+            "control" if name == "ResNet" else "Chen Table 1",
+            f"SAM lowers λmax of {name}",
+            beside(n.eigenvalue, name, "plain", "with SAM"),
+            True,
+        )
+        yield (
+            "control" if name == "ResNet" else "Chen Fig. 1",
+            f"SAM makes {name} less sensitive to noise on its weights (rise of the loss)",
+            beside(n.noise, name, "plain", "with SAM"),
+            False,
+        )
+        yield (
+            "control",
+            f"SAM lowers λmax of {name} with weight decay 1",
+            {
+                what: n.eigenvalue(f"{name}, weight decay 1{s}")
+                for what, s in (("plain", ""), ("with SAM", sam))
+            },
+            True,
+        )
+    yield (
+        "Chen Table 1",
+        "Mixer's NTK is conditioned worst, ResNet's best (κ)",
+        {
+            name: n.of("ntk", name, lambda parts: ntk_summary(list(parts.values()))["κ"])
+            for name in ("Mixer", "ViT", "ResNet")
+        },
+        True,
+    )
+    yield (
+        "Chen §3",
+        "Mixer fits its training images better than ViT (loss)",
+        {name: fit(name) for name in ("ViT", "Mixer")},
+        True,
+    )
+    yield (
+        "Chen §3",
+        "… and is worse on others (%)",
+        {name: n.test(name) for name in ("ViT", "Mixer")},
+        False,
+    )
     for name in ("ViT", "Mixer"):
-        yield ("Chen Table 3, §4.4", f"{name}: embedding, MLPs, MSAs or token MLPs in order of "
-               "λmax", {what: n.eigenvalue(name, what)
-                        for what in ("embedding", "MLPs", "MSAs")}, True)
-        yield ("Chen Table 3, §4.4", f"{name}'s first block is sharper than its last (λmax)", {
-            what: n.eigenvalue(name, "block ", which)
-            for what, which in (("first", 0), ("last", -1))}, True)
-        yield ("Chen Table 3, §4.4", f"SAM makes {name}'s weights longer (‖w‖)", beside(
-            lambda of: n.only("norms", of, lambda parts: parts["weights"]), name), True)
-        yield ("Chen Table 3, §4.4", f"SAM makes {name}'s first activations longer (‖a₁‖)", beside(
-            lambda of: n.only("norms", of, lambda parts: next(iter(
-                parts["activation"].values()))), name), True)
-        yield ("Chen Fig. 2, §4.4", f"SAM makes {name}'s first block sparser (active, %)", beside(
-            n.active, name, "plain", "with SAM"), False)
-    yield ("Chen §4.4", "ViT's first block is sparser than ResNet's (active, %)", {
-        name: n.active(name) for name in ("ResNet", "ViT")}, False)
+        yield (
+            "Chen Table 3, §4.4",
+            f"{name}: embedding, MLPs, MSAs or token MLPs in order of λmax",
+            {what: n.eigenvalue(name, what) for what in ("embedding", "MLPs", "MSAs")},
+            True,
+        )
+        yield (
+            "Chen Table 3, §4.4",
+            f"{name}'s first block is sharper than its last (λmax)",
+            {
+                what: n.eigenvalue(name, "block ", which)
+                for what, which in (("first", 0), ("last", -1))
+            },
+            True,
+        )
+        yield (
+            "Chen Table 3, §4.4",
+            f"SAM makes {name}'s weights longer (‖w‖)",
+            beside(lambda of: n.only("norms", of, lambda parts: parts["weights"]), name),
+            True,
+        )
+        yield (
+            "Chen Table 3, §4.4",
+            f"SAM makes {name}'s first activations longer (‖a₁‖)",
+            beside(
+                lambda of: n.only(
+                    "norms", of, lambda parts: next(iter(parts["activation"].values()))
+                ),
+                name,
+            ),
+            True,
+        )
+        yield (
+            "Chen Fig. 2, §4.4",
+            f"SAM makes {name}'s first block sparser (active, %)",
+            beside(n.active, name, "plain", "with SAM"),
+            False,
+        )
+    yield (
+        "Chen §4.4",
+        "ViT's first block is sparser than ResNet's (active, %)",
+        {name: n.active(name) for name in ("ResNet", "ViT")},
+        False,
+    )
     yield "Chen Fig. 2, §4.4", "SAM raises the training loss of ViT", beside(fit, "ViT"), True
     for name, part in itertools.product(CHEN, ("1/2", "1/4", "1/10")):
-        yield ("Chen Fig. 4, Table 4", f"SAM gains more with {part} of the images, {name} "
-               "(points)", {part: n.top1(f"{name}, {part}{sam}") - n.top1(f"{name}, {part}"),
-                            "all": n.top1(name + sam) - n.top1(name)}, False)
+        yield (
+            "Chen Fig. 4, Table 4",
+            f"SAM gains more with {part} of the images, {name} (points)",
+            {
+                part: n.top1(f"{name}, {part}{sam}") - n.top1(f"{name}, {part}"),
+                "all": n.top1(name + sam) - n.top1(name),
+            },
+            False,
+        )
     for name in ("ViT", "Mixer"):
         for part in ("1/2", "1/4"):
-            yield ("Chen §5.1, Fig. 4", f"{name} loses more than ResNet with {part} of the images "
-                   "(points)", {of: n.top1(of) - n.top1(f"{of}, {part}")
-                                for of in (name, "ResNet")}, False)
+            yield (
+                "Chen §5.1, Fig. 4",
+                f"{name} loses more than ResNet with {part} of the images (points)",
+                {of: n.top1(of) - n.top1(f"{of}, {part}") for of in (name, "ResNet")},
+                False,
+            )
         for part, images in (("", "all images"), (", 1/10", "a tenth of the images")):
-            yield ("Chen §5.2, Table 4", f"SAM helps {name} more than strong augmentation, "
-                   f"{images} (%)", {"with SAM": n.top1(f"{name}{part}{sam}"),
-                                     "augmented": n.top1(f"{name}, augmented{part}")}, False)
-            yield ("Chen §5.2, Table 4", f"SAM adds to strong augmentation, {name}, {images} (%)",
-                   beside(n.top1, f"{name}, augmented{part}"), False)
-    yield ("Chen §5.3", "SAM helps ViT in contrastive training (%)", {
-        "with SAM": n.top1(f"ViT, contrastive{sam}, head"),
-        "plain": n.top1("ViT, contrastive, head")}, False)
+            yield (
+                "Chen §5.2, Table 4",
+                f"SAM helps {name} more than strong augmentation, {images} (%)",
+                {
+                    "with SAM": n.top1(f"{name}{part}{sam}"),
+                    "augmented": n.top1(f"{name}, augmented{part}"),
+                },
+                False,
+            )
+            yield (
+                "Chen §5.2, Table 4",
+                f"SAM adds to strong augmentation, {name}, {images} (%)",
+                beside(n.top1, f"{name}, augmented{part}"),
+                False,
+            )
+    yield (
+        "Chen §5.3",
+        "SAM helps ViT in contrastive training (%)",
+        {
+            "with SAM": n.top1(f"ViT, contrastive{sam}, head"),
+            "plain": n.top1("ViT, contrastive, head"),
+        },
+        False,
+    )
     for benchmark, images in (("val", "clean"), ("pgd", "under PGD-10")):
+
         def attacked(name):
             return n.accuracy(benchmark, name)
+
         for name in ("ViT", "Mixer"):
-            yield ("Chen Table 5", f"SAM helps {name} in adversarial training, {images} (%)",
-                   beside(attacked, f"{name}, adversarial"), False)
-        yield ("Chen Table 5", "with SAM and adversarial training ViT is better than ResNet, "
-               f"{images} (%)", {
-            name: attacked(f"{name}, adversarial{sam}") for name in ("ViT", "ResNet")}, False)
-    yield ("Chen Table 5", "SAM costs ResNet a little in adversarial training, clean (%)", beside(
-        lambda of: n.accuracy("val", of), "ResNet, adversarial", "plain", "with SAM"), False)
+            yield (
+                "Chen Table 5",
+                f"SAM helps {name} in adversarial training, {images} (%)",
+                beside(attacked, f"{name}, adversarial"),
+                False,
+            )
+        yield (
+            "Chen Table 5",
+            f"with SAM and adversarial training ViT is better than ResNet, {images} (%)",
+            {name: attacked(f"{name}, adversarial{sam}") for name in ("ViT", "ResNet")},
+            False,
+        )
+    yield (
+        "Chen Table 5",
+        "SAM costs ResNet a little in adversarial training, clean (%)",
+        beside(lambda of: n.accuracy("val", of), "ResNet, adversarial", "plain", "with SAM"),
+        False,
+    )
 
     # ---- Park & Kim; eigenvalues at the end of the warm-up, as they speak of an early phase
-    yield ("Park Fig. 1b, 4", "ViT has more negative eigenvalues than ResNet (NEP, %)", {
-        name: negative(name) for name in ("ViT", "ResNet")}, False)
-    yield ("Park Fig. 1b, 4", "ViT's positive eigenvalues are smaller (APE)", {
-        name: positive(name) for name in ("ResNet", "ViT")}, True)
-    yield ("Park Fig. 4", "less data, more negative eigenvalues of ViT (NEP, %)", {
-        "1/10": negative("ViT, 1/10"), "all": negative("ViT")}, False)
-    yield ("Park Fig. C.4", "stages: fewer negative eigenvalues (NEP, %)", {
-        name: negative(name) for name in ("ViT", "PiT")}, False)
-    yield ("Park Fig. C.4", "stages and windows: smaller positive eigenvalues (APE)", {
-        name: positive(name) for name in ("ViT", "Swin")}, True)
-    yield ("Park Fig. 6", "GAP for the class token: fewer negative eigenvalues (NEP, %)", {
-        "class token": negative("ViT"), "GAP": negative("ViT, GAP")}, False)
-    yield ("Park §2", "GAP for the class token: better (%)", {
-        "GAP": n.top1("ViT, GAP"), "class token": n.top1("ViT")}, False)
-    kernels = {"global": "ViT, patch 4", "3×3": "ViT, patch 4, kernel 3",
-               "5×5": "ViT, patch 4, kernel 5"}
+    yield (
+        "Park Fig. 1b, 4",
+        "ViT has more negative eigenvalues than ResNet (NEP, %)",
+        {name: negative(name) for name in ("ViT", "ResNet")},
+        False,
+    )
+    yield (
+        "Park Fig. 1b, 4",
+        "ViT's positive eigenvalues are smaller (APE)",
+        {name: positive(name) for name in ("ResNet", "ViT")},
+        True,
+    )
+    yield (
+        "Park Fig. 4",
+        "less data, more negative eigenvalues of ViT (NEP, %)",
+        {"1/10": negative("ViT, 1/10"), "all": negative("ViT")},
+        False,
+    )
+    yield (
+        "Park Fig. C.4",
+        "stages: fewer negative eigenvalues (NEP, %)",
+        {name: negative(name) for name in ("ViT", "PiT")},
+        False,
+    )
+    yield (
+        "Park Fig. C.4",
+        "stages and windows: smaller positive eigenvalues (APE)",
+        {name: positive(name) for name in ("ViT", "Swin")},
+        True,
+    )
+    yield (
+        "Park Fig. 6",
+        "GAP for the class token: fewer negative eigenvalues (NEP, %)",
+        {"class token": negative("ViT"), "GAP": negative("ViT, GAP")},
+        False,
+    )
+    yield (
+        "Park §2",
+        "GAP for the class token: better (%)",
+        {"GAP": n.top1("ViT, GAP"), "class token": n.top1("ViT")},
+        False,
+    )
+    kernels = {
+        "global": "ViT, patch 4",
+        "3×3": "ViT, patch 4, kernel 3",
+        "5×5": "ViT, patch 4, kernel 5",
+    }
     for worse, better in (("global", "5×5"), ("global", "3×3"), ("3×3", "5×5")):
         if worse == "global":
-            yield ("Park Fig. 7a, §1.2", f"attention in {better} is better than global (%)", {
-                what: n.top1(kernels[what]) for what in (better, worse)}, False)
-        yield ("Park Fig. 7a", f"{better} fits its training images better than {worse} (loss, here "
-               "without augmentation)", {
-                   what: fit(kernels[what]) for what in (worse, better)}, True)
+            yield (
+                "Park Fig. 7a, §1.2",
+                f"attention in {better} is better than global (%)",
+                {what: n.top1(kernels[what]) for what in (better, worse)},
+                False,
+            )
+        yield (
+            "Park Fig. 7a",
+            f"{better} fits its training images better than {worse} (loss, here "
+            "without augmentation)",
+            {what: fit(kernels[what]) for what in (worse, better)},
+            True,
+        )
         if better == "5×5":
-            yield ("Park Fig. 7b", f"5×5: fewer negative eigenvalues than {worse} (NEP, %)", {
-                what: negative(kernels[what]) for what in (worse, better)}, False)
+            yield (
+                "Park Fig. 7b",
+                f"5×5: fewer negative eigenvalues than {worse} (NEP, %)",
+                {what: negative(kernels[what]) for what in (worse, better)},
+                False,
+            )
     for worse, better in (("Mixer", "ViT"), ("ViT", "PiT"), ("PiT", "Swin"), ("ViT", "ResNet")):
-        yield ("Park Fig. 5a", f"the stronger inductive bias fits better: {better} than {worse} "
-               "(loss, here without augmentation)", {
-                   name: fit(name) for name in (worse, better)}, True)
-        yield ("Park Fig. 5a", f"… and errs less: {better} than {worse} (%)", {
-            name: 100 - n.top1(name) for name in (worse, better)}, False)
-    yield ("Park Fig. 5b", "less data, higher training loss of ViT, augmented", {
-        "1/10": fit("ViT, augmented, 1/10"), "all": fit("ViT, augmented")}, True)
-    yield ("Park Fig. C.3", "twice the epochs: lower training loss of ViT (without augmentation)", {
-        "once": fit("ViT"), "twice": fit("ViT, twice the epochs")}, True)
-    yield ("Park Fig. C.3", "twice the epochs: lower error of ViT (%)", {
-        "once": 100 - n.top1("ViT"), "twice": 100 - n.top1("ViT, twice the epochs")}, False)
-    for where, what, fewer, more in (("C.5", "more heads", "ViT, 1 head", "ViT, 9 heads"),
-                                     ("C.6", "wider heads", "ViT, heads of 8", "ViT")):
-        yield (f"Park Fig. {where}", f"{what}: fewer negative eigenvalues (NEP, %)", {
-            name: negative(name) for name in (fewer, more)}, False)
-        yield (f"Park Fig. {where}", f"{what}: smaller positive ones (APE)", {
-            name: positive(name) for name in (fewer, more)}, True)
-    yield ("Park Fig. C.2a", "large patches harm ViT (%)", {
-        side: n.top1(name) for side, name in (("4", "ViT, patch 4"), ("8", "ViT"),
-                                              ("16", "ViT, patch 16"))}, False)
-    yield ("Park Fig. C.2b", "smaller patches: more negative eigenvalues (NEP, %)", {
-        "4": negative("ViT, patch 4"), "8": negative("ViT")}, False)
-    yield ("Park Fig. C.2b", "… and smaller positive ones (APE)", {
-        "8": positive("ViT"), "4": positive("ViT, patch 4")}, True)
+        yield (
+            "Park Fig. 5a",
+            f"the stronger inductive bias fits better: {better} than {worse} "
+            "(loss, here without augmentation)",
+            {name: fit(name) for name in (worse, better)},
+            True,
+        )
+        yield (
+            "Park Fig. 5a",
+            f"… and errs less: {better} than {worse} (%)",
+            {name: 100 - n.top1(name) for name in (worse, better)},
+            False,
+        )
+    yield (
+        "Park Fig. 5b",
+        "less data, higher training loss of ViT, augmented",
+        {"1/10": fit("ViT, augmented, 1/10"), "all": fit("ViT, augmented")},
+        True,
+    )
+    yield (
+        "Park Fig. C.3",
+        "twice the epochs: lower training loss of ViT (without augmentation)",
+        {"once": fit("ViT"), "twice": fit("ViT, twice the epochs")},
+        True,
+    )
+    yield (
+        "Park Fig. C.3",
+        "twice the epochs: lower error of ViT (%)",
+        {"once": 100 - n.top1("ViT"), "twice": 100 - n.top1("ViT, twice the epochs")},
+        False,
+    )
+    for where, what, fewer, more in (
+        ("C.5", "more heads", "ViT, 1 head", "ViT, 9 heads"),
+        ("C.6", "wider heads", "ViT, heads of 8", "ViT"),
+    ):
+        yield (
+            f"Park Fig. {where}",
+            f"{what}: fewer negative eigenvalues (NEP, %)",
+            {name: negative(name) for name in (fewer, more)},
+            False,
+        )
+        yield (
+            f"Park Fig. {where}",
+            f"{what}: smaller positive ones (APE)",
+            {name: positive(name) for name in (fewer, more)},
+            True,
+        )
+    yield (
+        "Park Fig. C.2a",
+        "large patches harm ViT (%)",
+        {
+            side: n.top1(name)
+            for side, name in (("4", "ViT, patch 4"), ("8", "ViT"), ("16", "ViT, patch 16"))
+        },
+        False,
+    )
+    yield (
+        "Park Fig. C.2b",
+        "smaller patches: more negative eigenvalues (NEP, %)",
+        {"4": negative("ViT, patch 4"), "8": negative("ViT")},
+        False,
+    )
+    yield (
+        "Park Fig. C.2b",
+        "… and smaller positive ones (APE)",
+        {"8": positive("ViT"), "4": positive("ViT, patch 4")},
+        True,
+    )
     for command, what, exact, others, of_resnet in (
-            ("fourier", "high frequencies (Δ log amplitude)", "8", "D.2", "2a"),
-            ("variance", "the variance", "9", "D.1", "9")):
+        ("fourier", "high frequencies (Δ log amplitude)", "8", "D.2", "2a"),
+        ("variance", "the variance", "9", "D.1", "9"),
+    ):
         for name in ("ViT", "PiT", "Swin"):
-            yield (f"Park Fig. {exact if name == 'ViT' else others}",
-                   f"attention lowers {what}, {name}", {"0": nothing, "attention": n.change(
-                       command, name, "attention")}, False)
+            yield (
+                f"Park Fig. {exact if name == 'ViT' else others}",
+                f"attention lowers {what}, {name}",
+                {"0": nothing, "attention": n.change(command, name, "attention")},
+                False,
+            )
         for name, kind, shown in (("ViT", "mlp", "MLP"), ("ResNet", "conv", "convolution")):
-            yield (f"Park Fig. {exact if name == 'ViT' else of_resnet}",
-                   f"{shown}s raise {what}, {name}", {
-                       shown: n.change(command, name, kind), "0": nothing}, False)
+            yield (
+                f"Park Fig. {exact if name == 'ViT' else of_resnet}",
+                f"{shown}s raise {what}, {name}",
+                {shown: n.change(command, name, kind), "0": nothing},
+                False,
+            )
     for name in ("ViT", "ResNet"):
-        yield ("Park Fig. 9", f"variance grows with depth, {name}", {
-            what: n.only("variance", name, lambda of: list(of["variance"].values())[i])
-            for what, i in (("last", -1), ("first", 1))}, True)
-    yield ("Park Fig. 2b", "noise of high frequencies hurts ResNet more than ViT (points, 0.5π to "
-           "π)", {name: n.vulnerability(name, 0.5, 1) for name in ("ResNet", "ViT")}, False)
-    yield ("Park Fig. 2b", "noise of low frequencies hurts ViT more than ResNet (points, to 0.2π, "
-           "equal energy)", {name: n.vulnerability(name, 0, 0.2, "equal")
-                             for name in ("ViT", "ResNet")}, False)
+        yield (
+            "Park Fig. 9",
+            f"variance grows with depth, {name}",
+            {
+                what: n.only("variance", name, lambda of: list(of["variance"].values())[i])
+                for what, i in (("last", -1), ("first", 1))
+            },
+            True,
+        )
+    yield (
+        "Park Fig. 2b",
+        "noise of high frequencies hurts ResNet more than ViT (points, 0.5π to π)",
+        {name: n.vulnerability(name, 0.5, 1) for name in ("ResNet", "ViT")},
+        False,
+    )
+    yield (
+        "Park Fig. 2b",
+        "noise of low frequencies hurts ViT more than ResNet (points, to 0.2π, equal energy)",
+        {name: n.vulnerability(name, 0, 0.2, "equal") for name in ("ViT", "ResNet")},
+        False,
+    )
     for name, where in (("ResNet", "10a"), ("Swin", "10a"), ("PiT", "D.3")):
-        yield (f"Park Fig. {where}", f"feature maps are alike within a stage, {name} (CKA)", {
-            "within": n.similarity(name, True), "neighbouring": n.similarity(name, False)}, False)
-    yield ("Park Fig. 10b", "ResNet needs the first block of a stage more than the last (points)",
-           {"first": n.lesion("ResNet", r"\.0$"), "last": n.lesion("ResNet", r"\.1$")}, False)
-    yield ("Park Fig. 10b", "ResNet needs its first stage more than its last (points)", {
-        "first": n.lesion("ResNet", "layer1"), "last": n.lesion("ResNet", "layer4")}, False)
+        yield (
+            f"Park Fig. {where}",
+            f"feature maps are alike within a stage, {name} (CKA)",
+            {"within": n.similarity(name, True), "neighbouring": n.similarity(name, False)},
+            False,
+        )
+    yield (
+        "Park Fig. 10b",
+        "ResNet needs the first block of a stage more than the last (points)",
+        {"first": n.lesion("ResNet", r"\.0$"), "last": n.lesion("ResNet", r"\.1$")},
+        False,
+    )
+    yield (
+        "Park Fig. 10b",
+        "ResNet needs its first stage more than its last (points)",
+        {"first": n.lesion("ResNet", "layer1"), "last": n.lesion("ResNet", "layer4")},
+        False,
+    )
     for other in ("ResNet", "AlterNet, 0 attention blocks"):
-        yield ("Park Fig. 12b", f"AlterNet is better than {other} (%)", {
-            name: n.top1(name) for name in ("AlterNet", other)}, False)
-    yield ("Park Fig. 12b", "… and on corrupted images (%)", {
-        name: corrupted(name) for name in ("AlterNet", "ResNet")}, False)
+        yield (
+            "Park Fig. 12b",
+            f"AlterNet is better than {other} (%)",
+            {name: n.top1(name) for name in ("AlterNet", other)},
+            False,
+        )
+    yield (
+        "Park Fig. 12b",
+        "… and on corrupted images (%)",
+        {name: corrupted(name) for name in ("AlterNet", "ResNet")},
+        False,
+    )
     for more, which in ((1, "4"), (3, "2")):
-        yield ("Park Fig. 12a", f"an attention block at the end of stage {which} helps (%)", {
-            "with": n.top1(blocks[more]), "without": n.top1(blocks[more - 1])}, False)
-    yield ("control", "… at the end of stage 3, which the paper keeps (%)", {
-        "with": n.top1(blocks[2]), "without": n.top1(blocks[1])}, False)
-    yield ("Park Fig. 12c", "AlterNet's eigenvalues are smaller than ResNet's (APE)", {
-        name: positive(name) for name in ("ResNet", "AlterNet")}, True)
-    yield ("Park App. B", "a blur of 2×2 helps ResNet (%)", {
-        "blur": n.top1("ResNet, blur"), "none": n.top1("ResNet")}, False)
+        yield (
+            "Park Fig. 12a",
+            f"an attention block at the end of stage {which} helps (%)",
+            {"with": n.top1(blocks[more]), "without": n.top1(blocks[more - 1])},
+            False,
+        )
+    yield (
+        "control",
+        "… at the end of stage 3, which the paper keeps (%)",
+        {"with": n.top1(blocks[2]), "without": n.top1(blocks[1])},
+        False,
+    )
+    yield (
+        "Park Fig. 12c",
+        "AlterNet's eigenvalues are smaller than ResNet's (APE)",
+        {name: positive(name) for name in ("ResNet", "AlterNet")},
+        True,
+    )
+    yield (
+        "Park App. B",
+        "a blur of 2×2 helps ResNet (%)",
+        {"blur": n.top1("ResNet, blur"), "none": n.top1("ResNet")},
+        False,
+    )
 
     def excess(name):
         return n.only("calibration", name, lambda of: of["confidence"] - of["top1"])
-    yield ("Park Fig. F.1a", "ViT is overconfident, with augmentation underconfident (confidence "
-           "less accuracy, points)", {"plain": excess("ViT"), "0": nothing, "augmented": excess(
-               "ViT, augmented")}, False)
-    yield ("Park Fig. F.1b", "augmentation: more negative eigenvalues (NEP, %)", {
-        "augmented": negative("ViT, augmented"), "plain": negative("ViT")}, False)
-    yield ("Park Fig. F.1b", "… and smaller positive ones (APE)", {
-        "plain": positive("ViT"), "augmented": positive("ViT, augmented")}, True)
+
+    yield (
+        "Park Fig. F.1a",
+        "ViT is overconfident, with augmentation underconfident (confidence less accuracy, points)",
+        {"plain": excess("ViT"), "0": nothing, "augmented": excess("ViT, augmented")},
+        False,
+    )
+    yield (
+        "Park Fig. F.1b",
+        "augmentation: more negative eigenvalues (NEP, %)",
+        {"augmented": negative("ViT, augmented"), "plain": negative("ViT")},
+        False,
+    )
+    yield (
+        "Park Fig. F.1b",
+        "… and smaller positive ones (APE)",
+        {"plain": positive("ViT"), "augmented": positive("ViT, augmented")},
+        True,
+    )
 
     # ---- Xiao et al.
-    yield ("Xiao §6, Fig. 6", "ViT with patches is worse than ResNet (%)", {
-        name: n.test(name) for name in ("ResNet", "ViT")}, False)
-    yield ("Xiao §6, Fig. 6", "the convolutional stem makes ViT better (%)", {
-        name: n.test(name) for name in ("ViT_C", "ViT")}, False)
-    yield ("Xiao §6, Fig. 6", "… and better than a convolutional network (the paper: of middle "
-           "size, %)", {name: n.test(name) for name in ("ViT_C", "ResNet")}, False)
-    yield ("Xiao Fig. 2", "ViT_C lacks less than ViT to its own result of twice the epochs "
-           "(points)", {name: n.test(f"{name}, twice the epochs") - n.test(name)
-                        for name in ("ViT", "ViT_C")}, False)
-    yield ("Xiao Fig. 2", "ViT_C lacks less after the shortest training (points, tuned)",
-           {name: n.study("length", name, lambda runs: min(
-               runs, key=lambda run: run["epochs"])["delta"]) for name in ("ViT", "ViT_C")}, False)
-    yield ("Xiao Fig. 3", "AdamW or SGD matters less to ViT_C (points apart, tuned)", {
-        name: np.abs(n.study("optimizer", name, lambda runs: longest(
-            [run for run in runs if run["optimizer"] == "sgd"])["delta"]))
-        for name in ("ViT", "ViT_C")}, False)
+    yield (
+        "Xiao §6, Fig. 6",
+        "ViT with patches is worse than ResNet (%)",
+        {name: n.test(name) for name in ("ResNet", "ViT")},
+        False,
+    )
+    yield (
+        "Xiao §6, Fig. 6",
+        "the convolutional stem makes ViT better (%)",
+        {name: n.test(name) for name in ("ViT_C", "ViT")},
+        False,
+    )
+    yield (
+        "Xiao §6, Fig. 6",
+        "… and better than a convolutional network (the paper: of middle size, %)",
+        {name: n.test(name) for name in ("ViT_C", "ResNet")},
+        False,
+    )
+    yield (
+        "Xiao Fig. 2",
+        "ViT_C lacks less than ViT to its own result of twice the epochs (points)",
+        {name: n.test(f"{name}, twice the epochs") - n.test(name) for name in ("ViT", "ViT_C")},
+        False,
+    )
+    yield (
+        "Xiao Fig. 2",
+        "ViT_C lacks less after the shortest training (points, tuned)",
+        {
+            name: n.study(
+                "length", name, lambda runs: min(runs, key=lambda run: run["epochs"])["delta"]
+            )
+            for name in ("ViT", "ViT_C")
+        },
+        False,
+    )
+    yield (
+        "Xiao Fig. 3",
+        "AdamW or SGD matters less to ViT_C (points apart, tuned)",
+        {
+            name: np.abs(
+                n.study(
+                    "optimizer",
+                    name,
+                    lambda runs: longest([run for run in runs if run["optimizer"] == "sgd"])[
+                        "delta"
+                    ],
+                )
+            )
+            for name in ("ViT", "ViT_C")
+        },
+        False,
+    )
     for optimizer in ("adamw", "sgd"):
-        yield ("Xiao Fig. 4, 5", "more learning rates and weight decays suit ViT_C, "
-               f"{optimizer} (% of them within 4 points of the best)", {
-            name: n.study("lr-wd", name, lambda runs: 100 * np.mean([
-                run["delta"] is not None and run["delta"] <= 4 for run in runs
-                if run["random"] and run["optimizer"] == optimizer]))
-            for name in ("ViT_C", "ViT")}, False)
+        yield (
+            "Xiao Fig. 4, 5",
+            "more learning rates and weight decays suit ViT_C, "
+            f"{optimizer} (% of them within 4 points of the best)",
+            {
+                name: n.study(
+                    "lr-wd",
+                    name,
+                    lambda runs: (
+                        100
+                        * np.mean(
+                            [
+                                run["delta"] is not None and run["delta"] <= 4
+                                for run in runs
+                                if run["random"] and run["optimizer"] == optimizer
+                            ]
+                        )
+                    ),
+                )
+                for name in ("ViT_C", "ViT")
+            },
+            False,
+        )
 
 
 def verdict(values, ratio=False):
@@ -4901,11 +6736,19 @@ def verdict(values, ratio=False):
     alone = steps.shape[1] == 1
     means, spreads = steps.mean(axis=1), 0 * steps[:, 0] if alone else steps.std(axis=1, ddof=1)
     least = means.argmin()
-    margin = (f"×{significant(math.exp(means[least]))}, "
-              + " ".join(f"{math.exp(x):.4g}" for x in steps[least]) if ratio else
-              significant(means[least], None if alone else spreads[least]))
-    word = ("shows" if (means > spreads).all() else
-            "does not show" if (means < -spreads).any() else "within the spread")
+    margin = (
+        f"×{significant(math.exp(means[least]))}, "
+        + " ".join(f"{math.exp(x):.4g}" for x in steps[least])
+        if ratio
+        else significant(means[least], None if alone else spreads[least])
+    )
+    word = (
+        "shows"
+        if (means > spreads).all()
+        else "does not show"
+        if (means < -spreads).any()
+        else "within the spread"
+    )
     return margin, word + ", one seed" * alone
 
 
@@ -4914,14 +6757,23 @@ def judged(n):
     rows, lacking = [], []
     for where, claim, values, ratio in claims(n):
         if n.missing:
-            lacking.append((f"{where}: {claim}",
-                            f"no numbers: {', '.join(dict.fromkeys(n.missing))}"))
+            lacking.append(
+                (f"{where}: {claim}", f"no numbers: {', '.join(dict.fromkeys(n.missing))}")
+            )
             n.missing.clear()
             continue
         margin, word = verdict(values, ratio)
-        rows.append({"paper": where, "claim": claim, "measured": ", ".join(
-            f"{what} {over_seeds(of) or '-'}" for what, of in values.items()), "by": margin,
-            "verdict": word})
+        rows.append(
+            {
+                "paper": where,
+                "claim": claim,
+                "measured": ", ".join(
+                    f"{what} {over_seeds(of) or '-'}" for what, of in values.items()
+                ),
+                "by": margin,
+                "verdict": word,
+            }
+        )
     return rows, lacking
 
 
@@ -4931,8 +6783,10 @@ def over_seeds(values):
 
 def linear_top1():
     """Top-1 in percent of ridge regression on the pixels of `shapes`, of the test split."""
-    (x, y), (v, t) = (data.shapes(start + np.arange(count)) for start, count in (
-        data.SHAPES_SPLITS[split] for split in ("train", "test")))
+    (x, y), (v, t) = (
+        data.shapes(start + np.arange(count))
+        for start, count in (data.SHAPES_SPLITS[split] for split in ("train", "test"))
+    )
     x, v = ((images.flatten(1).double() / 255 - 0.3) for images in (x, v))
     targets = F.one_hot(y).double() - F.one_hot(y).double().mean(0)
     weights = torch.linalg.solve(x.T @ x + 3000 * torch.eye(x.shape[1]).double(), x.T @ targets)
@@ -4941,39 +6795,84 @@ def linear_top1():
 
 def analyses(names, how):
     """Yields subcommand, its flags, of which networks, and their checkpoint's file."""
+
     def of(*wanted):
         return [name for name in wanted if name in names]
+
     core = of(*(name + sam for name in FIVE for sam in ("", " + SAM")))
     chen = [name for name in core if name.split(" ")[0] in CHEN]
     plain = of(*FAMILIES)
     other = [name for name in names if "," in name and "+" not in name and "contrast" not in name]
     images, held_out = ["--images", str(how["images"])], ["--images", str(how["held_out"])]
-    yield "test", ["--benchmarks", "val", "--eval-split", "test"], [*core, *of(*(
-        f"{name}, twice the epochs" for name in FIVE))], "ckpt.pt"
-    yield "robustness", ["--benchmarks", "val", "pgd"], [
-        name for name in names if "adversarial" in name], "ckpt.pt"
-    yield "robustness", [], [name for name in of(*chen, "AlterNet") if how["corruptions"]], (
-        "ckpt.pt")
+    yield (
+        "test",
+        ["--benchmarks", "val", "--eval-split", "test"],
+        [*core, *of(*(f"{name}, twice the epochs" for name in FIVE))],
+        "ckpt.pt",
+    )
+    yield (
+        "robustness",
+        ["--benchmarks", "val", "pgd"],
+        [name for name in names if "adversarial" in name],
+        "ckpt.pt",
+    )
+    yield (
+        "robustness",
+        [],
+        [name for name in of(*chen, "AlterNet") if how["corruptions"]],
+        ("ckpt.pt"),
+    )
     yield "hessian", [*images, "--params", "whole"], of(*CHEN), Numbers.at_equal_loss
-    yield "hessian", [*images, "--params", "whole"], [
-        name for name in names if "decay" in name or name in core and name not in chen], "ckpt.pt"
+    yield (
+        "hessian",
+        [*images, "--params", "whole"],
+        [name for name in names if "decay" in name or name in core and name not in chen],
+        "ckpt.pt",
+    )
     yield "hessian", images, chen, "ckpt.pt"
     yield "ntk", [*images, "--batch", str(min(48, how["images"]))], plain, "ckpt.pt"
     for command in ("norms", "sparsity"):
         yield command, images, chen, "ckpt.pt"
-    yield "flatness", [*images, "--sigma", "0.005", "0.01", "0.02", "--rho", "0.05", "0.1"], chen, (
-        "ckpt.pt")
-    yield "spectrum", images, [*plain, *(name for name in other if "ViT, " in name and (
-        "head" in name or "kernel" in name or name in (
-            "ViT, 1/10", "ViT, GAP", "ViT, patch 4", "ViT, augmented")))], "warmup.pt"
+    yield (
+        "flatness",
+        [*images, "--sigma", "0.005", "0.01", "0.02", "--rho", "0.05", "0.1"],
+        chen,
+        ("ckpt.pt"),
+    )
+    yield (
+        "spectrum",
+        images,
+        [
+            *plain,
+            *(
+                name
+                for name in other
+                if "ViT, " in name
+                and (
+                    "head" in name
+                    or "kernel" in name
+                    or name in ("ViT, 1/10", "ViT, GAP", "ViT, patch 4", "ViT, augmented")
+                )
+            ),
+        ],
+        "warmup.pt",
+    )
     for command in ("fourier", "variance", "cka", "lesion"):
         yield command, held_out, plain, "ckpt.pt"
-    yield "noise", ["--equal-energy", "--frequencies", "0", "0.1", "0.2"], of("ViT", "ResNet"), (
-        "ckpt.pt")
+    yield (
+        "noise",
+        ["--equal-energy", "--frequencies", "0", "0.1", "0.2"],
+        of("ViT", "ResNet"),
+        ("ckpt.pt"),
+    )
     yield "noise", [], plain, "ckpt.pt"
     yield "calibration", [], of("ViT", "ViT + SAM", "ViT, augmented"), "ckpt.pt"
-    yield "nll", ["--images", how["fit"]], [
-        *chen, *(name for name in (*plain, *other) if name not in chen)], "ckpt.pt"
+    yield (
+        "nll",
+        ["--images", how["fit"]],
+        [*chen, *(name for name in (*plain, *other) if name not in chen)],
+        "ckpt.pt",
+    )
 
 
 def reproduce(args, rest):
@@ -4988,20 +6887,35 @@ def reproduce(args, rest):
     seeds = list(dict.fromkeys(args.seeds or how["seeds"]))
     parts = list(dict.fromkeys(("core", *(args.parts or how["parts"]))))
     chosen, origin = train.settings(
-        rest, make_parser().commands["reproduce"]._option_string_actions)
-    refuse([name for name in origin if name not in MAY_BE_GIVEN], origin, "is this command's own; "
-           "of train.py's flags it takes --" + ", --".join(MAY_BE_GIVEN).replace("_", "-"))
-    train.join("cpu:gloo,cuda:nccl" if chosen.device == "cuda" else "gloo",
-               timeout=timedelta(days=1000))
+        rest, make_parser().commands["reproduce"]._option_string_actions
+    )
+    refuse(
+        [name for name in origin if name not in MAY_BE_GIVEN],
+        origin,
+        "is this command's own; "
+        "of train.py's flags it takes --" + ", --".join(MAY_BE_GIVEN).replace("_", "-"),
+    )
+    train.join(
+        "cpu:gloo,cuda:nccl" if chosen.device == "cuda" else "gloo", timeout=timedelta(days=1000)
+    )
     folder = Path(args.out_dir or "out/reproduce")
     results = None if args.dry_run else Results(folder, "reproduce")
 
     def flags(family, seed, more=""):
-        more = more.format(twice=2 * how["epochs"], each=" ".join(map(str, range(
-            1, how["epochs"]))))
-        return ["--recipe", "shapes", "--model", *FAMILIES[family].split(), *as_flags(dict(
-            epochs=how["epochs"], warmup_steps=how["warmup_steps"], seed=seed)), "--keep-epochs",
-            "warmup", *shlex.split(more), *rest]
+        more = more.format(
+            twice=2 * how["epochs"], each=" ".join(map(str, range(1, how["epochs"])))
+        )
+        return [
+            "--recipe",
+            "shapes",
+            "--model",
+            *FAMILIES[family].split(),
+            *as_flags(dict(epochs=how["epochs"], warmup_steps=how["warmup_steps"], seed=seed)),
+            "--keep-epochs",
+            "warmup",
+            *shlex.split(more),
+            *rest,
+        ]
 
     shown = {}  # as of figure_sections; the first seed, computed last, takes the others' place
 
@@ -5015,32 +6929,51 @@ def reproduce(args, rest):
         passed = [] if "--runs" in of._option_string_actions else rest  # those know no such flags
         answer = own.function(own, [*more, *passed])
         name = own.study if command == "stability" else command
-        shown[name] = dict(argv=[*argv, *passed], answer=None, summary=of.summary, drawn=drawn(
-            out, name, started), folder=os.path.relpath(out, folder))
+        shown[name] = dict(
+            argv=[*argv, *passed],
+            answer=None,
+            summary=of.summary,
+            drawn=drawn(out, name, started),
+            folder=os.path.relpath(out, folder),
+        )
         return answer
 
     # ---- ρ
-    grid = {(family, rho): f"rho-{family.lower()}-{rho}" for family in FIVE for rho in how["rho"]
-            if len(how["rho"]) > 1}
-    searches = {run: [*flags(family, seeds[0]), "--hold-out", "1/5", "--sam-rho", rho]
-                for (family, rho), run in grid.items()}
+    grid = {
+        (family, rho): f"rho-{family.lower()}-{rho}"
+        for family in FIVE
+        for rho in how["rho"]
+        if len(how["rho"]) > 1
+    }
+    searches = {
+        run: [*flags(family, seeds[0]), "--hold-out", "1/5", "--sam-rho", rho]
+        for (family, rho), run in grid.items()
+    }
     ended = {} if args.dry_run else conduct("ρ", searches, folder / "runs")
-    held_out = {key: -1 if ended[run]["diverged"] else ended[run]["top1"]
-                for key, run in grid.items() if run in ended}
-    rho = {family: max(how["rho"], key=lambda rho: held_out.get((family, rho), 0))
-           for family in FIVE}
+    held_out = {
+        key: -1 if ended[run]["diverged"] else ended[run]["top1"]
+        for key, run in grid.items()
+        if run in ended
+    }
+    rho = {
+        family: max(how["rho"], key=lambda rho: held_out.get((family, rho), 0)) for family in FIVE
+    }
 
     # ---- trainings
     jobs, runs = {}, {}
     for (part, families, other, more, with_sam), seed in itertools.product(TRAININGS, seeds):
-        for family, sam in itertools.product(families, (False, True)[:1 + with_sam]):
+        for family, sam in itertools.product(families, (False, True)[: 1 + with_sam]):
             name = ", ".join(filter(None, (family, other))) + " + SAM" * sam
             if part in parts:
                 slug = re.sub(r"[^\w]+", "-", f"{name} seed{seed}".lower())
                 runs[name, seed] = dict(run=slug, part=part, family=family)
                 factor = RHO_BESIDE.get(part, {}).get(family, 1)
-                jobs[slug] = [*flags(family, seed, more), *as_flags(dict(
-                    sam_rho=three_digits(factor * float(rho[family])) if sam else 0))]
+                jobs[slug] = [
+                    *flags(family, seed, more),
+                    *as_flags(
+                        dict(sam_rho=three_digits(factor * float(rho[family])) if sam else 0)
+                    ),
+                ]
     if args.dry_run:
         for name, words in (searches | jobs).items():
             tell(f"python train.py {shlex.join(words)} --out-dir {folder / 'runs' / name} --resume")
@@ -5051,9 +6984,18 @@ def reproduce(args, rest):
         if of["part"] == "contrastive":
             slug, file = f"{of['run']}-head", str(folder / "runs" / of["run"] / "ckpt.pt")
             runs[f"{name}, head", seed] = of | dict(run=slug)
-            heads[slug] = [*flags(of["family"], seed), *as_flags(dict(
-                train_only="head", epochs=max(1, how["epochs"] // 4), sam_rho=0, reset_head=True,
-                init_from=file))]
+            heads[slug] = [
+                *flags(of["family"], seed),
+                *as_flags(
+                    dict(
+                        train_only="head",
+                        epochs=max(1, how["epochs"] // 4),
+                        sam_rho=0,
+                        reset_head=True,
+                        init_from=file,
+                    )
+                ),
+            ]
     ended |= conduct("classifiers", heads, folder / "runs") if heads else {}
     runs = {key: of | ended[of["run"]] for key, of in runs.items()}
     n, names = Numbers(folder / "runs", seeds, runs), list(dict.fromkeys(name for name, _ in runs))
@@ -5061,59 +7003,113 @@ def reproduce(args, rest):
     # ---- analyses, of the first seed last: its figures stay
     for command, argv, of, file in analyses(names, how):
         for seed in reversed(seeds):
-            paths = [str(n.path(name, seed, file(n, name, seed) if callable(file) else file))
-                     for name in of if runs[name, seed]["top1"] is not None]
+            paths = [
+                str(n.path(name, seed, file(n, name, seed) if callable(file) else file))
+                for name in of
+                if runs[name, seed]["top1"] is not None
+            ]
             if paths:
-                n.found.setdefault(command, {}).update(run(
-                    *(("robustness", folder / "test") if command == "test" else (command, folder)),
-                    *argv, "--checkpoint", *paths))
+                n.found.setdefault(command, {}).update(
+                    run(
+                        *(
+                            ("robustness", folder / "test")
+                            if command == "test"
+                            else (command, folder)
+                        ),
+                        *argv,
+                        "--checkpoint",
+                        *paths,
+                    )
+                )
     first = [name for name in names if name in FIVE and runs[name, seeds[0]]["top1"] is not None]
     pairs = [name + sam for name in first if name in CHEN for sam in ("", " + SAM")]
-    of_first = {"landscape": (pairs, ["--images", str(how["images"] // 2), "--points",
-                                      str(how["points"])]),
-                "attention": ([name for name in pairs if name.startswith("ViT")], []),
-                "curves": (pairs, []), "peak": (first, [])}
+    of_first = {
+        "landscape": (pairs, ["--images", str(how["images"] // 2), "--points", str(how["points"])]),
+        "attention": ([name for name in pairs if name.startswith("ViT")], []),
+        "curves": (pairs, []),
+        "peak": (first, []),
+    }
     for command, (of, argv) in of_first.items():
-        paths = [str(n.path(name, seeds[0])) for name in of
-                 if runs[name, seeds[0]]["top1"] is not None]
+        paths = [
+            str(n.path(name, seeds[0])) for name in of if runs[name, seeds[0]]["top1"] is not None
+        ]
         if paths:
-            run(command, folder, *argv, "--runs" if command in ("curves", "peak") else
-                "--checkpoint", *paths)
+            run(
+                command,
+                folder,
+                *argv,
+                "--runs" if command in ("curves", "peak") else "--checkpoint",
+                *paths,
+            )
     for study, seed in itertools.product(OF_XIAO * ("optimizability" in parts), reversed(seeds)):
         n.found.setdefault(study, {})[seed] = run(
-            "stability", folder / f"stability-seed{seed}", "--study", study, "--models",
-            FAMILIES["ViT"], FAMILIES["ViT_C"], "--vary", "epochs", *map(str, how["epochs_of"][
-                study]), "--pairs", str(how["pairs"]), "--recipe", "shapes",
-            *as_flags(dict(sam_rho=0, seed=seed)))
+            "stability",
+            folder / f"stability-seed{seed}",
+            "--study",
+            study,
+            "--models",
+            FAMILIES["ViT"],
+            FAMILIES["ViT_C"],
+            "--vary",
+            "epochs",
+            *map(str, how["epochs_of"][study]),
+            "--pairs",
+            str(how["pairs"]),
+            "--recipe",
+            "shapes",
+            *as_flags(dict(sam_rho=0, seed=seed)),
+        )
 
     # ---- claims
     rows, lacking = judged(n)
     results.parts = {
-        "trainings": {of["run"]: of | dict(name=name, seed=seed)
-                      for (name, seed), of in runs.items()},
+        "trainings": {
+            of["run"]: of | dict(name=name, seed=seed) for (name, seed), of in runs.items()
+        },
         "ρ, top-1 % of held-out training images": {
-            f"{family}, {rho}": top1 for (family, rho), top1 in held_out.items()},
-        "claims": {f"{row['paper']}: {row['claim']}": row for row in rows}}
+            f"{family}, {rho}": top1 for (family, rho), top1 in held_out.items()
+        },
+        "claims": {f"{row['paper']}: {row['claim']}": row for row in rows},
+    }
     results.settings = {"ρ": rho, "seeds": seeds, "parts": parts} | {
-        name: how[name] for name in ("epochs", "warmup_steps", "images", "held_out")}
+        name: how[name] for name in ("epochs", "warmup_steps", "images", "held_out")
+    }
     train.on_main(results.write)
     if train.rank() == 0:
-        tables = {"Networks": family_rows(n, rho), "Claims": rows, "All trainings": [
-            {"training": name, "part": runs[name, seeds[0]]["part"], "validation top-1 %":
-             over_seeds(n.top1(name)) or "diverged"} for name in names]}
+        tables = {
+            "Networks": family_rows(n, rho),
+            "Claims": rows,
+            "All trainings": [
+                {
+                    "training": name,
+                    "part": runs[name, seeds[0]]["part"],
+                    "validation top-1 %": over_seeds(n.top1(name)) or "diverged",
+                }
+                for name in names
+            ],
+        }
         if grid:
             tables["SAM's ρ (Chen Table 9, 10): top-1 % of held-out training images"] = [
                 {"network": family} | {rho: held_out[family, rho] for rho in how["rho"]}
-                for family in FIVE]
+                for family in FIVE
+            ]
         judgements = [row["verdict"].split(",")[0] for row in rows if row["paper"] != "control"]
         counts = Counter(judgements)
         of = machine(train.start_processes(chosen.device)[0])
-        write_report(folder, tables, lacking + LEFT_OUT, n, shown, (
-            f"Of {len(judgements)} claims {counts['shows']} show, {counts['does not show']} do not "
-            f"show, {counts['within the spread']} are within the spread, "
-            f"{counts['no verdict']} have no verdict. Trained on shapes, {how['epochs']} epochs"
-            f"{' (too few for a verdict)' * args.quick}, seeds {', '.join(map(str, seeds))}; "
-            f"{of['device']}, torch {of['torch']}."))
+        write_report(
+            folder,
+            tables,
+            lacking + LEFT_OUT,
+            n,
+            shown,
+            (
+                f"Of {len(judgements)} claims {counts['shows']} show, {counts['does not show']} do "
+                f"not show, {counts['within the spread']} are within the spread, "
+                f"{counts['no verdict']} have no verdict. Trained on shapes, {how['epochs']} epochs"
+                f"{' (too few for a verdict)' * args.quick}, seeds {', '.join(map(str, seeds))}; "
+                f"{of['device']}, torch {of['torch']}."
+            ),
+        )
     return results.parts
 
 
@@ -5121,20 +7117,36 @@ def family_rows(n, rho):
     """What Tables 1 and 2 of Chen et al. have, of each family and of a linear model."""
     rows = []
     for family in FIVE:
-        cost = train.complexity_of(train.settings(
-            ["--dataset", "shapes", "--model", *FAMILIES[family].split()])[0])
-        rows.append({"network": family, "model": FAMILIES[family], "M multiply-adds":
-                     cost["macs"] / 1e6, "parameters": f"{cost['params']:,}", "ρ": rho[family]} | {
-            f"{what}{how}": over_seeds(measured(name))
-            for what, measured in (
-                ("top-1 %", n.test), ("corrupted %", functools.partial(n.accuracy, "c-lite")),
-                ("training loss", lambda name: n.only("nll", name, lambda of: of["nll"])),
-                ("λmax", n.eigenvalue))
-            for how, name in (("", family), (", SAM", f"{family} + SAM"),
-                              (", twice", f"{family}, twice the epochs"))})
+        cost = train.complexity_of(
+            train.settings(["--dataset", "shapes", "--model", *FAMILIES[family].split()])[0]
+        )
+        rows.append(
+            {
+                "network": family,
+                "model": FAMILIES[family],
+                "M multiply-adds": cost["macs"] / 1e6,
+                "parameters": f"{cost['params']:,}",
+                "ρ": rho[family],
+            }
+            | {
+                f"{what}{how}": over_seeds(measured(name))
+                for what, measured in (
+                    ("top-1 %", n.test),
+                    ("corrupted %", functools.partial(n.accuracy, "c-lite")),
+                    ("training loss", lambda name: n.only("nll", name, lambda of: of["nll"])),
+                    ("λmax", n.eigenvalue),
+                )
+                for how, name in (
+                    ("", family),
+                    (", SAM", f"{family} + SAM"),
+                    (", twice", f"{family}, twice the epochs"),
+                )
+            }
+        )
     rows.append({"network": "linear model", "top-1 %": f"{linear_top1():.4g}"})
-    columns = dict.fromkeys(column for row in rows for column, value in row.items()
-                            if value is not None)
+    columns = dict.fromkeys(
+        column for row in rows for column, value in row.items() if value is not None
+    )
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
@@ -5142,55 +7154,96 @@ def write_report(folder, tables, left_out, n, shown, how):
     """claims.md and index.html: the tables, {title: rows}, what is left out, [(what, why)], the
     figures, as of figure_sections, and in a sentence how it was made. Two figures are its own: all
     trainings, and Chen Fig. 4."""
-    parts = group([dict(name=name, part=of["part"]) for (name, seed), of in n.runs.items()
-                   if seed == n.seeds[0]], "part")
+    parts = group(
+        [
+            dict(name=name, part=of["part"])
+            for (name, seed), of in n.runs.items()
+            if seed == n.seeds[0]
+        ],
+        "part",
+    )
     columns = min(len(parts), 4)
-    figure(folder / "trainings.png", lambda grid: draw_trainings(grid, parts, n),
-           -(-len(parts) // columns), columns)
+    figure(
+        folder / "trainings.png",
+        lambda grid: draw_trainings(grid, parts, n),
+        -(-len(parts) // columns),
+        columns,
+    )
     own = {"trainings": "Top-1 of the validation split, mean and deviation over seeds"}
     if "fractions" in parts:
         paper = dict(zip(CHEN, ("vit_b16", "mixer_b16", "resnet152")))
-        figure(folder / "datasize.png", lambda axes: draw_datasize(axes, {
-            label: with_gains(fraction_runs(n, name, of), "top1") for name, model in paper.items()
-            for label, of in ((name, None), (f"Chen, {model}", CHEN_4[model]))}), columns=2)
+        figure(
+            folder / "datasize.png",
+            lambda axes: draw_datasize(
+                axes,
+                {
+                    label: with_gains(fraction_runs(n, name, of), "top1")
+                    for name, model in paper.items()
+                    for label, of in ((name, None), (f"Chen, {model}", CHEN_4[model]))
+                },
+            ),
+            columns=2,
+        )
         own["datasize"] = "Accuracy and SAM's gain by the number of images (Chen Fig. 4)"
-    rules = ("A claim shows if each number is below the one before it, as the claim says, on "
-             "average over seeds by more than the standard deviation of that over seeds; it does "
-             "not show if one is above by as much; else it is within the spread. Of ratios (×) it "
-             "is their logarithms. Where nothing is true, of two numbers one claim in nine shows "
-             "and one in nine does not (of two seeds: one in five each). Top-1 of Chen Table 2, "
-             "§3, §4 and App. F and of Xiao §6 and Fig. 2 is of the test split, else of the "
-             "validation split.")
+    rules = (
+        "A claim shows if each number is below the one before it, as the claim says, on "
+        "average over seeds by more than the standard deviation of that over seeds; it does "
+        "not show if one is above by as much; else it is within the spread. Of ratios (×) it "
+        "is their logarithms. Where nothing is true, of two numbers one claim in nine shows "
+        "and one in nine does not (of two seeds: one in five each). Top-1 of Chen Table 2, "
+        "§3, §4 and App. F and of Xiao §6 and Fig. 2 is of the test split, else of the "
+        "validation split."
+    )
     sections = tables | {"Left out": [{"what": what, "why": why} for what, why in left_out]}
     text = f"# The papers in small\n\n{how}\n\n{rules}\n" + "".join(
-        f"\n## {title}\n\n{markdown(rows)}" for title, rows in sections.items())
+        f"\n## {title}\n\n{markdown(rows)}" for title, rows in sections.items()
+    )
     train.write_file(folder / "claims.md", lambda file: file.write(text.encode()))
-    body = [f"<p>{html.escape(how)}<p>{rules}", *(f"<h2>{title}</h2>{html_table(rows)}"
-                                                  for title, rows in sections.items())]
-    body += [f'<h2>{name}</h2><p>{html.escape(what)}<p><img src="{name}.png" alt="{name}">'
-             for name, what in own.items() if (folder / f"{name}.png").exists()]
+    body = [
+        f"<p>{html.escape(how)}<p>{rules}",
+        *(f"<h2>{title}</h2>{html_table(rows)}" for title, rows in sections.items()),
+    ]
+    body += [
+        f'<h2>{name}</h2><p>{html.escape(what)}<p><img src="{name}.png" alt="{name}">'
+        for name, what in own.items()
+        if (folder / f"{name}.png").exists()
+    ]
     page = PAGE.format(title="The papers in small", body="\n".join(body + figure_sections(shown)))
     train.write_file(folder / "index.html", lambda file: file.write(page.encode()))
-    print_rows([{column: row[column] for column in ("claim", "paper", "measured", "verdict")}
-                for row in tables["Claims"]])
-    train.say(f"{how}\nresults   {folder / 'index.html'}, {folder / 'claims.md'}, "
-              f"{folder / 'reproduce.json'}")
+    print_rows(
+        [
+            {column: row[column] for column in ("claim", "paper", "measured", "verdict")}
+            for row in tables["Claims"]
+        ]
+    )
+    train.say(
+        f"{how}\nresults   {folder / 'index.html'}, {folder / 'claims.md'}, "
+        f"{folder / 'reproduce.json'}"
+    )
 
 
 def fraction_runs(n, name, paper):
     """Runs for with_gains: ours, the mean over seeds, or Table 4's."""
     if paper:
-        return [dict(method=method, fraction=float(Fraction(share)), top1=top1)
-                for method, row in paper.items() for share, top1 in zip(FRACTIONS, row)]
-    ways = {"plain": name, "sam": f"{name} + SAM", "augmented": f"{name}, augmented",
-            "both": f"{name}, augmented + SAM"}
+        return [
+            dict(method=method, fraction=float(Fraction(share)), top1=top1)
+            for method, row in paper.items()
+            for share, top1 in zip(FRACTIONS, row)
+        ]
+    ways = {
+        "plain": name,
+        "sam": f"{name} + SAM",
+        "augmented": f"{name}, augmented",
+        "both": f"{name}, augmented + SAM",
+    }
     found = []
     for (method, way), share in itertools.product(ways.items(), FRACTIONS):
         base, sam, _ = way.partition(" + SAM")
         of = way if share == "1" else f"{base}, {share}{sam}"
         if (of, n.seeds[0]) in n.runs:
-            found.append(dict(method=method, fraction=float(Fraction(share)),
-                              top1=float(n.top1(of).mean())))
+            found.append(
+                dict(method=method, fraction=float(Fraction(share)), top1=float(n.top1(of).mean()))
+            )
     return found
 
 
@@ -5199,283 +7252,638 @@ def draw_trainings(grid, parts, n):
     for axes, (part, rows) in zip(np.ravel(grid), parts.items()):
         for row in reversed(rows):
             top1 = n.top1(row["name"])
-            axes.barh(row["name"], top1.mean(), xerr=top1.std(ddof=1) if len(top1) > 1 else None,
-                      color="C1" if "+ SAM" in row["name"] else "C0")
+            axes.barh(
+                row["name"],
+                top1.mean(),
+                xerr=top1.std(ddof=1) if len(top1) > 1 else None,
+                color="C1" if "+ SAM" in row["name"] else "C0",
+            )
         axes.set_title(part, fontsize=8)
         axes.tick_params(axis="y", labelsize=6)
         axes.set_xlabel("top-1 (%)")
-    for axes in np.ravel(grid)[len(parts):]:
+    for axes in np.ravel(grid)[len(parts) :]:
         axes.axis("off")
 
 
 def html_table(rows):
-    cells = [[html.escape("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v))
-              for v in row] for row in (list(rows[0]), *(row.values() for row in rows))]
-    lines = ["".join(f"<{'td' if i else 'th'}>{cell}" for cell in row)
-             for i, row in enumerate(cells)]
+    cells = [
+        [
+            html.escape("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v))
+            for v in row
+        ]
+        for row in (list(rows[0]), *(row.values() for row in rows))
+    ]
+    lines = [
+        "".join(f"<{'td' if i else 'th'}>{cell}" for cell in row) for i, row in enumerate(cells)
+    ]
     return "<table>\n" + "".join(f"<tr>{line}\n" for line in lines) + "</table>"
 
 
 # --------------------------------------------------------------------------------------------- main
 
+
 def make_parser():
-    parser = train.Parser(allow_abbrev=False, description=__doc__.split("\n\n")[0], epilog=(
-        "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."))
+    parser = train.Parser(
+        allow_abbrev=False,
+        description=__doc__.split("\n\n")[0],
+        epilog=("Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."),
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     parser.commands = commands.choices
 
     def command(function, summary, of_checkpoints=True, images="", loss=False):
         name = function.__name__.removesuffix("_command")
-        parser = commands.add_parser(name, allow_abbrev=False, help=summary,
-                                     description=function.__doc__, epilog=(
-            "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."))
+        parser = commands.add_parser(
+            name,
+            allow_abbrev=False,
+            help=summary,
+            description=function.__doc__,
+            epilog=(
+                "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights."
+            ),
+        )
         parser.set_defaults(function=function)
         parser.summary = summary
         if of_checkpoints:
-            parser.add_argument("--checkpoint", nargs="+", default=[], metavar="FILE",
-                                help="of runs of train.py; else --model NAME --init-from FILE")
-        parser.add_argument("--out-dir", default="", help="for its files; default: " + (
-            "the folder of the first checkpoint" if of_checkpoints else f"out/{name}"))
+            parser.add_argument(
+                "--checkpoint",
+                nargs="+",
+                default=[],
+                metavar="FILE",
+                help="of runs of train.py; else --model NAME --init-from FILE",
+            )
+        parser.add_argument(
+            "--out-dir",
+            default="",
+            help="for its files; default: "
+            + ("the folder of the first checkpoint" if of_checkpoints else f"out/{name}"),
+        )
         if images:
-            parser.add_argument("--images", default="1/10", metavar="N", help="of the training "
-                                "set, class-balanced: a number or a fraction (default: 1/10, "
-                                f"{images})")
+            parser.add_argument(
+                "--images",
+                default="1/10",
+                metavar="N",
+                help="of the training "
+                "set, class-balanced: a number or a fraction (default: 1/10, "
+                f"{images})",
+            )
         if loss:
-            parser.add_argument("--loss", choices=LOSSES, default="softmax", help="softmax: cross-"
-                                "entropy; sigmoid, which is sharper (Chen B.1); whatever the "
-                                "training's was (default: softmax)")
+            parser.add_argument(
+                "--loss",
+                choices=LOSSES,
+                default="softmax",
+                help="softmax: cross-"
+                "entropy; sigmoid, which is sharper (Chen B.1); whatever the "
+                "training's was (default: softmax)",
+            )
         return parser.add_argument
 
     add = command(robustness, "accuracy on benchmarks of robustness (Chen Table 2; Park Fig. 12b)")
-    add("--benchmarks", nargs="+", choices=BENCHMARKS, default=["val", "c-lite"], help="val: "
+    add(
+        "--benchmarks",
+        nargs="+",
+        choices=BENCHMARKS,
+        default=["val", "c-lite"],
+        help="val: "
         "held-out images; pgd: these under PGD, 10 steps, ε = 2/255 (Chen E.5); real, v2, r, c: "
         "ImageNet-ReaL, -V2, -R, -C or CIFAR-C, looked for in --data-dir and beside it; c-lite: "
-        "our own corruptions of val (default: val c-lite)")
+        "our own corruptions of val (default: val c-lite)",
+    )
 
     def add_eigenvalues(k):
         add("--k", type=int, default=k, help=f"eigenvalues (default: {k})")
         add("--tolerance", type=float, default=0.01, help="their relative error (default: 0.01)")
-        add("--memory", type=float, default=4.0, help="GiB for gradient graphs to be kept; others "
-            "are built for each product (default: 4)")
+        add(
+            "--memory",
+            type=float,
+            default=4.0,
+            help="GiB for gradient graphs to be kept; others "
+            "are built for each product (default: 4)",
+        )
 
-    add = command(hessian, "largest eigenvalues of the loss's Hessian, whole and by blocks; trace, "
-                  "density (Chen Table 1, 3)", images="Chen App. C", loss=True)
-    add("--params", nargs="+", default=["table3"], help="diagonal blocks: whole, table3 (whole, "
+    add = command(
+        hessian,
+        "largest eigenvalues of the loss's Hessian, whole and by blocks; trace, "
+        "density (Chen Table 1, 3)",
+        images="Chen App. C",
+        loss=True,
+    )
+    add(
+        "--params",
+        nargs="+",
+        default=["table3"],
+        help="diagonal blocks: whole, table3 (whole, "
         "embedding, attention or token MLPs, MLPs, first, middle and last block; of a "
         "convolutional network: whole, stem, stages), or regular expressions, searched for in "
-        "names of parameters (default: table3)")
-    add("--method", choices=("lanczos", "power"), default="lanczos", help="power: the paper's 100 "
-        "products, for one eigenvalue (default: lanczos)")
-    add("--which", choices=("algebraic", "magnitude"), default="algebraic", help="which are the "
-        "largest (default: algebraic)")
+        "names of parameters (default: table3)",
+    )
+    add(
+        "--method",
+        choices=("lanczos", "power"),
+        default="lanczos",
+        help="power: the paper's 100 products, for one eigenvalue (default: lanczos)",
+    )
+    add(
+        "--which",
+        choices=("algebraic", "magnitude"),
+        default="algebraic",
+        help="which are the largest (default: algebraic)",
+    )
     add_eigenvalues(1)
-    add("--iterations", type=int, default=100, help="products: of power, or at most of lanczos "
-        "(default: 100)")
-    add("--probes", type=int, default=0, help="random vectors for trace and spectral density "
-        "(default: 0, neither)")
+    add(
+        "--iterations",
+        type=int,
+        default=100,
+        help="products: of power, or at most of lanczos (default: 100)",
+    )
+    add(
+        "--probes",
+        type=int,
+        default=0,
+        help="random vectors for trace and spectral density (default: 0, neither)",
+    )
     add("--steps", type=int, default=50, help="products of each of these (default: 50)")
-    add("--chunk", type=int, default=32, help="images in one graph; the numbers do not depend on "
-        "it (default: 32)")
+    add(
+        "--chunk",
+        type=int,
+        default=32,
+        help="images in one graph; the numbers do not depend on it (default: 32)",
+    )
 
-    add = command(spectrum, "eigenvalues of mini-batches' Hessians: density, NEP, APE (Park Fig. "
-                  "1b, 4, 6, C.2b, C.4-C.7)", images="Park A.1")
+    add = command(
+        spectrum,
+        "eigenvalues of mini-batches' Hessians: density, NEP, APE (Park Fig. "
+        "1b, 4, 6, C.2b, C.4-C.7)",
+        images="Park A.1",
+    )
     add_eigenvalues(5)
     add("--batch", type=int, default=16, help="images of a mini-batch (default: 16, A.1)")
-    add("--against", choices=("heads", "head_dim"), help="NEP and APE by it, and the exponent of "
-        "APE (Fig. C.5, C.6)")
-    add = command(landscape_command, "the loss on a plane around the weights (Chen Fig. 1, Park "
-                  "Fig. 1a)", images="Chen B.1", loss=True)
-    add("--augmented", action="store_true", help="images augmented and mixed as in training (Park "
-        "A.2)")
-    add("--l2", choices=L2, default="none", help="shown in addition, with the --weight-decay λ of "
+    add(
+        "--against",
+        choices=("heads", "head_dim"),
+        help="NEP and APE by it, and the exponent of APE (Fig. C.5, C.6)",
+    )
+    add = command(
+        landscape_command,
+        "the loss on a plane around the weights (Chen Fig. 1, Park Fig. 1a)",
+        images="Chen B.1",
+        loss=True,
+    )
+    add(
+        "--augmented",
+        action="store_true",
+        help="images augmented and mixed as in training (Park A.2)",
+    )
+    add(
+        "--l2",
+        choices=L2,
+        default="none",
+        help="shown in addition, with the --weight-decay λ of "
         "the training and over what decays in it: half-square: ½ λ Σ w² (Park A.2); sum-of-norms: "
-        "λ Σ‖p‖₂ over tensors p (Park's code) (default: none)")
+        "λ Σ‖p‖₂ over tensors p (Park's code) (default: none)",
+    )
     add("--points", type=int, default=50, metavar="N", help="N × N points (default: 50, Chen B.1)")
-    add("--span", type=float, default=1.0, help="largest coordinate; 1: as long as the filters "
-        "(default: 1)")
-    add("--normalise", choices=("filter", "park"), default="filter", help="filter: Li et al.; park:"
-        " as the code of Park & Kim does (default: filter)")
-    add("--direction-seed", type=int, default=0, metavar="SEED", help="of the directions (default: "
-        "0)")
-    add("--clip", type=float, metavar="LOSS", help="draw no loss above this; Park's code: 42 above "
-        "the lowest")
+    add(
+        "--span",
+        type=float,
+        default=1.0,
+        help="largest coordinate; 1: as long as the filters (default: 1)",
+    )
+    add(
+        "--normalise",
+        choices=("filter", "park"),
+        default="filter",
+        help="filter: Li et al.; park: as the code of Park & Kim does (default: filter)",
+    )
+    add(
+        "--direction-seed",
+        type=int,
+        default=0,
+        metavar="SEED",
+        help="of the directions (default: 0)",
+    )
+    add(
+        "--clip",
+        type=float,
+        metavar="LOSS",
+        help="draw no loss above this; Park's code: 42 above the lowest",
+    )
 
-    add = command(flatness, "loss under Gaussian noise on the weights, worst loss in a ball",
-                  images="Chen B.1", loss=True)
-    add("--sigma", type=float, nargs="+", default=SIGMAS, help="standard deviations of the noise "
-        "(default: " + " ".join(map(str, SIGMAS)) + ")")
+    add = command(
+        flatness,
+        "loss under Gaussian noise on the weights, worst loss in a ball",
+        images="Chen B.1",
+        loss=True,
+    )
+    add(
+        "--sigma",
+        type=float,
+        nargs="+",
+        default=SIGMAS,
+        help="standard deviations of the noise (default: " + " ".join(map(str, SIGMAS)) + ")",
+    )
     add("--draws", type=int, default=10, help="of the noise (default: 10)")
-    add("--rho", type=float, nargs="+", default=RADII, help="radii of the ball (default: "
-        + " ".join(map(str, RADII)) + ")")
+    add(
+        "--rho",
+        type=float,
+        nargs="+",
+        default=RADII,
+        help="radii of the ball (default: " + " ".join(map(str, RADII)) + ")",
+    )
     add("--steps", type=int, default=20, help="of ascent in the ball; 1: SAM's (default: 20)")
 
-    add = command(ntk_command, "condition number of the neural tangent kernel (Chen Table 1)",
-                  images="Chen App. D")
+    add = command(
+        ntk_command,
+        "condition number of the neural tangent kernel (Chen Table 1)",
+        images="Chen App. D",
+    )
     add("--batch", type=int, default=48, help="images of a kernel (default: 48, Chen Appendix D)")
-    add("--projections", type=int, default=16, help="directions in the space of logits; 0, or not "
-        "fewer than there are classes: all logits, exact (default: 16)")
-    add("--memory", type=float, default=4.0, metavar="GIB", help="limit beside the network "
-        "(default: 4)")
-    add("--at", choices=("init", "checkpoint"), default="init", help="the architecture with new "
-        "weights, as the paper, or the trained one (default: init)")
-    add("--head", choices=("lecun", "own", "zero"), help="last layer: lecun-normal, the network's "
+    add(
+        "--projections",
+        type=int,
+        default=16,
+        help="directions in the space of logits; 0, or not "
+        "fewer than there are classes: all logits, exact (default: 16)",
+    )
+    add(
+        "--memory",
+        type=float,
+        default=4.0,
+        metavar="GIB",
+        help="limit beside the network (default: 4)",
+    )
+    add(
+        "--at",
+        choices=("init", "checkpoint"),
+        default="init",
+        help="the architecture with new weights, as the paper, or the trained one (default: init)",
+    )
+    add(
+        "--head",
+        choices=("lecun", "own", "zero"),
+        help="last layer: lecun-normal, the network's "
         "own, or zero, with which Θ is the features' Gram matrix (default: lecun; of a checkpoint: "
-        "own)")
-    add("--activation", choices=("relu", "own"), help="relu: in place of GELU (Chen Appendix D) "
-        "(default: relu; of a checkpoint: own)")
-    add("--statistics", choices=("batch", "own"), help="of BatchNorm: measured on the batch, or as "
-        "they are, 0 and 1 at initialisation (default: batch; of a checkpoint: own)")
+        "own)",
+    )
+    add(
+        "--activation",
+        choices=("relu", "own"),
+        help="relu: in place of GELU (Chen Appendix D) (default: relu; of a checkpoint: own)",
+    )
+    add(
+        "--statistics",
+        choices=("batch", "own"),
+        help="of BatchNorm: measured on the batch, or as "
+        "they are, 0 and 1 at initialisation (default: batch; of a checkpoint: own)",
+    )
 
     command(norms_command, "norms of weights and activations (Chen Table 3)", images="Chen §4.4")
     command(sparsity_command, "share of active neurons (Chen Fig. 2 right)", images="Chen §4.4")
-    add = command(compare_command, "hessian, ntk, norms and accuracy in one (Chen Table 1, 3)",
-                  images="as the others")
-    add("--benchmarks", nargs="+", choices=("val", "c", "c-lite"), default=["val", "c-lite"],
-        help="see robustness (default: val c-lite)")
+    add = command(
+        compare_command,
+        "hessian, ntk, norms and accuracy in one (Chen Table 1, 3)",
+        images="as the others",
+    )
+    add(
+        "--benchmarks",
+        nargs="+",
+        choices=("val", "c", "c-lite"),
+        default=["val", "c-lite"],
+        help="see robustness (default: val c-lite)",
+    )
 
     def of_held_out(function, summary):
         add = command(function, summary)
-        add("--images", default="all", metavar="N", help="of the held-out set, class-balanced: a "
-            "number above 1, a fraction or all (default: all, Park A.1)")
+        add(
+            "--images",
+            default="all",
+            metavar="N",
+            help="of the held-out set, class-balanced: a "
+            "number above 1, a fraction or all (default: all, Park A.1)",
+        )
         return add
 
     add = of_held_out(fourier_command, "Δ log amplitude of feature maps (Park Fig. 2a, 8, D.2)")
-    add("--form", choices=("diagonal", "radial"), default="diagonal", help="of frequencies shown; "
-        "the JSON has both (default: diagonal, Fig. D.2)")
+    add(
+        "--form",
+        choices=("diagonal", "radial"),
+        default="diagonal",
+        help="of frequencies shown; the JSON has both (default: diagonal, Fig. D.2)",
+    )
     of_held_out(variance_command, "variance of feature maps by depth (Park Fig. 9, D.1)")
     add = of_held_out(cka_command, "similarity of all pairs of feature maps (Park Fig. 10a, D.3)")
     add("--batch", type=int, default=256, help="images of a mini-batch (default: 256)")
     of_held_out(lesion_command, "accuracy without one unit (Park Fig. 10b, D.4)")
 
     add = command(noise_command, "accuracy under noise of a band of frequencies (Park Fig. 2b)")
-    add("--frequencies", type=float, nargs="+", default=[i / 10 for i in range(11)], metavar="F",
-        help="middles of the bands, in units of π (default: 0 0.1 … 1)")
-    add("--sigma", type=float, default=0.5, help="of the noise in all bands together, 1 being from "
-        "black to white (default: 0.5)")
+    add(
+        "--frequencies",
+        type=float,
+        nargs="+",
+        default=[i / 10 for i in range(11)],
+        metavar="F",
+        help="middles of the bands, in units of π (default: 0 0.1 … 1)",
+    )
+    add(
+        "--sigma",
+        type=float,
+        default=0.5,
+        help="of the noise in all bands together, 1 being from black to white (default: 0.5)",
+    )
     add("--window", type=float, default=0.1, help="width of a band, in π (default: 0.1, Fig. 2b)")
-    add("--equal-energy", action="store_true", help="noise of σ in every band, not in proportion "
-        "to its area")
-    add("--form", choices=("paper", "code"), default="paper", help="code: as Park & Kim's code, "
-        "signs in place of a Gaussian, square bands of the half-width window / 2")
+    add(
+        "--equal-energy",
+        action="store_true",
+        help="noise of σ in every band, not in proportion to its area",
+    )
+    add(
+        "--form",
+        choices=("paper", "code"),
+        default="paper",
+        help="code: as Park & Kim's code, "
+        "signs in place of a Gaussian, square bands of the half-width window / 2",
+    )
     add("--noise-seed", type=int, default=0, metavar="SEED", help="of the noise (default: 0)")
 
-    add = command(attention_command, "attention maps of the class token, rollout, mean distance "
-                  "(Chen Fig. 3, B.2)")
+    add = command(
+        attention_command,
+        "attention maps of the class token, rollout, mean distance (Chen Fig. 3, B.2)",
+    )
     add("--image", nargs="+", default=[], metavar="FILE", help="images, cropped as in evaluation")
-    add("--indices", type=int, nargs="+", default=[], metavar="I", help="of held-out images "
-        "(default, without --image and --distance: 0 1 2 3)")
+    add(
+        "--indices",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="I",
+        help="of held-out images (default, without --image and --distance: 0 1 2 3)",
+    )
     add("--each-head", action="store_true", help="also draw each head")
     add("--rollout", action="store_true", help="also draw the attention rollout over all layers")
-    add("--distance", type=int, default=0, metavar="N", help="mean attention distance of each "
-        "layer and head over N held-out images, class-balanced (Dosovitskiy et al. Fig. 11: 128)")
+    add(
+        "--distance",
+        type=int,
+        default=0,
+        metavar="N",
+        help="mean attention distance of each "
+        "layer and head over N held-out images, class-balanced (Dosovitskiy et al. Fig. 11: 128)",
+    )
 
     add = command(calibration_command, "reliability diagram, calibration errors (Park Fig. F.1a)")
     add("--bins", type=int, default=10, help="of the confidence (default: 10, Park's code)")
 
-    add = command(nll_command, "NLL of augmented training images and test error (Park Fig. 5, 7a, "
-                  "C.1, C.2a, C.3)")
-    add("--against", choices=AGAINST, default="model", help="; ".join(
-        f"{name}: {text}" for name, text in AGAINST.items()) + " (default: model)")
-    add("--images", default="1", metavar="N", help="of the training set, class-balanced: a number "
-        "or a fraction (default: 1, all)")
+    add = command(
+        nll_command,
+        "NLL of augmented training images and test error (Park Fig. 5, 7a, C.1, C.2a, C.3)",
+    )
+    add(
+        "--against",
+        choices=AGAINST,
+        default="model",
+        help="; ".join(f"{name}: {text}" for name, text in AGAINST.items()) + " (default: model)",
+    )
+    add(
+        "--images",
+        default="1",
+        metavar="N",
+        help="of the training set, class-balanced: a number or a fraction (default: 1, all)",
+    )
 
     def of_runs(function, summary, **options):
         add = command(function, summary, of_checkpoints=False)
-        add("--runs", nargs="+", metavar="RUN", help="folders of train.py, or "
-            "log.jsonl or a checkpoint in them",
-            **options)
+        add(
+            "--runs",
+            nargs="+",
+            metavar="RUN",
+            help="folders of train.py, or log.jsonl or a checkpoint in them",
+            **options,
+        )
         return add
 
-    add = of_runs(curves, "training error and loss, validation accuracy of runs (Chen Fig. 2, Xiao "
-                  "Fig. 2)", required=True)
+    add = of_runs(
+        curves,
+        "training error and loss, validation accuracy of runs (Chen Fig. 2, Xiao Fig. 2)",
+        required=True,
+    )
     add("--against", choices=("step", "epoch"), default="step", help="(default: step)")
-    of_runs(peak, "error of finished runs against minutes per epoch (Xiao Fig. 6, Table 2)",
-            default=[])
+    of_runs(
+        peak, "error of finished runs against minutes per epoch (Xiao Fig. 6, Table 2)", default=[]
+    )
 
     def add_models(default):
-        add("--models", nargs="+", metavar="MODEL", help="values of --model, in quotes with "
-            f"further flags of train.py if wanted, as 'vit_s16 --stem conv'; default: {default}")
+        add(
+            "--models",
+            nargs="+",
+            metavar="MODEL",
+            help="values of --model, in quotes with "
+            f"further flags of train.py if wanted, as 'vit_s16 --stem conv'; default: {default}",
+        )
 
-    add = command(complexity, "parameters, FLOPs, activations (Xiao Table 1, Chen Table 7)",
-                  of_checkpoints=False)
+    add = command(
+        complexity,
+        "parameters, FLOPs, activations (Xiao Table 1, Chen Table 7)",
+        of_checkpoints=False,
+    )
     add_models("the tables'")
-    add = command(throughput, "images per second, share of the device's peak (Chen Table 2, 7; "
-                  "Xiao §6; Park A.1, App. E)", of_checkpoints=False)
+    add = command(
+        throughput,
+        "images per second, share of the device's peak (Chen Table 2, 7; "
+        "Xiao §6; Park A.1, App. E)",
+        of_checkpoints=False,
+    )
     add_models("Chen Table 7's on CUDA, else small ones at 32×32")
     add("--modes", nargs="+", choices=MODES, default=MODES, help="(default: all)")
     add("--compile", choices=("yes", "no", "both"), help="(default: yes on CUDA, else no)")
-    add("--micro-batches", type=int, default=1, metavar="K", help="passes of a step, each of the "
-        "batch (default: 1)")
-    add("--batch-sizes", type=int, nargs="+", default=[2 ** i for i in range(5, 14)], metavar="N",
-        help="tried in turn (default: 32 64 … 8192)")
-    add("--seconds", type=float, default=1.0, help="about as long is each batch size timed, and "
-        "each network in a round (default: 1)")
+    add(
+        "--micro-batches",
+        type=int,
+        default=1,
+        metavar="K",
+        help="passes of a step, each of the batch (default: 1)",
+    )
+    add(
+        "--batch-sizes",
+        type=int,
+        nargs="+",
+        default=[2**i for i in range(5, 14)],
+        metavar="N",
+        help="tried in turn (default: 32 64 … 8192)",
+    )
+    add(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="about as long is each batch size timed, and each network in a round (default: 1)",
+    )
     add("--rounds", type=int, default=5, help="(default: 5)")
     add("--devices", type=int, help="that share an epoch (default: one for each process)")
 
-    add = command(scale, "speed of a training on 1 to 1,024 devices, on paper, and what bounds it",
-                  of_checkpoints=False)
-    add("--devices", type=int, nargs="+", metavar="N", help="(default: those of 1 4 16 64 256 1024 "
-        "that share the batch equally)")
-    add("--tflops", type=float, required=True, help="TFLOP/s that a device sustains in training: "
-        "throughput in one process measures it")
-    add("--bandwidth", type=float, default=25.0, metavar="GB/S", help="from a device to the next "
-        "(default: 25, a network of 200 Gbit/s for each)")
+    add = command(
+        scale,
+        "speed of a training on 1 to 1,024 devices, on paper, and what bounds it",
+        of_checkpoints=False,
+    )
+    add(
+        "--devices",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="(default: those of 1 4 16 64 256 1024 that share the batch equally)",
+    )
+    add(
+        "--tflops",
+        type=float,
+        required=True,
+        help="TFLOP/s that a device sustains in training: throughput in one process measures it",
+    )
+    add(
+        "--bandwidth",
+        type=float,
+        default=25.0,
+        metavar="GB/S",
+        help="from a device to the next (default: 25, a network of 200 Gbit/s for each)",
+    )
     add("--cores", type=float, default=8.0, help="that decode images for a device (default: 8)")
-    add("--decode", type=float, default=200.0, metavar="IMAGES/S", help="of a core, as python "
-        "data.py bench measures (default: 200)")
-    add("--listing", type=float, default=1e6, metavar="FILES/S", help="of the file system, for all "
-        "processes together (default: 1e6)")
+    add(
+        "--decode",
+        type=float,
+        default=200.0,
+        metavar="IMAGES/S",
+        help="of a core, as python data.py bench measures (default: 200)",
+    )
+    add(
+        "--listing",
+        type=float,
+        default=1e6,
+        metavar="FILES/S",
+        help="of the file system, for all processes together (default: 1e6)",
+    )
 
-    add = command(datasize, "accuracy and SAM's gain by the number of images (Chen Fig. 4, Table "
-                  "4)", of_checkpoints=False)
+    add = command(
+        datasize,
+        "accuracy and SAM's gain by the number of images (Chen Fig. 4, Table 4)",
+        of_checkpoints=False,
+    )
     add_models("Table 4's")
-    add("--fractions", nargs="+", default=FRACTIONS, metavar="F", help="of the training images, "
-        "class-balanced (default: 1 1/2 1/4 1/10)")
+    add(
+        "--fractions",
+        nargs="+",
+        default=FRACTIONS,
+        metavar="F",
+        help="of the training images, class-balanced (default: 1 1/2 1/4 1/10)",
+    )
     add("--methods", nargs="+", choices=METHODS, help="(default: all; of a model of Table 4, its)")
     add("--dry-run", action="store_true", help="print the trainings and stop")
 
-    add = command(stability, "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
-                  "rho (Chen Table 10), grid, doubled (Chen App. E, F)", of_checkpoints=False)
-    add("--study", choices=STUDIES, required=True, help="what is varied: " + "; ".join(
-        f"{name}: {' × '.join(axes)}" for name, (_, axes) in STUDIES.items()))
-    add("--models", nargs="+", metavar="MODEL", help="values of --model, in quotes with further "
-        "flags of train.py if wanted, as 'vit_micro8 --stem conv'; default: the paper's")
-    add("--vary", nargs="+", action="append", default=[], metavar=("NAME", "VALUE"), help="other "
-        "values than the paper's, as: --vary epochs 3 6 12 --vary optimizer sgd")
-    add("--optimum", nargs=3, action="append", default=[], metavar=("OPTIMIZER", "LR", "WD"),
+    add = command(
+        stability,
+        "studies of many trainings: length, optimizer, lr-wd (Xiao Fig. 2-5), "
+        "rho (Chen Table 10), grid, doubled (Chen App. E, F)",
+        of_checkpoints=False,
+    )
+    add(
+        "--study",
+        choices=STUDIES,
+        required=True,
+        help="what is varied: "
+        + "; ".join(f"{name}: {' × '.join(axes)}" for name, (_, axes) in STUDIES.items()),
+    )
+    add(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help="values of --model, in quotes with further "
+        "flags of train.py if wanted, as 'vit_micro8 --stem conv'; default: the paper's",
+    )
+    add(
+        "--vary",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="other values than the paper's, as: --vary epochs 3 6 12 --vary optimizer sgd",
+    )
+    add(
+        "--optimum",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("OPTIMIZER", "LR", "WD"),
         help="length, optimizer, lr-wd: learning rate and weight decay of all models; default: "
-        "Xiao Table 4's, where it has some, else a search at the shortest length")
+        "Xiao Table 4's, where it has some, else a search at the shortest length",
+    )
     add("--pairs", type=int, default=64, help="lr-wd: random pairs of each model (Xiao §5.3: 64)")
     add("--dry-run", action="store_true", help="print the trainings and stop")
 
     add = command(transfer, "accuracy after fine-tuning on other data sets (Chen Table 6)")
-    add("--datasets", nargs="+", choices=data.DATASETS, default=list(HELD_OUT), help="(default: "
-        "Table 6's)")
+    add(
+        "--datasets",
+        nargs="+",
+        choices=data.DATASETS,
+        default=list(HELD_OUT),
+        help="(default: Table 6's)",
+    )
 
-    figures = ("robustness", "hessian", "spectrum", "landscape", "flatness", "ntk", "norms",
-               "sparsity", "fourier", "variance", "cka", "lesion", "noise", "attention",
-               "calibration", "nll", "curves", "peak")
-    add = command(all_command, "every figure that checkpoints allow, in one folder with an "
-                  "index.html")
-    add("--figures", nargs="+", choices=figures, default=figures, metavar="SUBCOMMAND", help="only "
-        "these (default: " + " ".join(figures) + ")")
+    figures = (
+        "robustness",
+        "hessian",
+        "spectrum",
+        "landscape",
+        "flatness",
+        "ntk",
+        "norms",
+        "sparsity",
+        "fourier",
+        "variance",
+        "cka",
+        "lesion",
+        "noise",
+        "attention",
+        "calibration",
+        "nll",
+        "curves",
+        "peak",
+    )
+    add = command(
+        all_command, "every figure that checkpoints allow, in one folder with an index.html"
+    )
+    add(
+        "--figures",
+        nargs="+",
+        choices=figures,
+        default=figures,
+        metavar="SUBCOMMAND",
+        help="only these (default: " + " ".join(figures) + ")",
+    )
     add("--images", help="for each that has this flag; default: its own")
     add("--points", type=int, help="of the landscape; default: its own")
 
-    add = command(reproduce, "the three papers in small on the built-in data set: trainings, "
-                  "figures, a verdict on each claim", of_checkpoints=False)
+    add = command(
+        reproduce,
+        "the three papers in small on the built-in data set: trainings, "
+        "figures, a verdict on each claim",
+        of_checkpoints=False,
+    )
     add("--quick", action="store_true", help="a part of it, short: 2 epochs, 2 seeds, ρ = 0.03")
-    add("--parts", nargs="+", choices=PARTS, help="of the trainings, and what is computed from "
-        "them, core always (default: all; --quick: " + " ".join(SCALES["quick"]["parts"]) + ")")
+    add(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        help="of the trainings, and what is computed from "
+        "them, core always (default: all; --quick: " + " ".join(SCALES["quick"]["parts"]) + ")",
+    )
     add("--seeds", nargs="+", type=int, help="(default: 0 1 2; with --quick: 0 1)")
-    add("--dry-run", action="store_true", help="print the trainings, as if the first ρ were the "
-        "best, and stop")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the trainings, as if the first ρ were the best, and stop",
+    )
     return parser
 
 
 def main(argv=None):
     """-> exit status, of `train.answer`."""
+
     def command():
         args, rest = make_parser().parse_known_args(argv)
         args.function(args, rest)

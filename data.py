@@ -26,6 +26,7 @@ Choices:
     python data.py bench              speed of loading, against torchvision's reference (30 s)
 Shape letters: N images, m of a micro-batch, H height, W width.
 """
+
 import argparse
 import atexit
 import copy
@@ -86,34 +87,103 @@ def show(path):
 # or matrix product (their order varies): angles are rational points of the circle, waves are
 # polynomials, vertices are literals; and numpy, because torch may fuse a multiply and an add. (A
 # constant stands in np.float32() where NumPy 1, unlike NumPy 2, would go on in float64.)
-SHAPES_CLASSES = ("disc", "square", "triangle", "star", "plus", "crescent", "heart", "arrow",
-                  "L", "T", "Z", "bolt")
+SHAPES_CLASSES = (
+    "disc",
+    "square",
+    "triangle",
+    "star",
+    "plus",
+    "crescent",
+    "heart",
+    "arrow",
+    "L",
+    "T",
+    "Z",
+    "bolt",
+)
 SHAPES_SPLITS = {  # first index, images
-    "train": (0, 8_000), "val": (2 ** 30, 2_000), "test": (2 ** 31, 10_000)}
+    "train": (0, 8_000),
+    "val": (2**30, 2_000),
+    "test": (2**31, 10_000),
+}
 # Outlines in units of the half-size, x to the right and y up; the heart's is a square below two
 # discs, see _distance. All have about the area 1.75 and the centroid 0: with the outlines merely
 # drawn into a box, brightness and its centre gave a linear model 29 %.
 _OUTLINES = {
-    "square": ((-.66, -.66), (.66, -.66), (.66, .66), (-.66, .66)),
-    "triangle": ((-1, -.58), (1, -.58), (0, 1.16)),
-    "star": ((0, 1.15), (-.306, .421), (-1.094, .355), (-.495, -.161), (-.676, -.93),
-             (0, -.52), (.676, -.93), (.495, -.161), (1.094, .355), (.306, .421)),
-    "plus": ((-.25, -1), (.25, -1), (.25, -.25), (1, -.25), (1, .25), (.25, .25),
-             (.25, 1), (-.25, 1), (-.25, .25), (-1, .25), (-1, -.25), (-.25, -.25)),
-    "heart": ((0, -.92), (.7, -.22), (0, .48), (-.7, -.22)),
-    "arrow": ((-1.07, -.33), (.03, -.33), (.03, -.95), (1.08, 0),
-              (.03, .95), (.03, .33), (-1.07, .33)),
-    "L": ((-.52, 1.21), (-.52, -.79), (.98, -.79), (.98, -.22), (.07, -.22), (.07, 1.21)),
-    "T": ((-.28, -1.26), (.28, -1.26), (.28, .19), (.88, .19),
-          (.88, .73), (-.88, .73), (-.88, .19), (-.28, .19)),
-    "Z": ((-.85, -.95), (.85, -.95), (.85, -.6), (-.35, -.6), (.85, .6),
-          (.85, .95), (-.85, .95), (-.85, .6), (.35, .6), (-.85, -.6)),
-    "bolt": ((-.34, .88), (.66, .88), (.29, .12), (.89, .12), (-.4, -1.45), (-.07, -.54),
-             (-.75, -.54)),
+    "square": ((-0.66, -0.66), (0.66, -0.66), (0.66, 0.66), (-0.66, 0.66)),
+    "triangle": ((-1, -0.58), (1, -0.58), (0, 1.16)),
+    "star": (
+        (0, 1.15),
+        (-0.306, 0.421),
+        (-1.094, 0.355),
+        (-0.495, -0.161),
+        (-0.676, -0.93),
+        (0, -0.52),
+        (0.676, -0.93),
+        (0.495, -0.161),
+        (1.094, 0.355),
+        (0.306, 0.421),
+    ),
+    "plus": (
+        (-0.25, -1),
+        (0.25, -1),
+        (0.25, -0.25),
+        (1, -0.25),
+        (1, 0.25),
+        (0.25, 0.25),
+        (0.25, 1),
+        (-0.25, 1),
+        (-0.25, 0.25),
+        (-1, 0.25),
+        (-1, -0.25),
+        (-0.25, -0.25),
+    ),
+    "heart": ((0, -0.92), (0.7, -0.22), (0, 0.48), (-0.7, -0.22)),
+    "arrow": (
+        (-1.07, -0.33),
+        (0.03, -0.33),
+        (0.03, -0.95),
+        (1.08, 0),
+        (0.03, 0.95),
+        (0.03, 0.33),
+        (-1.07, 0.33),
+    ),
+    "L": ((-0.52, 1.21), (-0.52, -0.79), (0.98, -0.79), (0.98, -0.22), (0.07, -0.22), (0.07, 1.21)),
+    "T": (
+        (-0.28, -1.26),
+        (0.28, -1.26),
+        (0.28, 0.19),
+        (0.88, 0.19),
+        (0.88, 0.73),
+        (-0.88, 0.73),
+        (-0.88, 0.19),
+        (-0.28, 0.19),
+    ),
+    "Z": (
+        (-0.85, -0.95),
+        (0.85, -0.95),
+        (0.85, -0.6),
+        (-0.35, -0.6),
+        (0.85, 0.6),
+        (0.85, 0.95),
+        (-0.85, 0.95),
+        (-0.85, 0.6),
+        (0.35, 0.6),
+        (-0.85, -0.6),
+    ),
+    "bolt": (
+        (-0.34, 0.88),
+        (0.66, 0.88),
+        (0.29, 0.12),
+        (0.89, 0.12),
+        (-0.4, -1.45),
+        (-0.07, -0.54),
+        (-0.75, -0.54),
+    ),
 }
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)     # splitmix64's increment, 2^64 / golden ratio
-_DRAWS = 64                                 # counters 0 … 63 are an image's parameters, then noise
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment, 2^64 / golden ratio
+_DRAWS = 64  # counters 0 … 63 are an image's parameters, then noise
 
 
 def _mix(z):
@@ -130,27 +200,30 @@ def _bits(keys, start, stop):
 
 def _distance(name, x, y):
     """Signed distance from points (x, y) to a silhouette of half-size 1, negative inside."""
+
     def disc(cx, cy, radius):
         return np.sqrt((x - cx) * (x - cx) + (y - cy) * (y - cy)) - radius
 
     if name == "disc":
-        return disc(0, 0, .746)
+        return disc(0, 0, 0.746)
     if name == "crescent":
-        return np.maximum(disc(.41, 0, 1.06), -disc(.94, 0, .84))
+        return np.maximum(disc(0.41, 0, 1.06), -disc(0.94, 0, 0.84))
 
     squared, inside = np.inf, False
     corners = np.array(_OUTLINES[name], dtype=np.float32)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0)):
         ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
         t = (px * ex + py * ey) * (np.float32(1) / (ex * ex + ey * ey))
-        t = np.minimum(np.maximum(t, 0), 1)                 # nearest point of the edge: a + t e
+        t = np.minimum(np.maximum(t, 0), 1)  # nearest point of the edge: a + t e
         qx, qy = px - t * ex, py - t * ey
         squared = np.minimum(squared, qx * qx + qy * qy)
         # even-odd rule: inside, a ray to the right crosses an odd number of edges
         inside ^= ((y >= ay) != (y >= by)) & ((ey * px < ex * py) == (ey > 0))
     distance = np.sqrt(squared) * np.where(inside, np.float32(-1), np.float32(1))
     if name == "heart":
-        distance = np.minimum(distance, np.minimum(disc(-.35, .13, .495), disc(.35, .13, .495)))
+        distance = np.minimum(
+            distance, np.minimum(disc(-0.35, 0.13, 0.495), disc(0.35, 0.13, 0.495))
+        )
     return distance
 
 
@@ -161,64 +234,66 @@ def _render(name, keys, size):
     (N, 3, 1, 1), a plane (N, 1, size, size). Parameters are drawn in the order of the lines: a new
     one goes last, or all that follow change.
     """
-    draws = (_bits(keys, 0, _DRAWS) >> np.uint64(40)).astype(np.float32) * np.float32(2 ** -24)
-    draw = iter(draws.T[:, :, None, None, None])            # each in [0, 1), exact in float32
+    draws = (_bits(keys, 0, _DRAWS) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+    draw = iter(draws.T[:, :, None, None, None])  # each in [0, 1), exact in float32
     side = np.arange(size, dtype=np.float32)
-    side = (side * 2 + 1) / np.float32(size) - 1            # pixel centres
+    side = (side * 2 + 1) / np.float32(size) - 1  # pixel centres
     x, y = side[None, None, None, :], -side[None, None, :, None]
 
     def uniform(low, high):
         return low + (high - low) * next(draw)
 
-    def colour(level, chroma):                              # the mean of red, green, blue is level
+    def colour(level, chroma):  # the mean of red, green, blue is level
         r, g, b = uniform(-chroma, chroma), uniform(-chroma, chroma), uniform(-chroma, chroma)
         return np.concatenate([r, g, b], axis=1) + (level - (r + g + b) / 3)
 
-    def frame(cx, cy, turn):                                # the pixels seen from (cx, cy), turned
-        u = uniform(-turn, turn)                            # by 2 atan(u)
+    def frame(cx, cy, turn):  # the pixels seen from (cx, cy), turned
+        u = uniform(-turn, turn)  # by 2 atan(u)
         cos, sin = (1 - u * u) / (1 + u * u), 2 * u / (1 + u * u)
         return cos * (x - cx) + sin * (y - cy), cos * (y - cy) - sin * (x - cx)
 
-    def blend(first, second, cycles):                       # a grating of two colours
+    def blend(first, second, cycles):  # a grating of two colours
         along = frame(0, 0, 1)[0] * (cycles / 2) + uniform(0, 1)
-        wave = np.abs((along - np.floor(along)) * 2 - 1)    # a triangle wave, smoothed below
+        wave = np.abs((along - np.floor(along)) * 2 - 1)  # a triangle wave, smoothed below
         return first + (second - first) * (wave * wave * (3 - 2 * wave))
 
-    def cover(canvas, paint, distance, opacity=1):          # where negative, soft over one pixel
-        alpha = np.minimum(np.maximum(np.float32(.5) - distance * np.float32(size / 2), 0), 1)
+    def cover(canvas, paint, distance, opacity=1):  # where negative, soft over one pixel
+        alpha = np.minimum(np.maximum(np.float32(0.5) - distance * np.float32(size / 2), 0), 1)
         return canvas + (paint - canvas) * (alpha * opacity)
 
-    dark = uniform(.05, .2)
-    canvas = blend(colour(dark, .08), colour(dark + uniform(-.05, .1), .08), uniform(1, 4))
+    dark = uniform(0.05, 0.2)
+    canvas = blend(colour(dark, 0.08), colour(dark + uniform(-0.05, 0.1), 0.08), uniform(1, 4))
 
-    px, py = frame(uniform(-1, 1), uniform(-1, 1), 1)       # clutter behind: a dim ellipse
-    rx, ry = uniform(.15, .4), uniform(.15, .4)
+    px, py = frame(uniform(-1, 1), uniform(-1, 1), 1)  # clutter behind: a dim ellipse
+    rx, ry = uniform(0.15, 0.4), uniform(0.15, 0.4)
     ellipse = (np.sqrt(px * px / (rx * rx) + py * py / (ry * ry)) - 1) * np.minimum(rx, ry)
-    canvas = cover(canvas, colour(dark + uniform(.1, .3), .1), ellipse)
+    canvas = cover(canvas, colour(dark + uniform(0.1, 0.3), 0.1), ellipse)
 
-    cx, cy, half = uniform(-.4, .4), uniform(-.4, .4), uniform(.42, .62)
-    px, py = frame(cx, cy, .2217)                           # tan(25° / 2)
-    aspect = uniform(.85, 1.15)
+    cx, cy, half = uniform(-0.4, 0.4), uniform(-0.4, 0.4), uniform(0.42, 0.62)
+    px, py = frame(cx, cy, 0.2217)  # tan(25° / 2)
+    aspect = uniform(0.85, 1.15)
     outline = _distance(name, px / (half * aspect), py * aspect / half) * half
-    light = dark + uniform(.6, .75)
-    canvas = cover(canvas, blend(colour(light, .1), colour(light, .1), uniform(1, 5)), outline)
+    light = dark + uniform(0.6, 0.75)
+    canvas = cover(canvas, blend(colour(light, 0.1), colour(light, 0.1), uniform(1, 5)), outline)
 
     # the occluder: a dim box over a part of the silhouette, in 0.4 of the images
-    reach = half * np.float32(.9)
+    reach = half * np.float32(0.9)
     px, py = frame(cx + reach * uniform(-1, 1), cy + reach * uniform(-1, 1), 1)
-    box = np.maximum(np.abs(px) - uniform(.06, .2), np.abs(py) - uniform(.06, .2))
-    present = (uniform(0, 1) < np.float32(.4)).astype(np.float32)
-    canvas = cover(canvas, colour(uniform(.05, .4), .1), box, present)
+    box = np.maximum(np.abs(px) - uniform(0.06, 0.2), np.abs(py) - uniform(0.06, 0.2))
+    present = (uniform(0, 1) < np.float32(0.4)).astype(np.float32)
+    canvas = cover(canvas, colour(uniform(0.05, 0.4), 0.1), box, present)
 
-    canvas = canvas * (uniform(.9, 1.1) * (1 + uniform(-.15, .15) * x + uniform(-.15, .15) * y))
+    canvas = canvas * (
+        uniform(0.9, 1.1) * (1 + uniform(-0.15, 0.15) * x + uniform(-0.15, 0.15) * y)
+    )
 
     # Noise of standard deviation 0.04 per pixel: the sum of four 16-bit uniforms has a standard
     # deviation of 65536 / sqrt(3). Byte order permutes the four; their sum, exact, is the same.
     noise = _bits(keys, _DRAWS, _DRAWS + 3 * size * size).view(np.uint16).astype(np.float32)
     noise = noise.reshape(*canvas.shape, 4)
     noise = noise[..., 0] + noise[..., 1] + noise[..., 2] + noise[..., 3] - np.float32(131070)
-    canvas = canvas + noise * np.float32(.04 / 37837.2)
-    return np.floor(np.minimum(np.maximum(canvas, 0), 1) * 255 + np.float32(.5)).astype(np.uint8)
+    canvas = canvas + noise * np.float32(0.04 / 37837.2)
+    return np.floor(np.minimum(np.maximum(canvas, 0), 1) * 255 + np.float32(0.5)).astype(np.uint8)
 
 
 def shapes(indices, seed=0, size=32):
@@ -233,15 +308,15 @@ def shapes(indices, seed=0, size=32):
     indices = np.asarray(indices, dtype=np.int64).reshape(-1)
     if (indices < 0).any():
         raise ValueError(f"index {indices.min()} is negative; indices run from 0 to 2^63 - 1")
-    start = _mix(np.array([seed % 2 ** 64], dtype=np.uint64) + _GOLDEN)
+    start = _mix(np.array([seed % 2**64], dtype=np.uint64) + _GOLDEN)
     keys = _mix(start + indices.astype(np.uint64) * _GOLDEN)
     labels = indices % len(SHAPES_CLASSES)
     images = np.empty((len(indices), 3, size, size), dtype=np.uint8)
-    step = max(1, 2 ** 14 // size ** 2)                     # 64 KiB a plane, for the cache
-    for label in np.unique(labels):                         # one outline at a time
+    step = max(1, 2**14 // size**2)  # 64 KiB a plane, for the cache
+    for label in np.unique(labels):  # one outline at a time
         chosen = np.flatnonzero(labels == label)
         for i in range(0, len(chosen), step):
-            part = chosen[i:i + step]
+            part = chosen[i : i + step]
             images[part] = _render(SHAPES_CLASSES[label], keys[part], size)
     return torch.from_numpy(images), torch.from_numpy(labels)
 
@@ -253,6 +328,7 @@ def _shapes_range(first, n, size):
 
 # ----------------------------------------------------------------------------------- keys and order
 
+
 def keys(*numbers):
     """63-bit seeds that depend on every one of the numbers and on their order (splitmix64 of each
     in turn). numbers: integers or integer arrays (N,). -> uint64 (N,).
@@ -263,7 +339,7 @@ def keys(*numbers):
     state = np.zeros(1, dtype=np.uint64)
     for number in numbers:
         if isinstance(number, int):
-            number = np.array([number % 2 ** 64], dtype=np.uint64)
+            number = np.array([number % 2**64], dtype=np.uint64)
         state = _mix((state ^ number.astype(np.uint64)) + _GOLDEN)
     return state >> np.uint64(1)
 
@@ -275,7 +351,7 @@ def key(*numbers: int) -> int:
 
 def uniforms(seeds, n):
     """Numbers uniform in [0, 1) from uint64 seeds (N,): float64 (N, n)."""
-    return (_bits(seeds, 0, n) >> np.uint64(11)) * 2.0 ** -53
+    return (_bits(seeds, 0, n) >> np.uint64(11)) * 2.0**-53
 
 
 class TrainOrder(torch.utils.data.Sampler):
@@ -296,8 +372,9 @@ class TrainOrder(torch.utils.data.Sampler):
     in epochs e·V … e·V + V - 1: for contrastive losses. Batch and micro-batch count images.
     """
 
-    def __init__(self, n, batch_size, micro_batch, seed, start, stop, rank=0, world=1, repeats=1,
-                 views=1):
+    def __init__(
+        self, n, batch_size, micro_batch, seed, start, stop, rank=0, world=1, repeats=1, views=1
+    ):
         self.n, self.batch_size, self.micro_batch, self.seed = n, batch_size, micro_batch, seed
         self.start, self.stop, self.rank, self.world = start, stop, rank, world
         self.repeats, self.views = repeats, views
@@ -312,17 +389,25 @@ class TrainOrder(torch.utils.data.Sampler):
             if own_epoch != epoch:
                 epoch = own_epoch
                 order = torch.randperm(
-                    self.n, generator=torch.Generator().manual_seed(key(self.seed, epoch)))
+                    self.n, generator=torch.Generator().manual_seed(key(self.seed, epoch))
+                )
             place = torch.arange(t * self.batch_size, (t + 1) * self.batch_size)
-            place = (place.view(-1, self.micro_batch) if self.repeats == 1 else
-                     place.view(self.micro_batch, -1).T)
+            place = (
+                place.view(-1, self.micro_batch)
+                if self.repeats == 1
+                else place.view(self.micro_batch, -1).T
+            )
             for micro in place.chunk(self.world)[self.rank]:
                 epochs = (epoch * self.repeats + micro % self.repeats) * self.views
-                yield [(e + view, i) for view in range(self.views) for e, i in zip(
-                    epochs.tolist(), order[micro // self.repeats].tolist())]
+                yield [
+                    (e + view, i)
+                    for view in range(self.views)
+                    for e, i in zip(epochs.tolist(), order[micro // self.repeats].tolist())
+                ]
 
 
 # ------------------------------------------------------------------------------------------ loading
+
 
 def usable_cores():
     return len(getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0))
@@ -363,8 +448,10 @@ def _with_workers(loader, tell):
             time.sleep(0.001)
         if started.all() or not all(p.is_alive() for p in own):  # of a dead one next() tells
             return stream
-        tell(f"{(~started).sum()} of {len(started)} data workers did not begin in {patience:g} "
-             "seconds: all are started again")
+        tell(
+            f"{(~started).sum()} of {len(started)} data workers did not begin in {patience:g} "
+            "seconds: all are started again"
+        )
         patience *= 2  # perhaps the machine is only slow
         del stream  # forgets them, or torch would raise an error for who is killed
         for process in own:
@@ -379,15 +466,21 @@ def loader(dataset, order, workers=0, pin_memory=False):
     # A generator of its own: a loader draws a seed, which would move the run's random state.
     started = torch.zeros(workers, dtype=torch.bool).share_memory_()
     return torch.utils.data.DataLoader(
-        dataset, sampler=order, batch_size=None, num_workers=workers, generator=torch.Generator(),
-        worker_init_fn=partial(_begin, started), pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None)
+        dataset,
+        sampler=order,
+        batch_size=None,
+        num_workers=workers,
+        generator=torch.Generator(),
+        worker_init_fn=partial(_begin, started),
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+    )
 
 
 def evaluation_loader(dataset, batch_size, workers=0, rank=0, world=1, pin_memory=False):
     """Every image of `dataset` once over all processes, in batches of `batch_size`."""
     mine = range(rank, len(dataset), world)
-    order = [[(0, i) for i in mine[j:j + batch_size]] for j in range(0, len(mine), batch_size)]
+    order = [[(0, i) for i in mine[j : j + batch_size]] for j in range(0, len(mine), batch_size)]
     return loader(dataset, order, workers, pin_memory)
 
 
@@ -403,8 +496,10 @@ def batches(loader, tell=print):
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader worker"):
                     raise
-                item = DataError("a process that loads images was killed, as the system does where "
-                                 "memory is short: use fewer --workers")
+                item = DataError(
+                    "a process that loads images was killed, as the system does where "
+                    "memory is short: use fewer --workers"
+                )
             if item is None:
                 return
             if isinstance(item, DataError):
@@ -421,10 +516,15 @@ def batches(loader, tell=print):
 
 # ----------------------------------------------------------------------------------------- decoding
 
-UPRIGHT = dict(zip(range(2, 9), (  # what undoes an EXIF orientation
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90)))
+UPRIGHT = {  # what undoes an EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def jpeg_height(encoded):
@@ -433,8 +533,8 @@ def jpeg_height(encoded):
     at = 2 if encoded.startswith(b"\xff\xd8\xff") else len(encoded)
     while at + 9 <= len(encoded) and encoded[at] == 0xFF:
         marker, length = struct.unpack_from(">xBH", encoded, at)
-        if marker in (0xC0, 0xC1, 0xC2):    # baseline, extended, progressive (ITU-T T.81, B.2.2)
-            return at + 5 if encoded[at + 5:at + 7] != b"\0\0" else None  # 0: stated at the end
+        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive (ITU-T T.81, B.2.2)
+            return at + 5 if encoded[at + 5 : at + 7] != b"\0\0" else None  # 0: stated at the end
         if marker < 0xC4 or marker in (0xE1, 0xFF):
             return None
         at += 2 + length
@@ -455,7 +555,7 @@ def decode(source, box=None):
         rows, columns = struct.unpack_from(">HH", encoded, at)
         part = box(rows, columns)
         rows = min(rows, part[0] + part[2] + 1)
-        encoded = b"".join((encoded[:at], struct.pack(">H", rows), encoded[at + 2:]))
+        encoded = b"".join((encoded[:at], struct.pack(">H", rows), encoded[at + 2 :]))
     with Image.open(io.BytesIO(encoded)) as image:
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -484,8 +584,9 @@ def read_image(source, name, notes, box=None):
     try:
         image = decode(source, box)
     except damage:
-        raise DataError(f"{name} is not an image that can be decoded: replace or remove "
-                        "it") from None
+        raise DataError(
+            f"{name} is not an image that can be decoded: replace or remove it"
+        ) from None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
     notes.append(f"{name} is truncated: used as far as it can be decoded, the rest is blank")
@@ -506,6 +607,7 @@ class InceptionCrop:
     In distribution v2.RandomResizedCrop and v2.RandomHorizontalFlip, whose time would be a tenth of
     an ImageNet JPEG's. In parts, for who can decode the box alone: box, finish, then.
     """
+
     NUMBERS = 23  # in [0, 1), that an image takes: place, flip, ten tries of area and aspect
 
     def __init__(self, size, then=None, flip=True):
@@ -514,7 +616,7 @@ class InceptionCrop:
     def __call__(self, image):
         numbers = torch.rand(self.NUMBERS, dtype=torch.float64).tolist()
         top, left, height, width = self.box(numbers, *image.shape[1:])
-        image = self.finish(numbers, image[:, top:top + height, left:left + width])
+        image = self.finish(numbers, image[:, top : top + height, left : left + width])
         return image if self.then is None else self.then(image)
 
     def box(self, numbers, height, width):
@@ -540,15 +642,16 @@ class InceptionCrop:
 
 def _affine(image, shear=(0.0, 0.0), translate=(0, 0)):
     degrees = [math.degrees(math.atan(s)) for s in shear]
-    return v2.functional.affine(image, angle=0, translate=list(translate), scale=1, shear=degrees,
-                                fill=128)
+    return v2.functional.affine(
+        image, angle=0, translate=list(translate), scale=1, shear=degrees, fill=128
+    )
 
 
 def _cutout(image, half_side):
     row, column = (int(torch.randint(side, ())) for side in image.shape[1:])
     top, left = max(row - half_side, 0), max(column - half_side, 0)
     image = image.clone()
-    image[:, top:row + half_side, left:column + half_side] = 128
+    image[:, top : row + half_side, left : column + half_side] = 128
     return image
 
 
@@ -559,8 +662,9 @@ GOOGLE_OPERATIONS = {  # what big_vision does to an image; m: magnitude / 10; si
     "Rotate": lambda x, m, sign: v2.functional.rotate(x, 30 * m * sign, fill=128),
     "Posterize": lambda x, m, sign: v2.functional.posterize(x, min(int(4 * m), 8)),
     "Solarize": lambda x, m, sign: torch.where(x.int() < int(256 * m), x, 255 - x),
-    "SolarizeAdd": lambda x, m, sign: torch.where(x < 128, (x.int() + int(110 * m)).clamp(max=255),
-                                                  x).to(torch.uint8),
+    "SolarizeAdd": lambda x, m, sign: torch.where(
+        x < 128, (x.int() + int(110 * m)).clamp(max=255), x
+    ).to(torch.uint8),
     "Color": lambda x, m, sign: v2.functional.adjust_saturation(x, 1.8 * m + 0.1),
     "Contrast": lambda x, m, sign: v2.functional.adjust_contrast(x, 1.8 * m + 0.1),
     "Brightness": lambda x, m, sign: v2.functional.adjust_brightness(x, 1.8 * m + 0.1),
@@ -581,9 +685,18 @@ def google_randaugment(image, magnitude):
     return change(image, magnitude / 10, 1 - 2 * int(torch.randint(2, ())))
 
 
-def transforms(augment, size, native=None, autoaugment="none", randaugment=(0, 0),
-               randaugment_prob=1.0, randaugment_of="torchvision", erasing=0.0, flip=True,
-               short_side=0):
+def transforms(
+    augment,
+    size,
+    native=None,
+    autoaugment="none",
+    randaugment=(0, 0),
+    randaugment_prob=1.0,
+    randaugment_of="torchvision",
+    erasing=0.0,
+    flip=True,
+    short_side=0,
+):
     """torchvision v2 transforms on uint8 (3, H, W). augment: "inception" (an InceptionCrop), "crop"
     (padding by an eighth, random crop, flip; of square images; `load` has InMemory do it instead),
     "none" (also for evaluation: the short side resized to short_side, 0 being 256/224 of the size,
@@ -599,8 +712,10 @@ def transforms(augment, size, native=None, autoaugment="none", randaugment=(0, 0
     elif augment == "crop":
         side = native or size
         steps = [] if native else [v2.Resize(side, antialias=True), v2.CenterCrop(side)]
-        steps += [v2.RandomCrop(side, padding=side // 8),
-                  *[v2.RandomHorizontalFlip()] * flip] + resize * bool(native)
+        steps += [
+            v2.RandomCrop(side, padding=side // 8),
+            *[v2.RandomHorizontalFlip()] * flip,
+        ] + resize * bool(native)
     elif native:
         steps = resize
     else:
@@ -610,8 +725,11 @@ def transforms(augment, size, native=None, autoaugment="none", randaugment=(0, 0
         steps += [v2.AutoAugment(v2.AutoAugmentPolicy(autoaugment), fill=128)]
     operations, magnitude = randaugment
     if operations:
-        change = (partial(google_randaugment, magnitude=magnitude) if randaugment_of == "google"
-                  else v2.RandAugment(1, magnitude, num_magnitude_bins=11, fill=128))
+        change = (
+            partial(google_randaugment, magnitude=magnitude)
+            if randaugment_of == "google"
+            else v2.RandAugment(1, magnitude, num_magnitude_bins=11, fill=128)
+        )
         steps += [v2.RandomApply([change], randaugment_prob)] * operations
     steps += [v2.RandomErasing(erasing, value=128)] if erasing else []
     steps = v2.Compose(steps) if steps else None
@@ -619,6 +737,7 @@ def transforms(augment, size, native=None, autoaugment="none", randaugment=(0, 0
 
 
 # ---------------------------------------------------------------------------------------- data sets
+
 
 class Dataset(torch.utils.data.Dataset):
     """What all data sets share. A subclass sets `labels` (N,) int64 and `classes` (names) and
@@ -629,7 +748,7 @@ class Dataset(torch.utils.data.Dataset):
 
     notice = restrict_logits = None
     on_device = False  # whether batches come from an accelerator's memory
-    padding = 0        # see InMemory
+    padding = 0  # see InMemory
 
     def __init__(self, labels, classes, transform, seed):
         self.labels, self.classes, self.transform, self.seed = labels, classes, transform, seed
@@ -674,8 +793,10 @@ class Dataset(torch.utils.data.Dataset):
         crop, seeds = self.transform, self.seeds(pairs)
         if not isinstance(crop, InceptionCrop):
             return self.one_by_one(crop, map(self.read, where.tolist()), seeds)
-        images = (crop.finish(numbers, self.read(i, partial(crop.box, numbers)))
-                  for i, numbers in zip(where.tolist(), uniforms(seeds, crop.NUMBERS).tolist()))
+        images = (
+            crop.finish(numbers, self.read(i, partial(crop.box, numbers)))
+            for i, numbers in zip(where.tolist(), uniforms(seeds, crop.NUMBERS).tolist())
+        )
         return self.one_by_one(crop.then, images, seeds)
 
     def seeds(self, pairs):
@@ -763,34 +884,45 @@ class ImageFolder(ImageFiles):
     not in `classes`, or a link to a folder that it lies in. Files that are no images are left out
     and named in `notice`, a line or None.
     """
+
     EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 
     def __init__(self, root, transform, seed=0, classes=None):
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"{show(root)} is no folder")
-        folders = sorted(e.name for e in os.scandir(root)
-                         if e.is_dir() and not e.name.startswith("."))
+        folders = sorted(
+            e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")
+        )
         if not folders:
             loose = sum(e.name.lower().endswith(self.EXTENSIONS) for e in os.scandir(root))
-            raise DataError(f"{show(root)} has no class folders" + (
-                f" but {loose:,} images: move each into a folder named after its class"
-                if loose else ""))
+            raise DataError(
+                f"{show(root)} has no class folders"
+                + (
+                    f" but {loose:,} images: move each into a folder named after its class"
+                    if loose
+                    else ""
+                )
+            )
         classes = folders if classes is None else classes
         number = {name: i for i, name in enumerate(classes)}
         names, labels, odd = [], [], []
         for folder in folders:
             if folder not in number:
-                raise DataError(f"{show(root / folder)} is a class that the training folder "
-                                "does not have: add it there, or remove it here")
+                raise DataError(
+                    f"{show(root / folder)} is a class that the training folder "
+                    "does not have: add it there, or remove it here"
+                )
             found = len(names)
             for where, below, files in os.walk(root / folder, followlinks=True):
                 below.sort()
                 inside = os.path.relpath(where, root)
                 if os.path.islink(where) and os.path.realpath(where) in map(
-                        os.path.realpath, Path(where).absolute().parents):
-                    raise DataError(f"{show(where)} is a link to a folder that it lies in: "
-                                    "remove it")
+                    os.path.realpath, Path(where).absolute().parents
+                ):
+                    raise DataError(
+                        f"{show(where)} is a link to a folder that it lies in: remove it"
+                    )
                 for file in sorted(files):
                     if file.lower().endswith(self.EXTENSIONS):
                         names.append(os.fsencode(os.path.join(inside, file)))
@@ -798,11 +930,14 @@ class ImageFolder(ImageFiles):
                     elif not file.startswith("."):
                         odd.append(os.path.join(where, file))
             if len(names) == found:
-                raise DataError(f"{show(root / folder)} holds no image "
-                                f"({' '.join(self.EXTENSIONS)}): fill the folder or remove it")
+                raise DataError(
+                    f"{show(root / folder)} holds no image "
+                    f"({' '.join(self.EXTENSIONS)}): fill the folder or remove it"
+                )
         if odd:
             self.notice = f"left out, no image: {show(odd[0])}" + (
-                f" and {len(odd) - 1:,} more" if odd[1:] else "")
+                f" and {len(odd) - 1:,} more" if odd[1:] else ""
+            )
         super().__init__(root, names, labels, classes, transform, seed)
 
 
@@ -818,7 +953,7 @@ def read_mat(path):
             first, small = start + 8, kind >> 16  # so many bytes, up to 4, follow in the tag itself
             if small:
                 kind, size, first = kind & 0xFFFF, small, start + 4
-            content = raw[first:first + size]
+            content = raw[first : first + size]
             if len(content) < size:
                 raise ValueError("cut short")
             start += 8 + (0 if small else size if kind == 15 else size + -size % 8)
@@ -857,15 +992,27 @@ def pets(folder, split):
 
 
 OXFORD = {  # torchvision's class, which downloads; reader; folder; that of images; archives
-    "flowers102": (Flowers102, flowers102, "flowers-102", "jpg",
-                   "102flowers.tgz, imagelabels.mat and setid.mat"),
-    "pets": (OxfordIIITPet, pets, "oxford-iiit-pet", "images",
-             "images.tar.gz and annotations.tar.gz")}
+    "flowers102": (
+        Flowers102,
+        flowers102,
+        "flowers-102",
+        "jpg",
+        "102flowers.tgz, imagelabels.mat and setid.mat",
+    ),
+    "pets": (
+        OxfordIIITPet,
+        pets,
+        "oxford-iiit-pet",
+        "images",
+        "images.tar.gz and annotations.tar.gz",
+    ),
+}
 
 
 class EncodedFolder(ImageFolder):
     """What the workers of pack do: a batch is, instead of images, their encoded bytes end to end
     (uint8) and the length and checksum of each, int64 (m, 2)."""
+
     short_side = 0
 
     def images(self, where, pairs):
@@ -902,8 +1049,10 @@ def write_pack(file, data_dir, short_side, workers):
     folders, classes = {}, None  # all that is wrong with them is said before the first image
     for split in ("train", "val") if "train" in there else there or ("",):
         if not (data_dir / split).is_dir():
-            raise DataError(f"{show(data_dir / split)} is no folder; --data-dir names the folder "
-                            "that holds train/ and val/, or class folders")
+            raise DataError(
+                f"{show(data_dir / split)} is no folder; --data-dir names the folder "
+                "that holds train/ and val/, or class folders"
+            )
         folder = folders[split] = EncodedFolder(data_dir / split, None, classes=classes)
         folder.short_side, classes = short_side, folder.classes
         if folder.notice:
@@ -922,10 +1071,17 @@ def write_pack(file, data_dir, short_side, workers):
     lengths, checksums = np.concatenate(tables).T
     names = np.concatenate([folder.names for folder in folders.values()])
     file.write(bytes(-file.tell() % 8))
-    index = b"".join([
-        lengths.cumsum().astype("<u8"), np.append(0, np.char.str_len(names).cumsum()).astype("<u8"),
-        checksums[1:].astype("<u4"), np.concatenate(labels).astype("<u4"), *names.tolist(),
-        json.dumps(splits).encode(), struct.pack("<QQ", file.tell(), len(names))])
+    index = b"".join(
+        [
+            lengths.cumsum().astype("<u8"),
+            np.append(0, np.char.str_len(names).cumsum()).astype("<u8"),
+            checksums[1:].astype("<u4"),
+            np.concatenate(labels).astype("<u4"),
+            *names.tolist(),
+            json.dumps(splits).encode(),
+            struct.pack("<QQ", file.tell(), len(names)),
+        ]
+    )
     file.write(index + struct.pack("<I12s", zlib.crc32(index), PACK_MAGIC))
     return splits
 
@@ -973,17 +1129,23 @@ def read_index(path):
         raise DataError(f"{show(path)} cannot be read: {error.strerror}") from None
     except ValueError:  # numpy's for an empty file
         content = np.zeros(0, np.uint8)
-    end = content[-PACK_END.size:].tobytes().rjust(PACK_END.size)
+    end = content[-PACK_END.size :].tobytes().rjust(PACK_END.size)
     start, n, version, magic = PACK_END.unpack(end)
     if magic != PACK_MAGIC or zlib.crc32(content[start:-16]) != version:
-        raise DataError(f"{show(path)} is no packed file of images, or a damaged one: copy it "
-                        "again, or make it again by python data.py pack")
+        raise DataError(
+            f"{show(path)} is no packed file of images, or a damaged one: copy it "
+            "again, or make it again by python data.py pack"
+        )
     index = dict(file=file, size=len(content), version=version)
-    for name, kind, count in (("offsets", "<u8", n + 1), ("name_offsets", "<u8", n + 1),
-                              ("checksums", "<u4", n), ("labels", "<u4", n)):
+    for name, kind, count in (
+        ("offsets", "<u8", n + 1),
+        ("name_offsets", "<u8", n + 1),
+        ("checksums", "<u4", n),
+        ("labels", "<u4", n),
+    ):
         index[name] = np.frombuffer(content, kind, count, start)
         start += index[name].nbytes
-    names, splits = np.split(content[start:-PACK_END.size], [int(index["name_offsets"][-1])])
+    names, splits = np.split(content[start : -PACK_END.size], [int(index["name_offsets"][-1])])
     return index | dict(names=names, splits=json.loads(splits.tobytes()))
 
 
@@ -1014,15 +1176,18 @@ class Pack(Dataset):
         splits, self.version = index["splits"], index["version"]
         self.split = "" if "" in splits and split != "train" else split
         if self.split not in splits:
-            raise DataError(f"{show(path)} holds no {split} images: pack a folder that holds "
-                            "train/ and val/")
+            raise DataError(
+                f"{show(path)} holds no {split} images: pack a folder that holds train/ and val/"
+            )
         own, order = splits[self.split]["classes"], list(splits)
-        self.first = sum(splits[s]["images"] for s in order[:order.index(self.split)])
+        self.first = sum(splits[s]["images"] for s in order[: order.index(self.split)])
         number = {name: i for i, name in enumerate(own if classes is None else classes)}
         for name in sorted(set(own) - number.keys()):
-            raise DataError(f"{show(path)}: {show(os.path.join(self.split, name))} is a class that "
-                            "the training images do not have: pack a folder without it")
-        labels = index["labels"][self.first:self.first + splits[self.split]["images"]]
+            raise DataError(
+                f"{show(path)}: {show(os.path.join(self.split, name))} is a class that "
+                "the training images do not have: pack a folder without it"
+            )
+        labels = index["labels"][self.first : self.first + splits[self.split]["images"]]
         labels = torch.tensor([number[name] for name in own])[labels.astype(np.int64)]
         super().__init__(labels, list(number), transform, seed)
 
@@ -1030,7 +1195,7 @@ class Pack(Dataset):
     def names(self):
         """As of ImageFiles: class/file of each image, in bytes."""
         index = read_index(self.path)
-        starts = index["name_offsets"][self.first:self.first + len(self.labels) + 1].tolist()
+        starts = index["name_offsets"][self.first : self.first + len(self.labels) + 1].tolist()
         names = index["names"].tobytes()
         return np.array([names[a:b] for a, b in zip(starts, starts[1:])])
 
@@ -1043,17 +1208,19 @@ class Pack(Dataset):
         # a map of more than the file now has would be SIGBUS
         if index["version"] != self.version or os.fstat(file).st_size != index["size"]:
             raise DataError(f"{show(self.path)} has changed while in use: start again")
-        start, stop = index["name_offsets"][i:i + 2]
+        start, stop = index["name_offsets"][i : i + 2]
         name = os.path.join(self.split, os.fsdecode(index["names"][start:stop].tobytes()))
         name = f"{show(self.path)}: {show(name)}"
-        start, stop = index["offsets"][i:i + 2].tolist()
+        start, stop = index["offsets"][i : i + 2].tolist()
         try:
             content = os.pread(file, stop - start, start)
         except OSError as error:
             raise DataError(f"{name} cannot be read: {error.strerror}") from None
         if zlib.crc32(content) != index["checksums"][i]:
-            raise DataError(f"{name} is damaged, its checksum is wrong: copy the file again, or "
-                            "make it again by python data.py pack")
+            raise DataError(
+                f"{name} is damaged, its checksum is wrong: copy the file again, or "
+                "make it again by python data.py pack"
+            )
         return read_image(content, name, self.notes, box)
 
 
@@ -1062,8 +1229,18 @@ class Pack(Dataset):
 DATASETS = ("shapes", "imagenet", "imagenet21k", "folder", "cifar10", "cifar100", *OXFORD)
 
 
-def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, download=False,
-         classes=None, **more):
+def load(
+    name,
+    split,
+    *,
+    data_dir=None,
+    image_size,
+    augment="none",
+    seed=0,
+    download=False,
+    classes=None,
+    **more,
+):
     """One split of a data set.
 
     name: one of DATASETS. "imagenet", "imagenet21k" and "folder" are data_dir/train and
@@ -1095,27 +1272,38 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
         return in_memory(*_shapes_range(*SHAPES_SPLITS[split], image_size), list(SHAPES_CLASSES))
     if name in ("imagenet", "imagenet21k", "folder"):
         if os.path.isfile(data_dir):
-            return Pack(data_dir, "train" if split == "train" else "val",
-                        transforms(augment, image_size, **more), seed, classes)
+            return Pack(
+                data_dir,
+                "train" if split == "train" else "val",
+                transforms(augment, image_size, **more),
+                seed,
+                classes,
+            )
         root = Path(data_dir) / ("train" if split == "train" else "val")
         val = Path(data_dir) / "val"  # 21k's is asked for before the millions of train/ are listed
         if name == "imagenet21k" and (Path(data_dir) / "train").is_dir() and not val.is_dir():
-            raise DataError(f"imagenet21k: {show(val)} is no folder, and the release has no "
-                            "validation images: link ImageNet's val/ there, or move a few images "
-                            "of each class from train/ into it")
+            raise DataError(
+                f"imagenet21k: {show(val)} is no folder, and the release has no "
+                "validation images: link ImageNet's val/ there, or move a few images "
+                "of each class from train/ into it"
+            )
         if not root.is_dir():
-            raise DataError(f"{name}: {show(root)} is no folder; --data-dir names the folder that "
-                            "holds train/ and val/, each with one folder of images for each class, "
-                            "or a file that python data.py pack made of it")
+            raise DataError(
+                f"{name}: {show(root)} is no folder; --data-dir names the folder that "
+                "holds train/ and val/, each with one folder of images for each class, "
+                "or a file that python data.py pack made of it"
+            )
         return ImageFolder(root, transforms(augment, image_size, **more), seed, classes)
     if name in ("cifar10", "cifar100"):
         source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
         try:
             source = source(data_dir, train=split == "train", download=download)
         except RuntimeError:  # torchvision's word for missing files and for wrong checksums
-            raise DataError(f"{name}: {show(Path(data_dir) / source.base_folder)} is missing or "
-                            f"incomplete; unpack {source.filename} there, "
-                            "or let --download fetch it") from None
+            raise DataError(
+                f"{name}: {show(Path(data_dir) / source.base_folder)} is missing or "
+                f"incomplete; unpack {source.filename} there, "
+                "or let --download fetch it"
+            ) from None
         except OSError as error:
             raise DataError(f"{name}: download of {source.url} failed ({error})") from None
         pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
@@ -1137,10 +1325,13 @@ def load(name, split, *, data_dir=None, image_size, augment="none", seed=0, down
         except (OSError, ValueError, LookupError) as error:
             wrong = getattr(error, "filename", None) or folder
         if wrong:
-            raise DataError(f"{name}: {show(wrong)} is missing or damaged; unpack {archives} in "
-                            f"{show(folder)}, or let --download fetch them")
-        return ImageFiles(folder / below, names, labels, classes,
-                          transforms(augment, image_size, **more), seed)
+            raise DataError(
+                f"{name}: {show(wrong)} is missing or damaged; unpack {archives} in "
+                f"{show(folder)}, or let --download fetch them"
+            )
+        return ImageFiles(
+            folder / below, names, labels, classes, transforms(augment, image_size, **more), seed
+        )
     raise DataError(f"unknown data set {name!r}; known: {' '.join(DATASETS)}")
 
 
@@ -1154,19 +1345,22 @@ def subset(labels, fraction, seed=0):
     until the size is reached.
     Raises ValueError for a fraction outside (0, 1] or one that leaves no image.
     """
-    fraction = Fraction(fraction).limit_denominator(10 ** 6)
+    fraction = Fraction(fraction).limit_denominator(10**6)
     size = len(labels) * fraction.numerator // fraction.denominator
     if not 0 < fraction <= 1 or size == 0:
-        raise ValueError(f"a fraction of {fraction} of {len(labels):,} images; allowed: above 0, "
-                         "at most 1, and at least one image")
+        raise ValueError(
+            f"a fraction of {fraction} of {len(labels):,} images; allowed: above 0, "
+            "at most 1, and at least one image"
+        )
     counts = np.bincount(labels.numpy())
     take = counts * fraction.numerator // fraction.denominator
     remainder = counts * fraction.numerator % fraction.denominator
-    take[np.argsort(-remainder, kind="stable")[:size - take.sum()]] += 1
+    take[np.argsort(-remainder, kind="stable")[: size - take.sum()]] += 1
     chosen, members = [], labels.argsort(stable=True).split(counts.tolist())
     for c, n in enumerate(take):
         order = torch.randperm(
-            len(members[c]), generator=torch.Generator().manual_seed(key(seed, c, 2)))
+            len(members[c]), generator=torch.Generator().manual_seed(key(seed, c, 2))
+        )
         chosen.append(members[c][order[:n]])
     return torch.cat(chosen).sort().values
 
@@ -1188,22 +1382,45 @@ def hold_out(labels, fraction, seed=0):
 # the digits of Hendrycks' code). A corruption's CE is the mean error over the severities divided by
 # AlexNet's, mCE the mean CE of these 15.
 ALEXNET_ERRORS = {
-    "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640,
-    "defocus_blur": 81.9880, "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360,
-    "snow": 86.6816, "frost": 82.6572, "fog": 81.9324, "brightness": 56.4592, "contrast": 85.3204,
-    "elastic_transform": 64.6056, "pixelate": 71.7840, "jpeg_compression": 60.6500}
+    "gaussian_noise": 88.6428,
+    "shot_noise": 89.4468,
+    "impulse_noise": 92.2640,
+    "defocus_blur": 81.9880,
+    "glass_blur": 82.6268,
+    "motion_blur": 78.5948,
+    "zoom_blur": 79.8360,
+    "snow": 86.6816,
+    "frost": 82.6572,
+    "fog": 81.9324,
+    "brightness": 56.4592,
+    "contrast": 85.3204,
+    "elastic_transform": 64.6056,
+    "pixelate": 71.7840,
+    "jpeg_compression": 60.6500,
+}
 # With four extra ones, the 19 whose mean accuracy, over all severities, Chen et al. report (§4.2).
 CORRUPTIONS = (*ALEXNET_ERRORS, "speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
 
 BENCHMARKS = {  # looked for in data_dir, or else beside it; images; what it should be
-    "real": ("real.json", 50_000, "50,000 lists of labels, from google-research/reassessed-imagenet"
-             ", for the images of val/, ILSVRC2012_val_00000001.JPEG to …50000"),
-    "v2": ("imagenetv2-matched-frequency-format-val", 10_000,
-           "folders 0 to 999, from imagenetv2-matched-frequency.tar.gz"),
+    "real": (
+        "real.json",
+        50_000,
+        "50,000 lists of labels, from google-research/reassessed-imagenet"
+        ", for the images of val/, ILSVRC2012_val_00000001.JPEG to …50000",
+    ),
+    "v2": (
+        "imagenetv2-matched-frequency-format-val",
+        10_000,
+        "folders 0 to 999, from imagenetv2-matched-frequency.tar.gz",
+    ),
     "r": ("imagenet-r", 30_000, "200 folders named n01443537 and so on, from imagenet-r.tar"),
-    "c": ("imagenet-c", 50_000, "CORRUPTION/SEVERITY/CLASS/*.JPEG, from noise.tar, blur.tar, "
-          "weather.tar, digital.tar and extra.tar, unpacked there"),
+    "c": (
+        "imagenet-c",
+        50_000,
+        "CORRUPTION/SEVERITY/CLASS/*.JPEG, from noise.tar, blur.tar, "
+        "weather.tar, digital.tar and extra.tar, unpacked there",
+    ),
     "cifar10-c": ("CIFAR-10-C", 10_000, "CORRUPTION.npy and labels.npy, from CIFAR-10-C.tar"),
     "cifar100-c": ("CIFAR-100-C", 10_000, "CORRUPTION.npy and labels.npy, from CIFAR-100-C.tar"),
 }
@@ -1228,15 +1445,19 @@ def _part(name, data_dir, corruption, severity):
     for path in places:
         if path.exists():
             return path
-    raise DataError(f"{name}: there is neither {show(places[0])} nor {show(places[1])}; expected: "
-                    f"{layout}")
+    raise DataError(
+        f"{name}: there is neither {show(places[0])} nor {show(places[1])}; expected: {layout}"
+    )
 
 
 def conditions(name, data_dir, corruptions=CORRUPTIONS):
     """What a benchmark consists of: (corruption, severity), one after the other, or just
     (None, None). Raises DataError if one is missing: better now than after hours of evaluation."""
-    pairs = [(None, None)] if name in ("real", "v2", "r") else [
-        (corruption, severity) for corruption in corruptions for severity in SEVERITIES]
+    pairs = (
+        [(None, None)]
+        if name in ("real", "v2", "r")
+        else [(corruption, severity) for corruption in corruptions for severity in SEVERITIES]
+    )
     for pair in pairs:
         _part(name, data_dir, *pair)
     return pairs
@@ -1269,15 +1490,25 @@ def _cifar_c(path, severity, classes, transform):
             raise DataError(f"{show(file)} is missing or damaged") from None
     pixels, labels = arrays
     n = len(pixels) // 5
-    if (pixels.dtype != np.uint8 or pixels.shape != (5 * n, 32, 32, 3) or labels.shape != (5 * n,)
-            or not 0 <= labels.min() <= labels.max() < len(classes)):
-        raise DataError(f"{show(path)} has {pixels.dtype} {pixels.shape}, its labels.npy "
-                        f"{labels.shape} up to {labels.max()}; needed are uint8 (5·n, 32, 32, 3) "
-                        f"and (5·n,) below {len(classes)}")
+    if (
+        pixels.dtype != np.uint8
+        or pixels.shape != (5 * n, 32, 32, 3)
+        or labels.shape != (5 * n,)
+        or not 0 <= labels.min() <= labels.max() < len(classes)
+    ):
+        raise DataError(
+            f"{show(path)} has {pixels.dtype} {pixels.shape}, its labels.npy "
+            f"{labels.shape} up to {labels.max()}; needed are uint8 (5·n, 32, 32, 3) "
+            f"and (5·n,) below {len(classes)}"
+        )
     block = slice((severity - 1) * n, severity * n)
     pixels = np.ascontiguousarray(pixels[block].transpose(0, 3, 1, 2))
-    return InMemory(torch.from_numpy(pixels), torch.from_numpy(labels[block].astype(np.int64)),
-                    list(classes), transform)
+    return InMemory(
+        torch.from_numpy(pixels),
+        torch.from_numpy(labels[block].astype(np.int64)),
+        list(classes),
+        transform,
+    )
 
 
 def benchmark(name, corruption=None, severity=None, *, data_dir, image_size, classes):
@@ -1298,20 +1529,29 @@ def benchmark(name, corruption=None, severity=None, *, data_dir, image_size, cla
     path = _part(name, data_dir, corruption, severity)
     _, published, layout = BENCHMARKS[name]
     if name in ("real", "v2", "r") and not (
-            len(classes) == 1000 and list(classes) == sorted(classes)
-            and all(re.fullmatch(r"n\d{8}", wnid) for wnid in classes)):
-        raise DataError(f"{name} needs a model of ImageNet's 1,000 classes, with the names of its "
-                        "training folders, n01440764 to n15075141; this one's "
-                        f"{len(classes):,} classes begin with {classes[0]}")
+        len(classes) == 1000
+        and list(classes) == sorted(classes)
+        and all(re.fullmatch(r"n\d{8}", wnid) for wnid in classes)
+    ):
+        raise DataError(
+            f"{name} needs a model of ImageNet's 1,000 classes, with the names of its "
+            "training folders, n01440764 to n15075141; this one's "
+            f"{len(classes):,} classes begin with {classes[0]}"
+        )
     try:
         if name == "real":
-            dataset = _real(path, load("imagenet", "val", data_dir=data_dir, image_size=image_size,
-                                       classes=classes))
+            dataset = _real(
+                path,
+                load("imagenet", "val", data_dir=data_dir, image_size=image_size, classes=classes),
+            )
         elif name in ("cifar10-c", "cifar100-c"):
             dataset = _cifar_c(path, severity, classes, transforms("none", image_size, 32))
         else:
-            transform = transforms("none", image_size) if name != "c" else v2.Compose(
-                [v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
+            transform = (
+                transforms("none", image_size)
+                if name != "c"
+                else v2.Compose([v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
+            )
             # The folders of v2 are numbers: sorted as names, 10 would come before 2.
             numbering = [str(i) for i in range(1000)] if name == "v2" else classes
             dataset = ImageFolder(path, transform, classes=numbering)
@@ -1329,6 +1569,7 @@ def benchmark(name, corruption=None, severity=None, *, data_dir, image_size, cla
 
 # ------------------------------------------------------------------------------------------- c-lite
 
+
 # Corruptions without a download, for any data set. They are ours, not the published benchmark, and
 # numbers of theirs can't be compared with those of ImageNet-C or CIFAR-C: hence the prefix. Levels
 # are about CIFAR-C's, for small images; lengths grow with the image. All is done in integers, or by
@@ -1341,19 +1582,27 @@ def _jpeg(picture, quality):
 
 
 C_LITE = {  # level at each severity; what it makes of a PIL image (of noise: see corrupt)
-    "lite_noise": ((10, 15, 20, 25, 30), None),     # standard deviation, of 255
+    "lite_noise": ((10, 15, 20, 25, 30), None),  # standard deviation, of 255
     "lite_impulses": ((10, 20, 30, 50, 70), None),  # values set to 0 or 255, of 1,000
-    "lite_blur": ((0.5, 0.75, 1, 1.25, 1.5),        # σ, pixels of an image of 32
-                  lambda p, v: p.filter(ImageFilter.GaussianBlur(v * min(p.size) / 32))),
-    "lite_pixelate": ((28, 24, 20, 16, 12),         # pixels left of 32
-                      lambda p, v: p.resize([-(-side * v // 32) for side in p.size],
-                                            Image.Resampling.BOX).resize(
-                                                p.size, Image.Resampling.NEAREST)),
+    "lite_blur": (
+        (0.5, 0.75, 1, 1.25, 1.5),  # σ, pixels of an image of 32
+        lambda p, v: p.filter(ImageFilter.GaussianBlur(v * min(p.size) / 32)),
+    ),
+    "lite_pixelate": (
+        (28, 24, 20, 16, 12),  # pixels left of 32
+        lambda p, v: p.resize([-(-side * v // 32) for side in p.size], Image.Resampling.BOX).resize(
+            p.size, Image.Resampling.NEAREST
+        ),
+    ),
     "lite_jpeg": ((80, 60, 40, 25, 15), _jpeg),
-    "lite_brightness": ((1.25, 1.5, 1.75, 2, 2.5),
-                        lambda p, v: ImageEnhance.Brightness(p).enhance(v)),
-    "lite_contrast": ((0.75, 0.625, 0.5, 0.375, 0.25),
-                      lambda p, v: ImageEnhance.Contrast(p).enhance(v)),
+    "lite_brightness": (
+        (1.25, 1.5, 1.75, 2, 2.5),
+        lambda p, v: ImageEnhance.Brightness(p).enhance(v),
+    ),
+    "lite_contrast": (
+        (0.75, 0.625, 0.5, 0.375, 0.25),
+        lambda p, v: ImageEnhance.Contrast(p).enhance(v),
+    ),
     "lite_saturation": ((0.75, 0.5, 0.25, 0.125, 0), lambda p, v: ImageEnhance.Color(p).enhance(v)),
 }
 
@@ -1369,7 +1618,7 @@ def corrupt(image, corruption, severity, seed=0, index=0):
     x = image.numpy().astype(np.int64)
     draws = _bits(np.array([key(seed, index, 3)], np.uint64), 0, 3 * x.size).reshape(*x.shape, 3)
     if corruption == "lite_noise":  # sums of 12 16-bit integers, of standard deviation 2^16
-        x += level * (draws.view(np.uint16).sum(-1, dtype=np.int64) - 6 * 65535) + 2 ** 15 >> 16
+        x += level * (draws.view(np.uint16).sum(-1, dtype=np.int64) - 6 * 65535) + 2**15 >> 16
     else:
         hit = draws[..., 0] % np.uint64(1000) < level
         x[hit] = draws[hit, 1] % np.uint64(2) * np.uint64(255)
@@ -1389,11 +1638,16 @@ class Corrupted(Dataset):
 
     def images(self, where, pairs):
         self.dataset.notes = self.notes
-        return torch.stack([corrupt(image, self.corruption, self.severity, self.seed, i)
-                            for i, image in zip(where.tolist(), self.dataset.images(where, pairs))])
+        return torch.stack(
+            [
+                corrupt(image, self.corruption, self.severity, self.seed, i)
+                for i, image in zip(where.tolist(), self.dataset.images(where, pairs))
+            ]
+        )
 
 
 # ---------------------------------------------------------------------------------------- the speed
+
 
 def photographs(folder, n):
     """Writes n images of 500×375 as JPEG and as PNG: noise with a photograph's spectrum, amplitude
@@ -1404,7 +1658,7 @@ def photographs(folder, n):
     for root in roots:
         (root / "class").mkdir(parents=True)
     for i in range(n):
-        real, imaginary = rng.normal(size=(2, 3, *frequency.shape)) / frequency ** 1.2
+        real, imaginary = rng.normal(size=(2, 3, *frequency.shape)) / frequency**1.2
         planes = np.fft.irfft2(real + 1j * imaginary, (375, 500))
         light, red, blue = planes / planes.std((1, 2), keepdims=True)
         pixels = [light * 60 + red * 25, light * 60 - (red + blue) * 10, light * 60 + blue * 25]
@@ -1427,6 +1681,7 @@ def bench(folder=None, rounds=30, tell=print):
             result = step(*args)
             spent.setdefault(name, []).append(1000 * (time.perf_counter() - started))
             return result
+
         return run
 
     def race(n, **streams):
@@ -1442,20 +1697,26 @@ def bench(folder=None, rounds=30, tell=print):
             own = np.array(seconds[name][1:])
             low, speed, high = np.quantile(n / own, (0.25, 0.5, 0.75))
             least, ratio, most = np.quantile(seconds[slowest][1:] / own, (0.25, 0.5, 0.75))
-            tell(f"  {name:12}{speed:7,.0f} images/s ({low:,.0f} to {high:,.0f}), "
-                 f"ratio {ratio:.2f} ({least:.2f} to {most:.2f})")
+            tell(
+                f"  {name:12}{speed:7,.0f} images/s ({low:,.0f} to {high:,.0f}), "
+                f"ratio {ratio:.2f} ({least:.2f} to {most:.2f})"
+            )
         if spent:
-            tell("  ms per image: " + ", ".join(
-                f"{name} {np.median(times):.2f}" for name, times in spent.items()))
+            tell(
+                "  ms per image: "
+                + ", ".join(f"{name} {np.median(times):.2f}" for name, times in spent.items())
+            )
             spent.clear()
 
     cpuinfo = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     cpu = re.search("model name.*: (.*)", cpuinfo)
-    tell(f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, load "
-         f"{os.getloadavg()[0]:.1f}; torch {torch.__version__}, torchvision "
-         f"{torchvision.__version__}, Pillow {PIL.__version__}, libjpeg-turbo "
-         f"{features.version('libjpeg_turbo')}; 1 process, 1 thread; medians (and quartiles) of "
-         f"{rounds} batches of each, taken in turns")
+    tell(
+        f"{cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}; torch {torch.__version__}, torchvision "
+        f"{torchvision.__version__}, Pillow {PIL.__version__}, libjpeg-turbo "
+        f"{features.version('libjpeg_turbo')}; 1 process, 1 thread; medians (and quartiles) of "
+        f"{rounds} batches of each, taken in turns"
+    )
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
         for root in [Path(folder)] if folder else photographs(made, 32):
@@ -1464,24 +1725,38 @@ def bench(folder=None, rounds=30, tell=print):
             paths = {i: root / os.fsdecode(files.names[i]) for i in order.flatten().tolist()}
             size = np.mean([path.stat().st_size for path in paths.values()]) / 1000
             tell(f"{show(root.name)}: files of {size:.0f} kB to crops of 224×224, 32 in a batch")
-            steps = v1.Compose([clocked(name, step) for name, step in (
-                ("decode", lambda i: Image.open(paths[i]).convert("RGB")),
-                ("crop", v1.RandomResizedCrop(224)), ("flip", v1.RandomHorizontalFlip()),
-                ("tensor", v1.PILToTensor()), ("float", v1.ConvertImageDtype(torch.float)),
-                ("normalize", v1.Normalize([0.5] * 3, [0.5] * 3)))])
+            steps = v1.Compose(
+                [
+                    clocked(name, step)
+                    for name, step in (
+                        ("decode", lambda i: Image.open(paths[i]).convert("RGB")),
+                        ("crop", v1.RandomResizedCrop(224)),
+                        ("flip", v1.RandomHorizontalFlip()),
+                        ("tensor", v1.PILToTensor()),
+                        ("float", v1.ConvertImageDtype(torch.float)),
+                        ("normalize", v1.Normalize([0.5] * 3, [0.5] * 3)),
+                    )
+                ]
+            )
             reference = torch.utils.data.DataLoader(
-                range(len(files)), 32, sampler=order.flatten().tolist(),
-                collate_fn=lambda batch: (torch.stack([steps(i) for i in batch]), None))
+                range(len(files)),
+                32,
+                sampler=order.flatten().tolist(),
+                collate_fn=lambda batch: (torch.stack([steps(i) for i in batch]), None),
+            )
             files.read = clocked("here decode and crop", files.read)
             files.transform.finish = clocked("resize and flip", files.transform.finish)
             pairs = [[(0, i) for i in batch] for batch in order.tolist()]
             race(32, reference=iter(reference), here=batches(loader(files, pairs), tell))
     tell("3×32×32 in memory: padded, cropped and flipped, 96 in a batch")
     pixels, labels = torch.zeros(5000, 3, 32, 32, dtype=torch.uint8), torch.zeros(5000)
-    pairs = [[(0, i) for i in batch]
-             for batch in rng.integers(5000, size=(rounds + 1, 96)).tolist()]
-    sets = {"one by one": InMemory(pixels, labels, [], transforms("crop", 32, 32)),
-            "here": InMemory(pixels, labels, [], padding=4)}
+    pairs = [
+        [(0, i) for i in batch] for batch in rng.integers(5000, size=(rounds + 1, 96)).tolist()
+    ]
+    sets = {
+        "one by one": InMemory(pixels, labels, [], transforms("crop", 32, 32)),
+        "here": InMemory(pixels, labels, [], padding=4),
+    }
     if torch.cuda.is_available():
         sets["on the GPU"] = InMemory(pixels, labels, [], padding=4).to("cuda")
     race(96, **{name: batches(loader(dataset, pairs)) for name, dataset in sets.items()})
@@ -1490,25 +1765,47 @@ def bench(folder=None, rounds=30, tell=print):
 
 # --------------------------------------------------------------------------------------------- main
 
+
 def make_parser():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=(
-        "The built-in data set: its sizes and the speed at which it is drawn, or a contact sheet. "
-        "pack: one file of an image folder, to train from by --data-dir FILE. bench: the speed of "
-        "loading images."))
-    parser.add_argument("what", nargs="?", choices=("sizes", "sheet", "pack", "bench"),
-                        default="sizes", help="default: sizes")
-    parser.add_argument("--split", choices=SHAPES_SPLITS, default="val",
-                        help="split that the sheet shows")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=(
+            "The built-in data set: its sizes and the speed at which it is drawn, or a contact "
+            "sheet. pack: one file of an image folder, to train from by --data-dir FILE. bench: "
+            "the speed of loading images."
+        ),
+    )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("sizes", "sheet", "pack", "bench"),
+        default="sizes",
+        help="default: sizes",
+    )
+    parser.add_argument(
+        "--split", choices=SHAPES_SPLITS, default="val", help="split that the sheet shows"
+    )
     parser.add_argument("--size", type=int, default=32, help="side of an image in pixels")
     parser.add_argument("--columns", type=int, default=10, help="images of each class on the sheet")
     parser.add_argument("--out", help="file to write; default: shapes.png for the sheet")
     parser.add_argument("--data-dir", help="to pack: holds train/ and val/, or class folders")
-    parser.add_argument("--short-side", type=int, default=0, help="pack what is larger at this "
-                        "size, as JPEG of quality 95; 0: every image as it is")
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes that pack; "
-                        "default: one for each core")
-    parser.add_argument("--images", help="bench: folder with a folder of images for each class "
-                        "(default: made images of ImageNet's typical size)")
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        default=0,
+        help="pack what is larger at this size, as JPEG of quality 95; 0: every image as it is",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=usable_cores(),
+        help="processes that pack; default: one for each core",
+    )
+    parser.add_argument(
+        "--images",
+        help="bench: folder with a folder of images for each class "
+        "(default: made images of ImageNet's typical size)",
+    )
     parser.add_argument("--rounds", type=int, default=30, help="bench: batches of each pipeline")
     parser.error = lambda message: parser.exit(2, f"data.py: {message}; see --help\n")
     return parser
@@ -1530,21 +1827,33 @@ def pack_command(parser, args):
         signal.signal(signal.SIGTERM, before)
     seconds, n = time.perf_counter() - started, sum(s["images"] for s in splits.values())
     classes = max(len(s["classes"]) for s in splits.values())
-    print(f"{out}: {n:,} images of {classes:,} classes, {os.path.getsize(args.out):,} bytes, in "
-          f"{seconds:,.1f} s ({n / seconds:,.0f} images/s)")
-    print("to train from it:" if "train" in splits else "to evaluate on it:",
-          f"python train.py --data-dir {shlex.quote(out)}" + " --dataset folder" * (classes != 1000)
-          + " --eval-only --init-from CHECKPOINT" * ("train" not in splits))
+    print(
+        f"{out}: {n:,} images of {classes:,} classes, {os.path.getsize(args.out):,} bytes, in "
+        f"{seconds:,.1f} s ({n / seconds:,.0f} images/s)"
+    )
+    print(
+        "to train from it:" if "train" in splits else "to evaluate on it:",
+        f"python train.py --data-dir {shlex.quote(out)}"
+        + " --dataset folder" * (classes != 1000)
+        + " --eval-only --init-from CHECKPOINT" * ("train" not in splits),
+    )
 
 
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    for name, least in (("size", 1), ("columns", 1), ("short_side", 0), ("workers", 0),
-                        ("rounds", 1)):
-        if not least <= getattr(args, name) <= 10 ** 4:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
-                         f"least {least} and at most 10000")
+    for name, least in (
+        ("size", 1),
+        ("columns", 1),
+        ("short_side", 0),
+        ("workers", 0),
+        ("rounds", 1),
+    ):
+        if not least <= getattr(args, name) <= 10**4:
+            parser.error(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
+                f"least {least} and at most 10000"
+            )
     if args.what == "pack":
         if not args.data_dir or not args.out:
             parser.error("pack needs --data-dir and --out")
@@ -1559,8 +1868,10 @@ def main(argv=None):
         first, n = SHAPES_SPLITS[args.split][0], len(SHAPES_CLASSES) * args.columns
         images, labels = shapes(np.arange(first, first + n), size=args.size)
         images = v2.functional.resize(
-            images[labels.argsort(stable=True)], args.size * max(1, 96 // args.size),
-            interpolation=v2.InterpolationMode.NEAREST)
+            images[labels.argsort(stable=True)],
+            args.size * max(1, 96 // args.size),
+            interpolation=v2.InterpolationMode.NEAREST,
+        )
         try:
             save_image(images / 255, args.out, nrow=args.columns, pad_value=1)  # one class a row
         except (OSError, ValueError) as error:
@@ -1568,9 +1879,10 @@ def main(argv=None):
         print(f"{args.out}: one row each of {', '.join(SHAPES_CLASSES)}")
         return
     for split, (_, n) in SHAPES_SPLITS.items():
-        print(f"{split:6} {n:6,} images of {len(SHAPES_CLASSES)} classes, "
-              f"3×{args.size}×{args.size}")
-    n = min(2000, 2000 * 32 ** 2 // args.size ** 2 + 1)
+        print(
+            f"{split:6} {n:6,} images of {len(SHAPES_CLASSES)} classes, 3×{args.size}×{args.size}"
+        )
+    n = min(2000, 2000 * 32**2 // args.size**2 + 1)
     started = time.perf_counter()
     shapes(np.arange(n), size=args.size)
     print(f"{n / (time.perf_counter() - started):,.0f} images/s drawn by one process")

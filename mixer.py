@@ -20,6 +20,7 @@ State-dict keys are timm's. load_npz reads Google's files; those models take ima
     logits = build("mixer_b16")(images, out=tokens)
 
 B batch, N tokens (the map by rows; no class token), D dim, P patch size."""
+
 import argparse
 import difflib
 import inspect
@@ -41,8 +42,17 @@ MIXER = {  # mixer_{key}{patch size}
     "b": dict(dim=768, depth=12, token_mlp_dim=384, mlp_dim=3072),
     "l": dict(dim=1024, depth=24, token_mlp_dim=512, mlp_dim=4096),  # Tolstikhin et al., Table 1
 }
-NAMES = ["mixer_micro8", "mixer_ti16", "mixer_s32", "mixer_s16", "mixer_s8", "mixer_b32",
-         "mixer_b16", "mixer_b8", "mixer_l16"]
+NAMES = [
+    "mixer_micro8",
+    "mixer_ti16",
+    "mixer_s32",
+    "mixer_s16",
+    "mixer_s8",
+    "mixer_b32",
+    "mixer_b16",
+    "mixer_b8",
+    "mixer_l16",
+]
 
 
 def record(out, name, value):
@@ -54,12 +64,16 @@ def record(out, name, value):
 
 def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
-    units = [name for name, (kind, _) in intermediates.items()
-             if kind in ("attention", "token mlp", "mlp", "conv")]
+    units = [
+        name
+        for name, (kind, _) in intermediates.items()
+        if kind in ("attention", "token mlp", "mlp", "conv")
+    ]
     for name in out or ():
         if name not in intermediates:
-            raise ValueError(f"unknown intermediate {name!r}; this model has "
-                             f"{', '.join(intermediates)}")
+            raise ValueError(
+                f"unknown intermediate {name!r}; this model has {', '.join(intermediates)}"
+            )
     if skip is not None and skip not in units:
         raise ValueError(f"unknown unit {skip!r} to skip; this model has {', '.join(units)}")
 
@@ -123,9 +137,11 @@ def check_rates(**rates):
 
 def check_images(x, image_size):
     if x.shape[1:] != (3, image_size, image_size):
-        raise ValueError(f"built for images (3, {image_size}, {image_size}), got "
-                         f"{tuple(x.shape[1:])}; a Mixer takes square RGB images of one size: "
-                         "resize them, or build with image_size and train anew")
+        raise ValueError(
+            f"built for images (3, {image_size}, {image_size}), got "
+            f"{tuple(x.shape[1:])}; a Mixer takes square RGB images of one size: "
+            "resize them, or build with image_size and train anew"
+        )
 
 
 def lecun_normal_(weight):
@@ -145,28 +161,53 @@ class Mixer(nn.Module):
     init           "google" (Chen et al.) or "timm": init_weights
     """
 
-    def __init__(self, *, image_size=224, patch_size=16, num_classes=1000, dim=768, depth=12,
-                 token_mlp_dim=384, mlp_dim=3072, gelu="tanh", dropout=0.0, drop_path=0.0,
-                 head_bias=0.0, init="google"):
+    def __init__(
+        self,
+        *,
+        image_size=224,
+        patch_size=16,
+        num_classes=1000,
+        dim=768,
+        depth=12,
+        token_mlp_dim=384,
+        mlp_dim=3072,
+        gelu="tanh",
+        dropout=0.0,
+        drop_path=0.0,
+        head_bias=0.0,
+        init="google",
+    ):
         super().__init__()
         check_choices(gelu=(gelu, "exact", "tanh"), init=(init, "google", "timm"))
         check_rates(dropout=dropout, drop_path=drop_path)
         if min(image_size, patch_size) < 1 or image_size % patch_size:
-            raise ValueError(f"image_size must be a multiple of patch_size, got {image_size} and "
-                             f"{patch_size}")
+            raise ValueError(
+                f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}"
+            )
         if min(dim, depth, token_mlp_dim, mlp_dim) < 1:
-            raise ValueError("dim, depth, token_mlp_dim and mlp_dim must be at least 1, got "
-                             f"{dim}, {depth}, {token_mlp_dim}, {mlp_dim}")
+            raise ValueError(
+                "dim, depth, token_mlp_dim and mlp_dim must be at least 1, got "
+                f"{dim}, {depth}, {token_mlp_dim}, {mlp_dim}"
+            )
         self.image_size = image_size
         self.grid = (image_size // patch_size,) * 2
         self.prefix_tokens = 0  # no class token: the tokens are the map
 
-        self.stem = nn.Sequential(OrderedDict(
-            proj=nn.Conv2d(3, dim, patch_size, stride=patch_size)))
+        self.stem = nn.Sequential(
+            OrderedDict(proj=nn.Conv2d(3, dim, patch_size, stride=patch_size))
+        )
         self.blocks = nn.ModuleList(
-            Block(dim=dim, tokens=math.prod(self.grid), token_mlp_dim=token_mlp_dim,
-                  mlp_dim=mlp_dim, gelu=gelu, dropout=dropout,
-                  drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth))
+            Block(
+                dim=dim,
+                tokens=math.prod(self.grid),
+                token_mlp_dim=token_mlp_dim,
+                mlp_dim=mlp_dim,
+                gelu=gelu,
+                dropout=dropout,
+                drop_path=drop_path * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         self.init_weights(init, head_bias)
@@ -198,8 +239,10 @@ class Mixer(nn.Module):
         (B, D). Stages count from 1, the stem is 0."""
         names = {"stem": ("stem", 0)}
         for i in range(len(self.blocks)):
-            names |= {f"blocks.{i}.mlp_tokens": ("token mlp", 1),
-                      f"blocks.{i}.mlp_channels": ("mlp", 1)}
+            names |= {
+                f"blocks.{i}.mlp_tokens": ("token mlp", 1),
+                f"blocks.{i}.mlp_channels": ("mlp", 1),
+            }
         return names | {"pre_logits": ("representation", 1)}
 
     def forward(self, x, out=None, skip=None):
@@ -243,6 +286,7 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
     prefix; other arrays are ignored. head=False keeps the model's own head. ValueError, and the
     model is as before, if the file is damaged or does not fit, OSError if it cannot be opened."""
     import numpy as np
+
     if not isinstance(model, Mixer):
         raise ValueError(f"load_npz fills a Mixer, got {type(model).__name__}")
     try:
@@ -256,8 +300,10 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
     first = "MixerBlock_0/LayerNorm_0/scale"
     prefix = next((p for p in prefixes if p + first in arrays), None)
     if prefix is None:
-        raise ValueError(f"{path} is no Mixer: no {first!r} behind any of {prefixes}, among "
-                         f"{len(arrays)} arrays such as {', '.join(sorted(arrays)[:3])}")
+        raise ValueError(
+            f"{path} is no Mixer: no {first!r} behind any of {prefixes}, among "
+            f"{len(arrays)} arrays such as {', '.join(sorted(arrays)[:3])}"
+        )
     arrays = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
     weights = {}
 
@@ -268,8 +314,10 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
         while array.ndim > len(shape) and array.shape[0] == 1:  # old files store biases so
             array = array[0]
         if array.shape != shape or array.dtype.kind != "f":
-            raise ValueError(f"{path}: {prefix + key!r} has shape {arrays[key].shape} of "
-                             f"{array.dtype}, the model needs {shape} of floats")
+            raise ValueError(
+                f"{path}: {prefix + key!r} has shape {arrays[key].shape} of "
+                f"{array.dtype}, the model needs {shape} of floats"
+            )
         return torch.from_numpy(array)
 
     def norm(name, key):
@@ -285,8 +333,9 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
     dim, mlp_dim = block.mlp_channels.fc1.in_features, block.mlp_channels.fc1.out_features
     blocks = len({key.split("/")[0] for key in arrays if key.startswith("MixerBlock_")})
     if blocks != depth:
-        raise ValueError(f"{path} has depth {blocks}, the model {depth}: build it with "
-                         f"depth={blocks}")
+        raise ValueError(
+            f"{path} has depth {blocks}, the model {depth}: build it with depth={blocks}"
+        )
     kernel = take("stem/kernel", *patch, 3, dim)
     weights["stem.proj.weight"] = kernel.permute(3, 2, 0, 1)  # HWIO to OIHW
     weights["stem.proj.bias"] = take("stem/bias", dim)
@@ -294,8 +343,10 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
     in_file = arrays[key].size if key in arrays else tokens
     side = math.isqrt(in_file)
     if side**2 == in_file != tokens:
-        raise ValueError(f"{path} is for {in_file} tokens, the model for {tokens}, and token MLPs "
-                         f"cannot be resized: build it with image_size={side * patch[0]}")
+        raise ValueError(
+            f"{path} is for {in_file} tokens, the model for {tokens}, and token MLPs "
+            f"cannot be resized: build it with image_size={side * patch[0]}"
+        )
     for i in range(depth):
         ours, theirs = f"blocks.{i}", f"MixerBlock_{i}"
         norm(f"{ours}.norm1", f"{theirs}/LayerNorm_0")
@@ -308,8 +359,10 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
     if head:
         classes = arrays["head/bias"].size if "head/bias" in arrays else model.head.out_features
         if classes != model.head.out_features:
-            raise ValueError(f"{path} has {classes} classes, the model {model.head.out_features}: "
-                             f"build it with num_classes={classes} or load with head=False")
+            raise ValueError(
+                f"{path} has {classes} classes, the model {model.head.out_features}: "
+                f"build it with num_classes={classes} or load with head=False"
+            )
         dense("head", "head", dim, classes)
     model.load_state_dict(model.state_dict() | weights)
 
@@ -352,13 +405,17 @@ def complexity(model: nn.Module, image_size: int = 224) -> dict[str, int]:
     Runs on the meta device: instant, and the model is left alone."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    images = torch.empty(2, 3, image_size, image_size, device="meta",  # BatchNorm may refuse one
-                         dtype=next(model.parameters()).dtype)
+    shape = (2, 3, image_size, image_size)  # BatchNorm may refuse one image
+    images = torch.empty(shape, device="meta", dtype=next(model.parameters()).dtype)
     with torch.no_grad(), Counter() as count:
         torch.func.functional_call(model, tensors, (images,))
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return dict(params=params, macs=count.macs // 2, acts=count.acts // 2,
-                macs_with_bias=(count.macs + count.biases) // 2)
+    return dict(
+        params=params,
+        macs=count.macs // 2,
+        acts=count.acts // 2,
+        macs_with_bias=(count.macs + count.biases) // 2,
+    )
 
 
 def main(argv=None):
@@ -378,8 +435,10 @@ def main(argv=None):
             print(f"{name:12}  {error}")
             continue
         cost = complexity(model, args.image_size)
-        print(f"{name:12}{cost['params']:14,}{cost['macs'] / 1e9:9.3f}"
-              f"{cost['macs_with_bias'] / 1e9:11.3f}{cost['acts'] / 1e6:15.3f}")
+        print(
+            f"{name:12}{cost['params']:14,}{cost['macs'] / 1e9:9.3f}"
+            f"{cost['macs_with_bias'] / 1e9:11.3f}{cost['acts'] / 1e6:15.3f}"
+        )
 
 
 if __name__ == "__main__":

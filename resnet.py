@@ -22,6 +22,7 @@ State-dict keys are torchvision's; pre-activation ResNets have a final "norm" an
     logits = build("resnet50")(images, out=maps)
 
 B batch, C channels, H W map."""
+
 import argparse
 import difflib
 import inspect
@@ -41,8 +42,14 @@ RESNET = {  # (pre)resnet{key}(x2); He et al. (1512.03385), Table 1; 200: 1603.0
     "152": dict(depth=(3, 8, 36, 3)),
     "200": dict(depth=(3, 24, 36, 3)),
 }
-NAMES = [*(f"resnet{size}" for size in RESNET), "resnet50x2", "resnet101x2", "resnet152x2",
-         "resnext50_32x4d", *(f"preresnet{size}" for size in RESNET if size != "200")]
+NAMES = [
+    *(f"resnet{size}" for size in RESNET),
+    "resnet50x2",
+    "resnet101x2",
+    "resnet152x2",
+    "resnext50_32x4d",
+    *(f"preresnet{size}" for size in RESNET if size != "200"),
+]
 
 
 def record(out, name, value):
@@ -54,12 +61,16 @@ def record(out, name, value):
 
 def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
-    units = [name for name, (kind, _) in intermediates.items()
-             if kind in ("attention", "token mlp", "mlp", "conv")]
+    units = [
+        name
+        for name, (kind, _) in intermediates.items()
+        if kind in ("attention", "token mlp", "mlp", "conv")
+    ]
     for name in out or ():
         if name not in intermediates:
-            raise ValueError(f"unknown intermediate {name!r}; this model has "
-                             f"{', '.join(intermediates)}")
+            raise ValueError(
+                f"unknown intermediate {name!r}; this model has {', '.join(intermediates)}"
+            )
     if skip is not None and skip not in units:
         raise ValueError(f"unknown unit {skip!r} to skip; this model has {', '.join(units)}")
 
@@ -88,11 +99,12 @@ def projection(dim, wider, stride, pre_activation):
 
 def spatial(conv, x, skip):
     """A 3×3 convolution of x, or, to leave it out, the identity: of stride s, every s-th pixel."""
-    return x[..., ::conv.stride[0], ::conv.stride[1]] if skip else conv(x)
+    return x[..., :: conv.stride[0], :: conv.stride[1]] if skip else conv(x)
 
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions beside the shortcut. skip leaves the second out."""
+
     expansion = 1
 
     def __init__(self, dim, planes, stride, *, pre_activation, drop_path):
@@ -119,6 +131,7 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     """1×1, 3×3 and 1×1 convolutions beside the shortcut. skip leaves the 3×3 one out."""
+
     expansion = 4
 
     def __init__(self, dim, planes, stride, *, groups, width_per_group, pre_activation, drop_path):
@@ -170,9 +183,11 @@ def check_widths(depth, bottleneck, width, groups, width_per_group):
     if len(depth) != 4 or min(depth) < 1:
         raise ValueError(f"depth needs the number of blocks of four stages, got {depth}")
     if min(width, groups, width_per_group) < 1 or width * width_per_group % 64:
-        raise ValueError("width, groups and width_per_group must be at least 1, width times "
-                         f"width_per_group a multiple of 64; got {width}, {groups}, "
-                         f"{width_per_group}")
+        raise ValueError(
+            "width, groups and width_per_group must be at least 1, width times "
+            f"width_per_group a multiple of 64; got {width}, {groups}, "
+            f"{width_per_group}"
+        )
     if not bottleneck and (groups, width_per_group) != (1, 64):
         raise ValueError("groups and width_per_group are for bottlenecks (ResNet-50 and deeper)")
 
@@ -200,9 +215,22 @@ class ResNet(nn.Module):
     blur, init, zero_init   see this file's header
     """
 
-    def __init__(self, *, num_classes=1000, depth=(3, 4, 6, 3), bottleneck=True, width=64, groups=1,
-                 width_per_group=64, pre_activation=False, stem="imagenet", drop_path=0.0,
-                 blur=False, init="torchvision", zero_init=False):
+    def __init__(
+        self,
+        *,
+        num_classes=1000,
+        depth=(3, 4, 6, 3),
+        bottleneck=True,
+        width=64,
+        groups=1,
+        width_per_group=64,
+        pre_activation=False,
+        stem="imagenet",
+        drop_path=0.0,
+        blur=False,
+        init="torchvision",
+        zero_init=False,
+    ):
         super().__init__()
         check_choices(stem=(stem, "imagenet", "cifar"), init=(init, "torchvision", "torch"))
         check_rates(drop_path=drop_path)
@@ -218,8 +246,16 @@ class ResNet(nn.Module):
         for i, blocks in enumerate(depth):
             stage = nn.Sequential()
             for j in range(blocks):
-                stage.append(kind(dim, width * 2**i, 2 if i and j == 0 else 1, **more,
-                                  pre_activation=pre_activation, drop_path=next(rates)))
+                stage.append(
+                    kind(
+                        dim,
+                        width * 2**i,
+                        2 if i and j == 0 else 1,
+                        **more,
+                        pre_activation=pre_activation,
+                        drop_path=next(rates),
+                    )
+                )
                 dim = width * 2**i * kind.expansion
             self.add_module(f"layer{i + 1}", stage)
         self.norm = nn.BatchNorm2d(dim) if pre_activation else None
@@ -281,8 +317,12 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
     elif name == "resnext50_32x4d":
         row = dict(RESNET["50"], groups=32, width_per_group=4)
     else:
-        raise unknown("model", name, NAMES, f"(pre)resnet{{{','.join(RESNET)}}} also with x2 at "
-                      "the end, resnext50_32x4d")
+        raise unknown(
+            "model",
+            name,
+            NAMES,
+            f"(pre)resnet{{{','.join(RESNET)}}} also with x2 at the end, resnext50_32x4d",
+        )
     arguments = list(inspect.signature(ResNet).parameters)
     for override in overrides:
         if override not in arguments:
@@ -329,13 +369,17 @@ def complexity(model: nn.Module, image_size: int = 224) -> dict[str, int]:
     Runs on the meta device: instant, and the model is left alone."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    images = torch.empty(2, 3, image_size, image_size, device="meta",  # BatchNorm may refuse one
-                         dtype=next(model.parameters()).dtype)
+    shape = (2, 3, image_size, image_size)  # BatchNorm may refuse one image
+    images = torch.empty(shape, device="meta", dtype=next(model.parameters()).dtype)
     with torch.no_grad(), Counter() as count:
         torch.func.functional_call(model, tensors, (images,))
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return dict(params=params, macs=count.macs // 2, acts=count.acts // 2,
-                macs_with_bias=(count.macs + count.biases) // 2)
+    return dict(
+        params=params,
+        macs=count.macs // 2,
+        acts=count.acts // 2,
+        macs_with_bias=(count.macs + count.biases) // 2,
+    )
 
 
 def main(argv=None):
@@ -352,8 +396,10 @@ def main(argv=None):
         except ValueError as error:
             parser.error(str(error))
         cost = complexity(model, args.image_size)
-        print(f"{name:16}{cost['params']:14,}{cost['macs'] / 1e9:9.3f}"
-              f"{cost['macs_with_bias'] / 1e9:11.3f}{cost['acts'] / 1e6:15.3f}")
+        print(
+            f"{name:16}{cost['params']:14,}{cost['macs'] / 1e9:9.3f}"
+            f"{cost['macs_with_bias'] / 1e9:11.3f}{cost['acts'] / 1e6:15.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ Choices, after the authors' public code:
 `python sam.py` runs a toy (20 s): a small network on noisy labels, with and without SAM.
 `python sam.py --cost 5` measures what a SAM step costs beside a plain one (2 minutes).
 """
+
 import argparse
 import signal
 import time
@@ -39,12 +40,11 @@ from torch import nn
 class First(NamedTuple):
     """What `perturb` knows from the pass at w, of the loss as it was given (scaled, if a scaler
     scaled it). Tensors, detached; reading one as a number waits for the device."""
-    loss: torch.Tensor          # () clean loss: mean over the micro-batches of this process
-    grad_norm: torch.Tensor     # () ‖g‖₂ of that loss; with adaptive=True ‖T·g‖₂
-    input_grads: tuple          # gradients of the clean loss by `inputs`,
-                                # from the same backward pass
-    grads: tuple                # with keep_grads, g by those of SAM.params that require one,
-                                # None where there is none
+
+    loss: torch.Tensor  # () clean loss: mean over the micro-batches of this process
+    grad_norm: torch.Tensor  # () ‖g‖₂ of that loss; with adaptive=True ‖T·g‖₂
+    input_grads: tuple  # gradients of the clean loss by `inputs`, of the same backward pass
+    grads: tuple  # with keep_grads, g by SAM.params that require one; None where there is none
 
 
 def random_state(devices):
@@ -88,8 +88,9 @@ def average(tensors):
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    return [f.view_as(t).to(t.dtype)
-            for f, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+    return [
+        f.view_as(t).to(t.dtype) for f, t in zip(flat.split([t.numel() for t in tensors]), tensors)
+    ]
 
 
 class SAM:
@@ -114,17 +115,28 @@ class SAM:
     waits for the device.
     """
 
-    def __init__(self, model: nn.Module, rho: float, *, steps: int = 1, adaptive: bool = False,
-                 eta: float = 0.01, params=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        rho: float,
+        *,
+        steps: int = 1,
+        adaptive: bool = False,
+        eta: float = 0.01,
+        params=None,
+    ):
         if not rho >= 0:
-            raise ValueError(f"rho is {rho}; it is a radius, so at least 0 "
-                             "(the paper's are 0.02 to 0.6)")
+            raise ValueError(
+                f"rho is {rho}; it is a radius, so at least 0 (the paper's are 0.02 to 0.6)"
+            )
         if steps < 1:
             raise ValueError(f"steps is {steps}; SAM takes at least 1 ascent step")
         for module in model.modules():
             if isinstance(module, nn.parallel.DistributedDataParallel) and module.static_graph:
-                raise ValueError("DistributedDataParallel(static_graph=True) lets replicas diverge "
-                                 "under SAM; build it without static_graph")
+                raise ValueError(
+                    "DistributedDataParallel(static_graph=True) lets replicas diverge "
+                    "under SAM; build it without static_graph"
+                )
         self.model, self.rho, self.steps, self.adaptive, self.eta = model, rho, steps, adaptive, eta
         self.params = list(model.parameters() if params is None else params)
 
@@ -159,14 +171,15 @@ class SAM:
         random = random_state({p.device for p in self.model.parameters()})
 
         grads, value = self._gradient(losses, params + inputs)
-        kept = tuple(grads[:len(params)]) if keep_grads else ()
-        input_grads = tuple(grads[len(params):])
-        grads = grads[:len(params)]
+        kept = tuple(grads[: len(params)]) if keep_grads else ()
+        input_grads = tuple(grads[len(params) :])
+        grads = grads[: len(params)]
         reached = [p for p, g in zip(params, grads) if g is not None]
         grads = [g for g in grads if g is not None]
         if not reached:
-            raise ValueError("SAM: the loss depends on no parameter of the model that requires "
-                             "a gradient")
+            raise ValueError(
+                "SAM: the loss depends on no parameter of the model that requires a gradient"
+            )
         saved_buffers = [b.clone() for b in buffers]  # after the pass at w: its statistics stay
         saved = None
         try:
@@ -174,8 +187,9 @@ class SAM:
                 if step > 0:
                     set_random_state(random)
                     grads, _ = self._gradient(losses, reached)
-                    grads = [torch.zeros_like(p) if g is None else g
-                             for p, g in zip(reached, grads)]
+                    grads = [
+                        torch.zeros_like(p) if g is None else g for p, g in zip(reached, grads)
+                    ]
                 if sync:
                     grads = average(grads)
                 with torch.no_grad():
@@ -256,8 +270,10 @@ class LookSAM:
 
     def __init__(self, params, alpha: float = 0.7):
         if not alpha >= 0:
-            raise ValueError(f"alpha is {alpha}; it is the length of what is added, beside the "
-                             "gradient's, so at least 0 (LookSAM: 0.7)")
+            raise ValueError(
+                f"alpha is {alpha}; it is the length of what is added, beside the "
+                "gradient's, so at least 0 (LookSAM: 0.7)"
+            )
         self.params, self.alpha = [p for p in params if p.requires_grad], alpha
         self.at_w, self.direction = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.length = global_norm(self.direction)  # min(α, ‖d‖/‖s‖)
@@ -273,8 +289,11 @@ class LookSAM:
     def step(self, perturbed: bool):
         """After the backward passes of a step: learns d from it if it was one with SAM, or else
         adds d to p.grad."""
-        known = [(p.grad, g, d) for p, g, d in zip(self.params, self.at_w, self.direction)
-                 if p.grad is not None]
+        known = [
+            (p.grad, g, d)
+            for p, g, d in zip(self.params, self.at_w, self.direction)
+            if p.grad is not None
+        ]
         if not known:
             return
         grads, at_w, direction = (list(column) for column in zip(*known))
@@ -291,8 +310,9 @@ class LookSAM:
             length = torch.where(norm == 0, 0.0, norm / global_norm(grads)).clamp(max=self.alpha)
             finite = norm.isfinite()
             self.length.copy_(torch.where(finite, length, self.length))
-            torch._foreach_copy_(direction, [torch.where(finite, n, d)
-                                             for n, d in zip(new, direction)])
+            torch._foreach_copy_(
+                direction, [torch.where(finite, n, d) for n, d in zip(new, direction)]
+            )
             torch._foreach_zero_(self.at_w)
         else:
             norm = global_norm(direction)
@@ -319,8 +339,9 @@ def toy(rho, seed, steps):
 
     (x, y), (x_test, y_test) = moons(200), moons(5000)
     y = torch.where(torch.rand(len(y)) < 0.2, 1 - y, y)
-    model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
-                          nn.Linear(64, 2))
+    model = nn.Sequential(
+        nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2)
+    )
     optimizer, sam = torch.optim.Adam(model.parameters(), lr=0.01), SAM(model, rho)
 
     def loss():
@@ -339,8 +360,9 @@ def toy(rho, seed, steps):
 def cost(rounds, batch):
     """Seconds of a plain step, a SAM step, and SAM's own arithmetic (perturb with its two passes
     taken out), interleaved, for four blocks of ViT-S/16: (rounds, 3)."""
-    block = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, activation="gelu",
-                                       batch_first=True, norm_first=True)
+    block = nn.TransformerEncoderLayer(
+        384, 6, 1536, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+    )
     model = nn.TransformerEncoder(block, 4, enable_nested_tensor=False)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     sam, x = SAM(model, 0.05), torch.randn(batch, 197, 384)
@@ -369,22 +391,30 @@ def cost(rounds, batch):
             pass
         return time.perf_counter() - start - passes
 
-    times = [(step(nullcontext()), step(sam.perturb(loss)), arithmetic())
-             for _ in range(rounds + 1)]
+    times = [
+        (step(nullcontext()), step(sam.perturb(loss)), arithmetic()) for _ in range(rounds + 1)
+    ]
     return torch.tensor(times[1:])  # the first round pays for memory
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=(
-        "A small MLP on noisy labels, with SAM for several rho (0: both passes at w, so plain "
-        "Adam); or, with --cost, what a SAM step costs beside a plain one."))
-    parser.add_argument("--rho", type=float, nargs="+", default=[0.0, 0.1, 0.3],
-                        help="radii to try")
-    parser.add_argument("--seeds", type=int, default=5,
-                        help="runs for each, of other data and weights")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=(
+            "A small MLP on noisy labels, with SAM for several rho (0: both passes at w, so plain "
+            "Adam); or, with --cost, what a SAM step costs beside a plain one."
+        ),
+    )
+    parser.add_argument(
+        "--rho", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="radii to try"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="runs for each, of other data and weights"
+    )
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
-    parser.add_argument("--cost", type=int, default=0, metavar="ROUNDS",
-                        help="measure the cost instead")
+    parser.add_argument(
+        "--cost", type=int, default=0, metavar="ROUNDS", help="measure the cost instead"
+    )
     parser.add_argument("--batch", type=int, default=32, help="images of 197 tokens, for --cost")
     args = parser.parse_args(argv)
     if min([*args.rho, args.cost]) < 0 or min(args.seeds, args.steps, args.batch) < 1:
@@ -394,17 +424,23 @@ def main(argv=None):
         times = cost(args.cost, args.batch)
         plain, perturbed, own = times.median(0).values.tolist()
         ratios = times[:, 1] / times[:, 0]
-        print(f"plain step {plain:.3f} s, SAM step {perturbed:.3f} s (medians of {args.cost}), "
-              f"ratio {ratios.median():.3f} ({ratios.min():.3f} to {ratios.max():.3f})")
-        print(f"SAM's arithmetic (norm, copy, move, restore) {own:.4f} s, "
-              f"{100 * own / plain:.1f} % of a plain step; the optimizer runs once in both")
+        print(
+            f"plain step {plain:.3f} s, SAM step {perturbed:.3f} s (medians of {args.cost}), "
+            f"ratio {ratios.median():.3f} ({ratios.min():.3f} to {ratios.max():.3f})"
+        )
+        print(
+            f"SAM's arithmetic (norm, copy, move, restore) {own:.4f} s, "
+            f"{100 * own / plain:.1f} % of a plain step; the optimizer runs once in both"
+        )
         return
     print("  rho  train loss  train accuracy  clean test accuracy (mean ± sd over seeds)")
     for rho in args.rho:
         results = torch.stack([toy(rho, seed, args.steps) for seed in range(args.seeds)])
         loss, train, test = results.mean(0).tolist()
-        print(f"{rho:5.2f}  {loss:10.3f}  {100 * train:12.1f} %  {100 * test:8.1f} ± "
-              f"{100 * results.std(0, correction=0)[2]:.1f} %")
+        print(
+            f"{rho:5.2f}  {loss:10.3f}  {100 * train:12.1f} %  {100 * test:8.1f} ± "
+            f"{100 * results.std(0, correction=0)[2]:.1f} %"
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the code under test; what must hold between processes runs under torchrun with g
     python test_all.py --stress          kill, damage and mistype by the hundred: what was lost
     python test_all.py --device cuda     numbers on an accelerator beside the CPU's
 """
+
 import argparse
 import copy
 import errno
@@ -94,9 +95,15 @@ VIT_COST = [  # name, arguments, parameters, MACs, MACs + bias additions, activa
     ("pit_ti", CIFAR, 4_582_436, 950_475_008, 954_069_796, 9_404_012),
 ]
 XIAO_TABLE_1 = {  # GFLOPs, M parameters, M activations as printed
-    "vit_p_1gf": (1.1, 4.8, 5.5), "vit_p_4gf": (3.9, 18.5, 11.1), "vit_p_18gf": (17.5, 86.6, 24.0),
-    "vit_p_36gf": (35.9, 178.4, 37.3), "vit_c_1gf": (1.1, 4.6, 5.7), "vit_c_4gf": (4.0, 17.8, 11.3),
-    "vit_c_18gf": (17.7, 81.6, 24.1), "vit_c_36gf": (35.0, 167.8, 36.7)}
+    "vit_p_1gf": (1.1, 4.8, 5.5),
+    "vit_p_4gf": (3.9, 18.5, 11.1),
+    "vit_p_18gf": (17.5, 86.6, 24.0),
+    "vit_p_36gf": (35.9, 178.4, 37.3),
+    "vit_c_1gf": (1.1, 4.6, 5.7),
+    "vit_c_4gf": (4.0, 17.8, 11.3),
+    "vit_c_18gf": (17.7, 81.6, 24.1),
+    "vit_c_36gf": (35.0, 167.8, 36.7),
+}
 
 
 def tiny_vit(**overrides):
@@ -129,17 +136,27 @@ def google_arrays(*, layout="released", cls=True, representation=None, grid=4, s
             arrays |= {f"{norm}/scale": 1 + draw(12), f"{norm}/bias": draw(12)}
         attention = f"{block}/MultiHeadDotProductAttention_{attn}"
         for part in ("query", "key", "value"):
-            arrays |= {f"{attention}/{part}/kernel": draw(12, 3, 4),
-                       f"{attention}/{part}/bias": draw(3, 4)}
+            arrays |= {
+                f"{attention}/{part}/kernel": draw(12, 3, 4),
+                f"{attention}/{part}/bias": draw(3, 4),
+            }
         arrays |= {f"{attention}/out/kernel": draw(3, 4, 12), f"{attention}/out/bias": draw(12)}
         dense = f"{block}/MlpBlock_{mlp}/Dense"
-        arrays |= {f"{dense}_0/kernel": draw(12, 24), f"{dense}_0/bias": draw(24),
-                   f"{dense}_1/kernel": draw(24, 12), f"{dense}_1/bias": draw(12)}
-    arrays |= {"Transformer/encoder_norm/scale": 1 + draw(12),
-               "Transformer/encoder_norm/bias": draw(12)}
+        arrays |= {
+            f"{dense}_0/kernel": draw(12, 24),
+            f"{dense}_0/bias": draw(24),
+            f"{dense}_1/kernel": draw(24, 12),
+            f"{dense}_1/bias": draw(12),
+        }
+    arrays |= {
+        "Transformer/encoder_norm/scale": 1 + draw(12),
+        "Transformer/encoder_norm/bias": draw(12),
+    }
     if representation:
-        arrays |= {"pre_logits/kernel": draw(12, representation),
-                   "pre_logits/bias": draw(representation)}
+        arrays |= {
+            "pre_logits/kernel": draw(12, representation),
+            "pre_logits/bias": draw(representation),
+        }
     return arrays | {"head/kernel": draw(representation or 12, 5), "head/bias": draw(5)}
 
 
@@ -159,7 +176,7 @@ def google_forward(arrays, images):
     x = np.zeros((len(images), 16, 12))
     for row in range(4):
         for column in range(4):
-            patch = images[:, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4].numpy()
+            patch = images[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].numpy()
             x[:, 4 * row + column] = np.einsum("bchw,hwcd->bd", patch, w["embedding/kernel"])
     x = x + w["embedding/bias"]
     if "pos_embedding" in w:  # big_vision: positions first, class token after
@@ -172,9 +189,11 @@ def google_forward(arrays, images):
         block = f"Transformer/encoderblock_{i}"
         attention = f"{block}/MultiHeadDotProductAttention_{attn}"
         y = norm(x, f"{block}/LayerNorm_0")
-        q, k, v = (np.einsum("bnd,dhe->bhne", y, w[f"{attention}/{part}/kernel"])
-                   + w[f"{attention}/{part}/bias"][None, :, None]
-                   for part in ("query", "key", "value"))
+        q, k, v = (
+            np.einsum("bnd,dhe->bhne", y, w[f"{attention}/{part}/kernel"])
+            + w[f"{attention}/{part}/bias"][None, :, None]
+            for part in ("query", "key", "value")
+        )
         scores = np.exp(np.einsum("bhne,bhme->bhnm", q, k) / math.sqrt(4))
         scores /= scores.sum(-1, keepdims=True)
         y = np.einsum("bhnm,bhme->bnhe", scores, v)
@@ -193,10 +212,15 @@ def google_forward(arrays, images):
 
 # golden numbers
 
-@pytest.mark.parametrize("name, arguments, params, macs, macs_with_bias, acts", VIT_COST,
-                         ids=[row[0] for row in VIT_COST])
+
+@pytest.mark.parametrize(
+    "name, arguments, params, macs, macs_with_bias, acts",
+    VIT_COST,
+    ids=[row[0] for row in VIT_COST],
+)
 def test_vit_parameters_macs_and_activations_are_the_counted_ones(
-        name, arguments, params, macs, macs_with_bias, acts):
+    name, arguments, params, macs, macs_with_bias, acts
+):
     with torch.device("meta"):
         model = vit.build(name, **arguments)
     cost = vit.complexity(model, arguments.get("image_size", 224))
@@ -211,38 +235,62 @@ def test_vit_parameters_macs_and_activations_are_the_counted_ones(
 
 def test_complexity_counts_a_small_network_as_by_hand_and_leaves_it_alone():
     model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.nn.BatchNorm2d(4),
-        torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        torch.nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        torch.nn.BatchNorm2d(4),
+        torch.nn.MaxPool2d(2),
+        torch.nn.Flatten(),
+        torch.nn.Linear(64, 10),
+    )
     model[0].weight.requires_grad_(False)
     cost = vit.complexity(model, 8)
     conv = 8 * 8 * 4 * 27
-    assert cost == dict(params=8 + 650, macs=conv + 640, macs_with_bias=conv + 650,
-                        acts=8 * 8 * 4 + 4 * 4 * 4 + 10), cost
+    assert cost == dict(
+        params=8 + 650, macs=conv + 640, macs_with_bias=conv + 650, acts=8 * 8 * 4 + 4 * 4 * 4 + 10
+    ), cost
     assert model.training and model[1].num_batches_tracked == 0
     assert model[0].weight.device.type == "cpu"
 
 
 def test_vit_state_dict_has_the_names_and_shapes_of_timm():
     with torch.device("meta"):
-        small, pit, conv = (vit.build(name).state_dict()
-                            for name in ("vit_s16", "pit_ti", "vit_c_4gf"))
-    expected = {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384),
-                "patch_embed.proj.weight": (384, 3, 16, 16), "patch_embed.proj.bias": (384,)}
+        small, pit, conv = (
+            vit.build(name).state_dict() for name in ("vit_s16", "pit_ti", "vit_c_4gf")
+        )
+    expected = {
+        "cls_token": (1, 1, 384),
+        "pos_embed": (1, 197, 384),
+        "patch_embed.proj.weight": (384, 3, 16, 16),
+        "patch_embed.proj.bias": (384,),
+    }
     for i in range(12):
-        for layer, shape in (("norm1", (384,)), ("attn.qkv", (1152, 384)),
-                             ("attn.proj", (384, 384)), ("norm2", (384,)),
-                             ("mlp.fc1", (1536, 384)), ("mlp.fc2", (384, 1536))):
+        for layer, shape in (
+            ("norm1", (384,)),
+            ("attn.qkv", (1152, 384)),
+            ("attn.proj", (384, 384)),
+            ("norm2", (384,)),
+            ("mlp.fc1", (1536, 384)),
+            ("mlp.fc2", (384, 1536)),
+        ):
             expected |= {f"blocks.{i}.{layer}.weight": shape, f"blocks.{i}.{layer}.bias": shape[:1]}
-    expected |= {"norm.weight": (384,), "norm.bias": (384,),
-                 "head.weight": (1000, 384), "head.bias": (1000,)}
+    expected |= {
+        "norm.weight": (384,),
+        "norm.bias": (384,),
+        "head.weight": (1000, 384),
+        "head.bias": (1000,),
+    }
     assert {key: tuple(value.shape) for key, value in small.items()} == expected
     assert list(small) == list(expected) and len(small) == 152
     assert len(pit) == 160, f"PiT-Ti has {len(pit)} tensors, timm's 160"
-    for key, shape in {"pos_embed": (1, 64, 27, 27), "cls_token": (1, 1, 64), "norm.weight": (256,),
-                       "patch_embed.conv.weight": (64, 3, 16, 16), "head.weight": (1000, 256),
-                       "transformers.1.pool.conv.weight": (128, 1, 3, 3),
-                       "transformers.1.pool.fc.weight": (128, 64),
-                       "transformers.2.blocks.3.attn.qkv.weight": (768, 256)}.items():
+    for key, shape in {
+        "pos_embed": (1, 64, 27, 27),
+        "cls_token": (1, 1, 64),
+        "norm.weight": (256,),
+        "patch_embed.conv.weight": (64, 3, 16, 16),
+        "head.weight": (1000, 256),
+        "transformers.1.pool.conv.weight": (128, 1, 3, 3),
+        "transformers.1.pool.fc.weight": (128, 64),
+        "transformers.2.blocks.3.attn.qkv.weight": (768, 256),
+    }.items():
         assert tuple(pit[key].shape) == shape, f"{key}: {tuple(pit[key].shape)}, timm's {shape}"
     for i, channels in enumerate((48, 96, 192, 384)):
         assert conv[f"patch_embed.stem.{i}.conv.weight"].shape[0] == channels
@@ -272,8 +320,15 @@ NPZ_FORMS = {
 @pytest.mark.parametrize("form", NPZ_FORMS)
 def test_load_npz_gives_the_logits_of_a_plain_numpy_vit(form, tmp_path):
     options = dict(NPZ_FORMS[form])
-    prefix, extra, squeezable, top_level = (options.pop(key, default) for key, default in (
-        ("prefix", ""), ("extra", False), ("squeezable", False), ("top_level", False)))
+    prefix, extra, squeezable, top_level = (
+        options.pop(key, default)
+        for key, default in (
+            ("prefix", ""),
+            ("extra", False),
+            ("squeezable", False),
+            ("top_level", False),
+        )
+    )
     arrays = google_arrays(**options)
     if top_level:
         positions = arrays.pop("Transformer/posembed_input/pos_embedding")
@@ -281,15 +336,19 @@ def test_load_npz_gives_the_logits_of_a_plain_numpy_vit(form, tmp_path):
     expected = google_forward(arrays, tiny_images())
     stored = {f"{prefix}{key}": value for key, value in arrays.items()}
     if squeezable:
-        stored = {key: value[None, None] if key.endswith("bias") else value
-                  for key, value in stored.items()}
+        stored = {
+            key: value[None, None] if key.endswith("bias") else value
+            for key, value in stored.items()
+        }
     if extra:
-        stored |= {f"opt/state/param_states/{key}/grad_ema": value * 9
-                   for key, value in arrays.items()}
+        stored |= {
+            f"opt/state/param_states/{key}/grad_ema": value * 9 for key, value in arrays.items()
+        }
         stored["opt/state/step"] = np.array(17)
     np.savez(tmp_path / "vit.npz", **stored)
-    model = tiny_vit(pool="cls" if "cls" in arrays else "gap",
-                     representation_size=options.get("representation"))
+    model = tiny_vit(
+        pool="cls" if "cls" in arrays else "gap", representation_size=options.get("representation")
+    )
     vit.load_npz(model, tmp_path / "vit.npz")
     difference = np.abs(model(tiny_images()).detach().numpy() - expected).max()
     size = np.abs(expected).max()
@@ -353,6 +412,7 @@ def test_mlp_has_the_named_gelu(gelu):
 
 # mathematics
 
+
 def test_resized_position_embedding_keeps_identity_constants_and_the_class_token():
     embedding = torch.randn(1, 1 + 16, 3)
     assert vit.resize_pos_embed(embedding, (4, 4)) is embedding
@@ -414,17 +474,34 @@ def test_dropout_acts_where_google_has_it_and_is_replayed_by_the_seed():
 
 UNIFORM = 3**-0.5  # torch's default initialisation has standard deviation (3·fan_in)^-1/2
 INIT_STD = {  # of the tensors of vit_ti16; those not named are zero or one
-    "google": {"patch_embed.proj.weight": 0.0361, "pos_embed": 0.02,
-               "blocks.0.attn.proj.weight": 0.0722, "blocks.0.mlp.fc1.weight": 0.0456,
-               "blocks.0.mlp.fc2.weight": 0.0456, "blocks.0.mlp.fc1.bias": 1e-6,
-               "blocks.0.mlp.fc2.bias": 1e-6},
-    "pycls": {"patch_embed.proj.weight": 0.0361, "pos_embed": 0.02,
-              "blocks.0.attn.proj.weight": UNIFORM * 192**-0.5, "blocks.0.mlp.fc1.weight": 0.0456,
-              "blocks.0.mlp.fc2.weight": 0.0456, "blocks.0.mlp.fc1.bias": 1e-6,
-              "blocks.0.mlp.fc2.bias": 1e-6},
-    "timm": {"patch_embed.proj.weight": UNIFORM * 768**-0.5, "pos_embed": 0.02, "cls_token": 1e-6,
-             "patch_embed.proj.bias": UNIFORM * 768**-0.5, "blocks.0.attn.proj.weight": 0.02,
-             "blocks.0.mlp.fc1.weight": 0.02, "blocks.0.mlp.fc2.weight": 0.02, "head.weight": 0.02},
+    "google": {
+        "patch_embed.proj.weight": 0.0361,
+        "pos_embed": 0.02,
+        "blocks.0.attn.proj.weight": 0.0722,
+        "blocks.0.mlp.fc1.weight": 0.0456,
+        "blocks.0.mlp.fc2.weight": 0.0456,
+        "blocks.0.mlp.fc1.bias": 1e-6,
+        "blocks.0.mlp.fc2.bias": 1e-6,
+    },
+    "pycls": {
+        "patch_embed.proj.weight": 0.0361,
+        "pos_embed": 0.02,
+        "blocks.0.attn.proj.weight": UNIFORM * 192**-0.5,
+        "blocks.0.mlp.fc1.weight": 0.0456,
+        "blocks.0.mlp.fc2.weight": 0.0456,
+        "blocks.0.mlp.fc1.bias": 1e-6,
+        "blocks.0.mlp.fc2.bias": 1e-6,
+    },
+    "timm": {
+        "patch_embed.proj.weight": UNIFORM * 768**-0.5,
+        "pos_embed": 0.02,
+        "cls_token": 1e-6,
+        "patch_embed.proj.bias": UNIFORM * 768**-0.5,
+        "blocks.0.attn.proj.weight": 0.02,
+        "blocks.0.mlp.fc1.weight": 0.02,
+        "blocks.0.mlp.fc2.weight": 0.02,
+        "head.weight": 0.02,
+    },
 }
 
 
@@ -463,12 +540,19 @@ def test_initial_conv_stem_and_head_bias_are_as_documented():
 
 # gradients
 
-@pytest.mark.parametrize("name, overrides", [
-    ("vit_micro8", {}), ("vit_micro8", dict(pool="gap", representation_size=16)),
-    ("vit_micro8", dict(kernel_size=3, drop_path=0.1, dropout=0.1)),
-    ("vit_micro8", dict(stem="conv", qkv_bias=False, head_dim=16)),
-    ("vit_p_1gf", dict(patch_size=8, depth=1)), ("vit_c_1gf", dict(patch_size=8, depth=2)),
-    ("pit_ti", dict(patch_size=4, stride=4, depth=(1, 1, 1)))])
+
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("vit_micro8", {}),
+        ("vit_micro8", dict(pool="gap", representation_size=16)),
+        ("vit_micro8", dict(kernel_size=3, drop_path=0.1, dropout=0.1)),
+        ("vit_micro8", dict(stem="conv", qkv_bias=False, head_dim=16)),
+        ("vit_p_1gf", dict(patch_size=8, depth=1)),
+        ("vit_c_1gf", dict(patch_size=8, depth=2)),
+        ("pit_ti", dict(patch_size=4, stride=4, depth=(1, 1, 1))),
+    ],
+)
 def test_every_vit_parameter_gets_a_finite_gradient(name, overrides):
     torch.manual_seed(0)
     model = vit.build(name, 10, 32, **overrides).double()
@@ -482,6 +566,7 @@ def test_every_vit_parameter_gets_a_finite_gradient(name, overrides):
 
 # promises
 
+
 def test_a_convolutional_stem_takes_the_place_of_one_block():
     with torch.device("meta"):
         depth = lambda name, **overrides: len(vit.build(name, **overrides).blocks)
@@ -489,12 +574,19 @@ def test_a_convolutional_stem_takes_the_place_of_one_block():
         assert [depth(f"vit_p_{size}gf") for size in (1, 4, 18, 36)] == [12, 12, 12, 14]
         assert depth("vit_s16", stem="conv") == 11 and depth("vit_s16", stem="conv", depth=12) == 12
         assert depth("vit_c_4gf", stem="patchify") == 12
-        plan = lambda model: [(layer.conv.out_channels, layer.conv.stride[0])
-                              for layer in model.patch_embed.stem]
+        plan = lambda model: [
+            (layer.conv.out_channels, layer.conv.stride[0]) for layer in model.patch_embed.stem
+        ]
         assert plan(vit.build("vit_micro8", 10, 32, stem="conv")) == [(24, 2), (48, 2), (96, 2)]
         assert plan(vit.build("vit_c_1gf")) == [(24, 2), (48, 2), (96, 2), (192, 2)]
-        assert plan(vit.build("vit_c_36gf")) == [(64, 2), (128, 2), (128, 1), (256, 2), (256, 1),
-                                                 (512, 2)]
+        assert plan(vit.build("vit_c_36gf")) == [
+            (64, 2),
+            (128, 2),
+            (128, 1),
+            (256, 2),
+            (256, 1),
+            (512, 2),
+        ]
         model = vit.build("vit_s14", stem="conv", stem_channels=(32, 64), stem_strides=(2, 7))
     assert vit.complexity(model, 224)["params"] > 0
 
@@ -502,14 +594,22 @@ def test_a_convolutional_stem_takes_the_place_of_one_block():
 def test_vit_intermediates_are_named_shaped_and_free_of_side_effects():
     model, images = tiny_vit(), tiny_images()
     assert model.intermediates == {
-        "stem": ("stem", 0), "blocks.0.attn.weights": ("weights", 1),
-        "blocks.0.attn": ("attention", 1), "blocks.0.mlp": ("mlp", 1),
-        "blocks.1.attn.weights": ("weights", 1), "blocks.1.attn": ("attention", 1),
-        "blocks.1.mlp": ("mlp", 1), "pre_logits": ("representation", 1)}
+        "stem": ("stem", 0),
+        "blocks.0.attn.weights": ("weights", 1),
+        "blocks.0.attn": ("attention", 1),
+        "blocks.0.mlp": ("mlp", 1),
+        "blocks.1.attn.weights": ("weights", 1),
+        "blocks.1.attn": ("attention", 1),
+        "blocks.1.mlp": ("mlp", 1),
+        "pre_logits": ("representation", 1),
+    }
     out = dict.fromkeys(model.intermediates)
     assert torch.equal(model(images, out=out), model(images))
-    special = {"blocks.0.attn.weights": (2, 3, 17, 17), "blocks.1.attn.weights": (2, 3, 17, 17),
-               "pre_logits": (2, 12)}
+    special = {
+        "blocks.0.attn.weights": (2, 3, 17, 17),
+        "blocks.1.attn.weights": (2, 3, 17, 17),
+        "pre_logits": (2, 12),
+    }
     for name, value in out.items():
         shape = special.get(name, (2, 17, 12))
         assert value.shape == shape, f"{name} has shape {tuple(value.shape)} instead of {shape}"
@@ -545,24 +645,36 @@ def test_pit_intermediates_have_a_point_after_each_pooling():
     logits = model(torch.randn(2, 3, 32, 32), out=out)
     points = {name: tuple(value.shape[1:]) for name, value in out.items() if "attn" not in name}
     assert points == {
-        "stem": (65, 64), "transformers.0.blocks.0.mlp": (65, 64),
-        "transformers.1.pool": (17, 128), "transformers.1.blocks.0.mlp": (17, 128),
-        "transformers.1.blocks.1.mlp": (17, 128), "transformers.2.pool": (5, 256),
-        "transformers.2.blocks.0.mlp": (5, 256), "pre_logits": (256,)}
+        "stem": (65, 64),
+        "transformers.0.blocks.0.mlp": (65, 64),
+        "transformers.1.pool": (17, 128),
+        "transformers.1.blocks.0.mlp": (17, 128),
+        "transformers.1.blocks.1.mlp": (17, 128),
+        "transformers.2.pool": (5, 256),
+        "transformers.2.blocks.0.mlp": (5, 256),
+        "pre_logits": (256,),
+    }
     assert torch.equal(model.head(out["pre_logits"]), logits)
     assert torch.equal(model.norm(out["transformers.2.blocks.0.mlp"][:, 0]), out["pre_logits"])
     assert out["transformers.1.blocks.1.attn.weights"].shape == (2, 4, 17, 17)
     assert list(points) == [name for name in model.intermediates if "attn" not in name]
 
 
-@pytest.mark.parametrize("name, units", [
-    ("vit", ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]),
-    ("pit", ["transformers.0.blocks.0.attn", "transformers.2.blocks.0.mlp"])])
+@pytest.mark.parametrize(
+    "name, units",
+    [
+        ("vit", ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]),
+        ("pit", ["transformers.0.blocks.0.attn", "transformers.2.blocks.0.mlp"]),
+    ],
+)
 def test_skipping_a_unit_of_a_vit_equals_one_whose_last_layer_is_zero(name, units):
     def make():
         torch.manual_seed(0)
-        return tiny_vit() if name == "vit" else vit.build(
-            "pit_ti", 5, 16, patch_size=4, stride=4, depth=(1, 1, 1)).double().eval()
+        return (
+            tiny_vit()
+            if name == "vit"
+            else vit.build("pit_ti", 5, 16, patch_size=4, stride=4, depth=(1, 1, 1)).double().eval()
+        )
 
     images = tiny_images()
     whole = make()(images)
@@ -583,9 +695,13 @@ def test_skipping_a_unit_of_a_vit_equals_one_whose_last_layer_is_zero(name, unit
         model(images, skip="stem")
 
 
-@pytest.mark.parametrize("name, overrides", [
-    ("vit_micro8", dict(kernel_size=3, stem="conv", drop_path=0.1, depth=2)),
-    ("pit_ti", dict(patch_size=4, stride=4, depth=(1, 1, 1)))])
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("vit_micro8", dict(kernel_size=3, stem="conv", drop_path=0.1, depth=2)),
+        ("pit_ti", dict(patch_size=4, stride=4, depth=(1, 1, 1))),
+    ],
+)
 def test_vit_compiles_into_one_graph(name, overrides):
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -596,33 +712,53 @@ def test_vit_compiles_into_one_graph(name, overrides):
     model.eval()
     skip = next(unit for unit in model.intermediates if unit.endswith(".mlp"))
     plain, graph = {"pre_logits": None}, {"pre_logits": None}
-    for ours, theirs in ((compiled(images), model(images)),
-                         (compiled(images, out=graph, skip=skip),
-                          model(images, out=plain, skip=skip)),
-                         (graph["pre_logits"], plain["pre_logits"])):
+    for ours, theirs in (
+        (compiled(images), model(images)),
+        (compiled(images, out=graph, skip=skip), model(images, out=plain, skip=skip)),
+        (graph["pre_logits"], plain["pre_logits"]),
+    ):
         difference = (ours - theirs).abs().max()
         assert difference < 1e-5, f"compiled and plain {name} differ by {difference:.1e}"
 
 
-@pytest.mark.parametrize("name, arguments, message", [
-    ("vit_sm16", {}, r"unknown model 'vit_sm16', did you mean 'vit_s16'\? known: vit_\{micro,ti,s"),
-    ("vit_c_9gf", {}, r"did you mean 'vit_c_.gf'\? .* vit_\{p,c\}_\{1gf,4gf,18gf,36gf\}, pit_ti"),
-    ("vit_s16", dict(droput=0.1), "unknown argument of vit_s16 'droput', did you mean 'dropout'"),
-    ("pit_ti", dict(pool="gap"), "unknown argument of pit_ti 'pool'"),
-    ("vit_s14", dict(image_size=225), "must be a multiple of patch_size, got 225 and 14"),
-    ("vit_s16", dict(heads=5), "dim 384 is not a multiple of heads 5; or give head_dim"),
-    ("vit_s16", dict(pool="mean"), "pool must be one of cls, gap; got 'mean'"),
-    ("vit_s16", dict(gelu="erf"), "gelu must be one of exact, tanh; got 'erf'"),
-    ("vit_s16", dict(init="zero"), "init must be one of google, pycls, timm; got 'zero'"),
-    ("vit_s16", dict(kernel_size=4), "kernel_size must be odd, .* got 4"),
-    ("vit_s16", dict(drop_path=1.0), "drop_path must be at least 0 and less than 1, got 1.0"),
-    ("vit_s14", dict(stem="conv"), "a convolutional stem with patch_size 14 needs as many"),
-    ("vit_s16", dict(stem="conv", dim=90), "a convolutional stem with patch_size 16 needs as many"),
-    ("vit_c_18gf", dict(patch_size=8), "whose product is 8; got .*64, 128, 128"),
-    ("vit_s16", dict(stem_channels=(8,)), 'stem_channels and stem_strides need stem="conv"'),
-    ("pit_ti", dict(image_size=225), "patch_size 16 plus a multiple of stride 8, got 225"),
-    ("pit_ti", dict(heads=(2, 3, 8)), "heads each a multiple of the one before; got .*2, 3, 8"),
-])
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        (
+            "vit_sm16",
+            {},
+            r"unknown model 'vit_sm16', did you mean 'vit_s16'\? known: vit_\{micro,ti,s",
+        ),
+        (
+            "vit_c_9gf",
+            {},
+            r"did you mean 'vit_c_.gf'\? .* vit_\{p,c\}_\{1gf,4gf,18gf,36gf\}, pit_ti",
+        ),
+        (
+            "vit_s16",
+            dict(droput=0.1),
+            "unknown argument of vit_s16 'droput', did you mean 'dropout'",
+        ),
+        ("pit_ti", dict(pool="gap"), "unknown argument of pit_ti 'pool'"),
+        ("vit_s14", dict(image_size=225), "must be a multiple of patch_size, got 225 and 14"),
+        ("vit_s16", dict(heads=5), "dim 384 is not a multiple of heads 5; or give head_dim"),
+        ("vit_s16", dict(pool="mean"), "pool must be one of cls, gap; got 'mean'"),
+        ("vit_s16", dict(gelu="erf"), "gelu must be one of exact, tanh; got 'erf'"),
+        ("vit_s16", dict(init="zero"), "init must be one of google, pycls, timm; got 'zero'"),
+        ("vit_s16", dict(kernel_size=4), "kernel_size must be odd, .* got 4"),
+        ("vit_s16", dict(drop_path=1.0), "drop_path must be at least 0 and less than 1, got 1.0"),
+        ("vit_s14", dict(stem="conv"), "a convolutional stem with patch_size 14 needs as many"),
+        (
+            "vit_s16",
+            dict(stem="conv", dim=90),
+            "a convolutional stem with patch_size 16 needs as many",
+        ),
+        ("vit_c_18gf", dict(patch_size=8), "whose product is 8; got .*64, 128, 128"),
+        ("vit_s16", dict(stem_channels=(8,)), 'stem_channels and stem_strides need stem="conv"'),
+        ("pit_ti", dict(image_size=225), "patch_size 16 plus a multiple of stride 8, got 225"),
+        ("pit_ti", dict(heads=(2, 3, 8)), "heads each a multiple of the one before; got .*2, 3, 8"),
+    ],
+)
 def test_what_cannot_be_built_is_refused_in_one_line(name, arguments, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
         vit.build(name, **arguments)
@@ -641,35 +777,72 @@ def change(arrays, **changes):
     return {key: value for key, value in arrays.items() if value is not None}
 
 
-@pytest.mark.parametrize("changes, overrides, message", [
-    (dict(head__bias=None), {}, "lacks 'head/bias'"),
-    (dict(Transformer__encoder_norm__scale=None), {}, "lacks 'Transformer/encoder_norm/scale'"),
-    (dict(Transformer__posembed_input__pos_embedding=None), {},
-     "lacks 'Transformer/posembed_input/pos_embedding'"),
-    (dict(embedding__kernel=None), {}, "is no ViT: no 'embedding/kernel' behind any of .*params/"),
-    ({}, dict(heads=4),
-     r"query/kernel' has shape \(12, 3, 4\) of float32, the model needs \(12, 4, 3\)"),
-    ({}, dict(patch_size=8),
-     r"'embedding/kernel' has shape \(4, 4, 3, 12\) of float32, the model needs \(8, 8, 3, 12\)"),
-    (dict(embedding__bias=np.zeros(12, "V2")), {}, r"'embedding/bias' has shape \(12,\) of \|V2"),
-    ({}, dict(num_classes=7),
-     "has 5 classes, the model 7: build it with num_classes=5 or load with head=False"),
-    ({}, dict(pool="gap"), "has a class token, the model has none: build it with another pool"),
-    (dict(cls=None), {}, "has no class token, the model has one: build it with another pool"),
-    ({}, dict(representation_size=7), "has no representation layer, the model has one"),
-    (dict(pre_logits__kernel=np.zeros((12, 12))), {},
-     "has a representation layer, the model has none: build it with another representation_size"),
-    ({}, dict(depth=1), "has depth 2, the model 1: build it with depth=2"),
-    ({}, dict(depth=3), "has depth 2, the model 3: build it with depth=2"),
-    (dict(Transformer__posembed_input__pos_embedding=np.zeros(12)), {}, "has shape"),
-    (dict(Transformer__posembed_input__pos_embedding=np.zeros(())), {}, "has shape"),
-    (dict(Transformer__posembed_input__pos_embedding=np.zeros((1, 1, 12))), {}, "no square grid"),
-    ({}, dict(qkv_bias=False), 'needs a model with stem="patchify" and qkv_bias=True'),
-    ({}, dict(stem="conv"), 'needs a model with stem="patchify" and qkv_bias=True'),
-    (dict(Transformer__posembed_input__pos_embedding=np.zeros((1, 16, 12))), {}, "no square grid"),
-])
+@pytest.mark.parametrize(
+    "changes, overrides, message",
+    [
+        (dict(head__bias=None), {}, "lacks 'head/bias'"),
+        (dict(Transformer__encoder_norm__scale=None), {}, "lacks 'Transformer/encoder_norm/scale'"),
+        (
+            dict(Transformer__posembed_input__pos_embedding=None),
+            {},
+            "lacks 'Transformer/posembed_input/pos_embedding'",
+        ),
+        (
+            dict(embedding__kernel=None),
+            {},
+            "is no ViT: no 'embedding/kernel' behind any of .*params/",
+        ),
+        (
+            {},
+            dict(heads=4),
+            r"query/kernel' has shape \(12, 3, 4\) of float32, the model needs \(12, 4, 3\)",
+        ),
+        (
+            {},
+            dict(patch_size=8),
+            r"'embedding/kernel' has shape \(4, 4, 3, 12\) of float32, "
+            r"the model needs \(8, 8, 3, 12\)",
+        ),
+        (
+            dict(embedding__bias=np.zeros(12, "V2")),
+            {},
+            r"'embedding/bias' has shape \(12,\) of \|V2",
+        ),
+        (
+            {},
+            dict(num_classes=7),
+            "has 5 classes, the model 7: build it with num_classes=5 or load with head=False",
+        ),
+        ({}, dict(pool="gap"), "has a class token, the model has none: build it with another pool"),
+        (dict(cls=None), {}, "has no class token, the model has one: build it with another pool"),
+        ({}, dict(representation_size=7), "has no representation layer, the model has one"),
+        (
+            dict(pre_logits__kernel=np.zeros((12, 12))),
+            {},
+            "has a representation layer, the model has none: "
+            "build it with another representation_size",
+        ),
+        ({}, dict(depth=1), "has depth 2, the model 1: build it with depth=2"),
+        ({}, dict(depth=3), "has depth 2, the model 3: build it with depth=2"),
+        (dict(Transformer__posembed_input__pos_embedding=np.zeros(12)), {}, "has shape"),
+        (dict(Transformer__posembed_input__pos_embedding=np.zeros(())), {}, "has shape"),
+        (
+            dict(Transformer__posembed_input__pos_embedding=np.zeros((1, 1, 12))),
+            {},
+            "no square grid",
+        ),
+        ({}, dict(qkv_bias=False), 'needs a model with stem="patchify" and qkv_bias=True'),
+        ({}, dict(stem="conv"), 'needs a model with stem="patchify" and qkv_bias=True'),
+        (
+            dict(Transformer__posembed_input__pos_embedding=np.zeros((1, 16, 12))),
+            {},
+            "no square grid",
+        ),
+    ],
+)
 def test_npz_files_that_do_not_fit_are_refused_in_one_line_and_change_nothing(
-        changes, overrides, message, tmp_path):
+    changes, overrides, message, tmp_path
+):
     np.savez(tmp_path / "vit.npz", **change(google_arrays(), **changes))
     model = tiny_vit(**overrides)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -723,8 +896,9 @@ def test_vit_main_prints_variants_and_refuses_an_unknown_one(capsys):
 
 # ----------------------------------------------------------------------------------------- mixer.py
 
-MIXER_TINY = dict(image_size=16, patch_size=4, num_classes=5, dim=12, depth=2, token_mlp_dim=6,
-                  mlp_dim=24)
+MIXER_TINY = dict(
+    image_size=16, patch_size=4, num_classes=5, dim=12, depth=2, token_mlp_dim=6, mlp_dim=24
+)
 MIXER_COST = [  # name, arguments, parameters, MACs, MACs + bias additions, activations
     ("mixer_s32", {}, 19_104_624, 1_002_426_368, 1_004_705_256, 2_278_888),
     ("mixer_s16", {}, 18_528_264, 3_776_958_464, 3_782_925_288, 5_966_824),
@@ -733,13 +907,23 @@ MIXER_COST = [  # name, arguments, parameters, MACs, MACs + bias additions, acti
     ("mixer_b16", {}, 59_880_472, 12_601_767_936, 12_616_296_424, 14_528_488),
     ("mixer_b8", {}, 64_864_168, 50_057_951_232, 50_105_445_352, 47_494_120),
     ("mixer_l16", {}, 208_196_168, 44_547_678_208, 44_589_364_200, 41_685_992),
-    ("mixer_ti2", dict(image_size=32, num_classes=100), 4_769_636, 1_208_771_584, 1_212_245_092,
-     3_473_508),
+    (
+        "mixer_ti2",
+        dict(image_size=32, num_classes=100),
+        4_769_636,
+        1_208_771_584,
+        1_212_245_092,
+        3_473_508,
+    ),
 ]
 CHEN_TABLE_7 = {  # M parameters, truncated, not rounded; layers, hidden size, token and channel MLP
-    "mixer_s32": (19, 8, 512, 256, 2048), "mixer_s16": (18, 8, 512, 256, 2048),
-    "mixer_s8": (20, 8, 512, 256, 2048), "mixer_b32": (60, 12, 768, 384, 3072),
-    "mixer_b16": (59, 12, 768, 384, 3072), "mixer_b8": (64, 12, 768, 384, 3072)}
+    "mixer_s32": (19, 8, 512, 256, 2048),
+    "mixer_s16": (18, 8, 512, 256, 2048),
+    "mixer_s8": (20, 8, 512, 256, 2048),
+    "mixer_b32": (60, 12, 768, 384, 3072),
+    "mixer_b16": (59, 12, 768, 384, 3072),
+    "mixer_b8": (64, 12, 768, 384, 3072),
+}
 
 
 def tiny_mixer(**overrides):
@@ -788,7 +972,7 @@ def google_mixer_forward(arrays, images, gelu="tanh"):
     x = np.zeros((len(images), 16, 12))
     for row in range(4):
         for column in range(4):
-            patch = images[:, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4].numpy()
+            patch = images[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].numpy()
             x[:, 4 * row + column] = np.einsum("bchw,hwcd->bd", patch, w["stem/kernel"])
     x = x + w["stem/bias"]
     for i in range(2):
@@ -807,10 +991,15 @@ def google_mixer_forward(arrays, images, gelu="tanh"):
 
 # golden numbers
 
-@pytest.mark.parametrize("name, arguments, params, macs, macs_with_bias, acts", MIXER_COST,
-                         ids=[row[0] for row in MIXER_COST])
+
+@pytest.mark.parametrize(
+    "name, arguments, params, macs, macs_with_bias, acts",
+    MIXER_COST,
+    ids=[row[0] for row in MIXER_COST],
+)
 def test_mixer_parameters_macs_and_activations_are_the_counted_ones(
-        name, arguments, params, macs, macs_with_bias, acts):
+    name, arguments, params, macs, macs_with_bias, acts
+):
     with torch.device("meta"):
         model = mixer.build(name, **arguments)
     cost = mixer.complexity(model, arguments.get("image_size", 224))
@@ -818,8 +1007,13 @@ def test_mixer_parameters_macs_and_activations_are_the_counted_ones(
     assert cost == expected, f"{name}: counted {cost}, expected {expected}"
     if name in CHEN_TABLE_7:
         block = model.blocks[0]
-        row = (params // 10**6, len(model.blocks), block.norm1.weight.numel(),
-               block.mlp_tokens.fc1.out_features, block.mlp_channels.fc1.out_features)
+        row = (
+            params // 10**6,
+            len(model.blocks),
+            block.norm1.weight.numel(),
+            block.mlp_tokens.fc1.out_features,
+            block.mlp_channels.fc1.out_features,
+        )
         assert row == CHEN_TABLE_7[name], f"{name}: {row}, Table 7 has {CHEN_TABLE_7[name]}"
 
 
@@ -828,12 +1022,21 @@ def test_mixer_state_dict_has_the_names_and_shapes_of_timm():
         model = mixer.build("mixer_s32")
     expected = {"stem.proj.weight": (512, 3, 32, 32), "stem.proj.bias": (512,)}
     for i in range(8):
-        for layer, shape in (("norm1", (512,)), ("mlp_tokens.fc1", (256, 49)),
-                             ("mlp_tokens.fc2", (49, 256)), ("norm2", (512,)),
-                             ("mlp_channels.fc1", (2048, 512)), ("mlp_channels.fc2", (512, 2048))):
+        for layer, shape in (
+            ("norm1", (512,)),
+            ("mlp_tokens.fc1", (256, 49)),
+            ("mlp_tokens.fc2", (49, 256)),
+            ("norm2", (512,)),
+            ("mlp_channels.fc1", (2048, 512)),
+            ("mlp_channels.fc2", (512, 2048)),
+        ):
             expected |= {f"blocks.{i}.{layer}.weight": shape, f"blocks.{i}.{layer}.bias": shape[:1]}
-    expected |= {"norm.weight": (512,), "norm.bias": (512,),
-                 "head.weight": (1000, 512), "head.bias": (1000,)}
+    expected |= {
+        "norm.weight": (512,),
+        "norm.bias": (512,),
+        "head.weight": (1000, 512),
+        "head.bias": (1000,),
+    }
     weights = model.state_dict()
     assert {key: tuple(value.shape) for key, value in weights.items()} == expected
     assert list(weights) == list(expected) and len(weights) == 102
@@ -861,11 +1064,14 @@ def test_load_npz_gives_the_logits_of_a_plain_numpy_mixer(form, tmp_path):
     expected = google_mixer_forward(arrays, tiny_images(), gelu)
     stored = {f"{prefix}{key}": value for key, value in arrays.items()}
     if options.get("squeezable"):
-        stored = {key: value[None, None] if key.endswith("bias") else value
-                  for key, value in stored.items()}
+        stored = {
+            key: value[None, None] if key.endswith("bias") else value
+            for key, value in stored.items()
+        }
     if options.get("extra"):
-        stored |= {f"opt/state/param_states/{key}/grad_ema": value * 9
-                   for key, value in arrays.items()}
+        stored |= {
+            f"opt/state/param_states/{key}/grad_ema": value * 9 for key, value in arrays.items()
+        }
         stored["opt/state/step"] = np.array(17)
     np.savez(tmp_path / "mixer.npz", **stored)
     model = tiny_mixer(gelu=gelu)
@@ -876,6 +1082,7 @@ def test_load_npz_gives_the_logits_of_a_plain_numpy_mixer(form, tmp_path):
 
 
 # mathematics
+
 
 def test_stochastic_depth_of_a_mixer_ramps_draws_per_branch_and_keeps_the_expectation():
     blocks = mixer.build("mixer_micro8", 10, 32, drop_path=0.3).blocks
@@ -892,16 +1099,19 @@ def test_stochastic_depth_of_a_mixer_ramps_draws_per_branch_and_keeps_the_expect
         stream = trained["blocks.0.mlp_channels"]
         assert torch.allclose(stream, whole["blocks.0.mlp_channels"]), "block 0 has rate 0"
         block, kept = model.blocks[1], []
-        for name, branch in (("mlp_tokens", lambda x: block.mlp_tokens(block.norm1(x).mT).mT),
-                             ("mlp_channels", lambda x: block.mlp_channels(block.norm2(x)))):
+        for name, branch in (
+            ("mlp_tokens", lambda x: block.mlp_tokens(block.norm1(x).mT).mT),
+            ("mlp_channels", lambda x: block.mlp_channels(block.norm2(x))),
+        ):
             added = trained[f"blocks.1.{name}"] - stream
             kept.append(added.flatten(1).abs().amax(dim=1) > 1e-9)
             expected = kept[-1][:, None, None] * branch(stream) / 0.75
             error = (added - expected).abs().max()
             assert error < 1e-12, f"{name}: neither 0 nor 4/3 of the branch, but {error:.1e} off"
             stream = trained[f"blocks.1.{name}"]
-    shares = [(a & b).double().mean().item() for a in (kept[0], ~kept[0])
-              for b in (kept[1], ~kept[1])]
+    shares = [
+        (a & b).double().mean().item() for a in (kept[0], ~kept[0]) for b in (kept[1], ~kept[1])
+    ]
     # independent masks; 0.03 is 3.8 standard errors
     assert shares == pytest.approx([9 / 16, 3 / 16, 3 / 16, 1 / 16], abs=0.03), shares
     mean = trained["blocks.1.mlp_tokens"].mean(dim=0) - whole["blocks.0.mlp_channels"][0]
@@ -928,16 +1138,24 @@ def test_dropout_of_a_mixer_acts_after_gelu_and_second_layer_and_is_replayed_by_
 
 
 MIXER_INIT_STD = {  # of the tensors of mixer_s16; those not named are zero or one
-    "google": {"stem.proj.weight": 768**-0.5, "blocks.0.mlp_tokens.fc1.weight": 196**-0.5,
-               "blocks.0.mlp_tokens.fc2.weight": 256**-0.5,
-               "blocks.0.mlp_channels.fc1.weight": 512**-0.5,
-               "blocks.0.mlp_channels.fc2.weight": 2048**-0.5},
-    "timm": {"stem.proj.weight": 768**-0.5, "blocks.0.mlp_tokens.fc1.weight": (2 / 452)**0.5,
-             "blocks.0.mlp_tokens.fc2.weight": (2 / 452)**0.5,
-             "blocks.0.mlp_channels.fc1.weight": (2 / 2560)**0.5,
-             "blocks.0.mlp_channels.fc2.weight": (2 / 2560)**0.5,
-             "blocks.0.mlp_tokens.fc1.bias": 1e-6, "blocks.0.mlp_tokens.fc2.bias": 1e-6,
-             "blocks.0.mlp_channels.fc1.bias": 1e-6, "blocks.0.mlp_channels.fc2.bias": 1e-6},
+    "google": {
+        "stem.proj.weight": 768**-0.5,
+        "blocks.0.mlp_tokens.fc1.weight": 196**-0.5,
+        "blocks.0.mlp_tokens.fc2.weight": 256**-0.5,
+        "blocks.0.mlp_channels.fc1.weight": 512**-0.5,
+        "blocks.0.mlp_channels.fc2.weight": 2048**-0.5,
+    },
+    "timm": {
+        "stem.proj.weight": 768**-0.5,
+        "blocks.0.mlp_tokens.fc1.weight": (2 / 452) ** 0.5,
+        "blocks.0.mlp_tokens.fc2.weight": (2 / 452) ** 0.5,
+        "blocks.0.mlp_channels.fc1.weight": (2 / 2560) ** 0.5,
+        "blocks.0.mlp_channels.fc2.weight": (2 / 2560) ** 0.5,
+        "blocks.0.mlp_tokens.fc1.bias": 1e-6,
+        "blocks.0.mlp_tokens.fc2.bias": 1e-6,
+        "blocks.0.mlp_channels.fc1.bias": 1e-6,
+        "blocks.0.mlp_channels.fc2.bias": 1e-6,
+    },
 }
 
 
@@ -960,8 +1178,10 @@ def test_initial_mixer_weights_have_the_authors_spread(init):
 
 # gradients
 
-@pytest.mark.parametrize("overrides", [{}, dict(dropout=0.1, drop_path=0.1, gelu="exact"),
-                                       dict(init="timm", depth=1)])
+
+@pytest.mark.parametrize(
+    "overrides", [{}, dict(dropout=0.1, drop_path=0.1, gelu="exact"), dict(init="timm", depth=1)]
+)
 def test_every_mixer_parameter_gets_a_finite_gradient(overrides):
     torch.manual_seed(0)
     model = mixer.build("mixer_micro8", 10, 32, **overrides).double()
@@ -975,12 +1195,17 @@ def test_every_mixer_parameter_gets_a_finite_gradient(overrides):
 
 # promises
 
+
 def test_mixer_intermediates_are_named_shaped_and_free_of_side_effects():
     model, images = tiny_mixer(), tiny_images()
     assert model.intermediates == {
-        "stem": ("stem", 0), "blocks.0.mlp_tokens": ("token mlp", 1),
-        "blocks.0.mlp_channels": ("mlp", 1), "blocks.1.mlp_tokens": ("token mlp", 1),
-        "blocks.1.mlp_channels": ("mlp", 1), "pre_logits": ("representation", 1)}
+        "stem": ("stem", 0),
+        "blocks.0.mlp_tokens": ("token mlp", 1),
+        "blocks.0.mlp_channels": ("mlp", 1),
+        "blocks.1.mlp_tokens": ("token mlp", 1),
+        "blocks.1.mlp_channels": ("mlp", 1),
+        "pre_logits": ("representation", 1),
+    }
     out = dict.fromkeys(model.intermediates)
     assert torch.equal(model(images, out=out), model(images))
     for name, value in out.items():
@@ -1031,30 +1256,53 @@ def test_a_mixer_compiles_into_one_graph():
     model.eval()
     arguments = dict(skip="blocks.1.mlp_tokens")
     plain, graph = {"blocks.0.mlp_channels": None}, {"blocks.0.mlp_channels": None}
-    for ours, theirs in ((compiled(images), model(images)),
-                         (compiled(images, **arguments), model(images, **arguments)),
-                         (compiled(images, out=graph), model(images, out=plain)),
-                         (graph["blocks.0.mlp_channels"], plain["blocks.0.mlp_channels"])):
+    for ours, theirs in (
+        (compiled(images), model(images)),
+        (compiled(images, **arguments), model(images, **arguments)),
+        (compiled(images, out=graph), model(images, out=plain)),
+        (graph["blocks.0.mlp_channels"], plain["blocks.0.mlp_channels"]),
+    ):
         difference = (ours - theirs).abs().max()
         assert difference < 1e-5, f"compiled and plain Mixer differ by {difference:.1e}"
 
 
-@pytest.mark.parametrize("name, arguments, message", [
-    ("mixer_sm16", {}, r"unknown model 'mixer_sm16', did you mean 'mixer_s16'\? known: mixer_\{m"),
-    ("vit_s16", {}, r"unknown model 'vit_s16'.* known: mixer_\{micro,ti,s,b,l\}P with any patch "),
-    ("mixer_s16", dict(tokens_mlp_dim=8),
-     "unknown argument of mixer_s16 'tokens_mlp_dim', did you mean 'token_mlp_dim'"),
-    ("mixer_s16", dict(heads=8), "unknown argument of mixer_s16 'heads'.* known: image_size, pat"),
-    ("mixer_s14", dict(image_size=225), "must be a multiple of patch_size, got 225 and 14"),
-    ("mixer_s16", dict(image_size=0), "must be a multiple of patch_size, got 0 and 16"),
-    ("mixer_s16", dict(token_mlp_dim=0),
-     "dim, depth, token_mlp_dim and mlp_dim must be at least 1, got 512, 8, 0, 2048"),
-    ("mixer_s16", dict(depth=-1), "must be at least 1, got 512, -1, 256, 2048"),
-    ("mixer_s16", dict(gelu="erf"), "gelu must be one of exact, tanh; got 'erf'"),
-    ("mixer_s16", dict(init="pycls"), "init must be one of google, timm; got 'pycls'"),
-    ("mixer_s16", dict(dropout=-0.1), "dropout must be at least 0 and less than 1, got -0.1"),
-    ("mixer_s16", dict(drop_path=1.0), "drop_path must be at least 0 and less than 1, got 1.0"),
-])
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        (
+            "mixer_sm16",
+            {},
+            r"unknown model 'mixer_sm16', did you mean 'mixer_s16'\? known: mixer_\{m",
+        ),
+        (
+            "vit_s16",
+            {},
+            r"unknown model 'vit_s16'.* known: mixer_\{micro,ti,s,b,l\}P with any patch ",
+        ),
+        (
+            "mixer_s16",
+            dict(tokens_mlp_dim=8),
+            "unknown argument of mixer_s16 'tokens_mlp_dim', did you mean 'token_mlp_dim'",
+        ),
+        (
+            "mixer_s16",
+            dict(heads=8),
+            "unknown argument of mixer_s16 'heads'.* known: image_size, pat",
+        ),
+        ("mixer_s14", dict(image_size=225), "must be a multiple of patch_size, got 225 and 14"),
+        ("mixer_s16", dict(image_size=0), "must be a multiple of patch_size, got 0 and 16"),
+        (
+            "mixer_s16",
+            dict(token_mlp_dim=0),
+            "dim, depth, token_mlp_dim and mlp_dim must be at least 1, got 512, 8, 0, 2048",
+        ),
+        ("mixer_s16", dict(depth=-1), "must be at least 1, got 512, -1, 256, 2048"),
+        ("mixer_s16", dict(gelu="erf"), "gelu must be one of exact, tanh; got 'erf'"),
+        ("mixer_s16", dict(init="pycls"), "init must be one of google, timm; got 'pycls'"),
+        ("mixer_s16", dict(dropout=-0.1), "dropout must be at least 0 and less than 1, got -0.1"),
+        ("mixer_s16", dict(drop_path=1.0), "drop_path must be at least 0 and less than 1, got 1.0"),
+    ],
+)
 def test_a_mixer_that_cannot_be_built_is_refused_in_one_line(name, arguments, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
         mixer.build(name, **arguments)
@@ -1066,30 +1314,61 @@ def test_a_mixer_refuses_images_of_another_size():
         tiny_mixer()(tiny_images(1, 24))
 
 
-@pytest.mark.parametrize("changes, overrides, message", [
-    (dict(head__bias=None), {}, "lacks 'head/bias'"),
-    (dict(pre_head_layer_norm__scale=None), {}, "lacks 'pre_head_layer_norm/scale'"),
-    (dict(stem__kernel=None), {}, "lacks 'stem/kernel'"),
-    (dict(MixerBlock_1__token_mixing__Dense_1__bias=None), {},
-     "lacks 'MixerBlock_1/token_mixing/Dense_1/bias'"),
-    (dict(MixerBlock_0__token_mixing__Dense_1__bias=None), {},
-     "lacks 'MixerBlock_0/token_mixing/Dense_1/bias'"),
-    (dict(MixerBlock_0__LayerNorm_0__scale=None), {},
-     "is no Mixer: no 'MixerBlock_0/LayerNorm_0/scale' behind any of .*params/img/"),
-    ({}, dict(patch_size=8),
-     r"'stem/kernel' has shape \(4, 4, 3, 12\) of float32, the model needs \(8, 8, 3, 12\)"),
-    ({}, dict(token_mlp_dim=8),
-     r"token_mixing/Dense_0/kernel' has shape \(16, 6\) of float32, the model needs \(16, 8\)"),
-    (dict(stem__bias=np.zeros(12, "V2")), {}, r"'stem/bias' has shape \(12,\) of \|V2, the model"),
-    ({}, dict(num_classes=7),
-     "has 5 classes, the model 7: build it with num_classes=5 or load with head=False"),
-    ({}, dict(depth=1), "has depth 2, the model 1: build it with depth=2"),
-    ({}, dict(depth=3), "has depth 2, the model 3: build it with depth=2"),
-    ({}, dict(image_size=32), "is for 16 tokens, the model for 64, and token MLPs cannot be "
-                              "resized: build it with image_size=16"),
-])
+@pytest.mark.parametrize(
+    "changes, overrides, message",
+    [
+        (dict(head__bias=None), {}, "lacks 'head/bias'"),
+        (dict(pre_head_layer_norm__scale=None), {}, "lacks 'pre_head_layer_norm/scale'"),
+        (dict(stem__kernel=None), {}, "lacks 'stem/kernel'"),
+        (
+            dict(MixerBlock_1__token_mixing__Dense_1__bias=None),
+            {},
+            "lacks 'MixerBlock_1/token_mixing/Dense_1/bias'",
+        ),
+        (
+            dict(MixerBlock_0__token_mixing__Dense_1__bias=None),
+            {},
+            "lacks 'MixerBlock_0/token_mixing/Dense_1/bias'",
+        ),
+        (
+            dict(MixerBlock_0__LayerNorm_0__scale=None),
+            {},
+            "is no Mixer: no 'MixerBlock_0/LayerNorm_0/scale' behind any of .*params/img/",
+        ),
+        (
+            {},
+            dict(patch_size=8),
+            r"'stem/kernel' has shape \(4, 4, 3, 12\) of float32, the model needs \(8, 8, 3, 12\)",
+        ),
+        (
+            {},
+            dict(token_mlp_dim=8),
+            r"token_mixing/Dense_0/kernel' has shape \(16, 6\) of float32, "
+            r"the model needs \(16, 8\)",
+        ),
+        (
+            dict(stem__bias=np.zeros(12, "V2")),
+            {},
+            r"'stem/bias' has shape \(12,\) of \|V2, the model",
+        ),
+        (
+            {},
+            dict(num_classes=7),
+            "has 5 classes, the model 7: build it with num_classes=5 or load with head=False",
+        ),
+        ({}, dict(depth=1), "has depth 2, the model 1: build it with depth=2"),
+        ({}, dict(depth=3), "has depth 2, the model 3: build it with depth=2"),
+        (
+            {},
+            dict(image_size=32),
+            "is for 16 tokens, the model for 64, and token MLPs cannot be "
+            "resized: build it with image_size=16",
+        ),
+    ],
+)
 def test_npz_files_that_do_not_fit_a_mixer_are_refused_in_one_line_and_change_nothing(
-        changes, overrides, message, tmp_path):
+    changes, overrides, message, tmp_path
+):
     np.savez(tmp_path / "mixer.npz", **change(google_mixer_arrays(), **changes))
     model = tiny_mixer(**overrides)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -1163,11 +1442,19 @@ RESNET_COST = [  # name, arguments, parameters, MACs, MACs + bias additions, act
     ("preresnet50", CIFAR, 23_697_572, 1_298_014_208, 1_298_014_308, 3_432_548),
 ]
 CHEN_TABLE_7_RESNETS = {  # M parameters, truncated, not rounded
-    "resnet50": 25, "resnet101": 44, "resnet152": 60, "resnet50x2": 98, "resnet101x2": 173,
-    "resnet152x2": 236}
+    "resnet50": 25,
+    "resnet101": 44,
+    "resnet152": 60,
+    "resnet50x2": 98,
+    "resnet101x2": 173,
+    "resnet152x2": 236,
+}
 XIAO_TABLE_2 = {  # GFLOPs, M parameters, M activations as printed
-    "resnet50": (4.1, 25.6, 11.3), "resnet101": (7.8, 44.5, 16.4), "resnet152": (11.5, 60.2, 22.8),
-    "resnet200": (15.0, 64.7, 32.3)}
+    "resnet50": (4.1, 25.6, 11.3),
+    "resnet101": (7.8, 44.5, 16.4),
+    "resnet152": (11.5, 60.2, 22.8),
+    "resnet200": (15.0, 64.7, 32.3),
+}
 RESNET_FORMS = {
     "basic": dict(bottleneck=False),
     "bottleneck": dict(),
@@ -1198,8 +1485,9 @@ def tiny_resnet(**overrides):
 
 def below(weights, prefix):
     """The entries of a state dict under prefix, which is cut off."""
-    return {key.removeprefix(prefix): value for key, value in weights.items()
-            if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)
+    }
 
 
 def norm_by_hand(w, x, training):
@@ -1222,14 +1510,18 @@ def window_attention_by_hand(w, x, *, heads, window):
                 part = slice(head * each, (head + 1) * each)
                 for row, column in keys:
                     query = q[:, part, top + row, left + column]
-                    scores = torch.stack([
-                        (query * k[:, part, top + i, left + j]).sum(dim=1) / math.sqrt(each)
-                        + w["rel_pos_bias"][i - row + window - 1, j - column + window - 1]
-                        for i, j in keys])
+                    scores = torch.stack(
+                        [
+                            (query * k[:, part, top + i, left + j]).sum(dim=1) / math.sqrt(each)
+                            + w["rel_pos_bias"][i - row + window - 1, j - column + window - 1]
+                            for i, j in keys
+                        ]
+                    )
                     weights = scores.exp() / scores.exp().sum(dim=0)  # (keys, B)
                     mixed[:, part, top + row, left + column] = sum(
                         weight[:, None] * v[:, part, top + i, left + j]
-                        for weight, (i, j) in zip(weights, keys))
+                        for weight, (i, j) in zip(weights, keys)
+                    )
     return torch.einsum("bdhw,cd->bchw", mixed, w["proj.weight"]) + w["proj.bias"][:, None, None]
 
 
@@ -1248,8 +1540,13 @@ def block_by_hand(w, x, stride, pre, *, training=False, scale=1.0, heads=None, w
 
     def conv(i, y):
         kernel = w[f"conv{i}.weight"]
-        return F.conv2d(y, kernel, stride=stride if i == strided else 1,
-                        padding=kernel.shape[-1] // 2, groups=y.shape[1] // kernel.shape[1])
+        return F.conv2d(
+            y,
+            kernel,
+            stride=stride if i == strided else 1,
+            padding=kernel.shape[-1] // 2,
+            groups=y.shape[1] // kernel.shape[1],
+        )
 
     branch, shortcut = x, x
     for i in range(1, last + 1):
@@ -1279,8 +1576,15 @@ def network_by_hand(w, x, pre, *, training=False, blur=False, heads=(None,) * 4,
     for i in range(4):
         stage = below(w, f"layer{i + 1}.")
         for j in range(1 + max(int(key.split(".")[0]) for key in stage)):
-            x = block_by_hand(below(stage, f"{j}."), x, 2 if i and j == 0 else 1, pre,
-                              training=training, heads=heads[i], window=window)
+            x = block_by_hand(
+                below(stage, f"{j}."),
+                x,
+                2 if i and j == 0 else 1,
+                pre,
+                training=training,
+                heads=heads[i],
+                window=window,
+            )
         x = blur_by_hand(x) if blur else x
     if pre:
         x = norm_by_hand(below(w, "norm."), x, training).clamp(min=0)
@@ -1300,10 +1604,15 @@ def blur_by_hand(x):
 
 # golden numbers
 
-@pytest.mark.parametrize("name, arguments, params, macs, macs_with_bias, acts", RESNET_COST, ids=[
-    f"{name}-{arguments.get('image_size', 224)}" for name, arguments, *_ in RESNET_COST])
+
+@pytest.mark.parametrize(
+    "name, arguments, params, macs, macs_with_bias, acts",
+    RESNET_COST,
+    ids=[f"{name}-{arguments.get('image_size', 224)}" for name, arguments, *_ in RESNET_COST],
+)
 def test_resnet_parameters_macs_and_activations_are_the_counted_ones(
-        name, arguments, params, macs, macs_with_bias, acts):
+    name, arguments, params, macs, macs_with_bias, acts
+):
     with torch.device("meta"):
         model = resnet.build(name, **arguments)
     cost = resnet.complexity(model, arguments.get("image_size", 224))
@@ -1322,8 +1631,11 @@ def test_resnet_parameters_macs_and_activations_are_the_counted_ones(
 
 # oracles
 
-@pytest.mark.parametrize("name, image_size", [
-    ("resnet18", 224), ("resnet18", 32), ("resnet50", 224), ("resnext50_32x4d", 224)])
+
+@pytest.mark.parametrize(
+    "name, image_size",
+    [("resnet18", 224), ("resnet18", 32), ("resnet50", 224), ("resnext50_32x4d", 224)],
+)
 def test_a_resnet_is_torchvisions_in_logits_gradients_and_statistics(name, image_size):
     published = getattr(torchvision.models, name)(num_classes=10)
     if image_size == 32:  # torchvision has no CIFAR stem
@@ -1347,8 +1659,9 @@ def test_a_resnet_is_torchvisions_in_logits_gradients_and_statistics(name, image
         expected, ours = results
         for what, value in expected.items():
             error, size = (ours[what] - value).abs().max(), value.abs().max()
-            assert error <= 1e-10 * size, (f"{name}, training {training}: {what} differs by "
-                                           f"{error:.1e} of {size:.1e}")
+            assert error <= 1e-10 * size, (
+                f"{name}, training {training}: {what} differs by {error:.1e} of {size:.1e}"
+            )
 
 
 @pytest.mark.parametrize("form", RESNET_FORMS)
@@ -1362,8 +1675,9 @@ def test_a_resnet_follows_the_equations_written_out(form, stem):
             result = model.train(training)(images)
         expected = network_by_hand(weights, images, pre, training=training)
         difference, size = (result - expected).abs().max(), expected.abs().max()
-        assert difference < 1e-12 * size, (f"{form}, training {training}: logits differ by "
-                                           f"{difference:.1e}, they reach {size:.2f}")
+        assert difference < 1e-12 * size, (
+            f"{form}, training {training}: logits differ by {difference:.1e}, they reach {size:.2f}"
+        )
     keys = model.state_dict()
     assert ("norm.weight" in keys, "bn1.weight" in keys) == (pre, not pre)
     assert ("layer1.0.downsample.0.weight" in keys) == ("basic" not in form), "no need, or needed"
@@ -1396,6 +1710,7 @@ def test_blur_is_the_mean_of_four_pixels_at_each_stage_end_without_parameters():
 
 # mathematics
 
+
 def test_stochastic_depth_of_a_resnet_rises_linearly_and_drops_branches_of_samples():
     for name in ("resnet18", "preresnet18"):
         model = resnet.build(name, 10, 32, width=8, drop_path=0.7)
@@ -1410,10 +1725,13 @@ def test_stochastic_depth_of_a_resnet_rises_linearly_and_drops_branches_of_sampl
         torch.manual_seed(0)
         with torch.no_grad():
             result = block(x)
-        without, kept = (block_by_hand(block.state_dict(), x, 2, block.pre_activation, scale=scale)
-                         for scale in (0, 1 / 0.6))
-        distances = [(result - expected).flatten(1).abs().amax(dim=1)
-                     for expected in (without, kept)]
+        without, kept = (
+            block_by_hand(block.state_dict(), x, 2, block.pre_activation, scale=scale)
+            for scale in (0, 1 / 0.6)
+        )
+        distances = [
+            (result - expected).flatten(1).abs().amax(dim=1) for expected in (without, kept)
+        ]
         nearest = torch.minimum(*distances).max()
         assert nearest < 1e-12, f"{form}: neither the shortcut nor 1/0.6 branch: {nearest:.1e} off"
         dropped = (distances[0] < 1e-12).sum().item()
@@ -1428,10 +1746,16 @@ def test_zero_init_makes_a_resnet_a_chain_of_shortcuts(form):
     out = dict.fromkeys(model.intermediates)
     model(tiny_images(), out=out)  # in training mode, as the first step
     x, usual = out["stem"], resnet.ResNet(**overrides).double()
-    for name, stride in (("layer1.0", 1), ("layer2.0", 2), ("layer2.1", 1), ("layer3.0", 2),
-                         ("layer4.0", 2)):
-        shortcut = partial(block_by_hand, x=x, stride=stride, pre=model.pre_activation,
-                           training=True, scale=0)
+    for name, stride in (
+        ("layer1.0", 1),
+        ("layer2.0", 2),
+        ("layer2.1", 1),
+        ("layer3.0", 2),
+        ("layer4.0", 2),
+    ):
+        shortcut = partial(
+            block_by_hand, x=x, stride=stride, pre=model.pre_activation, training=True, scale=0
+        )
         added = out[name] - shortcut(model.get_submodule(name).state_dict())
         assert added.abs().max() < 1e-12, f"{form}: {name} adds {added.abs().max():.1e}"
         block = usual.get_submodule(name)
@@ -1447,8 +1771,11 @@ def test_branches_of_zero_init_learn(form):
     F.cross_entropy(model(tiny_images(4)), torch.arange(4)).backward()
     for i, stage in enumerate(model.stages, 1):
         for j, block in enumerate(stage):
-            largest = max(p.grad.abs().max() for key, p in block.named_parameters()
-                          if key.endswith("weight") and "downsample" not in key)
+            largest = max(
+                p.grad.abs().max()
+                for key, p in block.named_parameters()
+                if key.endswith("weight") and "downsample" not in key
+            )
             assert largest > 1e-6, f"{form}: no weight of the branch of layer{i}.{j} has a gradient"
 
 
@@ -1459,12 +1786,12 @@ def test_initial_resnet_weights_have_the_named_spread(form, init):
     model = resnet.ResNet(**RESNET_FORMS[form], width=32, depth=(1, 1, 1, 1), init=init)
     seen = 0
     for key, weight in model.state_dict().items():
-        few = 3 / weight.numel()**0.5  # 4 to 6 standard errors, of a normal or a uniform sample
+        few = 3 / weight.numel() ** 0.5  # 4 to 6 standard errors, of a normal or a uniform sample
         if weight.ndim == 4:
             out, fan_in = weight.shape[0], weight[0].numel()
             pixels = weight[0, 0].numel()
             torchvisions = init == "torchvision"
-            std = (2 / (out * pixels))**0.5 if torchvisions else UNIFORM * fan_in**-0.5
+            std = (2 / (out * pixels)) ** 0.5 if torchvisions else UNIFORM * fan_in**-0.5
             assert abs(weight.std() / std - 1) < few, f"{key}: {weight.std():.4f}, not {std:.4f}"
             reach = weight.abs().max() / weight.std()
             assert (reach > 3) == torchvisions, f"{key}: normal or uniform? Reaches {reach:.2f} std"
@@ -1480,10 +1807,19 @@ def test_initial_resnet_weights_have_the_named_spread(form, init):
 
 # gradients
 
-@pytest.mark.parametrize("name, overrides", [
-    ("resnet18", {}), ("resnet50", dict(blur=True, drop_path=0.1)), ("resnext50_32x4d", {}),
-    ("preresnet18", dict(stem="imagenet")), ("preresnet50", dict(drop_path=0.1, blur=True)),
-    ("preresnet50", dict(groups=2, width_per_group=32)), ("resnet50x2", {})])
+
+@pytest.mark.parametrize(
+    "name, overrides",
+    [
+        ("resnet18", {}),
+        ("resnet50", dict(blur=True, drop_path=0.1)),
+        ("resnext50_32x4d", {}),
+        ("preresnet18", dict(stem="imagenet")),
+        ("preresnet50", dict(drop_path=0.1, blur=True)),
+        ("preresnet50", dict(groups=2, width_per_group=32)),
+        ("resnet50x2", {}),
+    ],
+)
 def test_every_resnet_parameter_gets_a_finite_gradient(name, overrides):
     torch.manual_seed(0)
     width = 16 if name.endswith("x2") else 32 if name.startswith("resnext") else 8
@@ -1497,9 +1833,16 @@ def test_every_resnet_parameter_gets_a_finite_gradient(name, overrides):
 
 # promises
 
+
 def test_names_of_resnets_give_the_depth_width_order_and_stem():
-    depths = {"18": (2, 2, 2, 2), "34": (3, 4, 6, 3), "50": (3, 4, 6, 3), "101": (3, 4, 23, 3),
-              "152": (3, 8, 36, 3), "200": (3, 24, 36, 3)}  # He et al., Table 1
+    depths = {
+        "18": (2, 2, 2, 2),
+        "34": (3, 4, 6, 3),
+        "50": (3, 4, 6, 3),
+        "101": (3, 4, 23, 3),
+        "152": (3, 8, 36, 3),
+        "200": (3, 24, 36, 3),
+    }  # He et al., Table 1
     with torch.device("meta"):
         for name in [*resnet.NAMES, "resnet18x2", "preresnet50x2"]:
             model = resnet.build(name)
@@ -1530,26 +1873,42 @@ def test_names_of_resnets_give_the_depth_width_order_and_stem():
 def test_resnet_intermediates_are_named_shaped_and_free_of_side_effects(form):
     model, images = tiny_resnet(**RESNET_FORMS[form], stem="imagenet"), tiny_images(2, 64)[..., :40]
     assert model.intermediates == {
-        "stem": ("stem", 0), "layer1.0": ("conv", 1), "layer2.0": ("conv", 2),
-        "layer2.1": ("conv", 2), "layer3.0": ("conv", 3), "layer4.0": ("conv", 4),
-        "pre_logits": ("representation", 4)}
+        "stem": ("stem", 0),
+        "layer1.0": ("conv", 1),
+        "layer2.0": ("conv", 2),
+        "layer2.1": ("conv", 2),
+        "layer3.0": ("conv", 3),
+        "layer4.0": ("conv", 4),
+        "pre_logits": ("representation", 4),
+    }
     blurred = list(tiny_resnet(blur=True).intermediates.items())
-    assert blurred[1:6] == [("layer1.0", ("conv", 1)), ("layer1.blur", ("pooling", 1)),
-                            ("layer2.0", ("conv", 2)), ("layer2.1", ("conv", 2)),
-                            ("layer2.blur", ("pooling", 2))]
+    assert blurred[1:6] == [
+        ("layer1.0", ("conv", 1)),
+        ("layer1.blur", ("pooling", 1)),
+        ("layer2.0", ("conv", 2)),
+        ("layer2.1", ("conv", 2)),
+        ("layer2.blur", ("pooling", 2)),
+    ]
     assert len(blurred) == 7 + 4
     whole = model(images)
     out, passed = dict.fromkeys(model.intermediates), {}
     for name in list(out)[1:-1]:
         model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, y, name=name: passed.update({name: y.clone()}))
+            lambda module, inputs, y, name=name: passed.update({name: y.clone()})
+        )
     assert torch.equal(model(images, out=out), whole)
     for name, y in passed.items():
         assert torch.equal(out[name], y), f"{name} was changed after it was recorded"
     wide = 1 if "basic" in form else 4
-    shapes = {"stem": (8, 16, 10), "layer1.0": (8 * wide, 16, 10), "layer2.0": (16 * wide, 8, 5),
-              "layer2.1": (16 * wide, 8, 5), "layer3.0": (32 * wide, 4, 3),
-              "layer4.0": (64 * wide, 2, 2), "pre_logits": (64 * wide,)}
+    shapes = {
+        "stem": (8, 16, 10),
+        "layer1.0": (8 * wide, 16, 10),
+        "layer2.0": (16 * wide, 8, 5),
+        "layer2.1": (16 * wide, 8, 5),
+        "layer3.0": (32 * wide, 4, 3),
+        "layer4.0": (64 * wide, 2, 2),
+        "pre_logits": (64 * wide,),
+    }
     for name, value in out.items():
         assert value.shape == (2, *shapes[name]), f"{name}: {tuple(value.shape)}, {shapes[name]}"
     stem = F.conv2d(images, model.conv1.weight, stride=2, padding=3)
@@ -1592,33 +1951,57 @@ def test_a_resnet_compiles_into_one_graph():
     compiled(images).sum().backward()
     model.eval()
     plain, graph = {"layer3.0": None}, {"layer3.0": None}
-    for ours, theirs in ((compiled(images, out=graph, skip="layer2.0"),
-                          model(images, out=plain, skip="layer2.0")),
-                         (graph["layer3.0"], plain["layer3.0"])):
+    for ours, theirs in (
+        (compiled(images, out=graph, skip="layer2.0"), model(images, out=plain, skip="layer2.0")),
+        (graph["layer3.0"], plain["layer3.0"]),
+    ):
         difference = (ours - theirs).abs().max()
         assert difference < 1e-4, f"compiled and plain ResNet differ by {difference:.1e}"
 
 
-@pytest.mark.parametrize("name, arguments, message", [
-    ("resnet51", {}, r"unknown model 'resnet51', did you mean 'resnet.*'\? known: \(pre\)resne"),
-    ("resnet50x3", {}, r"unknown model 'resnet50x3', did you mean 'resnet50x2'\? .* also with x2"),
-    ("resnext50_32x8d", {}, "did you mean 'resnext50_32x4d'.* at the end, resnext50_32x4d$"),
-    ("preresnext50_32x4d", {}, "unknown model 'preresnext50_32x4d'"),
-    ("vgg", {}, "unknown model 'vgg'; known: "),
-    ("resnet50", dict(droppath=0.1), "argument of resnet50 'droppath', did you mean 'drop_path'"),
-    ("preresnet18", dict(heads=8), "unknown argument of preresnet18 'heads'.* known: num_classes"),
-    ("resnet18", dict(groups=32), "groups and width_per_group are for bottlenecks"),
-    ("resnet34", dict(width_per_group=32), "groups and width_per_group are for bottlenecks"),
-    ("resnet50", dict(depth=(3, 4, 6)), r"blocks of four stages, got \(3, 4, 6\)"),
-    ("resnet50", dict(depth=(3, 4, 6, 0)), r"blocks of four stages, got \(3, 4, 6, 0\)"),
-    ("resnet50", dict(width=0), "must be at least 1, .* a multiple of 64; got 0, 1, 64"),
-    ("resnet50", dict(groups=0), "must be at least 1, .* a multiple of 64; got 64, 0, 64"),
-    ("resnet50", dict(width_per_group=-4), "must be at least 1, .* of 64; got 64, 1, -4"),
-    ("resnext50_32x4d", dict(width=24), "width times width_per_group a multiple of 64; got 24, 32"),
-    ("resnet50", dict(stem="patch"), "stem must be one of imagenet, cifar; got 'patch'"),
-    ("resnet50", dict(init="timm"), "init must be one of torchvision, torch; got 'timm'"),
-    ("resnet50", dict(drop_path=1.0), "drop_path must be at least 0 and less than 1, got 1.0"),
-])
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        (
+            "resnet51",
+            {},
+            r"unknown model 'resnet51', did you mean 'resnet.*'\? known: \(pre\)resne",
+        ),
+        (
+            "resnet50x3",
+            {},
+            r"unknown model 'resnet50x3', did you mean 'resnet50x2'\? .* also with x2",
+        ),
+        ("resnext50_32x8d", {}, "did you mean 'resnext50_32x4d'.* at the end, resnext50_32x4d$"),
+        ("preresnext50_32x4d", {}, "unknown model 'preresnext50_32x4d'"),
+        ("vgg", {}, "unknown model 'vgg'; known: "),
+        (
+            "resnet50",
+            dict(droppath=0.1),
+            "argument of resnet50 'droppath', did you mean 'drop_path'",
+        ),
+        (
+            "preresnet18",
+            dict(heads=8),
+            "unknown argument of preresnet18 'heads'.* known: num_classes",
+        ),
+        ("resnet18", dict(groups=32), "groups and width_per_group are for bottlenecks"),
+        ("resnet34", dict(width_per_group=32), "groups and width_per_group are for bottlenecks"),
+        ("resnet50", dict(depth=(3, 4, 6)), r"blocks of four stages, got \(3, 4, 6\)"),
+        ("resnet50", dict(depth=(3, 4, 6, 0)), r"blocks of four stages, got \(3, 4, 6, 0\)"),
+        ("resnet50", dict(width=0), "must be at least 1, .* a multiple of 64; got 0, 1, 64"),
+        ("resnet50", dict(groups=0), "must be at least 1, .* a multiple of 64; got 64, 0, 64"),
+        ("resnet50", dict(width_per_group=-4), "must be at least 1, .* of 64; got 64, 1, -4"),
+        (
+            "resnext50_32x4d",
+            dict(width=24),
+            "width times width_per_group a multiple of 64; got 24, 32",
+        ),
+        ("resnet50", dict(stem="patch"), "stem must be one of imagenet, cifar; got 'patch'"),
+        ("resnet50", dict(init="timm"), "init must be one of torchvision, torch; got 'timm'"),
+        ("resnet50", dict(drop_path=1.0), "drop_path must be at least 0 and less than 1, got 1.0"),
+    ],
+)
 def test_a_resnet_that_cannot_be_built_is_refused_in_one_line(name, arguments, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
         resnet.build(name, **arguments)
@@ -1629,8 +2012,10 @@ def test_resnet_main_prints_variants_and_refuses_an_unknown_one(capsys):
     resnet.main(["resnet50", "resnet18", "--image-size", "32", "--num-classes", "100"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "parameters GMACs with bias M activations".split()
-    assert lines[1:] == [["resnet50", "23,705,252", "1.298", "1.298", "3.433"],
-                         ["resnet18", "11,220,132", "0.555", "0.555", "0.615"]], lines
+    assert lines[1:] == [
+        ["resnet50", "23,705,252", "1.298", "1.298", "3.433"],
+        ["resnet18", "11,220,132", "0.555", "0.555", "0.615"],
+    ], lines
     for argv, message in ((["resnet51"], "unknown model 'resnet51'"), (["--image"], "--image")):
         with pytest.raises(SystemExit):
             resnet.main(argv)
@@ -1650,9 +2035,17 @@ ALTERNET_COST = [  # image size, attention blocks, parameters, MACs, MACs + bias
     (32, None, 33_012_840, 1_509_826_560, 1_510_088_804, 4_251_748),  # Fig. 11
     (224, None, 35_915_038, 5_012_623_360, 5_013_828_584, 15_469_320),  # Fig. D.5
 ]
-ALTERNET_TINY = dict(image_size=16, num_classes=5, width=8, depth=(1, 3, 2, 2),
-                     msa_blocks=(0, 1, 1, 1), window_size=2, heads=(1, 2, 3, 2), head_dim=5,
-                     stem="cifar")
+ALTERNET_TINY = dict(
+    image_size=16,
+    num_classes=5,
+    width=8,
+    depth=(1, 3, 2, 2),
+    msa_blocks=(0, 1, 1, 1),
+    window_size=2,
+    heads=(1, 2, 3, 2),
+    head_dim=5,
+    stem="cifar",
+)
 ALTERNET_FORMS = {
     "pre-activation bottleneck": dict(),
     "pre-activation basic": dict(bottleneck=False),
@@ -1683,42 +2076,58 @@ def sides_of_the_stages(image_size, stem):
 
 # golden numbers
 
-@pytest.mark.parametrize("image_size, msa_blocks, params, macs, macs_with_bias, acts",
-                         ALTERNET_COST)
+
+@pytest.mark.parametrize(
+    "image_size, msa_blocks, params, macs, macs_with_bias, acts", ALTERNET_COST
+)
 def test_alternet_parameters_macs_and_activations_are_the_counted_ones(
-        image_size, msa_blocks, params, macs, macs_with_bias, acts):
+    image_size, msa_blocks, params, macs, macs_with_bias, acts
+):
     overrides = {} if msa_blocks is None else dict(msa_blocks=msa_blocks)
     with torch.device("meta"):
-        model = alternet.build("alter_resnet50", 100 if image_size == 32 else 1000, image_size,
-                               **overrides)
+        model = alternet.build(
+            "alter_resnet50", 100 if image_size == 32 else 1000, image_size, **overrides
+        )
     cost = alternet.complexity(model, image_size)
     expected = dict(params=params, macs=macs, macs_with_bias=macs_with_bias, acts=acts)
     assert cost == expected, f"{msa_blocks} at {image_size}: counted {cost}, expected {expected}"
 
 
-@pytest.mark.parametrize("name, image_size, overrides, rows", [  # C convolution, A attention
-    ("alter_resnet50", 32, {}, "CCC CCCA CCCCCA CACA"),  # Fig. 11
-    ("alter_resnet50", 64, {}, "CCC CCCA CCCCCA CACA"),
-    ("alter_resnet50", 224, {}, "CCC CCCA CACACA CACA"),  # Fig. D.5
-    ("alter_resnet50", 32, dict(msa_blocks=(0, 0, 0, 0)), "CCC CCCC CCCCCC CCCC"),
-    ("alter_resnet50", 32, dict(msa_blocks=(0, 0, 0, 1)), "CCC CCCC CCCCCC CCCA"),
-    ("alter_resnet50", 32, dict(msa_blocks=(0, 1, 2, 2)), "CCC CCCA CCCACA CACA"),
-    ("alter_resnet50", 32, dict(msa_blocks=[1, 2, 3, 2]), "CCA CACA CACACA CACA"),
-    ("alter_resnet18", 32, {}, "CC CA CA CA"), ("alter_resnet18", 224, {}, "CC CA CA CA"),
-    ("alter_resnet34", 224, {}, "CCC CCCA CACACA CACA"),
-    ("alter_resnet101", 224, {}, f"CCC CCCA {'C' * 17}CACACA CACA"),
-    ("alter_resnet152", 32, {}, f"CCC {'C' * 7}A {'C' * 35}A CACA"),
-    ("alter_resnet50", 224, dict(depth=(1, 1, 3, 5)), "C C CCA CCACA"),
-])
+@pytest.mark.parametrize(
+    "name, image_size, overrides, rows",
+    [  # C convolution, A attention
+        ("alter_resnet50", 32, {}, "CCC CCCA CCCCCA CACA"),  # Fig. 11
+        ("alter_resnet50", 64, {}, "CCC CCCA CCCCCA CACA"),
+        ("alter_resnet50", 224, {}, "CCC CCCA CACACA CACA"),  # Fig. D.5
+        ("alter_resnet50", 32, dict(msa_blocks=(0, 0, 0, 0)), "CCC CCCC CCCCCC CCCC"),
+        ("alter_resnet50", 32, dict(msa_blocks=(0, 0, 0, 1)), "CCC CCCC CCCCCC CCCA"),
+        ("alter_resnet50", 32, dict(msa_blocks=(0, 1, 2, 2)), "CCC CCCA CCCACA CACA"),
+        ("alter_resnet50", 32, dict(msa_blocks=[1, 2, 3, 2]), "CCA CACA CACACA CACA"),
+        ("alter_resnet18", 32, {}, "CC CA CA CA"),
+        ("alter_resnet18", 224, {}, "CC CA CA CA"),
+        ("alter_resnet34", 224, {}, "CCC CCCA CACACA CACA"),
+        ("alter_resnet101", 224, {}, f"CCC CCCA {'C' * 17}CACACA CACA"),
+        ("alter_resnet152", 32, {}, f"CCC {'C' * 7}A {'C' * 35}A CACA"),
+        ("alter_resnet50", 224, dict(depth=(1, 1, 3, 5)), "C C CCA CCACA"),
+    ],
+)
 def test_stages_of_an_alternet_end_in_pairs_of_convolution_and_attention(
-        name, image_size, overrides, rows):
+    name, image_size, overrides, rows
+):
     with torch.device("meta"):
         model = alternet.build(name, 10, image_size, drop_path=0.1, **overrides)
     letters = {"conv": "C", "attention": "A"}
-    named = ["".join(letters[kind] for kind, stage in model.intermediates.values()
-                     if stage == i and kind in letters) for i in (1, 2, 3, 4)]
-    built = ["".join("A" if hasattr(block, "attn") else "C" for block in stage)
-             for stage in model.stages]
+    named = [
+        "".join(
+            letters[kind]
+            for kind, stage in model.intermediates.values()
+            if stage == i and kind in letters
+        )
+        for i in (1, 2, 3, 4)
+    ]
+    built = [
+        "".join("A" if hasattr(block, "attn") else "C" for block in stage) for stage in model.stages
+    ]
     assert named == built == rows.split(), f"{built}, named {named}"
     for i, (stage, heads) in enumerate(zip(model.stages, (3, 6, 12, 24))):
         for block in stage:
@@ -1726,12 +2135,18 @@ def test_stages_of_an_alternet_end_in_pairs_of_convolution_and_attention(
                 side = 7 if image_size == 224 else 4
                 width, inner = 64 * 2**i, 64 * heads
                 dim = model.fc.in_features * 2**i // 8
-                shapes = {key: tuple(p.shape) for key, p in block.state_dict().items()
-                          if p.ndim > 1 or key == "attn.proj.bias"}
+                shapes = {
+                    key: tuple(p.shape)
+                    for key, p in block.state_dict().items()
+                    if p.ndim > 1 or key == "attn.proj.bias"
+                }
                 assert shapes == {
-                    "conv1.weight": (width, dim, 1, 1), "attn.qkv.weight": (3 * inner, width),
-                    "attn.proj.weight": (dim, inner), "attn.proj.bias": (dim,),
-                    "attn.rel_pos_bias": (2 * side - 1, 2 * side - 1)}, f"stage {i + 1}: {shapes}"
+                    "conv1.weight": (width, dim, 1, 1),
+                    "attn.qkv.weight": (3 * inner, width),
+                    "attn.proj.weight": (dim, inner),
+                    "attn.proj.bias": (dim,),
+                    "attn.rel_pos_bias": (2 * side - 1, 2 * side - 1),
+                }, f"stage {i + 1}: {shapes}"
                 assert block.attn.heads == heads
     rates = [block.drop_path.rate for stage in model.stages for block in stage]
     expected = [0.1 * i / (len(rates) - 1) for i in range(len(rates))]
@@ -1739,6 +2154,7 @@ def test_stages_of_an_alternet_end_in_pairs_of_convolution_and_attention(
 
 
 # oracles
+
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_window_attention_is_the_softmax_over_the_pixels_of_the_window(window):
@@ -1753,10 +2169,10 @@ def test_window_attention_is_the_softmax_over_the_pixels_of_the_window(window):
     assert difference < 1e-12, f"window {window}: differs by {difference:.1e} of {size:.2f}"
 
     changed = x.clone()
-    changed[:, :, window:, 2 * window:] += 1  # one window of six
+    changed[:, :, window:, 2 * window :] += 1  # one window of six
     effect = (layer(changed) - result).abs().amax(dim=(0, 1))
-    assert effect[window:, 2 * window:].min() > 1e-3, "a window sees its own pixels"
-    effect[window:, 2 * window:] = 0
+    assert effect[window:, 2 * window :].min() > 1e-3, "a window sees its own pixels"
+    effect[window:, 2 * window :] = 0
     assert effect.max() == 0, f"another window changes by {effect.max():.1e}"
 
 
@@ -1769,14 +2185,23 @@ def test_an_alternet_follows_the_equations_written_out(form):
             weights = {key: value.clone() for key, value in model.state_dict().items()}
             with torch.no_grad():
                 result = model.train(training)(images)
-            expected = network_by_hand(weights, images, model.pre_activation, training=training,
-                                       heads=(1, 2, 3, 2), window=2)
+            expected = network_by_hand(
+                weights,
+                images,
+                model.pre_activation,
+                training=training,
+                heads=(1, 2, 3, 2),
+                window=2,
+            )
             difference, size = (result - expected).abs().max(), expected.abs().max()
-            assert difference < 1e-12 * size, (f"{form}, {model.stem}, training {training}: logits "
-                                               f"differ by {difference:.1e}, they reach {size:.2f}")
+            assert difference < 1e-12 * size, (
+                f"{form}, {model.stem}, training {training}: logits "
+                f"differ by {difference:.1e}, they reach {size:.2f}"
+            )
 
 
 # mathematics
+
 
 def test_stochastic_depth_of_an_attention_block_drops_it_for_some_samples():
     for form in ("pre-activation bottleneck", "post-activation bottleneck"):
@@ -1787,8 +2212,9 @@ def test_stochastic_depth_of_an_attention_block_drops_it_for_some_samples():
         torch.manual_seed(0)
         with torch.no_grad():
             result = block(x)
-        kept = block_by_hand(block.state_dict(), x, 1, block.pre_activation, scale=1 / 0.7,
-                             heads=2, window=2)
+        kept = block_by_hand(
+            block.state_dict(), x, 1, block.pre_activation, scale=1 / 0.7, heads=2, window=2
+        )
         distances = [(result - expected).flatten(1).abs().amax(dim=1) for expected in (x, kept)]
         nearest = torch.minimum(*distances).max()
         assert nearest < 1e-12, f"{form}: neither x nor x + branch/0.7: {nearest:.1e} off"
@@ -1798,28 +2224,32 @@ def test_stochastic_depth_of_an_attention_block_drops_it_for_some_samples():
 
 def test_initial_alternet_weights_are_torchs_and_its_position_biases_small():
     torch.manual_seed(0)
-    weights = alternet.build("alter_resnet50", depth=(2, 2, 2, 2), msa_blocks=(1, 1, 1, 1),
-                             width=32).state_dict()
-    biases = torch.cat([value.flatten() for key, value in weights.items()
-                        if key.endswith("rel_pos_bias")])
+    weights = alternet.build(
+        "alter_resnet50", depth=(2, 2, 2, 2), msa_blocks=(1, 1, 1, 1), width=32
+    ).state_dict()
+    biases = torch.cat(
+        [value.flatten() for key, value in weights.items() if key.endswith("rel_pos_bias")]
+    )
     assert len(biases) == 4 * 13**2
     assert abs(biases.std() / 0.02 - 1) < 0.1, f"{biases.std():.4f} instead of 0.02"  # 3.7 errors
     assert biases.abs().max() > 2.5 * 0.02, "normal, not uniform"
     for key, weight in weights.items():
         if weight.ndim > 1 and not key.endswith("rel_pos_bias"):
             bound = weight[0].numel() ** -0.5
-            few = 3 / weight.numel()**0.5
+            few = 3 / weight.numel() ** 0.5
             assert abs(weight.std() / (UNIFORM * bound) - 1) < few, f"{key}: {weight.std():.4f}"
             assert weight.abs().max() <= bound, f"{key} reaches {weight.abs().max():.4f}"
 
 
 # gradients
 
+
 @pytest.mark.parametrize("form", ALTERNET_FORMS)
 def test_every_alternet_parameter_gets_a_finite_gradient(form):
     torch.manual_seed(0)
-    model = alternet.build("alter_resnet50", 10, 32, width=8, depth=(1, 2, 2, 2), drop_path=0.1,
-                           **ALTERNET_FORMS[form])
+    model = alternet.build(
+        "alter_resnet50", 10, 32, width=8, depth=(1, 2, 2, 2), drop_path=0.1, **ALTERNET_FORMS[form]
+    )
     F.cross_entropy(model.double()(tiny_images(4, 32)), torch.arange(4)).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, f"{form}: no gradient for {key}"
@@ -1829,10 +2259,12 @@ def test_every_alternet_parameter_gets_a_finite_gradient(form):
 
 # promises
 
+
 def test_what_the_model_files_repeat_is_word_for_word_the_same():
     for name in ("random_state", "set_random_state"):
-        of_sam, of_attacks = (inspect.getsource(getattr(file, name))
-                               for file in (sys.modules["sam"], adversarial))
+        of_sam, of_attacks = (
+            inspect.getsource(getattr(file, name)) for file in (sys.modules["sam"], adversarial)
+        )
         assert of_sam == of_attacks, f"{name} of adversarial.py is not that of sam.py"
     differ = {"Block", "build", "check_images", "load_npz", "main"}  # each file's own
     sources = {}
@@ -1846,50 +2278,89 @@ def test_what_the_model_files_repeat_is_word_for_word_the_same():
         for other, text in others:
             assert text == source, f"{name} of {other}.py is not that of {first}.py"
     in_all = {name for name, files in copies.items() if len(files) == 4}
-    assert in_all == {"record", "check_names", "DropPath", "check_choices", "check_rates",
-                      "unknown", "Counter", "complexity"}, f"in all four: {in_all}"
+    assert in_all == {
+        "record",
+        "check_names",
+        "DropPath",
+        "check_choices",
+        "check_rates",
+        "unknown",
+        "Counter",
+        "complexity",
+    }, f"in all four: {in_all}"
     in_some = copies.keys() - in_all
-    assert in_some == {"Mlp", "lecun_normal_", "projection", "spatial", "BasicBlock", "Bottleneck",
-                       "check_widths"}, f"in two or three: {in_some}"
+    assert in_some == {
+        "Mlp",
+        "lecun_normal_",
+        "projection",
+        "spatial",
+        "BasicBlock",
+        "Bottleneck",
+        "check_widths",
+    }, f"in two or three: {in_some}"
 
 
-@pytest.mark.parametrize("image_size, overrides, message", [
-    (40, {}, "windows of 4 .* maps of images of 40 pixels a side, 40, 20, 10, 5, with attention in "
-             "0 1 1 1 of their blocks; image sizes that work: 32 and 64; window sizes that work: "
-             "1, 5$"),
-    (36, dict(msa_blocks=(0, 0, 0, 1)), "36, 18, 9, 5, with attention in 0 0 0 1 of"),
-    (60, dict(msa_blocks=(1, 0, 0, 0), window_size=7),
-     "window sizes that work: 1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60$"),
-    (60, dict(window_size=8, msa_blocks=(1, 1, 0, 0)), "image sizes that work: 48 and 64;"),
-    (32, dict(window_size=32), "image sizes that work: 256; window sizes that work: 1, 2, 4$"),
-    (96, {}, "24, 12, 6, 3, .* work: 224; window sizes that work: 1, 3$"),
-    (225, {}, "57, 29, 15, 8, .* work: 224 and 448; window sizes that work: 1$"),
-    (224, dict(window_size=4), "56, 28, 14, 7, .* 128 and 256; window sizes .*: 1, 7$"),
-    (250, dict(window_size=6, msa_blocks=(0, 0, 1, 0)), "image sizes that work: 192 and 288;"),
-])
+@pytest.mark.parametrize(
+    "image_size, overrides, message",
+    [
+        (
+            40,
+            {},
+            "windows of 4 .* maps of images of 40 pixels a side, 40, 20, 10, 5, with attention in "
+            "0 1 1 1 of their blocks; image sizes that work: 32 and 64; window sizes that work: "
+            "1, 5$",
+        ),
+        (36, dict(msa_blocks=(0, 0, 0, 1)), "36, 18, 9, 5, with attention in 0 0 0 1 of"),
+        (
+            60,
+            dict(msa_blocks=(1, 0, 0, 0), window_size=7),
+            "window sizes that work: 1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60$",
+        ),
+        (60, dict(window_size=8, msa_blocks=(1, 1, 0, 0)), "image sizes that work: 48 and 64;"),
+        (32, dict(window_size=32), "image sizes that work: 256; window sizes that work: 1, 2, 4$"),
+        (96, {}, "24, 12, 6, 3, .* work: 224; window sizes that work: 1, 3$"),
+        (225, {}, "57, 29, 15, 8, .* work: 224 and 448; window sizes that work: 1$"),
+        (224, dict(window_size=4), "56, 28, 14, 7, .* 128 and 256; window sizes .*: 1, 7$"),
+        (250, dict(window_size=6, msa_blocks=(0, 0, 1, 0)), "image sizes that work: 192 and 288;"),
+    ],
+)
 def test_a_window_error_names_the_nearest_sizes_that_work_and_they_do(
-        image_size, overrides, message):
+    image_size, overrides, message
+):
     stem, step = ("cifar", 8) if image_size <= 64 else ("imagenet", 32)
     window = overrides.get("window_size", 4 if stem == "cifar" else 7)
     msa_blocks = overrides.get("msa_blocks", (0, 1, 1, 1))
-    fits = lambda image_size, window: not any(
-        side % window for side, blocks in zip(sides_of_the_stages(image_size, stem), msa_blocks)
-        if blocks)
+    fits = lambda image_size, window: (
+        not any(
+            side % window
+            for side, blocks in zip(sides_of_the_stages(image_size, stem), msa_blocks)
+            if blocks
+        )
+    )
     with pytest.raises(ValueError, match=message) as error:
         alternet.build("alter_resnet18", 10, image_size, width=4, **overrides)
     assert "\n" not in str(error.value)
-    images, windows = re.search("image sizes that work: (.*); window sizes that work: (.*)$",
-                                str(error.value)).groups()
+    images, windows = re.search(
+        "image sizes that work: (.*); window sizes that work: (.*)$", str(error.value)
+    ).groups()
     images, windows = [int(i) for i in images.split(" and ")], [int(w) for w in windows.split(", ")]
     for size, side in [*((size, window) for size in images), *((image_size, w) for w in windows)]:
         assert fits(size, side), f"windows of {side} at {size}: {sides_of_the_stages(size, stem)}"
         with torch.device("meta"):
-            model = alternet.build("alter_resnet18", 10, size, width=4, stem=stem, window_size=side,
-                                   msa_blocks=msa_blocks)
+            model = alternet.build(
+                "alter_resnet18",
+                10,
+                size,
+                width=4,
+                stem=stem,
+                window_size=side,
+                msa_blocks=msa_blocks,
+            )
             assert model(torch.empty(2, 3, size, size)).shape == (2, 10)
     steps = range(step, 2 * max(images), step)
-    nearest = ([size for size in steps if size < image_size and fits(size, window)][-1:]
-               + [size for size in steps if size > image_size and fits(size, window)][:1])
+    nearest = [size for size in steps if size < image_size and fits(size, window)][-1:] + [
+        size for size in steps if size > image_size and fits(size, window)
+    ][:1]
     assert images == nearest, f"{images} named, nearest are {nearest}"
     expected = [side for side in range(1, image_size + 1) if fits(image_size, side)]
     assert windows == expected, f"windows {windows} named, {expected} work"
@@ -1918,22 +2389,30 @@ def test_an_alternet_takes_images_of_other_sizes_that_windows_divide():
 def test_alternet_intermediates_are_named_shaped_and_free_of_side_effects(form):
     model, images = tiny_alternet(**ALTERNET_FORMS[form]), tiny_images()
     assert model.intermediates == {
-        "stem": ("stem", 0), "layer1.0": ("conv", 1), "layer2.0": ("conv", 2),
-        "layer2.1": ("conv", 2), "layer2.2": ("attention", 2), "layer3.0": ("conv", 3),
-        "layer3.1": ("attention", 3), "layer4.0": ("conv", 4), "layer4.1": ("attention", 4),
-        "pre_logits": ("representation", 4)}
+        "stem": ("stem", 0),
+        "layer1.0": ("conv", 1),
+        "layer2.0": ("conv", 2),
+        "layer2.1": ("conv", 2),
+        "layer2.2": ("attention", 2),
+        "layer3.0": ("conv", 3),
+        "layer3.1": ("attention", 3),
+        "layer4.0": ("conv", 4),
+        "layer4.1": ("attention", 4),
+        "pre_logits": ("representation", 4),
+    }
     whole = model(images)
     out, passed = dict.fromkeys(model.intermediates), {}
     for name in list(out)[1:-1]:
         model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, y, name=name: passed.update({name: y.clone()}))
+            lambda module, inputs, y, name=name: passed.update({name: y.clone()})
+        )
     assert torch.equal(model(images, out=out), whole)
     for name, y in passed.items():
         assert torch.equal(out[name], y), f"{name} was changed after it was recorded"
     wide = 1 if "basic" in form else 4
     for name, value in out.items():
         stage = int(name[5]) if name.startswith("layer") else 1
-        shape = (2, 8 * wide * 2**(stage - 1), *[16 // 2**(stage - 1)] * 2)
+        shape = (2, 8 * wide * 2 ** (stage - 1), *[16 // 2 ** (stage - 1)] * 2)
         shape = dict(stem=(2, 8, 16, 16), pre_logits=(2, 64 * wide)).get(name, shape)
         assert value.shape == shape, f"{name} has shape {tuple(value.shape)} instead of {shape}"
     stem = F.conv2d(images, model.conv1.weight, padding=1)
@@ -1950,8 +2429,9 @@ def test_alternet_intermediates_are_named_shaped_and_free_of_side_effects(form):
 def test_skipping_a_block_of_an_alternet_equals_identity_kernels_and_attention_of_zeros(form):
     images = tiny_images()
     whole = tiny_alternet(**ALTERNET_FORMS[form])(images)
-    units = ("layer1.0, layer2.0, layer2.1, layer2.2, layer3.0, layer3.1, layer4.0, "
-             "layer4.1").split(", ")
+    units = (
+        "layer1.0, layer2.0, layer2.1, layer2.2, layer3.0, layer3.1, layer4.0, layer4.1"
+    ).split(", ")
     for name in units:
         model = tiny_alternet(**ALTERNET_FORMS[form])
         skipped, block = model(images, skip=name), model.get_submodule(name)
@@ -1979,36 +2459,70 @@ def test_an_alternet_compiles_into_one_graph():
     compiled(images).sum().backward()
     model.eval()
     plain, graph = {"layer3.0": None}, {"layer3.0": None}
-    for ours, theirs in ((compiled(images, out=graph, skip="layer4.1"),
-                          model(images, out=plain, skip="layer4.1")),
-                         (graph["layer3.0"], plain["layer3.0"])):
+    for ours, theirs in (
+        (compiled(images, out=graph, skip="layer4.1"), model(images, out=plain, skip="layer4.1")),
+        (graph["layer3.0"], plain["layer3.0"]),
+    ):
         difference = (ours - theirs).abs().max()
         assert difference < 1e-4, f"compiled and plain AlterNet differ by {difference:.1e}"
 
 
-@pytest.mark.parametrize("name, arguments, message", [
-    ("alter_resnet5", {}, r"unknown model 'alter_resnet5', did you mean 'alter_resnet50'\? know"),
-    ("resnet50", {}, "unknown model 'resnet50', did you mean 'alter_resnet50'.*, alter_resnet152$"),
-    ("50", {}, "unknown model '50'; known: alter_resnet18, alter_resnet34, alter_resnet50, alt"),
-    ("alter_resnet50", dict(msa_block=(0, 0, 0, 0)),
-     "unknown argument of alter_resnet50 'msa_block', did you mean 'msa_blocks'"),
-    ("alter_resnet50", dict(blur=True), "unknown argument of alter_resnet50 'blur'"),
-    ("alter_resnet50", dict(msa_blocks=(2, 1, 3, 2)),
-     r"each at most half of its stage's blocks \(3, 4, 6, 4\); got \(2, 1, 3, 2\)"),
-    ("alter_resnet50", dict(msa_blocks=(0, 1, 3, -1)), r"msa_blocks .*; got \(0, 1, 3, -1\)"),
-    ("alter_resnet50", dict(msa_blocks=[0, 1, 3]), r"needs four numbers, .*; got \(0, 1, 3\)"),
-    ("alter_resnet18", dict(msa_blocks=(0, 0, 0, 2)), r"blocks \(2, 2, 2, 2\); got \(0, 0, 0, 2\)"),
-    ("alter_resnet50", dict(heads=(3, 6, 12)), r"heads needs four .* got \(3, 6, 12\), 64, 7, 224"),
-    ("alter_resnet50", dict(heads=(3, 0, 12, 24)), r"at least 1; got \(3, 0, 12, 24\), 64, 7, 224"),
-    ("alter_resnet50", dict(head_dim=0), r"at least 1; got \(3, 6, 12, 24\), 0, 7, 224"),
-    ("alter_resnet50", dict(window_size=0), r"at least 1; got \(3, 6, 12, 24\), 64, 0, 224"),
-    ("alter_resnet50", dict(depth=(3, 4, 6)), r"blocks of four stages, got \(3, 4, 6\)"),
-    ("alter_resnet34", dict(groups=32, width_per_group=4), "are for bottlenecks"),
-    ("alter_resnet50", dict(width=0), "must be at least 1, .* a multiple of 64; got 0, 1, 64"),
-    ("alter_resnet50", dict(stem="conv"), "stem must be one of imagenet, cifar; got 'conv'"),
-    ("alter_resnet50", dict(drop_path=1.0), "must be at least 0 and less than 1, got 1.0"),
-    ("alter_resnet50", dict(image_size=32, stem="imagenet"), "8, 4, 2, 1, .* work: 128;"),
-])
+@pytest.mark.parametrize(
+    "name, arguments, message",
+    [
+        (
+            "alter_resnet5",
+            {},
+            r"unknown model 'alter_resnet5', did you mean 'alter_resnet50'\? know",
+        ),
+        (
+            "resnet50",
+            {},
+            "unknown model 'resnet50', did you mean 'alter_resnet50'.*, alter_resnet152$",
+        ),
+        (
+            "50",
+            {},
+            "unknown model '50'; known: alter_resnet18, alter_resnet34, alter_resnet50, alt",
+        ),
+        (
+            "alter_resnet50",
+            dict(msa_block=(0, 0, 0, 0)),
+            "unknown argument of alter_resnet50 'msa_block', did you mean 'msa_blocks'",
+        ),
+        ("alter_resnet50", dict(blur=True), "unknown argument of alter_resnet50 'blur'"),
+        (
+            "alter_resnet50",
+            dict(msa_blocks=(2, 1, 3, 2)),
+            r"each at most half of its stage's blocks \(3, 4, 6, 4\); got \(2, 1, 3, 2\)",
+        ),
+        ("alter_resnet50", dict(msa_blocks=(0, 1, 3, -1)), r"msa_blocks .*; got \(0, 1, 3, -1\)"),
+        ("alter_resnet50", dict(msa_blocks=[0, 1, 3]), r"needs four numbers, .*; got \(0, 1, 3\)"),
+        (
+            "alter_resnet18",
+            dict(msa_blocks=(0, 0, 0, 2)),
+            r"blocks \(2, 2, 2, 2\); got \(0, 0, 0, 2\)",
+        ),
+        (
+            "alter_resnet50",
+            dict(heads=(3, 6, 12)),
+            r"heads needs four .* got \(3, 6, 12\), 64, 7, 224",
+        ),
+        (
+            "alter_resnet50",
+            dict(heads=(3, 0, 12, 24)),
+            r"at least 1; got \(3, 0, 12, 24\), 64, 7, 224",
+        ),
+        ("alter_resnet50", dict(head_dim=0), r"at least 1; got \(3, 6, 12, 24\), 0, 7, 224"),
+        ("alter_resnet50", dict(window_size=0), r"at least 1; got \(3, 6, 12, 24\), 64, 0, 224"),
+        ("alter_resnet50", dict(depth=(3, 4, 6)), r"blocks of four stages, got \(3, 4, 6\)"),
+        ("alter_resnet34", dict(groups=32, width_per_group=4), "are for bottlenecks"),
+        ("alter_resnet50", dict(width=0), "must be at least 1, .* a multiple of 64; got 0, 1, 64"),
+        ("alter_resnet50", dict(stem="conv"), "stem must be one of imagenet, cifar; got 'conv'"),
+        ("alter_resnet50", dict(drop_path=1.0), "must be at least 0 and less than 1, got 1.0"),
+        ("alter_resnet50", dict(image_size=32, stem="imagenet"), "8, 4, 2, 1, .* work: 128;"),
+    ],
+)
 def test_an_alternet_that_cannot_be_built_is_refused_in_one_line(name, arguments, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message) as error:
         alternet.build(name, **arguments)
@@ -2016,18 +2530,23 @@ def test_an_alternet_that_cannot_be_built_is_refused_in_one_line(name, arguments
 
 
 def test_alternet_main_prints_variants_with_attention_where_told_and_refuses_what_does_not_fit(
-        capsys):
-    for more, row in (("", ["33,012,840", "1.510", "1.510", "4.252"]),
-                      (" --msa-blocks 0 0 0 1", ["30,258,389", "1.404", "1.404", "3.578"])):
+    capsys,
+):
+    for more, row in (
+        ("", ["33,012,840", "1.510", "1.510", "4.252"]),
+        (" --msa-blocks 0 0 0 1", ["30,258,389", "1.404", "1.404", "3.578"]),
+    ):
         alternet.main(f"alter_resnet50 --image-size 32 --num-classes 100{more}".split())
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert lines[1:] == [["alter_resnet50", *row]], lines
     alternet.main("alter_resnet18 --image-size 64 --window-size 8".split())
     assert len(capsys.readouterr().out.splitlines()) == 2
-    for argv, message in (("alter_resnet49", "unknown model 'alter_resnet49'"),
-                          ("alter_resnet50 --msa-blocks 2 1 1 2", "got (2, 1, 1, 2)"),
-                          ("alter_resnet50 --msa-blocks 0 1 1", "expected 4 arguments"),
-                          ("--window-size 5", "image sizes that work: 160 and 320;")):
+    for argv, message in (
+        ("alter_resnet49", "unknown model 'alter_resnet49'"),
+        ("alter_resnet50 --msa-blocks 2 1 1 2", "got (2, 1, 1, 2)"),
+        ("alter_resnet50 --msa-blocks 0 1 1", "expected 4 arguments"),
+        ("--window-size 5", "image sizes that work: 160 and 320;"),
+    ):
         with pytest.raises(SystemExit):
             alternet.main(argv.split())
         assert message in capsys.readouterr().err
@@ -2035,10 +2554,16 @@ def test_alternet_main_prints_variants_with_attention_where_told_and_refuses_wha
 
 # ------------------------------------------------------------------------------------------- sam.py
 
+
 def small_net(*, batch_norm=False, dropout=0.0, dtype=torch.float64):
     torch.manual_seed(0)
-    layers = [nn.Linear(5, 8), nn.BatchNorm1d(8) if batch_norm else nn.Identity(), nn.Tanh(),
-              nn.Dropout(dropout), nn.Linear(8, 3)]
+    layers = [
+        nn.Linear(5, 8),
+        nn.BatchNorm1d(8) if batch_norm else nn.Identity(),
+        nn.Tanh(),
+        nn.Dropout(dropout),
+        nn.Linear(8, 3),
+    ]
     return nn.Sequential(*layers).to(dtype)
 
 
@@ -2100,7 +2625,7 @@ def test_sam_of_some_parameters_moves_these_only_and_computes_no_other_gradient(
     own = [any(p is q for q in chosen) for p in net.parameters()]
     w = [p.detach().clone() for p in net.parameters()]
     g = [a if mine else torch.zeros_like(a) for a, mine in zip(gradient_at(net, w, loss), own)]
-    norm = math.sqrt(sum(float((a ** 2).sum()) for a in g))
+    norm = math.sqrt(sum(float((a**2).sum()) for a in g))
     at = [v + rho * a / norm for v, a in zip(w, g)]
     expected, computed = gradient_at(net, at, loss), []
     for i, p in enumerate(net.parameters()):
@@ -2121,12 +2646,15 @@ def test_looksam_adds_the_orthogonal_part_of_sams_gradient_to_the_gradients_betw
     look, direction = LookSAM(sam.params, alpha), None
     for step in range(7):
         w = [p.detach().clone() for p in net.parameters()]
-        scale = 2.0 ** 16 if step == 3 else 1.0  # as a loss scaler has it in the pass at w
+        scale = 2.0**16 if step == 3 else 1.0  # as a loss scaler has it in the pass at w
         at_w = flat(gradient_at(net, w, loss_of(net, x, y)))
         for some in halves:
             loss = loss_of(net, x[some], y[some])
-            with (sam.perturb(lambda: loss() * scale, keep_grads=True) if step % 3 == 0 else
-                  nullcontext()) as first:
+            with (
+                sam.perturb(lambda: loss() * scale, keep_grads=True)
+                if step % 3 == 0
+                else nullcontext()
+            ) as first:
                 (loss() / 2).backward()
             if step % 3 == 0:
                 look.note(first.grads, 0.5)
@@ -2181,8 +2709,10 @@ def test_sam_with_rho_zero_trains_as_the_plain_optimizer_bit_for_bit():
 
 def test_sam_restores_weights_and_first_pass_statistics_also_when_the_body_raises():
     for fails in (False, True):
-        net, (x, y) = (small_net(batch_norm=True, dtype=torch.float32),
-                       toy_batch(dtype=torch.float32))
+        net, (x, y) = (
+            small_net(batch_norm=True, dtype=torch.float32),
+            toy_batch(dtype=torch.float32),
+        )
         plain = copy.deepcopy(net)
         plain(x)
         before = [p.detach().clone() for p in net.parameters()]
@@ -2231,8 +2761,9 @@ def test_sam_over_a_list_of_micro_batches_uses_the_gradient_of_their_mean():
     for losses in (loss_of(net, x, y), halves):
         with SAM(net, 0.2).perturb(losses) as first:
             ends.append((flat(net.parameters()), first.loss))
-    assert (torch.allclose(ends[0][0], ends[1][0], atol=1e-15)
-            and torch.allclose(ends[0][1], ends[1][1]))
+    assert torch.allclose(ends[0][0], ends[1][0], atol=1e-15) and torch.allclose(
+        ends[0][1], ends[1][1]
+    )
 
 
 def test_sam_gives_input_gradients_of_the_clean_pass():
@@ -2276,11 +2807,13 @@ def test_sam_does_not_scale_one_gradient_twice_when_autograd_shares_its_memory()
             return ((self.a + self.b) * torch.arange(4)).sum()
 
     net = Sum()
-    expected = torch.arange(4) / torch.arange(4).double().norm() / 2 ** 0.5
+    expected = torch.arange(4) / torch.arange(4).double().norm() / 2**0.5
     for loss in (net, [net, net]):
         with SAM(net, 1.0).perturb(loss):
-            assert (torch.allclose(net.a, expected)
-                    and torch.allclose(net.b, expected)), (net.a, net.b)
+            assert torch.allclose(net.a, expected) and torch.allclose(net.b, expected), (
+                net.a,
+                net.b,
+            )
 
 
 def test_sam_uses_the_moved_weights_inside_one_autocast_region():
@@ -2293,6 +2826,7 @@ def test_sam_uses_the_moved_weights_inside_one_autocast_region():
         def loss():
             with region(not one_region):
                 return F.cross_entropy(net(x).float(), y)
+
         with region(one_region):
             with SAM(net, 2.0).perturb(loss):
                 loss().backward()
@@ -2301,54 +2835,60 @@ def test_sam_uses_the_moved_weights_inside_one_autocast_region():
     plain = small_net(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         F.cross_entropy(plain(x).float(), y).backward()
-    assert (float((flat(p.grad for p in plain.parameters()) - grads[0]).norm())
-            > 0.1 * float(grads[0].norm()))
+    assert float((flat(p.grad for p in plain.parameters()) - grads[0]).norm()) > 0.1 * float(
+        grads[0].norm()
+    )
 
 
 def test_sam_with_a_grad_scaler_moves_alike_at_any_scale_and_skips_after_an_overflow():
     net, (x, y) = small_net(dtype=torch.float32), toy_batch(dtype=torch.float32)
     moved = []
-    for scale in (1.0, 2.0 ** 16):
+    for scale in (1.0, 2.0**16):
         with SAM(net, 0.1).perturb(lambda: loss_of(net, x, y)() * scale):
             moved.append(flat(net.parameters()))
     assert torch.equal(*moved)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** 126)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
     loss, before = lambda: scaler.scale(loss_of(net, x * 1e6, y)()), copy.deepcopy(net.state_dict())
     with SAM(net, 0.1).perturb(loss):
         loss().backward()
     scaler.step(optimizer)
     scaler.update()
-    assert scaler.get_scale() == 2.0 ** 125
+    assert scaler.get_scale() == 2.0**125
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
 
 
 def test_sam_takes_parameters_of_several_dtypes():
-    net = nn.Sequential(nn.Linear(5, 8).to(torch.bfloat16), nn.Linear(8, 3).double(),
-                        nn.Linear(3, 3))
+    net = nn.Sequential(
+        nn.Linear(5, 8).to(torch.bfloat16), nn.Linear(8, 3).double(), nn.Linear(3, 3)
+    )
     x, y = toy_batch(dtype=torch.bfloat16)
     loss = lambda: F.cross_entropy(net[2](net[1](net[0](x).double()).float()), y)
     net.zero_grad()
     loss().backward()
     grads = [p.grad.double() for p in net.parameters()]
-    norm = math.sqrt(sum(float((g ** 2).sum()) for g in grads))
+    norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
     before = [p.detach().clone() for p in net.parameters()]
     with SAM(net, 0.5).perturb(loss) as first:
         assert abs(float(first.grad_norm) / norm - 1) < 1e-5
         for p, b, g in zip(net.parameters(), before, grads):
             expected = b.double() + 0.5 * g / norm
-            assert torch.allclose(p.double(), expected,
-                                  atol=4e-3 if p.dtype == torch.bfloat16 else 1e-6), p.dtype
+            assert torch.allclose(
+                p.double(), expected, atol=4e-3 if p.dtype == torch.bfloat16 else 1e-6
+            ), p.dtype
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
 
 def test_sam_compiles_once_and_matches_the_uncompiled_model():
     from torch._dynamo.testing import CompileCounterWithBackend
+
     torch.compiler.reset()
     ends = []
     for backend in (None, CompileCounterWithBackend("aot_eager")):
-        net, (x, y) = (small_net(batch_norm=True, dtype=torch.float32),
-                       toy_batch(dtype=torch.float32))
+        net, (x, y) = (
+            small_net(batch_norm=True, dtype=torch.float32),
+            toy_batch(dtype=torch.float32),
+        )
         model = torch.compile(net, backend=backend) if backend else net
         sam, optimizer, counts = SAM(model, 0.1), torch.optim.SGD(net.parameters(), lr=0.1), []
         for _ in range(4):
@@ -2365,9 +2905,13 @@ def test_sam_compiles_once_and_matches_the_uncompiled_model():
 def test_a_sam_step_never_waits_for_the_device():
     """Fake tensors have no values: whatever read one on the host would raise."""
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode():
-        net, x, y = (nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)),
-                     torch.randn(4, 5), torch.zeros(4, dtype=torch.long))
+        net, x, y = (
+            nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)),
+            torch.randn(4, 5),
+            torch.zeros(4, dtype=torch.long),
+        )
         for adaptive in (False, True):
             with SAM(net, 0.1, steps=2, adaptive=adaptive).perturb(loss_of(net, x, y)):
                 loss_of(net, x, y)().backward()
@@ -2403,10 +2947,17 @@ def test_sam_in_ddp_communicates_in_its_last_pass_only_and_refuses_a_static_grap
 
 # ----------------------------------------------------------------------------------- adversarial.py
 
+
 def small_cnn(dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
-    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.GELU(), nn.Dropout(0.3), nn.Flatten(),
-              nn.Linear(6 * 36, 5)]
+    layers = [
+        nn.Conv2d(3, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.GELU(),
+        nn.Dropout(0.3),
+        nn.Flatten(),
+        nn.Linear(6 * 36, 5),
+    ]
     network = nn.Sequential(*layers).to(dtype)
     network[1].running_mean.normal_()
     return network.eval()
@@ -2425,10 +2976,16 @@ def pgd_by_hand(model, x, y, eps, step_size, steps, norm, start, towards):
     for _ in range(steps):
         points.requires_grad_(True)
         F.cross_entropy(model(points), y, reduction="sum").backward()
-        grad = points.grad if norm == "linf" else (
-            points.grad / points.grad.square().sum((1, 2, 3), keepdim=True).sqrt())
-        delta = points.detach() + (-1 if towards else 1) * step_size * (
-            grad.sign() if norm == "linf" else grad) - x
+        grad = (
+            points.grad
+            if norm == "linf"
+            else (points.grad / points.grad.square().sum((1, 2, 3), keepdim=True).sqrt())
+        )
+        delta = (
+            points.detach()
+            + (-1 if towards else 1) * step_size * (grad.sign() if norm == "linf" else grad)
+            - x
+        )
         if norm == "linf":
             delta = torch.maximum(torch.minimum(delta, delta * 0 + eps), delta * 0 - eps)
         else:
@@ -2449,8 +3006,11 @@ def test_pgd_and_fgsm_equal_an_attack_written_by_hand(norm, eps, targeted, rando
         want = pgd_by_hand(model, x, y, eps, step_size, steps, norm, start, targeted)
         torch.manual_seed(7)
         how = dict(random_start=random_start, norm=norm, targeted=targeted)
-        got = (adversarial.pgd(model, x, y, eps, step_size, steps, **how) if steps > 1 else
-               adversarial.fgsm(model, x, y, eps, **how))
+        got = (
+            adversarial.pgd(model, x, y, eps, step_size, steps, **how)
+            if steps > 1
+            else adversarial.fgsm(model, x, y, eps, **how)
+        )
         assert got.dtype == x.dtype and not got.requires_grad
         assert float((got - want).abs().max()) < 1e-12, float((got - want).abs().max())
         with torch.no_grad():
@@ -2470,8 +3030,9 @@ def test_an_attack_leaves_neither_the_ball_nor_the_pixels_range():
                 assert delta <= eps + 6e-8, (eps, steps, delta)
                 assert 0 <= got.min() and got.max() <= 1
                 assert eps or torch.equal(got, x)
-                got = adversarial.pgd(model, x, y, 10 * eps, 10 * step_size, steps, random_start,
-                                      norm="l2")
+                got = adversarial.pgd(
+                    model, x, y, 10 * eps, 10 * step_size, steps, random_start, norm="l2"
+                )
                 delta = float((got.double() - x.double()).flatten(1).norm(dim=1).max())
                 assert delta <= 10 * eps * (1 + 1e-6) + 1e-6, (eps, steps, delta)
                 assert 0 <= got.min() and got.max() <= 1
@@ -2558,9 +3119,15 @@ def test_an_attack_is_computed_in_the_images_own_precision():
     model, (x, y) = small_cnn(torch.float32), images_to_attack(dtype=torch.float32)
     precision = torch.backends.cuda.matmul.fp32_precision
     seen = []
-    model.register_forward_hook(lambda *_: seen.append((
-        torch.is_autocast_enabled("cpu"), torch.backends.cuda.matmul.fp32_precision,
-        torch.backends.cudnn.conv.fp32_precision)))
+    model.register_forward_hook(
+        lambda *_: seen.append(
+            (
+                torch.is_autocast_enabled("cpu"),
+                torch.backends.cuda.matmul.fp32_precision,
+                torch.backends.cudnn.conv.fp32_precision,
+            )
+        )
+    )
     want = adversarial.pgd(model, x, y, random_start=False)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(adversarial.pgd(model, x, y, random_start=False), want)
@@ -2569,29 +3136,43 @@ def test_an_attack_is_computed_in_the_images_own_precision():
     assert torch.backends.cuda.matmul.fp32_precision == precision
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(x=lambda x: (255 * x).byte()), "images are torch.uint8 .* x.float.. / 255"),
-    (dict(x=lambda x: 2 * x - 1), "images reach from -1 to 1; an attack takes .0, 1.: put mean"),
-    (dict(x=lambda x: x * math.nan), "images reach from nan to nan"),
-    (dict(x=lambda x: x[0]), r"images are torch.float64 \(3, 8, 8\)"),
-    (dict(y=lambda y: y[1:]), r"labels are torch.int64 \(11,\) for 12 images"),
-    (dict(y=lambda y: y.double()), "labels are torch.float64"),
-    (dict(y=lambda y: y + 3), "labels reach from . to .; the model has 5 classes, 0 to 4"),
-    (dict(y=lambda y: y - 5), "labels reach from -5 to"),
-    (dict(eps=2), "eps is 2; pixels are in .0, 1., so it is from 0 to 1, such as 2/255"),
-    (dict(eps=-0.1), "eps is -0.1"),
-    (dict(eps=math.nan), "eps is nan"),
-    (dict(step_size=-1), "step_size is -1; "),
-    (dict(steps=-1), "steps is -1; it is at least 0"),
-    (dict(norm="l1"), "norm is 'l1'; it is one of linf l2"),
-    (dict(start=torch.zeros(1, 3, 8, 8)), r"start is \(1, 3, 8, 8\) for images \(12, 3, 8, 8\)"),
-    (dict(model=lambda x: (x,)), "the model returns tuple for 12 images"),
-    (dict(model=lambda x: x.flatten(1).sum(1)), r"the model returns \(12,\) for 12 images"),
-    (dict(model=lambda x: x.flatten(1)[:, :5] / 0),
-     "the loss of 12 of 12 images, or its gradient, is not finite: an attack finds no direction"),
-    (dict(model=lambda x: (x.flatten(1)[:, :5] - x.flatten(1)[:, :5].detach()).sqrt()),
-     "the loss of 12 of 12 images, or its gradient, is not finite"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=lambda x: (255 * x).byte()), "images are torch.uint8 .* x.float.. / 255"),
+        (
+            dict(x=lambda x: 2 * x - 1),
+            "images reach from -1 to 1; an attack takes .0, 1.: put mean",
+        ),
+        (dict(x=lambda x: x * math.nan), "images reach from nan to nan"),
+        (dict(x=lambda x: x[0]), r"images are torch.float64 \(3, 8, 8\)"),
+        (dict(y=lambda y: y[1:]), r"labels are torch.int64 \(11,\) for 12 images"),
+        (dict(y=lambda y: y.double()), "labels are torch.float64"),
+        (dict(y=lambda y: y + 3), "labels reach from . to .; the model has 5 classes, 0 to 4"),
+        (dict(y=lambda y: y - 5), "labels reach from -5 to"),
+        (dict(eps=2), "eps is 2; pixels are in .0, 1., so it is from 0 to 1, such as 2/255"),
+        (dict(eps=-0.1), "eps is -0.1"),
+        (dict(eps=math.nan), "eps is nan"),
+        (dict(step_size=-1), "step_size is -1; "),
+        (dict(steps=-1), "steps is -1; it is at least 0"),
+        (dict(norm="l1"), "norm is 'l1'; it is one of linf l2"),
+        (
+            dict(start=torch.zeros(1, 3, 8, 8)),
+            r"start is \(1, 3, 8, 8\) for images \(12, 3, 8, 8\)",
+        ),
+        (dict(model=lambda x: (x,)), "the model returns tuple for 12 images"),
+        (dict(model=lambda x: x.flatten(1).sum(1)), r"the model returns \(12,\) for 12 images"),
+        (
+            dict(model=lambda x: x.flatten(1)[:, :5] / 0),
+            "the loss of 12 of 12 images, or its gradient, is not finite: "
+            "an attack finds no direction",
+        ),
+        (
+            dict(model=lambda x: (x.flatten(1)[:, :5] - x.flatten(1)[:, :5].detach()).sqrt()),
+            "the loss of 12 of 12 images, or its gradient, is not finite",
+        ),
+    ],
+)
 def test_what_cannot_be_attacked_is_answered_with_a_sentence(change, message):
     class Function(nn.Module):
         def __init__(self, function):
@@ -2631,7 +3212,7 @@ def test_a_trace_holds_every_iterate_and_early_stopping_spares_what_is_beaten():
     assert seen == [n for n in wanted if n], (seen, wanted)
     for i, step in enumerate(first):
         at = min(step, 6)
-        stopped = adversarial.pgd(model, x[i:i + 1], y[i:i + 1], steps=at, **how)
+        stopped = adversarial.pgd(model, x[i : i + 1], y[i : i + 1], steps=at, **how)
         assert float((points[i] - stopped[0]).abs().max()) < 1e-12
         assert all(int(early[k][1][i]) == int(trace[min(k, at)][1][i]) for k in range(7))
 
@@ -2642,8 +3223,10 @@ def test_robustness_counts_what_withstands_every_iterate_of_every_restart():
     with torch.no_grad():
         y[:30] = model(x[:30]).argmax(1)
     how = dict(eps=0.1, step_size=0.025, steps=5, seed=3)
-    batches = lambda size: [(x[i:i + size], y[i:i + size], list(range(i, min(i + size, 40))))
-                            for i in range(0, 40, size)]
+    batches = lambda size: [
+        (x[i : i + size], y[i : i + size], list(range(i, min(i + size, 40))))
+        for i in range(0, 40, size)
+    ]
     got = adversarial.robustness(model, batches(40), restarts=2, **how)
     robust, last, losses = (torch.ones(6, 40, dtype=torch.bool), torch.ones(6, 40).bool(), [])
     for restart in range(2):
@@ -2651,7 +3234,7 @@ def test_robustness_counts_what_withstands_every_iterate_of_every_restart():
         trace = []
         adversarial.pgd(model, x, y, 0.1, 0.025, 5, start=start, trace=trace)
         right = torch.stack([predicted == y for _, predicted in trace])
-        robust &= torch.stack([right[:k + 1].all(0) for k in range(6)])
+        robust &= torch.stack([right[: k + 1].all(0) for k in range(6)])
         last &= right
         losses.append([values.sum().item() for values, _ in trace])
     with torch.no_grad():
@@ -2663,11 +3246,13 @@ def test_robustness_counts_what_withstands_every_iterate_of_every_restart():
     assert 0 < got["robust"][-1] < got["robust"][0] <= got["clean"], got
     small = adversarial.robustness(model, batches(7), restarts=2, **how)
     assert {k: v for k, v in small.items() if k != "loss"} == {
-        k: v for k, v in got.items() if k != "loss"}, "whatever the batches"
+        k: v for k, v in got.items() if k != "loss"
+    }, "whatever the batches"
     early = adversarial.robustness(model, batches(40), restarts=2, early_stop=True, **how)
     assert early["robust"][-1] == got["robust"][-1] and "last" not in early
-    parts = [adversarial.robustness(model, some, **how)
-             for some in (batches(8)[:2], batches(8)[2:])]
+    parts = [
+        adversarial.robustness(model, some, **how) for some in (batches(8)[:2], batches(8)[2:])
+    ]
     whole = adversarial.robustness(model, batches(40), **how)
     result = adversarial.summary(parts)
     assert result["images"] == 40 and result["clean"] == 100 * whole["clean"] / 40
@@ -2696,10 +3281,12 @@ def test_robustness_shows_examples_and_is_nan_where_the_model_is():
         right = model(x).argmax(1)
     batches = [(x[:6], right[:6], list(range(6))), (x[6:], (right[6:] + 1) % 5, list(range(6, 12)))]
     examples = []
-    adversarial.robustness(model, batches, eps=0.2, step_size=0.05, early_stop=True, restarts=2,
-                           examples=examples)
-    moved = torch.cat([(shown - clean).abs().flatten(1).amax(1)
-                       for clean, _, shown, *_ in examples])
+    adversarial.robustness(
+        model, batches, eps=0.2, step_size=0.05, early_stop=True, restarts=2, examples=examples
+    )
+    moved = torch.cat(
+        [(shown - clean).abs().flatten(1).amax(1) for clean, _, shown, *_ in examples]
+    )
     assert (moved[:6] > 0).all() and not moved[6:].any(), "what is wrong already stays as it is"
 
     class Infinite(nn.Module):
@@ -2732,25 +3319,42 @@ def test_a_robust_models_gradients_are_its_best_attack():
     images = images.float() / 255
     for adversarially in (False, True):
         torch.manual_seed(0)
-        network = nn.Sequential(nn.Conv2d(3, 16, 4, 2), nn.BatchNorm2d(16), nn.ReLU(),
-                                nn.Conv2d(16, 32, 4, 2), nn.ReLU(), nn.Flatten(),
-                                nn.Linear(32 * 36, 12))
+        network = nn.Sequential(
+            nn.Conv2d(3, 16, 4, 2),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 4, 2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 36, 12),
+        )
         optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
         for step in range(250):
-            x, y = (t[64 * step % 3000:][:64] for t in (images, labels))
+            x, y = (t[64 * step % 3000 :][:64] for t in (images, labels))
             if adversarially:
                 start = adversarial.uniform_start(x, eps).requires_grad_()
-                grad, = torch.autograd.grad(F.cross_entropy(network(start), y), start)
+                (grad,) = torch.autograd.grad(F.cross_entropy(network(start), y), start)
                 x = adversarial.ascend(start, grad, x, eps, 1.25 * eps)
             optimizer.zero_grad()
             F.cross_entropy(network(x), y).backward()
             optimizer.step()
         networks[adversarially] = network.eval()
-    attack = lambda network, source=None: adversarial.summary([adversarial.robustness(
-        network, [(images[3000:], labels[3000:], list(range(1000)))], eps=eps, step_size=eps / 8,
-        source=source)])["robust"][-1]
-    plain, robust, transfer = attack(networks[False]), attack(networks[True]), attack(
-        networks[True], networks[False])
+    attack = lambda network, source=None: adversarial.summary(
+        [
+            adversarial.robustness(
+                network,
+                [(images[3000:], labels[3000:], list(range(1000)))],
+                eps=eps,
+                step_size=eps / 8,
+                source=source,
+            )
+        ]
+    )["robust"][-1]
+    plain, robust, transfer = (
+        attack(networks[False]),
+        attack(networks[True]),
+        attack(networks[True], networks[False]),
+    )
     print(f"PGD-10: plain {plain:.1f} %, robust {robust:.1f} %, by transfer {transfer:.1f} %")
     assert plain + 2 < robust and robust + 1 < transfer, (plain, robust, transfer)
 
@@ -2758,7 +3362,12 @@ def test_a_robust_models_gradients_are_its_best_attack():
 def test_fractions_are_read():
     texts = "2/255", "0.25", " 8 / 255", "1e-3", "0.25/255"
     assert [adversarial.fraction(text) for text in texts] == [
-        2 / 255, 0.25, 8 / 255, 1e-3, 0.25 / 255]
+        2 / 255,
+        0.25,
+        8 / 255,
+        1e-3,
+        0.25 / 255,
+    ]
     flag, text = train.as_flag("adv_eps", argparse.Namespace(adv_eps=0.03))
     assert flag == "--adv-eps" and abs(adversarial.fraction(text) - 0.03) < 1e-12
     for text in ("2/0", "two", "", "nan", "2//255", "2/", "/255"):
@@ -2767,6 +3376,7 @@ def test_fractions_are_read():
 
 
 # ------------------------------------------------------------------------------------------ data.py
+
 
 def write_image_folder(root, train=12, val=6, classes=("ant", "bee", "cat")):
     """A data set in ImageNet's layout, of JPEGs of mixed sizes; each class has a colour of its own.
@@ -2795,13 +3405,18 @@ def all_batches(dataset, order, workers=0):
 
 def test_shapes_are_the_same_bits_on_every_machine_in_any_order_and_batch():
     images, labels = data.shapes(range(64))
-    assert (images.shape == (64, 3, 32, 32) and images.dtype == torch.uint8
-            and labels.tolist() == [i % 12 for i in range(64)])
-    for picture, golden in ((images, "952e5ed3e8bd3fe3"),
-                            (data.shapes(2 ** 40 + np.arange(64))[0], "9a27febc384b5f49"),
-                            (data.shapes(range(12), size=224)[0], "98749acace470fda")):
+    assert (
+        images.shape == (64, 3, 32, 32)
+        and images.dtype == torch.uint8
+        and labels.tolist() == [i % 12 for i in range(64)]
+    )
+    for picture, golden in (
+        (images, "952e5ed3e8bd3fe3"),
+        (data.shapes(2**40 + np.arange(64))[0], "9a27febc384b5f49"),
+        (data.shapes(range(12), size=224)[0], "98749acace470fda"),
+    ):
         assert hashlib.sha256(picture.numpy().tobytes()).hexdigest()[:16] == golden
-    far = 2 ** 40 + np.arange(100)
+    far = 2**40 + np.arange(100)
     order = np.random.default_rng(0).permutation(100)
     assert torch.equal(data.shapes(far)[0][order], data.shapes(far[order])[0])
     assert torch.equal(data.shapes([5])[0][0], images[5])
@@ -2823,12 +3438,16 @@ def test_a_linear_model_on_shapes_stays_under_25_percent():
     """Ridge regression on all 3,072 pixel values, its penalty chosen in its favour
     on the validation split."""
     x, y = data.shapes(range(8000))
-    v, t = data.shapes(2 ** 30 + np.arange(2000))
+    v, t = data.shapes(2**30 + np.arange(2000))
     x, v = ((a.flatten(1).float() / 255 - 0.3).double() for a in (x, v))
     gram, moment = x.T @ x, x.T @ (F.one_hot(y).double() - 1 / 12)
-    accuracy = [100 * ((v @ torch.linalg.solve(gram + r * torch.eye(len(gram)), moment)).argmax(1)
-                       == t).double().mean()
-                for r in (30, 300, 3000, 30000)]
+    accuracy = [
+        100
+        * ((v @ torch.linalg.solve(gram + r * torch.eye(len(gram)), moment)).argmax(1) == t)
+        .double()
+        .mean()
+        for r in (30, 300, 3000, 30000)
+    ]
     assert 10 < max(accuracy) < 25, accuracy
 
 
@@ -2843,8 +3462,10 @@ def test_class_balanced_fractions_have_the_papers_sizes():
     assert [len(c) for c in chosen.values()] == [640_583, 320_291, 128_116]
     for f, indices in chosen.items():
         share = torch.bincount(labels[indices], minlength=1000) / counts
-        assert (len(indices.unique()) == len(indices)
-                and float((share - float(Fraction(f))).abs().max()) < 1 / 700)
+        assert (
+            len(indices.unique()) == len(indices)
+            and float((share - float(Fraction(f))).abs().max()) < 1 / 700
+        )
     assert torch.equal(chosen["1/4"], data.subset(labels, 0.25))
     assert set(chosen["1/10"].tolist()) <= set(chosen["1/2"].tolist())
     assert torch.equal(data.subset(labels[:100], 1), torch.arange(100))
@@ -2859,15 +3480,18 @@ def test_a_held_out_part_is_class_balanced_and_the_rest_is_all_others():
     assert torch.equal(torch.cat([others, held]).sort().values, torch.arange(740))
     assert torch.bincount(labels[held]).tolist() == [2] * 37
     assert torch.equal(held, data.hold_out(labels, "1/10")[1]) and not torch.equal(
-        held, data.hold_out(labels, "1/10", seed=1)[1])
+        held, data.hold_out(labels, "1/10", seed=1)[1]
+    )
     with pytest.raises(ValueError, match="leaves none of 740 images"):
         data.hold_out(labels, 1)
 
 
 def test_the_order_is_a_permutation_per_epoch_whatever_the_processes_and_the_start():
     def order(rank=0, world=1, start=0, stop=6):
-        return list(data.TrainOrder(50, 16, 4, seed=3, start=start, stop=stop, rank=rank,
-                                    world=world))
+        return list(
+            data.TrainOrder(50, 16, 4, seed=3, start=start, stop=stop, rank=rank, world=world)
+        )
+
     whole = order()
     assert len(whole) == 24 and all(len(micro) == 4 for micro in whole)
     for epoch in (0, 1):  # 50 images: 3 whole batches an epoch, the incomplete fourth is dropped
@@ -2876,27 +3500,35 @@ def test_the_order_is_a_permutation_per_epoch_whatever_the_processes_and_the_sta
     assert [i for _, i in sum(whole[:12], [])] != [i for _, i in sum(whole[12:], [])]
     shares = [order(rank, 2) for rank in (0, 1)]
     for step in range(6):
-        assert (whole[4 * step:4 * step + 4]
-                == shares[0][2 * step:2 * step + 2] + shares[1][2 * step:2 * step + 2])
+        assert (
+            whole[4 * step : 4 * step + 4]
+            == shares[0][2 * step : 2 * step + 2] + shares[1][2 * step : 2 * step + 2]
+        )
     assert order(start=4) == whole[16:]
     assert len({data.key(0, 1), data.key(1, 0), data.key(0, 1, 0), data.key(0, 2)}) == 4
     assert data.key(0, 1) == 313702574736366215  # as of the first runs: they stay reproducible
-    assert data.keys(-1, np.array([0, 2 ** 40]), np.array([3, 9])).tolist() == [
-        data.key(2 ** 64 - 1, 0, 3), data.key(-1, 2 ** 40, 9)]
+    assert data.keys(-1, np.array([0, 2**40]), np.array([3, 9])).tolist() == [
+        data.key(2**64 - 1, 0, 3),
+        data.key(-1, 2**40, 9),
+    ]
 
 
 def test_repeated_augmentation_shows_a_third_of_the_images_three_times_each_time_another():
     def order(rank=0, world=1, start=0, stop=4):
-        return list(data.TrainOrder(60, 24, 8, seed=3, start=start, stop=stop, rank=rank,
-                                    world=world, repeats=3))
+        return list(
+            data.TrainOrder(
+                60, 24, 8, seed=3, start=start, stop=stop, rank=rank, world=world, repeats=3
+            )
+        )
+
     whole = order()
     for epoch in (0, 1):  # two batches of 24: 16 of the 60 images
-        micros = whole[6 * epoch:6 * epoch + 6]
+        micros = whole[6 * epoch : 6 * epoch + 6]
         seen = sum(micros, [])
         assert len(set(seen)) == 48 and len({i for _, i in seen}) == 16
         assert {e for e, _ in seen} == {3 * epoch, 3 * epoch + 1, 3 * epoch + 2}
         for step in (0, 3):
-            batch = [{i for _, i in micro} for micro in micros[step:step + 3]]
+            batch = [{i for _, i in micro} for micro in micros[step : step + 3]]
             assert batch[0] == batch[1] == batch[2] and len(batch[0]) == 8, "never twice in one"
     assert [order(rank, 3) for rank in range(3)] == [whole[rank::3] for rank in range(3)]
     assert order(start=3) == whole[9:]
@@ -2915,12 +3547,22 @@ def test_two_views_are_the_same_images_augmented_as_in_epochs_of_their_own():
     assert len(set(sum(order(views=2, repeats=3), []))) == 2 * len(set(sum(order(repeats=3), [])))
 
 
-@pytest.mark.parametrize("strong", [{}, dict(randaugment=(2, 9), randaugment_prob=0.5,
-                                             erasing=0.5)], ids=["plain", "strong"])
+@pytest.mark.parametrize(
+    "strong",
+    [{}, dict(randaugment=(2, 9), randaugment_prob=0.5, erasing=0.5)],
+    ids=["plain", "strong"],
+)
 def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path, strong):
     write_image_folder(tmp_path)
-    make = lambda seed=0: data.load("folder", "train", data_dir=tmp_path, image_size=24,
-                                    augment="inception", seed=seed, **strong)
+    make = lambda seed=0: data.load(
+        "folder",
+        "train",
+        data_dir=tmp_path,
+        image_size=24,
+        augment="inception",
+        seed=seed,
+        **strong,
+    )
     pairs = [[(0, 5), (0, 1)], [(1, 5), (0, 30)]]
     torch.manual_seed(7)
     before = torch.get_rng_state()
@@ -2928,10 +3570,13 @@ def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path, strong):
     assert torch.equal(before, torch.get_rng_state()), "the caller's random numbers are not touched"
     for workers in (1, 4):
         by_workers = all_batches(make(), pairs, workers=workers)
-        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-                   for a, b in zip(alone, by_workers)), workers
-    assert torch.equal(all_batches(make(), [[(0, 30), (0, 5)]])[0][0],
-                       torch.stack([alone[1][0][1], alone[0][0][0]]))
+        assert all(
+            torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, by_workers)
+        ), workers
+    assert torch.equal(
+        all_batches(make(), [[(0, 30), (0, 5)]])[0][0],
+        torch.stack([alone[1][0][1], alone[0][0][0]]),
+    )
     assert not torch.equal(alone[0][0][0], alone[1][0][0]), "another epoch, another crop"
     assert not torch.equal(all_batches(make(1), pairs)[0][0], alone[0][0])
 
@@ -2940,9 +3585,12 @@ def test_evaluation_counts_every_image_once_on_any_number_of_processes():
     labels = torch.arange(103)
     dataset = data.InMemory(torch.zeros(103, 3, 2, 2, dtype=torch.uint8), labels, [])
     for world in (1, 2, 5, 200):
-        seen = [y for rank in range(world)
-                for _, ys in data.batches(data.evaluation_loader(dataset, 8, 0, rank, world))
-                for y in ys.tolist()]
+        seen = [
+            y
+            for rank in range(world)
+            for _, ys in data.batches(data.evaluation_loader(dataset, 8, 0, rank, world))
+            for y in ys.tolist()
+        ]
         assert sorted(seen) == labels.tolist(), world
 
 
@@ -2967,11 +3615,13 @@ def test_odd_image_files_are_read_upright_and_in_rgb(tmp_path):
     assert len(names) == 8 and dataset.notice is None
     for i, name in enumerate(names):
         image = dataset.read(i)
-        assert (image.dtype == torch.uint8
-                and image.shape == ((3, 60, 40) if "turned" in name else (3, 40, 60))), name
+        assert image.dtype == torch.uint8 and image.shape == (
+            (3, 60, 40) if "turned" in name else (3, 40, 60)
+        ), name
         if "deep" not in name:
             truth = np.asarray(
-                ImageOps.exif_transpose(Image.open(dataset.root / name)).convert("RGB"))
+                ImageOps.exif_transpose(Image.open(dataset.root / name)).convert("RGB")
+            )
             assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - truth).max() <= 1, name
         else:
             assert image[0].max() > 240 and image[0].min() == 0
@@ -2980,6 +3630,7 @@ def test_odd_image_files_are_read_upright_and_in_rgb(tmp_path):
 def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
     def load(split="train", classes=None):
         return data.load("folder", split, data_dir=tmp_path, image_size=16, classes=classes)
+
     with pytest.raises(data.DataError, match=r"train is no folder; --data-dir"):
         load()
     write_image_folder(tmp_path, train=3, val=2)
@@ -2987,10 +3638,14 @@ def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
     whole = (tmp_path / "train/ant/ant_0.JPEG").read_bytes()
 
     # truncated: the rest is blank, and a note
-    (tmp_path / "train/ant/ant_0.JPEG").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "train/ant/ant_0.JPEG").write_bytes(whole[: len(whole) // 2])
     told = []
-    images = [x for x, _ in data.batches(
-        data.loader(load(), [[(0, 0)], [(0, 1)], [(1, 0)]], 1), tell=told.append)]
+    images = [
+        x
+        for x, _ in data.batches(
+            data.loader(load(), [[(0, 0)], [(0, 1)], [(1, 0)]], 1), tell=told.append
+        )
+    ]
     assert len(told) == 1 and "ant_0.JPEG is truncated" in told[0], told
     assert not torch.equal(images[0], images[1])
 
@@ -3011,8 +3666,9 @@ def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
         load()
     (tmp_path / "train/empty").rmdir()
     (tmp_path / "val/zebra").mkdir()
-    with pytest.raises(data.DataError,
-                       match="val/zebra is a class that the training folder does not have"):
+    with pytest.raises(
+        data.DataError, match="val/zebra is a class that the training folder does not have"
+    ):
         load("val", good.classes)
     shutil.rmtree(tmp_path / "val")
     with pytest.raises(data.DataError, match="val is no folder"):
@@ -3040,29 +3696,46 @@ def test_a_packed_file_gives_the_images_of_its_folder_bit_for_bit(tmp_path, caps
     (root / "train/ant/notes.txt").write_text("no image")
     out, val = packed(root, "--workers", "2"), packed(root / "val")
     printed = capsys.readouterr().out
-    assert ("ant/notes.txt" in printed and f"python train.py --data-dir {out}" in printed
-            and f": {21 + len(odd)} images of 3 classes" in printed and "--eval-only" in printed)
-    for file, split, classes in ((out, "train", None), (out, "val", ["ant", "bee", "cat"]),
-                                 (val, "val", ["ant", "bee", "cat"]), (val, "test", None)):
+    assert (
+        "ant/notes.txt" in printed
+        and f"python train.py --data-dir {out}" in printed
+        and f": {21 + len(odd)} images of 3 classes" in printed
+        and "--eval-only" in printed
+    )
+    for file, split, classes in (
+        (out, "train", None),
+        (out, "val", ["ant", "bee", "cat"]),
+        (val, "val", ["ant", "bee", "cat"]),
+        (val, "test", None),
+    ):
         for more in ({}, dict(augment="inception", randaugment=(1, 9))):
-            load = lambda where: data.load("imagenet", split, data_dir=where, image_size=24,
-                                           seed=3, classes=classes, **more)
+            load = lambda where: data.load(
+                "imagenet", split, data_dir=where, image_size=24, seed=3, classes=classes, **more
+            )
             folder = load(root)
             pairs = [[(e, i), (1, 0)] for e in (0, 1) for i in range(len(folder))]
             expected = all_batches(folder, pairs)
-            for pack, workers in ((load(file), 0), (load(file), 4),
-                                  (pickle.loads(pickle.dumps(load(file))), 0)):
+            for pack, workers in (
+                (load(file), 0),
+                (load(file), 4),
+                (pickle.loads(pickle.dumps(load(file))), 0),
+            ):
                 told = []
                 got = [*data.batches(data.loader(pack, pairs, workers), told.append)]
-                assert (pack.classes == folder.classes and len(pack) == len(folder)
-                        and pack.names.tolist() == folder.names.tolist()
-                        and torch.equal(pack.labels, folder.labels)
-                        and all(map(same_tensors, expected, got)) and len(expected) == len(got))
+                assert (
+                    pack.classes == folder.classes
+                    and len(pack) == len(folder)
+                    and pack.names.tolist() == folder.names.tolist()
+                    and torch.equal(pack.labels, folder.labels)
+                    and all(map(same_tensors, expected, got))
+                    and len(expected) == len(got)
+                )
                 assert len(told) == (split == "train"), told
                 assert not told or f"{out}: train/cat/cat_4.JPEG is truncated" in told[0]
     for file, split, classes, words in (
-            (val, "train", None, "val.pack holds no train images: pack a folder"),
-            (out, "val", ["ant", "bee"], "images.pack: val/cat is a class that the training")):
+        (val, "train", None, "val.pack holds no train images: pack a folder"),
+        (out, "val", ["ant", "bee"], "images.pack: val/cat is a class that the training"),
+    ):
         with pytest.raises(data.DataError, match=words):
             data.load("folder", split, data_dir=file, image_size=24, classes=classes)
 
@@ -3123,9 +3796,10 @@ def test_a_pack_cut_anywhere_or_with_any_byte_changed_is_refused_or_right(tmp_pa
 
     start = int.from_bytes(whole[-32:-24], "little")
     for place in range(len(whole)):
-        assert damaged(whole[:place]) is damaged(whole[place + 1:]) is None, place
-        count = damaged(whole[:place] + bytes([whole[place] ^ 1 << rng.integers(8)])
-                        + whole[place + 1:])
+        assert damaged(whole[:place]) is damaged(whole[place + 1 :]) is None, place
+        count = damaged(
+            whole[:place] + bytes([whole[place] ^ 1 << rng.integers(8)]) + whole[place + 1 :]
+        )
         assert count is None if place >= start else count in (0, 1), (place, count)
     assert damaged(b"hello" * 99) is damaged(whole + b"\n") is None and damaged(whole) == 0
     assert len(said) == 1 and "tiny.pack is no packed file of images, or a damaged" in said.pop()
@@ -3144,17 +3818,19 @@ def test_opening_a_pack_reads_its_index_only_which_is_as_the_format_says(tmp_pat
     whole = out.read_bytes()
     start, n = np.frombuffer(whole[-32:-16], "<u8").tolist()
     assert n == 4 and start % 8 == 0
-    offsets, ends = np.frombuffer(whole[start:start + 80], "<u8").reshape(2, 5).tolist()
-    labels = np.frombuffer(whole[start + 96:start + 112], "<u4").tolist()
-    names, splits = np.split(np.frombuffer(whole[start + 112:-32], np.uint8), [ends[-1]])
+    offsets, ends = np.frombuffer(whole[start : start + 80], "<u8").reshape(2, 5).tolist()
+    labels = np.frombuffer(whole[start + 96 : start + 112], "<u4").tolist()
+    names, splits = np.split(np.frombuffer(whole[start + 112 : -32], np.uint8), [ends[-1]])
     assert labels == [0, 0, 1, 0] and names.tobytes() == b"a/0.pnga/1.pngb/0.pngb/0.png"
-    assert json.loads(splits.tobytes()) == {"train": {"images": 3, "classes": ["a", "b"]},
-                                            "val": {"images": 1, "classes": ["b"]}}
+    assert json.loads(splits.tobytes()) == {
+        "train": {"images": 3, "classes": ["a", "b"]},
+        "val": {"images": 1, "classes": ["b"]},
+    }
     for name, first, last in zip(PACKED, offsets, offsets[1:]):
         assert whole[first:last] == (tmp_path / "tiny" / name).read_bytes()
-    index = whole[start:-32] + np.array([2 ** 40, n], "<u8").tobytes()
+    index = whole[start:-32] + np.array([2**40, n], "<u8").tobytes()
     with open(out, "r+b") as file:  # the index behind a hole of a tebibyte
-        file.seek(2 ** 40)
+        file.seek(2**40)
         file.write(index + zlib.crc32(index).to_bytes(4, "little") + whole[-12:])
     assert torch.equal(data.Pack(out, "train", None).read(2), images[2])
 
@@ -3180,15 +3856,20 @@ def test_what_cannot_be_packed_is_one_line_and_leaves_no_file(tmp_path, capsys, 
     assert "val/cat/dead.jpg cannot be read: No such file" in refused()
     (root / "val/cat/dead.jpg").unlink()
     full = lambda number: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
-    for event, words in ((full, "file: No space left on device"),
-                         (lambda number: signal.raise_signal(signal.SIGINT), "is not written; the"),
-                         (lambda number: signal.raise_signal(signal.SIGTERM), "data.py: interrup")):
+    for event, words in (
+        (full, "file: No space left on device"),
+        (lambda number: signal.raise_signal(signal.SIGINT), "is not written; the"),
+        (lambda number: signal.raise_signal(signal.SIGTERM), "data.py: interrup"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", event)
             assert words in refused()
     hold = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, 2); print(); input()"
-    with subprocess.Popen([sys.executable, "-c", hold, f"{out}.partial"], stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, f"{out}.partial"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
         other.stdout.readline()
         assert "is being written by another process" in refused(left=["file.partial"])
         other.communicate(b"\n")
@@ -3202,8 +3883,19 @@ def test_a_process_killed_while_packing_leaves_no_file_and_the_next_one_makes_it
     root, out = write_image_folder(tmp_path / "images", train=2, val=1), tmp_path / "images.pack"
     pipe = root / "val/bee/pipe.jpg"
     os.mkfifo(pipe)
-    process = subprocess.Popen([sys.executable, HERE / "data.py", "pack", "--data-dir", root,
-                                "--out", out, "--workers", "0"])
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            HERE / "data.py",
+            "pack",
+            "--data-dir",
+            root,
+            "--out",
+            out,
+            "--workers",
+            "0",
+        ]
+    )
     writer = os.open(pipe, os.O_WRONLY)  # waits for the reader
     process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -3230,11 +3922,19 @@ def test_links_odd_names_and_bombs_of_images(tmp_path):
     assert data.Pack(packed(root), "val", None).classes == dataset.classes
 
     def png(width, height):
-        chunk = lambda kind, content: (struct.pack(">I", len(content)) + kind + content
-                                       + struct.pack(">I", zlib.crc32(kind + content)))
-        return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(
-            ">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(99)))
-            + chunk(b"IEND", b""))
+        chunk = lambda kind, content: (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
+        return (
+            b"\x89PNG\r\n\x1a\n"
+            + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(bytes(99)))
+            + chunk(b"IEND", b"")
+        )
+
     broken = root / "a/linked.png"
     broken.unlink()
     broken.write_bytes(png(60_000, 60_000))
@@ -3255,11 +3955,13 @@ def test_validation_labels_follow_the_training_folders_numbers(tmp_path):
     write_image_folder(tmp_path)
     shutil.rmtree(tmp_path / "val/ant")
     train_set = data.load("folder", "train", data_dir=tmp_path, image_size=16)
-    val_set = data.load("folder", "val", data_dir=tmp_path, image_size=16,
-                        classes=train_set.classes)
+    val_set = data.load(
+        "folder", "val", data_dir=tmp_path, image_size=16, classes=train_set.classes
+    )
     for x, y in data.batches(data.evaluation_loader(val_set, 4)):
         assert torch.equal(x.float().mean((2, 3)).argmax(1), y), (
-            "each class of the test folder has a colour of its own")
+            "each class of the test folder has a colour of its own"
+        )
     assert val_set.labels.unique().tolist() == [1, 2]
 
 
@@ -3267,43 +3969,60 @@ def test_cifar_is_read_from_its_published_files(tmp_path, monkeypatch):
     """Small files in the published format; their checksums stand in for those of the real ones."""
     rng = np.random.default_rng(0)
     for name, cls, key, batch_names in (
-            ("cifar10", data.CIFAR10, "labels",
-             [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]),
-            ("cifar100", data.CIFAR100, "fine_labels", ["train", "test"])):
+        (
+            "cifar10",
+            data.CIFAR10,
+            "labels",
+            [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"],
+        ),
+        ("cifar100", data.CIFAR100, "fine_labels", ["train", "test"]),
+    ):
         folder = tmp_path / cls.base_folder
-        with pytest.raises(data.DataError, match=(
-                f"{cls.base_folder} is missing or incomplete; unpack {cls.filename}")):
+        with pytest.raises(
+            data.DataError,
+            match=(f"{cls.base_folder} is missing or incomplete; unpack {cls.filename}"),
+        ):
             data.load(name, "train", data_dir=tmp_path, image_size=32)
         folder.mkdir()
         sums = {}
         for batch in batch_names:
-            content = pickle.dumps({"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
-                                    key: rng.integers(0, 10, 4).tolist()})
+            content = pickle.dumps(
+                {
+                    "data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
+                    key: rng.integers(0, 10, 4).tolist(),
+                }
+            )
             (folder / batch).write_bytes(content)
             sums[batch] = hashlib.md5(content).hexdigest()
-        meta = pickle.dumps({
-            cls.meta["key"]: [f"class{i}" for i in range(100 if name == "cifar100" else 10)]})
+        meta = pickle.dumps(
+            {cls.meta["key"]: [f"class{i}" for i in range(100 if name == "cifar100" else 10)]}
+        )
         (folder / cls.meta["filename"]).write_bytes(meta)
-        monkeypatch.setattr(cls, "train_list", [
-            [b, sums[b]] for b in batch_names if not b.startswith("test")])
-        monkeypatch.setattr(cls, "test_list", [
-            [b, sums[b]] for b in batch_names if b.startswith("test")])
+        monkeypatch.setattr(
+            cls, "train_list", [[b, sums[b]] for b in batch_names if not b.startswith("test")]
+        )
+        monkeypatch.setattr(
+            cls, "test_list", [[b, sums[b]] for b in batch_names if b.startswith("test")]
+        )
         monkeypatch.setitem(cls.meta, "md5", hashlib.md5(meta).hexdigest())
         raw = pickle.loads((folder / batch_names[-1]).read_bytes())
         val = data.load(name, "val", data_dir=tmp_path, image_size=32)
-        (x, y), = all_batches(val, [[(0, 2)]])
+        ((x, y),) = all_batches(val, [[(0, 2)]])
         assert x[0].flatten().tolist() == raw["data"][2].tolist() and y.item() == raw[key][2]
         assert len(val.classes) == (100 if name == "cifar100" else 10)
         train_set = data.load(name, "train", data_dir=tmp_path, image_size=32, augment="crop")
-        (x, y), = all_batches(train_set, [[(0, 1)]])
+        ((x, y),) = all_batches(train_set, [[(0, 1)]])
         clean = data.load(name, "train", data_dir=tmp_path, image_size=32).pixels[1]
         padded = F.pad(clean, (4, 4, 4, 4))
-        windows = [padded[:, i:i + 32, j:j + 32] for i in range(9) for j in range(9)]
+        windows = [padded[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
         assert any(torch.equal(x[0], w) or torch.equal(x[0], w.flip(2)) for w in windows)
-        assert data.load(
-            name, "val", data_dir=tmp_path, image_size=48).transform(clean).shape == (3, 48, 48)
+        assert data.load(name, "val", data_dir=tmp_path, image_size=48).transform(clean).shape == (
+            3,
+            48,
+            48,
+        )
         large = data.load(name, "train", data_dir=tmp_path, image_size=224, augment="inception")
-        (x, y), = all_batches(large, [[(0, 1), (1, 1)]])  # transfer: crops of 32×32, enlarged
+        ((x, y),) = all_batches(large, [[(0, 1), (1, 1)]])  # transfer: crops of 32×32, enlarged
         assert x.shape == (2, 3, 224, 224) and not torch.equal(x[0], x[1])
         assert x[0].int().diff(dim=2).abs().max() < 255 / 4, "enlarged by 7 at least, and smoothly"
         (folder / batch_names[0]).write_bytes(b"cut")
@@ -3322,14 +4041,17 @@ def test_inception_crops_cover_5_to_100_percent_at_aspects_between_3_4_and_4_3(t
     for _ in range(400):
         out = crop(image).float()
         width, height = (float((out[c].max() - out[c].min()) * 64 / 63) for c in (0, 1))
-        areas.append(width * height / size ** 2)
+        areas.append(width * height / size**2)
         aspects.append(width / height)
         flips += bool(out[0, 0, 0] > out[0, 0, -1])
     assert 0.04 < min(areas) < 0.08 and 0.9 < max(areas) < 1.05, (min(areas), max(areas))
     assert 0.7 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.4, (min(aspects), max(aspects))
     assert 150 < flips < 250, flips
-    assert data.transforms("none", 224)(
-        torch.zeros(3, 500, 375, dtype=torch.uint8)).shape == (3, 224, 224)
+    assert data.transforms("none", 224)(torch.zeros(3, 500, 375, dtype=torch.uint8)).shape == (
+        3,
+        224,
+        224,
+    )
 
 
 def test_a_box_of_an_image_is_decoded_to_the_pixels_it_has_in_the_whole():
@@ -3337,8 +4059,13 @@ def test_a_box_of_an_image_is_decoded_to_the_pixels_it_has_in_the_whole():
     EXIF they are not, nor are other formats."""
     rng, exif = np.random.default_rng(0), Image.Exif()
     exif[0x0112] = 6
-    kinds = [("JPEG", mode, dict(subsampling=s, progressive=p, restart_marker_rows=r))
-             for mode in ("RGB", "L", "CMYK") for s in (0, 1, 2) for p in (0, 1) for r in (0, 1)]
+    kinds = [
+        ("JPEG", mode, dict(subsampling=s, progressive=p, restart_marker_rows=r))
+        for mode in ("RGB", "L", "CMYK")
+        for s in (0, 1, 2)
+        for p in (0, 1)
+        for r in (0, 1)
+    ]
     kinds += [("JPEG", "RGB", dict(exif=exif)), ("PNG", "P", {}), ("PNG", "L", {})]
     for kind, mode, options in kinds:
         pixels, file = rng.integers(0, 256, (*rng.integers(20, 120, 2), 3)), io.BytesIO()
@@ -3348,9 +4075,12 @@ def test_a_box_of_an_image_is_decoded_to_the_pixels_it_has_in_the_whole():
         assert (data.jpeg_height(encoded) is not None) == cut
         for _ in range(10):
             (top, bottom), (left, right) = (
-                sorted(rng.choice(n + 1, 2, False)) for n in whole.shape[1:])
-            part = data.decode(encoded, lambda *size: size == whole.shape[1:] and (
-                top, left, bottom - top, right - left))
+                sorted(rng.choice(n + 1, 2, False)) for n in whole.shape[1:]
+            )
+            part = data.decode(
+                encoded,
+                lambda *size: size == whole.shape[1:] and (top, left, bottom - top, right - left),
+            )
             assert torch.equal(part, whole[:, top:bottom, left:right]), (kind, mode, options)
     for broken in (b"", b"\xff\xd8\xff", b"\xff\xd8\xff\xc0", b"\xff\xd8" * 9):
         assert data.jpeg_height(broken) is None
@@ -3370,13 +4100,15 @@ def test_inception_crops_are_distributed_and_resized_as_torchvisions():
             a, b = (np.searchsorted(np.sort(x), at, "right") / n for x in (a, b))
             assert abs(a - b).max() < 1.95 * (2 / n) ** 0.5, (height, width, abs(a - b).max())
         for u, (top, left, h, w) in list(zip(numbers, ours))[:20]:
-            truth = data.v2.functional.resized_crop(image, top, left, h, w, [24, 24],
-                                                    antialias=False)
-            out = crop.finish(u, image[:, top:top + h, left:left + w])
+            truth = data.v2.functional.resized_crop(
+                image, top, left, h, w, [24, 24], antialias=False
+            )
+            out = crop.finish(u, image[:, top : top + h, left : left + w])
             assert out.is_contiguous() and torch.equal(out.flip(2) if u[2] < 0.5 else out, truth)
     assert crop.box([0.9] * 23, 20, 2000) == (0, 987, 20, 27), "no try fits: the middle"
-    assert crop.box([1 - 2 ** -53] * 2 + [0.5] * 21, 99, 99)[0] == 99 - crop.box(
-        [0.5] * 23, 99, 99)[2], "the last row is reached"
+    assert (
+        crop.box([1 - 2**-53] * 2 + [0.5] * 21, 99, 99)[0] == 99 - crop.box([0.5] * 23, 99, 99)[2]
+    ), "the last row is reached"
 
 
 def test_batches_in_memory_are_padded_cropped_and_flipped_as_by_torchvision():
@@ -3385,8 +4117,14 @@ def test_batches_in_memory_are_padded_cropped_and_flipped_as_by_torchvision():
     windows = torch.cat([windows.flatten(0, 1), windows.flatten(0, 1).flip(3)])  # (162, 3, 32, 32)
     number = {w.numpy().tobytes(): i for i, w in enumerate(windows)}
     dataset = data.InMemory(image.expand(100, 3, 32, 32), torch.arange(100), [], padding=4)
-    ours = np.bincount([number[x.numpy().tobytes()] for epoch in range(162)
-                        for x in dataset[[(epoch, i) for i in range(100)]][0]], minlength=162)
+    ours = np.bincount(
+        [
+            number[x.numpy().tobytes()]
+            for epoch in range(162)
+            for x in dataset[[(epoch, i) for i in range(100)]][0]
+        ],
+        minlength=162,
+    )
     chi2 = ((ours - 100) ** 2 / 100).sum()
     assert chi2 < 161 + 4 * (2 * 161) ** 0.5, f"16,200 images, 162 equally likely outcomes: {chi2}"
     v2 = data.transforms("crop", 32, 32)
@@ -3402,10 +4140,15 @@ def test_augmentation_in_memory_depends_on_seed_epoch_and_image_only(more):
     def run(rank=0, world=1, start=0, seed=0, workers=0):
         order = data.TrainOrder(30, 8, 4, 5, start, 6, rank, world)
         return [x for x, _ in all_batches(make(seed), order, workers)]
+
     whole = run()
-    for again, truth in ((run(workers=1), whole), (run(workers=4), whole),
-                         (run(start=2), whole[4:]),
-                         (run(0, 2), whole[::2]), (run(1, 2), whole[1::2])):
+    for again, truth in (
+        (run(workers=1), whole),
+        (run(workers=4), whole),
+        (run(start=2), whole[4:]),
+        (run(0, 2), whole[::2]),
+        (run(1, 2), whole[1::2]),
+    ):
         assert len(again) == len(truth) and all(map(torch.equal, again, truth))
     assert not any(map(torch.equal, run(seed=1), whole))
     x, again = make()[[(0, 3), (1, 3), (0, 4)]][0], make()[[(0, 4), (0, 3)]][0]
@@ -3417,8 +4160,13 @@ def test_without_flip_there_are_crops_only():
     windows = F.pad(image, (4,) * 4).unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)
     windows = {w.numpy().tobytes() for w in windows.flatten(0, 1)}
     pairs = [(epoch, 0) for epoch in range(600)]
-    seen = [{x.numpy().tobytes() for x in data.InMemory(
-        image[None], torch.zeros(1), [], padding=4, flip=flip)[pairs][0]} for flip in (False, True)]
+    seen = [
+        {
+            x.numpy().tobytes()
+            for x in data.InMemory(image[None], torch.zeros(1), [], padding=4, flip=flip)[pairs][0]
+        }
+        for flip in (False, True)
+    ]
     assert seen[0] <= windows and len(seen[0]) == 81 and not seen[1] <= windows
     one_by_one = data.transforms("crop", 32, 32, flip=False)
     assert {one_by_one(image).numpy().tobytes() for _ in range(300)} <= windows
@@ -3485,23 +4233,31 @@ def write_grey(path, value, size=16):
 
 def greys(dataset):
     """(grey, label or row of labels) of each image, as the loader gives them."""
-    return [(round(image.float().mean().item()), label.tolist())
-            for x, y in data.batches(data.evaluation_loader(dataset, 64)) for image, label in
-            zip(x, y)]
+    return [
+        (round(image.float().mean().item()), label.tolist())
+        for x, y in data.batches(data.evaluation_loader(dataset, 64))
+        for image, label in zip(x, y)
+    ]
 
 
 def write_mat(path, compress, **arrays):
     """A MATLAB 5 file, byte by byte as The MathWorks' "MAT-File Format" has it."""
+
     def element(kind, content):
         if 0 < len(content) <= 4:  # the small form
             return struct.pack("<HH4s", kind, len(content), content)
         return struct.pack("<II", kind, len(content)) + content + bytes(-len(content) % 8)
+
     file = b"MATLAB 5.0 MAT-file, Platform: GLNX86".ljust(124) + struct.pack("<H2s", 0x100, b"IM")
     for name, values in arrays.items():
         kind, mx = {"uint8": (2, 9), "uint16": (4, 11), "float64": (9, 6)}[values.dtype.name]
-        matrix = element(14, element(6, struct.pack("<II", mx, 0)) + element(
-            5, struct.pack("<ii", 1, len(values))) + element(1, name.encode()) + element(
-            kind, values.tobytes()))
+        matrix = element(
+            14,
+            element(6, struct.pack("<II", mx, 0))
+            + element(5, struct.pack("<ii", 1, len(values)))
+            + element(1, name.encode())
+            + element(kind, values.tobytes()),
+        )
         packed = zlib.compress(matrix)
         file += struct.pack("<II", 15, len(packed)) + packed if compress else matrix
     path.write_bytes(file)
@@ -3510,15 +4266,24 @@ def write_mat(path, compress, **arrays):
 @pytest.mark.parametrize("compress", [False, True])
 def test_matlab_files_are_read_without_scipy(tmp_path, compress):
     rng = np.random.default_rng(0)
-    arrays = dict(labels=rng.integers(1, 103, 1001).astype(np.uint8), x=np.array([7], np.uint16),
-                  a_long_name=rng.integers(1, 9000, 3).astype(np.uint16), d=rng.normal(size=5))
+    arrays = dict(
+        labels=rng.integers(1, 103, 1001).astype(np.uint8),
+        x=np.array([7], np.uint16),
+        a_long_name=rng.integers(1, 9000, 3).astype(np.uint16),
+        d=rng.normal(size=5),
+    )
     write_mat(tmp_path / "a.mat", compress, **arrays)
     read = data.read_mat(tmp_path / "a.mat")
     assert read.keys() == arrays.keys()
     assert all(np.array_equal(read[name], arrays[name]) for name in arrays)
     whole = (tmp_path / "a.mat").read_bytes()
-    for wrong in (b"", whole[:-20], whole.replace(b"5.0", b"7.3", 1), whole[:126] + b"MI",
-                  whole[:140] + b"\xff" * 60):
+    for wrong in (
+        b"",
+        whole[:-20],
+        whole.replace(b"5.0", b"7.3", 1),
+        whole[:126] + b"MI",
+        whole[:140] + b"\xff" * 60,
+    ):
         (tmp_path / "b.mat").write_bytes(wrong)
         with pytest.raises(data.DataError, match="b.mat is not a MATLAB 5 file"):
             data.read_mat(tmp_path / "b.mat")
@@ -3529,19 +4294,27 @@ def test_flowers_are_read_from_their_published_files(tmp_path, monkeypatch):
 
     def load(split="train", **more):
         return data.load("flowers102", split, data_dir=tmp_path, image_size=16, **more)
+
     with pytest.raises(data.DataError, match="imagelabels.mat is missing .* unpack 102flowers.tgz"):
         load()
 
     def fetch(root, download):
         assert root == tmp_path and download
         folder.mkdir()
-        write_mat(folder / "setid.mat", True, trnid=np.array([2, 5], np.uint16),
-                  valid=np.array([1], np.uint16), tstid=np.array([6, 3, 4], np.uint16))
-        write_mat(folder / "imagelabels.mat", True,
-                  labels=np.array([77, 77, 1, 102, 50, 50], np.uint8))
+        write_mat(
+            folder / "setid.mat",
+            True,
+            trnid=np.array([2, 5], np.uint16),
+            valid=np.array([1], np.uint16),
+            tstid=np.array([6, 3, 4], np.uint16),
+        )
+        write_mat(
+            folder / "imagelabels.mat", True, labels=np.array([77, 77, 1, 102, 50, 50], np.uint8)
+        )
         for number in range(1, 7):
             write_grey(folder / "jpg" / f"image_{number:05d}.jpg", 10 * number)
         raise ImportError("scipy")  # as torchvision's class does then
+
     monkeypatch.setitem(data.OXFORD, "flowers102", (fetch, *data.OXFORD["flowers102"][1:]))
     # train is train and val; labels count from 0
     train_set = load(download=True)
@@ -3565,17 +4338,20 @@ def test_pets_are_read_from_their_published_files(tmp_path, monkeypatch):
 
     def fail(root, download):
         raise OSError("no network")
+
     with monkeypatch.context() as patch:
         patch.setitem(data.OXFORD, "pets", (fail, *data.OXFORD["pets"][1:]))
         with pytest.raises(data.DataError, match="oxford-iiit-pet failed .no network"):
             load(download=True)
     (folder / "annotations").mkdir(parents=True)
     (folder / "annotations/trainval.txt").write_text(
-        "Abyssinian_100 1 1 1\nAbyssinian_101 1 1 1\nBengal_7 3 1 2\namerican_bulldog_12 2 2 1\n")
+        "Abyssinian_100 1 1 1\nAbyssinian_101 1 1 1\nBengal_7 3 1 2\namerican_bulldog_12 2 2 1\n"
+    )
     with pytest.raises(data.DataError, match="oxford-iiit-pet/images is missing"):
         load()
-    for i, name in enumerate(("Abyssinian_100", "Abyssinian_101", "Bengal_7", "american_bulldog_12",
-                              "Bengal_8")):
+    for i, name in enumerate(
+        ("Abyssinian_100", "Abyssinian_101", "Bengal_7", "american_bulldog_12", "Bengal_8")
+    ):
         write_grey(folder / "images" / f"{name}.jpg", 10 * i)
     assert greys(load()) == [(0, 0), (10, 0), (20, 2), (30, 1)]
     assert load().classes == ["Abyssinian", "american_bulldog", "Bengal"]
@@ -3588,8 +4364,10 @@ def test_pets_are_read_from_their_published_files(tmp_path, monkeypatch):
 
 def test_imagenet21k_is_told_what_to_do_about_its_missing_validation_images(tmp_path):
     def load(split, classes=None):
-        return data.load("imagenet21k", split, data_dir=tmp_path / "21k", image_size=16,
-                         classes=classes)
+        return data.load(
+            "imagenet21k", split, data_dir=tmp_path / "21k", image_size=16, classes=classes
+        )
+
     with pytest.raises(data.DataError, match="21k/train is no folder; --data-dir names"):
         load("train")
     for i, name in enumerate(("n00004475", "n01440764", "n01443537")):
@@ -3611,9 +4389,14 @@ def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
     def read(name, classes=wnids):
         assert data.conditions(name, root) == [(None, None)]
         return data.benchmark(name, data_dir=root, image_size=16, classes=classes)
+
     for name in ("v2", "r", "real"):
-        with pytest.raises(data.DataError, match=(
-                f"{name}: there is neither .*imagenet/{data.BENCHMARKS[name][0]} nor .*expected")):
+        with pytest.raises(
+            data.DataError,
+            match=(
+                f"{name}: there is neither .*imagenet/{data.BENCHMARKS[name][0]} nor .*expected"
+            ),
+        ):
             data.conditions(name, root)
 
     # v2: folder 10 sorts before folder 2 and is class 10
@@ -3655,12 +4438,19 @@ def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
         write_grey(root / "val" / wnids[c] / f"ILSVRC2012_val_{number:08d}.JPEG", number)
     dataset = read("real")
     assert greys(dataset) == [(3, [7, 2, 9]), (4, [0, -1, -1]), (2, [5, -1, -1])], greys(dataset)
-    labels = torch.stack([y for x, ys in data.batches(data.evaluation_loader(dataset, 2))
-                          for y in ys])
+    labels = torch.stack(
+        [y for x, ys in data.batches(data.evaluation_loader(dataset, 2)) for y in ys]
+    )
     right = (torch.tensor([2, 5, 5])[:, None] == labels.view(len(labels), -1)).any(1)
     assert right.tolist() == [True, False, True], "the rule of benchmark's docstring"
-    for damage in ("[", "[[1], 2, 3, 4, 5]", "[[1], [2]]", '{"a": 1}', "[[1000], [], [], [], []]",
-                   "[[-1], [], [], [], []]"):
+    for damage in (
+        "[",
+        "[[1], 2, 3, 4, 5]",
+        "[[1], [2]]",
+        '{"a": 1}',
+        "[[1000], [], [], [], []]",
+        "[[-1], [], [], [], []]",
+    ):
         (root / "real.json").write_text(damage)
         with pytest.raises(data.DataError, match="real.json is damaged; expected: 50,000 lists"):
             read("real")
@@ -3676,8 +4466,23 @@ def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
 def test_imagenet_c_is_read_as_it_is_unpacked(tmp_path):
     assert len(data.ALEXNET_ERRORS) == 15 and len(set(data.CORRUPTIONS)) == 19
     # Hendrycks & Dietterich, Table 1, as printed
-    printed = (88.6, 89.4, 92.3, 82.0, 82.6, 78.6, 79.8, 86.7, 82.7, 81.9, 56.5, 85.3, 64.6, 71.8,
-               60.7)
+    printed = (
+        88.6,
+        89.4,
+        92.3,
+        82.0,
+        82.6,
+        78.6,
+        79.8,
+        86.7,
+        82.7,
+        81.9,
+        56.5,
+        85.3,
+        64.6,
+        71.8,
+        60.7,
+    )
     assert max(abs(a - b) for a, b in zip(printed, data.ALEXNET_ERRORS.values())) < 0.0501
     rng, root = np.random.default_rng(0), tmp_path / "imagenet-c"
     for i, corruption in enumerate(data.CORRUPTIONS):
@@ -3689,7 +4494,9 @@ def test_imagenet_c_is_read_as_it_is_unpacked(tmp_path):
     read = partial(data.benchmark, "c", data_dir=tmp_path, image_size=224, classes=["ant", "bee"])
     pairs = data.conditions("c", tmp_path)
     assert len(pairs) == 95 and pairs[:6] == [
-        *(("gaussian_noise", s) for s in (1, 2, 3, 4, 5)), ("shot_noise", 1)]
+        *(("gaussian_noise", s) for s in (1, 2, 3, 4, 5)),
+        ("shot_noise", 1),
+    ]
     for corruption, severity in pairs[::7]:
         grey = 10 * data.CORRUPTIONS.index(corruption) + severity
         assert greys(read(corruption, severity))[-1] == (grey, 1)
@@ -3699,9 +4506,11 @@ def test_imagenet_c_is_read_as_it_is_unpacked(tmp_path):
     assert x.shape == (2, 3, 160, 160)
     with pytest.raises(data.DataError, match="fog/3/ant is a class that .*expected: CORRUPTION"):
         read("fog", 3, classes=["bee"])
-    for wrong, message in ((("rain", 1), "unknown corruption 'rain'; known: gaussian_noise"),
-                           (("fog", 6), "severity 6 of fog; it must be 1"),
-                           (("fog", None), "severity None")):
+    for wrong, message in (
+        (("rain", 1), "unknown corruption 'rain'; known: gaussian_noise"),
+        (("fog", 6), "severity 6 of fog; it must be 1"),
+        (("fog", None), "severity None"),
+    ):
         with pytest.raises(data.DataError, match=message):
             read(*wrong)
     with pytest.raises(data.DataError, match="unknown benchmark 'd'; known: real v2"):
@@ -3719,10 +4528,11 @@ def test_cifar_c_is_read_severity_by_severity(tmp_path):
     labels = np.tile(rng.integers(0, 10, 4), 5).astype(np.uint8)
     np.save(folder / "fog.npy", pixels)
     np.save(folder / "labels.npy", labels)
-    read = partial(data.benchmark, "cifar10-c", data_dir=tmp_path, image_size=32,
-                   classes=list("abcdefghij"))
+    read = partial(
+        data.benchmark, "cifar10-c", data_dir=tmp_path, image_size=32, classes=list("abcdefghij")
+    )
     for severity in (1, 3, 5):
-        (x, y), = all_batches(read("fog", severity), [[(0, i) for i in range(4)]])
+        ((x, y),) = all_batches(read("fog", severity), [[(0, i) for i in range(4)]])
         block = slice(4 * severity - 4, 4 * severity)
         assert np.array_equal(x.permute(0, 2, 3, 1), pixels[block])
         assert y.tolist() == labels[block].tolist() and y.dtype == torch.int64
@@ -3750,9 +4560,19 @@ def test_c_lite_does_what_its_table_says():
     images, _ = data.shapes(range(24))
     assert not data.C_LITE.keys() & set(data.CORRUPTIONS), "none is taken for a published one"
     for corruption, (levels, _) in data.C_LITE.items():
-        damage = [torch.stack([data.corrupt(x, corruption, severity, 0, i) - x.float()
-                               for i, x in enumerate(images)]).square().mean().sqrt().item()
-                  for severity in (1, 2, 3, 4, 5)]
+        damage = [
+            torch.stack(
+                [
+                    data.corrupt(x, corruption, severity, 0, i) - x.float()
+                    for i, x in enumerate(images)
+                ]
+            )
+            .square()
+            .mean()
+            .sqrt()
+            .item()
+            for severity in (1, 2, 3, 4, 5)
+        ]
         assert len(levels) == 5 and 2 < damage[0], (corruption, damage)
         assert all(a < b for a, b in zip(damage, damage[1:])), (corruption, damage)
     flat = torch.full((3, 128, 128), 128, dtype=torch.uint8)
@@ -3771,8 +4591,10 @@ def test_c_lite_does_what_its_table_says():
     x = images[1].numpy().astype(int)
     grey = np.array(Image.fromarray(images[1].permute(1, 2, 0).numpy()).convert("L")).astype(int)
     for corruption, oracle in (
-            ("lite_brightness", x * 3 // 2), ("lite_saturation", np.trunc((x + grey) / 2)),
-            ("lite_contrast", np.trunc(x * 0.625 + 0.375 * int(grey.mean() + 0.5)))):
+        ("lite_brightness", x * 3 // 2),
+        ("lite_saturation", np.trunc((x + grey) / 2)),
+        ("lite_contrast", np.trunc(x * 0.625 + 0.375 * int(grey.mean() + 0.5))),
+    ):
         found = data.corrupt(images[1], corruption, 2)
         assert np.array_equal(found, oracle.clip(0, 255)), corruption
 
@@ -3796,12 +4618,14 @@ def test_c_lite_is_a_function_of_image_corruption_severity_seed_and_index():
             assert not torch.equal(alone[:6], all_batches(other, pairs[:1])[0][0])
             assert not torch.equal(*(data.corrupt(images[0], corruption, 3, 0, i) for i in (0, 1)))
     part = copy.copy(dataset).restrict(torch.tensor([40, 7]))  # an image keeps its noise in a part
-    (x, y), = all_batches(data.Corrupted(part, "lite_noise", 3), [[(0, 0), (0, 1)]])
+    ((x, y),) = all_batches(data.Corrupted(part, "lite_noise", 3), [[(0, 0), (0, 1)]])
     whole = data.Corrupted(dataset, "lite_noise", 3)
     assert torch.equal(x, all_batches(whole, [[(5, 40), (5, 7)]])[0][0]) and y.tolist() == [4, 7]
-    for wrong, message in ((("lite_noise", 0), "severity 0 of lite_noise; it must be 1"),
-                           (("lite_noise", 6), "severity 6"),
-                           (("fog", 1), "unknown corruption 'fog'; known: lite_noise")):
+    for wrong, message in (
+        (("lite_noise", 0), "severity 0 of lite_noise; it must be 1"),
+        (("lite_noise", 6), "severity 6"),
+        (("fog", 1), "unknown corruption 'fog'; known: lite_noise"),
+    ):
         with pytest.raises(data.DataError, match=message):
             data.Corrupted(dataset, *wrong)
 
@@ -3811,15 +4635,17 @@ def test_googles_randaugment_does_at_15_what_its_ranges_say():
     torch.manual_seed(0)
     x = torch.randint(0, 256, (3, 401, 401), dtype=torch.uint8)
     at_15 = {name: change(x, 1.5, 1) for name, change in data.GOOGLE_OPERATIONS.items()}
-    assert len(at_15) == 16 and all(y.shape == x.shape and y.dtype == x.dtype
-                                    for y in at_15.values())
+    assert len(at_15) == 16 and all(
+        y.shape == x.shape and y.dtype == x.dtype for y in at_15.values()
+    )
     grey = lambda *shape: torch.full(shape, 128, dtype=torch.uint8)
     assert torch.equal(at_15["TranslateX"], torch.cat([grey(3, 401, 150), x[:, :, :251]], 2))
     assert torch.equal(at_15["TranslateY"], torch.cat([grey(3, 150, 401), x[:, :251]], 1))
     assert torch.equal(at_15["Posterize"], x // 4 * 4), "6 bits stay"
     assert torch.equal(at_15["Solarize"], x), "no pixel is 384 or more"
-    assert torch.equal(data.GOOGLE_OPERATIONS["Solarize"](x, 0.5, 1),
-                       torch.where(x < 128, x, 255 - x))
+    assert torch.equal(
+        data.GOOGLE_OPERATIONS["Solarize"](x, 0.5, 1), torch.where(x < 128, x, 255 - x)
+    )
     added = (x.int() + 165).clamp(max=255)
     assert torch.equal(at_15["SolarizeAdd"].int(), torch.where(x < 128, added, x.int()))
     brighter = (x.double() * 2.8).clamp(max=255)
@@ -3828,7 +4654,7 @@ def test_googles_randaugment_does_at_15_what_its_ranges_say():
     rows, columns = (cut.any(d).nonzero().flatten() for d in (1, 0))
     sides = [len(rows), len(columns)]
     assert all(60 <= side <= 120 for side in sides), f"a square of {sides} instead of 120"
-    assert (at_15["Cutout"][:, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1] == 128).all()
+    assert (at_15["Cutout"][:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == 128).all()
     line = torch.zeros(3, 401, 401, dtype=torch.uint8)
     line[:, 200, 100:301] = 255
     for name, slope in (("Rotate", 1.0), ("ShearY", 0.45)):
@@ -3857,8 +4683,12 @@ def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):
 TINY = ("--model vit_micro8 --dim 24 --depth 2 --heads 2 --mlp-dim 48 --device cpu").split()
 
 
-def tiny(out, *more, dataset="--dataset shapes --train-fraction 1/50 --batch-size 32 "
-                             "--micro-batch 8 --epochs 2 --warmup-steps 3 --log-every 4"):
+def tiny(
+    out,
+    *more,
+    dataset="--dataset shapes --train-fraction 1/50 --batch-size 32 "
+    "--micro-batch 8 --epochs 2 --warmup-steps 3 --log-every 4",
+):
     """A command line that trains for seconds: 160 images, 5 steps an epoch."""
     return [*TINY, *dataset.split(), "--out-dir", str(out), *shlex.split(" ".join(map(str, more)))]
 
@@ -3914,35 +4744,47 @@ def test_learning_rate_at_warm_up_peak_and_end():
         assert lr(0, schedule) == 0 and lr(10, schedule) == 1.5e-3 and lr(20, schedule) == 3e-3
     assert abs(lr(60, "cosine") - 1.5e-3) < 1e-18 and abs(lr(100, "cosine")) < 1e-18
     assert abs(lr(40, "cosine") - 1.5e-3 * (1 + math.cos(math.pi / 4))) < 1e-18
-    assert (abs(lr(40, "linear", 1e-5) - (3e-3 * 0.75 + 1e-5 * 0.25)) < 1e-18
-            and abs(lr(100, "linear", 1e-5) - 1e-5) < 1e-18)
+    assert (
+        abs(lr(40, "linear", 1e-5) - (3e-3 * 0.75 + 1e-5 * 0.25)) < 1e-18
+        and abs(lr(100, "linear", 1e-5) - 1e-5) < 1e-18
+    )
     assert lr(60, "constant") == lr(100, "constant") == 3e-3
     assert abs(lr(60, "exponential", 3e-5) - 3e-4) < 1e-18  # the middle: the geometric mean
     assert abs(lr(100, "exponential", 3e-5) - 3e-5) < 1e-18
     assert abs(lr(21, "exponential", 3e-5) / lr(20, "exponential") - 0.01 ** (1 / 80)) < 1e-12
     # SupCon's code: 0.97 each half epoch, in 90 epochs
     head = train.RECIPES["chen_supcon_head"]
-    assert abs(train.learning_rate(625, 90 * 625, 0, 0.05, "exponential", head["lr_end"])
-               - 0.05 * 0.97 ** 2) < 1e-15
+    assert (
+        abs(
+            train.learning_rate(625, 90 * 625, 0, 0.05, "exponential", head["lr_end"])
+            - 0.05 * 0.97**2
+        )
+        < 1e-15
+    )
     assert abs(lr(60, "linear", 1e-5) - (3e-3 + 1e-5) / 2) < 1e-18  # the middle of the decay
     assert abs(lr(60, "cosine", 1e-5) - (3e-3 + 1e-5) / 2) < 1e-18
-    assert (train.learning_rate(0, 10, 0, 1.0, "cosine") == 1
-            and train.learning_rate(3, 3, 10, 1.0, "linear") == 0.3)
+    assert (
+        train.learning_rate(0, 10, 0, 1.0, "cosine") == 1
+        and train.learning_rate(3, 3, 10, 1.0, "linear") == 0.3
+    )
 
 
 def test_sigmoid_loss_is_the_sum_of_binary_cross_entropies():
     torch.manual_seed(0)
     logits, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 3, 1, 1, 2])
-    total = sum(-math.log(p if k == t else 1 - p)
-                for row, t in zip(torch.sigmoid(logits).tolist(), y.tolist())
-                for k, p in enumerate(row))
+    total = sum(
+        -math.log(p if k == t else 1 - p)
+        for row, t in zip(torch.sigmoid(logits).tolist(), y.tolist())
+        for k, p in enumerate(row)
+    )
     assert abs(train.sigmoid_loss(logits, y).item() - total / 5) < 1e-12
     soft = F.one_hot(y, 4).double()
     assert torch.allclose(train.sigmoid_loss(logits, soft), train.sigmoid_loss(logits, y))
     smooth = soft * 0.9 + 0.1 / 4
     assert torch.allclose(train.sigmoid_loss(logits, y, 0.1), train.sigmoid_loss(logits, smooth))
-    assert torch.allclose(train.softmax_loss(logits, y, 0.1),
-                          -(smooth * logits.log_softmax(1)).sum(1).mean())
+    assert torch.allclose(
+        train.softmax_loss(logits, y, 0.1), -(smooth * logits.log_softmax(1)).sum(1).mean()
+    )
 
 
 def supcon_by_hand(z, y, temperature):
@@ -3952,8 +4794,9 @@ def supcon_by_hand(z, y, temperature):
         others = [a for a in range(n) if a != i]
         positives = [p for p in others if y[p] == y[i]]
         denominator = sum(torch.exp(z[i] @ z[a] / temperature) for a in others)
-        loss = loss - sum(torch.log(torch.exp(z[i] @ z[p] / temperature) / denominator)
-                          for p in positives) / len(positives)
+        loss = loss - sum(
+            torch.log(torch.exp(z[i] @ z[p] / temperature) / denominator) for p in positives
+        ) / len(positives)
     return loss / n
 
 
@@ -3976,24 +4819,37 @@ def test_supcon_loss_and_its_gradient_are_those_of_the_double_sum(temperature):
 
 def test_lamb_takes_the_steps_of_its_algorithm_with_a_ratio_of_1_where_a_length_is_0():
     torch.manual_seed(0)
-    starts = {"matrix": torch.randn(3, 4), "zero weights": torch.zeros(5), "kept": torch.randn(4),
-              "zero update": torch.randn(2), "both zero": torch.zeros(3), "no grad": torch.ones(2)}
+    starts = {
+        "matrix": torch.randn(3, 4),
+        "zero weights": torch.zeros(5),
+        "kept": torch.randn(4),
+        "zero update": torch.randn(2),
+        "both zero": torch.zeros(3),
+        "no grad": torch.ones(2),
+    }
     starts = {name: w.double() for name, w in starts.items()}
     ours = {name: nn.Parameter(w.clone()) for name, w in starts.items()}
     decay = dict.fromkeys(starts, 0.0) | {"matrix": 0.3, "zero weights": 0.3}
-    optimizer = train.LAMB([dict(params=[ours[name]], weight_decay=decay[name]) for name in ours],
-                           lr=0.01, betas=(0.9, 0.99), eps=1e-6)
+    optimizer = train.LAMB(
+        [dict(params=[ours[name]], weight_decay=decay[name]) for name in ours],
+        lr=0.01,
+        betas=(0.9, 0.99),
+        eps=1e-6,
+    )
     m, v = ({name: np.zeros(w.shape) for name, w in starts.items()} for _ in range(2))
     hand = {name: w.numpy().copy() for name, w in starts.items()}
     for t in (1, 2, 3):
         for name, w in ours.items():
-            w.grad = torch.zeros_like(w) if "zero update" in name or "both" in name else (
-                None if name == "no grad" else torch.randn_like(w))
+            w.grad = (
+                torch.zeros_like(w)
+                if "zero update" in name or "both" in name
+                else (None if name == "no grad" else torch.randn_like(w))
+            )
             if w.grad is None:
                 continue
             g = w.grad.numpy()
             m[name], v[name] = 0.9 * m[name] + 0.1 * g, 0.99 * v[name] + 0.01 * g * g
-            r = m[name] / (1 - 0.9 ** t) / (np.sqrt(v[name] / (1 - 0.99 ** t)) + 1e-6)
+            r = m[name] / (1 - 0.9**t) / (np.sqrt(v[name] / (1 - 0.99**t)) + 1e-6)
             update = r + decay[name] * hand[name]
             length, size = np.linalg.norm(hand[name]), np.linalg.norm(update)
             ratio = length / size if length > 0 and size > 0 else 1.0
@@ -4015,20 +4871,26 @@ def test_weight_decay_reaches_what_each_mask_says():
     def decayed(mask):
         ids = {id(p) for p in train.decay_groups(network, mask)[0]}
         return {n for n, p in network.named_parameters() if id(p) in ids}
+
     everything = {n for n, _ in network.named_parameters()}
     assert decayed("all") == everything
-    kernels = {n for n in everything
-               if n.endswith("weight") and "norm" not in n and ".bn." not in n}
+    kernels = {
+        n for n in everything if n.endswith("weight") and "norm" not in n and ".bn." not in n
+    }
     assert decayed("kernels") == kernels
     assert decayed("no-norm-bias") == kernels | {"cls_token", "pos_embed"}
-    assert all(len(a) + len(b) == len(everything)
-               for a, b in (train.decay_groups(network, m) for m in ("all", "kernels")))
+    assert all(
+        len(a) + len(b) == len(everything)
+        for a, b in (train.decay_groups(network, m) for m in ("all", "kernels"))
+    )
 
 
 def test_evaluation_metrics_against_their_definitions_one_image_at_a_time():
     rng = np.random.default_rng(0)
-    x, y = (torch.from_numpy(rng.integers(0, 256, (50, 3, 4, 4), dtype=np.uint8)),
-            torch.from_numpy(rng.integers(0, 7, 50)))
+    x, y = (
+        torch.from_numpy(rng.integers(0, 256, (50, 3, 4, 4), dtype=np.uint8)),
+        torch.from_numpy(rng.integers(0, 7, 50)),
+    )
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 7)).double()
     with torch.no_grad():
@@ -4040,13 +4902,18 @@ def test_evaluation_metrics_against_their_definitions_one_image_at_a_time():
         z = (model[1].weight @ (image.double() / 255).flatten() + model[1].bias).tolist()
         p = [math.exp(v) / sum(math.exp(u) for u in z) for v in z]
         order = sorted(range(7), key=lambda k: -z[k])
-        hits1, hits5, nll = (hits1 + (order[0] == label), hits5 + (label in order[:5]),
-                             nll - math.log(p[label]))
+        hits1, hits5, nll = (
+            hits1 + (order[0] == label),
+            hits5 + (label in order[:5]),
+            nll - math.log(p[label]),
+        )
         bins[min(9, math.ceil(max(p) * 10) - 1)].append((order[0] == label, max(p)))
     ece = sum(abs(sum(h for h, _ in b) - sum(c for _, c in b)) for b in bins) / 50
     expected = dict(images=50, top1=2 * hits1, top5=2 * hits5, nll=nll / 50, ece=100 * ece)
-    assert (got.keys() == expected.keys()
-            and all(abs(got[k] - expected[k]) < 1e-9 for k in got)), (got, expected)
+    assert got.keys() == expected.keys() and all(abs(got[k] - expected[k]) < 1e-9 for k in got), (
+        got,
+        expected,
+    )
     assert model.training
 
 
@@ -4056,158 +4923,423 @@ def test_recipes_hold_flags_only_and_table_8s_numbers():
         assert row.keys() <= flags, (name, row.keys() - flags)
     args, origin = train.settings(["--model", "vit_b16", "--sam-rho", "0.2", "--device", "cpu"])
     assert args.recipe == "chen_vit" and args.sam_rho == 0.2 and args.dataset == "imagenet"
-    table8 = dict(epochs=300, batch_size=4096, micro_batch=32, lr=3e-3, warmup_steps=10_000,
-                  lr_schedule="cosine", optimizer="adamw", beta1=0.9, beta2=0.999,
-                  weight_decay=0.3, dropout=0.1, grad_clip=1.0, image_size=224,
-                  augment="inception", loss="sigmoid", mixup=0, label_smoothing=0)
+    table8 = dict(
+        epochs=300,
+        batch_size=4096,
+        micro_batch=32,
+        lr=3e-3,
+        warmup_steps=10_000,
+        lr_schedule="cosine",
+        optimizer="adamw",
+        beta1=0.9,
+        beta2=0.999,
+        weight_decay=0.3,
+        dropout=0.1,
+        grad_clip=1.0,
+        image_size=224,
+        augment="inception",
+        loss="sigmoid",
+        mixup=0,
+        label_smoothing=0,
+    )
     assert {k: getattr(args, k) for k in table8} == table8
     # 93,835 steps if the incomplete batches counted
     assert args.epochs * (1_281_167 // args.batch_size) == 93_600
-    assert (origin["lr"] == "chen_vit" and origin["sam_rho"] == "command line"
-            and origin["seed"] == "default")
+    assert (
+        origin["lr"] == "chen_vit"
+        and origin["sam_rho"] == "command line"
+        and origin["seed"] == "default"
+    )
     shared = dict(batch_size=4096, micro_batch=32, image_size=224, augment="inception", mixup=0)
     for model, row in {
-            "resnet101x2": dict(epochs=90, lr=1.6, warmup_steps=5_000, lr_schedule="cosine",
-                                optimizer="sgd", momentum=0.9, nesterov=False, weight_decay=1e-3,
-                                dropout=None, drop_path=None, grad_clip=0, loss="softmax"),
-            "vit_s16 --recipe chen_vit_strong": dict(
-                epochs=300, lr=1e-3, weight_decay=0.1, dropout=0.1, drop_path=0.1, mixup=0.5,
-                randaugment=[2, 15], randaugment_of="google"),
-            "mixer_s8": dict(epochs=300, lr=3e-3, warmup_steps=10_000, lr_schedule="linear",
-                             optimizer="adamw", beta2=0.999, weight_decay=0.3, drop_path=0.1,
-                             dropout=None, grad_clip=1.0, loss="sigmoid")}.items():
+        "resnet101x2": dict(
+            epochs=90,
+            lr=1.6,
+            warmup_steps=5_000,
+            lr_schedule="cosine",
+            optimizer="sgd",
+            momentum=0.9,
+            nesterov=False,
+            weight_decay=1e-3,
+            dropout=None,
+            drop_path=None,
+            grad_clip=0,
+            loss="softmax",
+        ),
+        "vit_s16 --recipe chen_vit_strong": dict(
+            epochs=300,
+            lr=1e-3,
+            weight_decay=0.1,
+            dropout=0.1,
+            drop_path=0.1,
+            mixup=0.5,
+            randaugment=[2, 15],
+            randaugment_of="google",
+        ),
+        "mixer_s8": dict(
+            epochs=300,
+            lr=3e-3,
+            warmup_steps=10_000,
+            lr_schedule="linear",
+            optimizer="adamw",
+            beta2=0.999,
+            weight_decay=0.3,
+            drop_path=0.1,
+            dropout=None,
+            grad_clip=1.0,
+            loss="sigmoid",
+        ),
+    }.items():
         args = train.settings(["--model", *model.split()])[0]
         assert {k: getattr(args, k) for k in shared | row} == shared | row, args
 
 
-PARK = dict(optimizer="adamw", lr=1.25e-4, weight_decay=0.05, decay="all", lr_schedule="cosine",
-            warmup_epochs=5, epochs=305, randaugment=[2, 9], randaugment_prob=0.5,
-            mixup=1.0, cutmix=0.8, erasing=0.25, label_smoothing=0.1, drop_path=0.1)
+PARK = dict(
+    optimizer="adamw",
+    lr=1.25e-4,
+    weight_decay=0.05,
+    decay="all",
+    lr_schedule="cosine",
+    warmup_epochs=5,
+    epochs=305,
+    randaugment=[2, 9],
+    randaugment_prob=0.5,
+    mixup=1.0,
+    cutmix=0.8,
+    erasing=0.25,
+    label_smoothing=0.1,
+    drop_path=0.1,
+)
 
 
-@pytest.mark.parametrize("argv, row", [
-    ("--dataset cifar100 --model resnet50", dict(
-        batch_size=96, grad_clip=5, augment="crop", mean=[0.5071, 0.4867, 0.4408], init="torch")),
-    ("--dataset cifar100 --model mixer_ti2", dict(gelu="exact", batch_size=96)),
-    ("--dataset cifar10 --model alter_resnet50 --msa-blocks 0 0 1 2", dict(
-        msa_blocks=[0, 0, 1, 2], qkv_bias=None)),
-    ("--dataset cifar100 --model torchvision:swin_t", dict(image_size=32)),
-    ("--dataset cifar100", dict(model="vit_ti2", qkv_bias=False, gelu="exact", init="timm")),
-    ("--model alter_resnet50", dict(dataset="imagenet", batch_size=128, grad_clip=0,
-                                    mean=[0.485, 0.456, 0.406])),
-    ("--recipe park_imagenet_vit", dict(model="vit_ti16", gelu="exact", batch_size=128))])
+@pytest.mark.parametrize(
+    "argv, row",
+    [
+        (
+            "--dataset cifar100 --model resnet50",
+            dict(
+                batch_size=96,
+                grad_clip=5,
+                augment="crop",
+                mean=[0.5071, 0.4867, 0.4408],
+                init="torch",
+            ),
+        ),
+        ("--dataset cifar100 --model mixer_ti2", dict(gelu="exact", batch_size=96)),
+        (
+            "--dataset cifar10 --model alter_resnet50 --msa-blocks 0 0 1 2",
+            dict(msa_blocks=[0, 0, 1, 2], qkv_bias=None),
+        ),
+        ("--dataset cifar100 --model torchvision:swin_t", dict(image_size=32)),
+        ("--dataset cifar100", dict(model="vit_ti2", qkv_bias=False, gelu="exact", init="timm")),
+        (
+            "--model alter_resnet50",
+            dict(dataset="imagenet", batch_size=128, grad_clip=0, mean=[0.485, 0.456, 0.406]),
+        ),
+        ("--recipe park_imagenet_vit", dict(model="vit_ti16", gelu="exact", batch_size=128)),
+    ],
+)
 def test_the_second_papers_settings_are_those_of_its_appendix(argv, row):
     args = train.settings(argv.split())[0]
     assert {k: getattr(args, k) for k in PARK | row} == PARK | row, args
 
 
 # Every recipe, from the papers' tables: what is not here is train.py's default.
-CHEN = dict(dataset="imagenet", image_size=224, augment="inception", batch_size=4096,
-            micro_batch=32, decay="kernels")
+CHEN = dict(
+    dataset="imagenet",
+    image_size=224,
+    augment="inception",
+    batch_size=4096,
+    micro_batch=32,
+    decay="kernels",
+)
 CHEN_VIT = CHEN | dict(
-    model="vit_b16", epochs=300, optimizer="adamw", lr=3e-3, beta1=0.9, beta2=0.999,
-    warmup_steps=10_000, lr_schedule="cosine", weight_decay=0.3, dropout=0.1, grad_clip=1.0,
-    loss="sigmoid", head_bias=-6.9)
+    model="vit_b16",
+    epochs=300,
+    optimizer="adamw",
+    lr=3e-3,
+    beta1=0.9,
+    beta2=0.999,
+    warmup_steps=10_000,
+    lr_schedule="cosine",
+    weight_decay=0.3,
+    dropout=0.1,
+    grad_clip=1.0,
+    loss="sigmoid",
+    head_bias=-6.9,
+)
 CHEN_MIXER = CHEN | dict(
-    model="mixer_b16", epochs=300, optimizer="adamw", lr=3e-3, beta1=0.9, beta2=0.999,
-    warmup_steps=10_000, lr_schedule="linear", lr_end=1e-5, weight_decay=0.3, drop_path=0.1,
-    grad_clip=1.0, loss="sigmoid", head_bias=-6.9)
+    model="mixer_b16",
+    epochs=300,
+    optimizer="adamw",
+    lr=3e-3,
+    beta1=0.9,
+    beta2=0.999,
+    warmup_steps=10_000,
+    lr_schedule="linear",
+    lr_end=1e-5,
+    weight_decay=0.3,
+    drop_path=0.1,
+    grad_clip=1.0,
+    loss="sigmoid",
+    head_bias=-6.9,
+)
 CHEN_RESNET = CHEN | dict(
-    model="resnet50", epochs=90, optimizer="sgd", momentum=0.9, lr=1.6, warmup_steps=5_000,
-    lr_schedule="cosine", weight_decay=1e-3, loss="softmax")
-CHEN_STRONG = dict(lr=1e-3, weight_decay=0.1, drop_path=0.1, mixup=0.5, randaugment=[2, 15],
-                   randaugment_of="google")
+    model="resnet50",
+    epochs=90,
+    optimizer="sgd",
+    momentum=0.9,
+    lr=1.6,
+    warmup_steps=5_000,
+    lr_schedule="cosine",
+    weight_decay=1e-3,
+    loss="softmax",
+)
+CHEN_STRONG = dict(
+    lr=1e-3,
+    weight_decay=0.1,
+    drop_path=0.1,
+    mixup=0.5,
+    randaugment=[2, 15],
+    randaugment_of="google",
+)
 CHEN_TO = dict(  # Table 11
-    model="vit_b16", image_size=224, augment="inception", epochs=0, batch_size=512, micro_batch=32,
-    optimizer="sgd", momentum=0.9, lr=0.01, lr_schedule="cosine", weight_decay=0.0, grad_clip=1.0,
-    loss="softmax", reset_head=True, eval_every=10_000)
+    model="vit_b16",
+    image_size=224,
+    augment="inception",
+    epochs=0,
+    batch_size=512,
+    micro_batch=32,
+    optimizer="sgd",
+    momentum=0.9,
+    lr=0.01,
+    lr_schedule="cosine",
+    weight_decay=0.0,
+    grad_clip=1.0,
+    loss="softmax",
+    reset_head=True,
+    eval_every=10_000,
+)
 PARK_CIFAR = PARK | dict(
-    dataset="cifar100", model="resnet50", image_size=32, augment="crop", batch_size=96,
-    micro_batch=96, grad_clip=5.0, mean=[0.5071, 0.4867, 0.4408], std=[0.2675, 0.2565, 0.2761])
+    dataset="cifar100",
+    model="resnet50",
+    image_size=32,
+    augment="crop",
+    batch_size=96,
+    micro_batch=96,
+    grad_clip=5.0,
+    mean=[0.5071, 0.4867, 0.4408],
+    std=[0.2675, 0.2565, 0.2761],
+)
 PARK_IMAGENET = PARK | dict(
-    dataset="imagenet", model="resnet50", image_size=224, augment="inception", batch_size=128,
-    micro_batch=32, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    dataset="imagenet",
+    model="resnet50",
+    image_size=224,
+    augment="inception",
+    batch_size=128,
+    micro_batch=32,
+    mean=[0.485, 0.456, 0.406],
+    std=[0.229, 0.224, 0.225],
+)
 WEAK = dict(randaugment=[0, 9], erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
 XIAO = dict(
-    dataset="imagenet", image_size=224, augment="inception", autoaugment="imagenet", mixup=0.8,
-    cutmix=1.0, label_smoothing=0.1, epochs=400, batch_size=2048, micro_batch=32, warmup_epochs=5,
-    lr_schedule="cosine", decay="no-norm-bias", ema_alpha=1e-5, ema_every=32, loss="softmax",
-    mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    dataset="imagenet",
+    image_size=224,
+    augment="inception",
+    autoaugment="imagenet",
+    mixup=0.8,
+    cutmix=1.0,
+    label_smoothing=0.1,
+    epochs=400,
+    batch_size=2048,
+    micro_batch=32,
+    warmup_epochs=5,
+    lr_schedule="cosine",
+    decay="no-norm-bias",
+    ema_alpha=1e-5,
+    ema_every=32,
+    loss="softmax",
+    mean=[0.485, 0.456, 0.406],
+    std=[0.229, 0.224, 0.225],
+)
 XIAO_VIT = XIAO | dict(
-    model="vit_c_4gf", optimizer="adamw", beta1=0.9, beta2=0.999, lr=1e-3, lr_end=5e-6,
-    weight_decay=0.24, ema_decay=0.9983616)
+    model="vit_c_4gf",
+    optimizer="adamw",
+    beta1=0.9,
+    beta2=0.999,
+    lr=1e-3,
+    lr_end=5e-6,
+    weight_decay=0.24,
+    ema_decay=0.9983616,
+)
 XIAO_CNN = XIAO | dict(
-    optimizer="sgd", momentum=0.9, nesterov=True, lr=2.54, lr_end=0.0127, weight_decay=2.4e-5,
-    ema_decay=0.9983616)
+    optimizer="sgd",
+    momentum=0.9,
+    nesterov=True,
+    lr=2.54,
+    lr_end=0.0127,
+    weight_decay=2.4e-5,
+    ema_decay=0.9983616,
+)
 PAPER_ROWS = {
     "shapes": dict(
-        dataset="shapes", model="vit_micro8", epochs=12, batch_size=64, micro_batch=32, lr=2e-3,
-        warmup_steps=125, lr_schedule="cosine", weight_decay=0.1, sam_rho=0.03, image_size=32,
-        augment="none", optimizer="adamw"),
-    "chen_vit": CHEN_VIT, "chen_mixer": CHEN_MIXER, "chen_resnet": CHEN_RESNET,
-    "chen_vit_strong": CHEN_VIT | CHEN_STRONG, "chen_mixer_strong": CHEN_MIXER | CHEN_STRONG,
-    **{f"{name}_{part}": row | dict(train_fraction=fraction, batch_size=batch)
-       for name, row in {"chen_resnet": CHEN_RESNET | dict(model="resnet152"),
-                         "chen_vit": CHEN_VIT, "chen_mixer": CHEN_MIXER,
-                         "chen_vit_strong": CHEN_VIT | CHEN_STRONG,
-                         "chen_mixer_strong": CHEN_MIXER | CHEN_STRONG}.items()
-       for part, fraction, batch in (("half", "1/2", 2048), ("quarter", "1/4", 1024),
-                                     ("tenth", "1/10", 512))},
+        dataset="shapes",
+        model="vit_micro8",
+        epochs=12,
+        batch_size=64,
+        micro_batch=32,
+        lr=2e-3,
+        warmup_steps=125,
+        lr_schedule="cosine",
+        weight_decay=0.1,
+        sam_rho=0.03,
+        image_size=32,
+        augment="none",
+        optimizer="adamw",
+    ),
+    "chen_vit": CHEN_VIT,
+    "chen_mixer": CHEN_MIXER,
+    "chen_resnet": CHEN_RESNET,
+    "chen_vit_strong": CHEN_VIT | CHEN_STRONG,
+    "chen_mixer_strong": CHEN_MIXER | CHEN_STRONG,
+    **{
+        f"{name}_{part}": row | dict(train_fraction=fraction, batch_size=batch)
+        for name, row in {
+            "chen_resnet": CHEN_RESNET | dict(model="resnet152"),
+            "chen_vit": CHEN_VIT,
+            "chen_mixer": CHEN_MIXER,
+            "chen_vit_strong": CHEN_VIT | CHEN_STRONG,
+            "chen_mixer_strong": CHEN_MIXER | CHEN_STRONG,
+        }.items()
+        for part, fraction, batch in (
+            ("half", "1/2", 2048),
+            ("quarter", "1/4", 1024),
+            ("tenth", "1/10", 512),
+        )
+    },
     "chen_vit_adversarial": CHEN_VIT | dict(adv_eps=2 / 255),
     "chen_mixer_adversarial": CHEN_MIXER | dict(adv_eps=2 / 255),
     "chen_resnet_adversarial": CHEN_RESNET | dict(adv_eps=2 / 255),
-    "chen_vit_long": CHEN_VIT | dict(epochs=600), "chen_mixer_long": CHEN_MIXER | dict(epochs=600),
-    "chen_vit_21k": CHEN_VIT | dict(
-        dataset="imagenet21k", epochs=90, lr=1e-3, lr_schedule="linear", weight_decay=0.03,
-        head_bias=-10.0, sam_rho=0.2),
+    "chen_vit_long": CHEN_VIT | dict(epochs=600),
+    "chen_mixer_long": CHEN_MIXER | dict(epochs=600),
+    "chen_vit_21k": CHEN_VIT
+    | dict(
+        dataset="imagenet21k",
+        epochs=90,
+        lr=1e-3,
+        lr_schedule="linear",
+        weight_decay=0.03,
+        head_bias=-10.0,
+        sam_rho=0.2,
+    ),
     "chen_mixer_21k": CHEN_MIXER | dict(dataset="imagenet21k", head_bias=-10.0, sam_rho=0.6),
     "chen_resnet_21k": CHEN_RESNET | dict(dataset="imagenet21k", sam_rho=0.02),
-    "chen_21k_to_imagenet": CHEN_TO | dict(
-        dataset="imagenet", max_steps=20_000, warmup_steps=500, lr=0.03, eval_every=1),
-    "chen_supcon": CHEN_VIT | dict(
-        autoaugment="imagenet", epochs=350, batch_size=2048, micro_batch=16, optimizer="lamb",
-        lr=0.001 * 2048 / 256, eps=1e-6, loss="supcon", temperature=0.1, projection_dim=128,
-        unit_norm=True, head_bias=0.0),
-    "chen_supcon_head": CHEN | dict(
-        model="vit_b16", autoaugment="imagenet", epochs=90, batch_size=2048, optimizer="rmsprop",
-        lr=0.05, momentum=0.9, beta2=0.9, eps=1.0, lr_schedule="exponential",
-        lr_end=0.05 * 0.97 ** 180, weight_decay=1e-6, loss="softmax", unit_norm=True,
-        reset_head=True, train_only="head"),
+    "chen_21k_to_imagenet": CHEN_TO
+    | dict(dataset="imagenet", max_steps=20_000, warmup_steps=500, lr=0.03, eval_every=1),
+    "chen_supcon": CHEN_VIT
+    | dict(
+        autoaugment="imagenet",
+        epochs=350,
+        batch_size=2048,
+        micro_batch=16,
+        optimizer="lamb",
+        lr=0.001 * 2048 / 256,
+        eps=1e-6,
+        loss="supcon",
+        temperature=0.1,
+        projection_dim=128,
+        unit_norm=True,
+        head_bias=0.0,
+    ),
+    "chen_supcon_head": CHEN
+    | dict(
+        model="vit_b16",
+        autoaugment="imagenet",
+        epochs=90,
+        batch_size=2048,
+        optimizer="rmsprop",
+        lr=0.05,
+        momentum=0.9,
+        beta2=0.9,
+        eps=1.0,
+        lr_schedule="exponential",
+        lr_end=0.05 * 0.97**180,
+        weight_decay=1e-6,
+        loss="softmax",
+        unit_norm=True,
+        reset_head=True,
+        train_only="head",
+    ),
     "chen_to_cifar10": CHEN_TO | dict(dataset="cifar10", max_steps=10_000, warmup_steps=500),
     "chen_to_cifar100": CHEN_TO | dict(dataset="cifar100", max_steps=10_000, warmup_steps=500),
     "chen_to_flowers102": CHEN_TO | dict(dataset="flowers102", max_steps=500, warmup_steps=100),
     "chen_to_pets": CHEN_TO | dict(dataset="pets", max_steps=500, warmup_steps=100),
-    "park_cifar": PARK_CIFAR, "park_imagenet": PARK_IMAGENET,
-    "park_cifar_vit": PARK_CIFAR | dict(
-        model="vit_ti2", qkv_bias=False, gelu="exact", init="timm"),
+    "park_cifar": PARK_CIFAR,
+    "park_imagenet": PARK_IMAGENET,
+    "park_cifar_vit": PARK_CIFAR | dict(model="vit_ti2", qkv_bias=False, gelu="exact", init="timm"),
     "park_cifar_resnet": PARK_CIFAR | dict(init="torch"),
     "park_cifar_mixer": PARK_CIFAR | dict(model="mixer_ti2", gelu="exact"),
     "park_imagenet_vit": PARK_IMAGENET | dict(model="vit_ti16", gelu="exact", init="timm"),
-    "park_cifar_vit_weak": PARK_CIFAR | WEAK | dict(
-        model="vit_ti2", qkv_bias=False, gelu="exact", init="timm"),
+    "park_cifar_vit_weak": PARK_CIFAR
+    | WEAK
+    | dict(model="vit_ti2", qkv_bias=False, gelu="exact", init="timm"),
     "park_cifar_resnet_weak": PARK_CIFAR | WEAK | dict(init="torch"),
     "xiao_vit": XIAO_VIT,
-    "xiao_vit_36gf": XIAO_VIT | dict(
-        model="vit_c_36gf", lr=6e-4, lr_end=3e-6, weight_decay=0.28),
+    "xiao_vit_36gf": XIAO_VIT | dict(model="vit_c_36gf", lr=6e-4, lr_end=3e-6, weight_decay=0.28),
     "xiao_resnet": XIAO_CNN | dict(model="resnet50", eval_short_side=256),
     "xiao_regnety_1gf": XIAO_CNN | dict(model="regnety_1gf", image_size=232, eval_short_side=262),
     "xiao_regnety_4gf": XIAO_CNN | dict(model="regnety_4gf", image_size=240, eval_short_side=272),
     "xiao_regnety_16gf": XIAO_CNN | dict(model="regnety_16gf", image_size=256, eval_short_side=292),
     "xiao_regnety_32gf": XIAO_CNN | dict(model="regnety_32gf", image_size=268, eval_short_side=304),
-    "xiao_vit_21k": XIAO_VIT | dict(
-        dataset="imagenet21k", model="vit_c_18gf", epochs=90, batch_size=4096, lr=2e-3,
-        lr_end=1e-5, ema_decay=1 - 1e-5 * 4096 / 90 * 32),
-    "xiao_vit_21k_36gf": XIAO_VIT | dict(
-        dataset="imagenet21k", model="vit_c_36gf", epochs=90, batch_size=4096, lr=1.4e-3,
-        lr_end=7e-6, ema_decay=1 - 1e-5 * 4096 / 90 * 32),
-    "xiao_deit": XIAO_VIT | dict(
-        model="vit_p_4gf", autoaugment="none", randaugment=[2, 9], randaugment_prob=0.5,
-        erasing=0.25, repeated_augment=3, epochs=300, batch_size=1024, lr_end=1e-5,
-        weight_decay=0.05, decay="kernels", drop_path=0.1, ema_alpha=0.0, ema_every=1,
-        ema_decay=0.0),
+    "xiao_vit_21k": XIAO_VIT
+    | dict(
+        dataset="imagenet21k",
+        model="vit_c_18gf",
+        epochs=90,
+        batch_size=4096,
+        lr=2e-3,
+        lr_end=1e-5,
+        ema_decay=1 - 1e-5 * 4096 / 90 * 32,
+    ),
+    "xiao_vit_21k_36gf": XIAO_VIT
+    | dict(
+        dataset="imagenet21k",
+        model="vit_c_36gf",
+        epochs=90,
+        batch_size=4096,
+        lr=1.4e-3,
+        lr_end=7e-6,
+        ema_decay=1 - 1e-5 * 4096 / 90 * 32,
+    ),
+    "xiao_deit": XIAO_VIT
+    | dict(
+        model="vit_p_4gf",
+        autoaugment="none",
+        randaugment=[2, 9],
+        randaugment_prob=0.5,
+        erasing=0.25,
+        repeated_augment=3,
+        epochs=300,
+        batch_size=1024,
+        lr_end=1e-5,
+        weight_decay=0.05,
+        decay="kernels",
+        drop_path=0.1,
+        ema_alpha=0.0,
+        ema_every=1,
+        ema_decay=0.0,
+    ),
 }
-OF_THE_MACHINE = {"recipe", "init_from", "data_dir", "device", "dtype", "compile",
-                  "channels_last", "out_dir"}
+OF_THE_MACHINE = {
+    "recipe",
+    "init_from",
+    "data_dir",
+    "device",
+    "dtype",
+    "compile",
+    "channels_last",
+    "out_dir",
+}
 
 
 @pytest.mark.parametrize("name", train.RECIPES)
@@ -4215,9 +5347,13 @@ def test_every_recipe_is_the_papers_row_in_every_field(name):
     start = ["--init-from", "x.pt"] if "reset_head" in PAPER_ROWS[name] else []
     got = vars(train.settings(["--recipe", name, *start])[0])
     expected = vars(train.make_parser().parse_args([])) | dict(sam_rho=0.0) | PAPER_ROWS[name]
-    differ = {field: (got[field], value) for field, value in expected.items()
-              if field not in OF_THE_MACHINE and got[field] != value
-              and not (field == "ema_decay" and abs(got[field] - value) < 1e-12)}
+    differ = {
+        field: (got[field], value)
+        for field, value in expected.items()
+        if field not in OF_THE_MACHINE
+        and got[field] != value
+        and not (field == "ema_decay" and abs(got[field] - value) < 1e-12)
+    }
     assert not differ, f"{name}: (resolved, the paper's) {differ}"
 
 
@@ -4233,26 +5369,33 @@ def test_what_the_papers_varied_is_a_flag(capsys, monkeypatch):
     assert (args.recipe, args.image_size, args.eval_short_side) == ("xiao_regnety_4gf", 240, 272)
     monkeypatch.setitem(train.RECIPES, "odd", dict(learning_rate=1))
     for argv, words in [
-            ("--recipe odd", "odd sets learning_rate: no such flag"),
-            ("--recipe chen_to_pets", "weights of --init-from; chen_to_pets fine-tunes: name them"),
-            ("--recipe xiao_vit --epochs 0 --max-steps 9", "--ema-alpha depends on --epochs"),
-            ("--recipe xiao_regnety_1gf --image-size 264", "at least --image-size, 264"),
-            ("--eval-short-side 40", "for images in files, not shapes cifar10 cifar100; 0 turns"),
-            ("--model regnety_4gf --optimizer adamw", "--no-nesterov turns it off"),
-            ("--repeated-augment 0", "--repeated-augment is 0; it must be at least 1")]:
+        ("--recipe odd", "odd sets learning_rate: no such flag"),
+        ("--recipe chen_to_pets", "weights of --init-from; chen_to_pets fine-tunes: name them"),
+        ("--recipe xiao_vit --epochs 0 --max-steps 9", "--ema-alpha depends on --epochs"),
+        ("--recipe xiao_regnety_1gf --image-size 264", "at least --image-size, 264"),
+        ("--eval-short-side 40", "for images in files, not shapes cifar10 cifar100; 0 turns"),
+        ("--model regnety_4gf --optimizer adamw", "--no-nesterov turns it off"),
+        ("--repeated-augment 0", "--repeated-augment is 0; it must be at least 1"),
+    ]:
         assert words in refusal(capsys, *argv.split()), argv
 
 
 PARK_VIT, PARK_HALF = "vit_ti2 --no-qkv-bias", "vit_ti2 --no-qkv-bias --depth 6"
 
 
-@pytest.mark.parametrize("flags, tokens, heads, head_dim, depth", [
-    *((f"{PARK_VIT} --patch-size {p}", (32 // p) ** 2 + 1, 3, 64, 12) for p in (2, 4, 8)),  # C.2
-    *((f"vit_ti4 --no-qkv-bias --kernel-size {k}", 65, 3, 64, 12) for k in (3, 5, 8)),  # Fig. 7
-    (f"{PARK_VIT} --pool gap", 256, 3, 64, 12),  # Fig. 6
-    *((f"{PARK_HALF} --heads {h} --head-dim 64", 257, h, 64, 6) for h in range(1, 10)),  # C.5
-    *((f"{PARK_HALF} --head-dim {d}", 257, 3, d, 6) for d in (22, 66, 110, 198)),  # C.6
-    *((f"{PARK_VIT} --epochs {n}", 257, 3, 64, 12) for n in (75, 150, 300, 600, 1200))])  # C.3
+@pytest.mark.parametrize(
+    "flags, tokens, heads, head_dim, depth",
+    [
+        *(
+            (f"{PARK_VIT} --patch-size {p}", (32 // p) ** 2 + 1, 3, 64, 12) for p in (2, 4, 8)
+        ),  # C.2
+        *((f"vit_ti4 --no-qkv-bias --kernel-size {k}", 65, 3, 64, 12) for k in (3, 5, 8)),  # Fig. 7
+        (f"{PARK_VIT} --pool gap", 256, 3, 64, 12),  # Fig. 6
+        *((f"{PARK_HALF} --heads {h} --head-dim 64", 257, h, 64, 6) for h in range(1, 10)),  # C.5
+        *((f"{PARK_HALF} --head-dim {d}", 257, 3, d, 6) for d in (22, 66, 110, 198)),  # C.6
+        *((f"{PARK_VIT} --epochs {n}", 257, 3, 64, 12) for n in (75, 150, 300, 600, 1200)),
+    ],
+)  # C.3
 def test_the_second_papers_vits_are_built_from_flags(flags, tokens, heads, head_dim, depth):
     args = train.settings(["--dataset", "cifar100", "--model", *flags.split()])[0]
     train.check_network(args)
@@ -4275,19 +5418,23 @@ def test_the_second_papers_fractions_of_cifar_are_class_balanced(fraction):
 def test_list_recipes_prints_each_with_steps_accuracy_and_table(capsys):
     assert train.PUBLISHED.keys() == train.RECIPES.keys()
     assert train.main(["--list-recipes"]) == 0
-    rows = {line.split()[0]: line.split(maxsplit=8)[1:]
-            for line in capsys.readouterr().out.splitlines() if line[:1].isalpha()}
+    rows = {
+        line.split()[0]: line.split(maxsplit=8)[1:]
+        for line in capsys.readouterr().out.splitlines()
+        if line[:1].isalpha()
+    }
     assert train.RECIPES.keys() <= rows.keys()
-    for line in ("chen_vit vit_b16 imagenet 300 4,096 93,600 74.6 79.9 Chen Table 8, 2",
-                 "chen_mixer_tenth mixer_b16 imagenet 300 512 75,000 21.0 43.5 Chen E.2, Table 4",
-                 "chen_to_cifar10 vit_b16 cifar10 - 512 10,000 98.1 98.6 Chen Table 11, 6",
-                 "chen_supcon vit_b16 imagenet 350 2,048 218,750 - - Chen E.4",
-                 "chen_supcon_head vit_b16 imagenet 90 2,048 56,250 77.4 80.0 "
-                 "Chen E.4, §5.3; ViT-S/16 77.0, 78.1",
-                 "park_cifar_resnet resnet50 cifar100 305 96 158,600 77.8 - Park A.1, App. C",
-                 "xiao_vit vit_c_4gf imagenet 400 2,048 250,000 81.4 - Xiao §5.4, Table 2",
-                 "xiao_regnety_16gf regnety_16gf imagenet 400 2,048 250,000 83.7 - Xiao §6, Table 2"
-                 ):
+    for line in (
+        "chen_vit vit_b16 imagenet 300 4,096 93,600 74.6 79.9 Chen Table 8, 2",
+        "chen_mixer_tenth mixer_b16 imagenet 300 512 75,000 21.0 43.5 Chen E.2, Table 4",
+        "chen_to_cifar10 vit_b16 cifar10 - 512 10,000 98.1 98.6 Chen Table 11, 6",
+        "chen_supcon vit_b16 imagenet 350 2,048 218,750 - - Chen E.4",
+        "chen_supcon_head vit_b16 imagenet 90 2,048 56,250 77.4 80.0 "
+        "Chen E.4, §5.3; ViT-S/16 77.0, 78.1",
+        "park_cifar_resnet resnet50 cifar100 305 96 158,600 77.8 - Park A.1, App. C",
+        "xiao_vit vit_c_4gf imagenet 400 2,048 250,000 81.4 - Xiao §5.4, Table 2",
+        "xiao_regnety_16gf regnety_16gf imagenet 400 2,048 250,000 83.7 - Xiao §6, Table 2",
+    ):
         name, *row = line.split(maxsplit=8)
         assert rows[name] == row, (rows[name], row)
 
@@ -4296,28 +5443,59 @@ def test_expected_hours_are_those_of_the_arithmetic_in_list_recipes_and_dry_run(
     forward = vit.complexity(vit.build("vit_b16"))["macs"]
     hours = 2 * forward * 3 * 4096 * 93_600 / (8 * 100e12) / 3600  # Table 8: 300 epochs
     assert train.main(["--list-recipes", "--expect", "8", "100"]) == 0
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()
-            if line[:1].isalpha()}
+    rows = {
+        line.split()[0]: line.split()
+        for line in capsys.readouterr().out.splitlines()
+        if line[:1].isalpha()
+    }
     assert rows["chen_vit"][8:10] == [f"{hours:.3g}", f"{2 * hours:.3g}"]
     shown = re.findall(r"^\| `(\w+)` \| .* \| (\S+) \| (\S+) \|$", README, re.MULTILINE)
     assert len(shown) > 10, "README's table is this one"
     for name, *columns in shown:
         assert rows[name][8:10] == columns, name
-    assert train.main(["--recipe", "chen_vit", "--sam-rho", "paper", "--dry-run", "--data-dir",
-                       "nowhere", "--expect", "8", "100"]) == 2, "told though there are no data"
+    assert (
+        train.main(
+            [
+                "--recipe",
+                "chen_vit",
+                "--sam-rho",
+                "paper",
+                "--dry-run",
+                "--data-dir",
+                "nowhere",
+                "--expect",
+                "8",
+                "100",
+            ]
+        )
+        == 2
+    ), "told though there are no data"
     told = re.search(r"expected  (\S+) hours of 93,600 steps", capsys.readouterr().out)
     assert told[1] == f"{2 * hours:.3g}"
-    for argv, line in ((["--expect", "8", "50"], "--expect is for --dry-run"),
-                       (["--dry-run", "--expect", "8", "0"], "--expect 8.0 0.0: devices and"),
-                       (["--dry-run", "--expect", "8", "inf"], "both above 0"),
-                       (["--dry-run", "--expect", "8", "nan"], "both above 0"),
-                       (["--dry-run", "--dataset", "cifar10", "--model", "torchvision:vit_b_16",
-                         "--image-size", "224", "--expect", "8", "50"], "cannot be counted"),
-                       (["--dry-run", "--expect", "8"], "expected 2 arguments"),
-                       (["--dry-run", "--dataset", "folder", "--expect", "8", "50"],
-                        "not of a folder"),
-                       (["--dry-run", "--train-fraction", "half", "--expect", "8", "50"],
-                        "--train-fraction half")):
+    for argv, line in (
+        (["--expect", "8", "50"], "--expect is for --dry-run"),
+        (["--dry-run", "--expect", "8", "0"], "--expect 8.0 0.0: devices and"),
+        (["--dry-run", "--expect", "8", "inf"], "both above 0"),
+        (["--dry-run", "--expect", "8", "nan"], "both above 0"),
+        (
+            [
+                "--dry-run",
+                "--dataset",
+                "cifar10",
+                "--model",
+                "torchvision:vit_b_16",
+                "--image-size",
+                "224",
+                "--expect",
+                "8",
+                "50",
+            ],
+            "cannot be counted",
+        ),
+        (["--dry-run", "--expect", "8"], "expected 2 arguments"),
+        (["--dry-run", "--dataset", "folder", "--expect", "8", "50"], "not of a folder"),
+        (["--dry-run", "--train-fraction", "half", "--expect", "8", "50"], "--train-fraction half"),
+    ):
         assert line in refusal(capsys, *argv), line
 
 
@@ -4336,13 +5514,15 @@ PASSES = {  # flags: forward passes of the network that a step of 32 images take
 
 class Flops(TorchDispatchMode):
     """Adds up what torch knows of the products of matrices and convolutions."""
+
     total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         if function._overloadpacket in flop_registry:
             self.total += flop_registry[function._overloadpacket](
-                *args, **(kwargs or {}), out_val=out)
+                *args, **(kwargs or {}), out_val=out
+            )
         return out
 
 
@@ -4350,13 +5530,18 @@ class Flops(TorchDispatchMode):
 def test_the_passes_of_a_step_are_what_it_computes(tmp_path, monkeypatch, small_shapes, flags):
     """In two steps; the first layer, whose gradient by the images only an attack needs, is a
     hundredth of this network."""
-    argv = ("--device cpu --model mixer_micro8 --dim 128 --depth 6 --token-mlp-dim 64 "
-            "--mlp-dim 512 --dataset shapes --batch-size 32 --micro-batch 8 --warmup-steps 0 "
-            f"--max-steps 2 --projection-dim 4 --out-dir {tmp_path} {flags}").split()
+    argv = (
+        "--device cpu --model mixer_micro8 --dim 128 --depth 6 --token-mlp-dim 64 "
+        "--mlp-dim 512 --dataset shapes --batch-size 32 --micro-batch 8 --warmup-steps 0 "
+        f"--max-steps 2 --projection-dim 4 --out-dir {tmp_path} {flags}"
+    ).split()
     args, _ = train.settings(argv)
     assert train.forward_passes(args) == PASSES[flags]
-    monkeypatch.setattr(train, "evaluate", lambda *args, **more: dict(
-        images=1, top1=0.0, top5=0.0, nll=0.0, ece=0.0))
+    monkeypatch.setattr(
+        train,
+        "evaluate",
+        lambda *args, **more: dict(images=1, top1=0.0, top5=0.0, nll=0.0, ece=0.0),
+    )
     monkeypatch.setattr(train, "set_class_means", lambda *args: None)
     with Flops() as count:
         assert train.main(argv) == 0
@@ -4366,7 +5551,7 @@ def test_the_passes_of_a_step_are_what_it_computes(tmp_path, monkeypatch, small_
 
 def test_recipes_are_known_by_name_in_their_tables_only():
     source = (HERE / "train.py").read_text()
-    rest = source[:source.index("RECIPES = {")] + source[source.index("TRAINING_IMAGES = "):]
+    rest = source[: source.index("RECIPES = {")] + source[source.index("TRAINING_IMAGES = ") :]
     known = set(train.RECIPES) - set(data.DATASETS)
     assert not known & set(re.findall(r"\w+", rest))
 
@@ -4390,8 +5575,9 @@ def papers_data(tmp_path_factory):
         (lists / f"{file}.txt").write_text("".join(f"cat_{i} {i % 3 + 1} 1 1\n" for i in numbers))
     with pytest.MonkeyPatch.context() as patch:
         for cls, key, batches in (
-                (data.CIFAR10, "labels", ["data_batch_1", "test_batch"]),
-                (data.CIFAR100, "fine_labels", ["train", "test"])):
+            (data.CIFAR10, "labels", ["data_batch_1", "test_batch"]),
+            (data.CIFAR100, "fine_labels", ["train", "test"]),
+        ):
             folder = root / cls.base_folder
             folder.mkdir()
             files = {cls.meta["filename"]: {cls.meta["key"]: ["ant", "bee", "cat"]}}
@@ -4400,8 +5586,10 @@ def papers_data(tmp_path_factory):
                 files[batch] = {"data": pixels, key: [i % 3 for i in range(n)]}
             for file, content in files.items():
                 (folder / file).write_bytes(pickle.dumps(content))
-            md5 = {file: hashlib.md5((folder / file).read_bytes()).hexdigest()
-                   for file in os.listdir(folder)}
+            md5 = {
+                file: hashlib.md5((folder / file).read_bytes()).hexdigest()
+                for file in os.listdir(folder)
+            }
             patch.setattr(cls, "train_list", [[batches[0], md5[batches[0]]]])
             patch.setattr(cls, "test_list", [[batches[1], md5[batches[1]]]])
             patch.setitem(cls.meta, "md5", md5[cls.meta["filename"]])
@@ -4413,22 +5601,33 @@ def papers_data(tmp_path_factory):
 SMALL = {  # flags that make a network of a family small
     "vit": "--dim 24 --depth 1 --heads 2 --mlp-dim 48",
     "mixer": "--dim 24 --depth 1 --token-mlp-dim 8 --mlp-dim 48",
-    "resnet": "--width 8 --depth 1 1 1 1", "regnety": ""}
+    "resnet": "--width 8 --depth 1 1 1 1",
+    "regnety": "",
+}
 
 
-@pytest.mark.parametrize("name", [name for name in train.RECIPES  # what differs in more than size
-                                  if not re.search("_(half|quarter)$|regnety_(4|16|32)", name)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in train.RECIPES  # what differs in more than size
+        if not re.search("_(half|quarter)$|regnety_(4|16|32)", name)
+    ],
+)
 def test_a_recipe_takes_three_steps_on_data_in_the_published_format(
-        name, papers_data, tmp_path, capsys, monkeypatch, short_shapes):
+    name, papers_data, tmp_path, capsys, monkeypatch, short_shapes
+):
     monkeypatch.setattr(os, "fsync", lambda file: None)  # nothing is killed here
     for size in train.REGNETY:
         monkeypatch.setitem(train.REGNETY, size, ((1, 1, 1, 1), (8, 16, 24, 32), 8))
     row = train.RECIPES[name]
     dataset, small = row["dataset"], SMALL[train.family(row["model"])]
     below = papers_data / "imagenet" if "imagenet" in dataset else papers_data
-    argv = (f"--recipe {name} {small} --image-size 32 --batch-size 4 --micro-batch 2 --max-steps 3 "
-            f"--warmup-steps 2 --warmup-epochs 0 --log-every 1 --workers 0 --device cpu --data-dir "
-            f"{below} --out-dir {tmp_path / 'run'}").split()
+    argv = (
+        f"--recipe {name} {small} --image-size 32 --batch-size 4 --micro-batch 2 --max-steps 3 "
+        f"--warmup-steps 2 --warmup-epochs 0 --log-every 1 --workers 0 --device cpu --data-dir "
+        f"{below} --out-dir {tmp_path / 'run'}"
+    ).split()
     if "reset_head" in row:
         argv += ["--init-from", f"{papers_data / 'x.pt'}", "--mean", "0.5", "--std", "0.5"]
     if dataset == "shapes":
@@ -4441,8 +5640,12 @@ def test_a_recipe_takes_three_steps_on_data_in_the_published_format(
     assert all(math.isfinite(r["loss"]) and not r["skipped"] for r in losses), losses
     assert [r["lr"] for r in losses[:2]] == [0, row["lr"] / 2]
     augments = row.get("augment", "none") != "none"
-    measured = {"training", "validation", *["training, augmented"] * augments,
-                *["training, mixed"] * bool(row.get("mixup"))}
+    measured = {
+        "training",
+        "validation",
+        *["training, augmented"] * augments,
+        *["training, mixed"] * bool(row.get("mixup")),
+    }
     assert state["final"].keys() == measured, state["final"].keys()
     text = capsys.readouterr().out
     assert all(f"{field.replace('_', '-')} " in text for field in row), text
@@ -4454,13 +5657,15 @@ def test_a_recipe_takes_three_steps_on_data_in_the_published_format(
 def test_mixed_images_are_evaluated_against_the_shares_of_their_labels():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).double()
-    dataset = data.InMemory(torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8),
-                            torch.arange(7) % 4, list(range(4)))
+    dataset = data.InMemory(
+        torch.randint(0, 256, (7, 3, 2, 2), dtype=torch.uint8), torch.arange(7) % 4, list(range(4))
+    )
 
     def mix(number, x, y):
         share = 0.6 + 0.1 * number
         other = F.one_hot(y, 4).double().roll(1, 0)
         return share * x + (1 - share) * x.roll(1, 0), share * F.one_hot(y, 4) + (1 - share) * other
+
     got = train.evaluate(model, data.evaluation_loader(dataset, 3), torch.device("cpu"), mix=mix)
     nll = right = 0
     for number, some in enumerate((range(0, 3), range(3, 6), range(6, 7))):
@@ -4476,8 +5681,13 @@ def test_mixed_images_are_evaluated_against_the_shares_of_their_labels():
 
 def test_the_average_moves_when_and_as_much_as_the_third_papers_code_has_it(tmp_path, monkeypatch):
     saved = {}
-    monkeypatch.setattr(train.RunFolder, "save", lambda self, name, state: saved.setdefault(
-        state["step"], copy.deepcopy((state["model"], state["ema"]))))
+    monkeypatch.setattr(
+        train.RunFolder,
+        "save",
+        lambda self, name, state: saved.setdefault(
+            state["step"], copy.deepcopy((state["model"], state["ema"]))
+        ),
+    )
     argv = tiny(tmp_path, "--ema-alpha 0.01 --ema-every 2 --save-every 1 --eval-every 9")
     assert train.main(argv) == 0  # 10 steps, of which 3 of warm-up; batch 32, 2 epochs
     decay = 1 - 0.01 * 32 / 2 * 2
@@ -4496,23 +5706,31 @@ def test_sam_rho_paper_is_table_9():
     supervised = (
         "resnet50 0.02 resnet101 0.05 resnet152 0.02 resnet50x2 0.05 resnet101x2 0.05 resnet152x2 "
         "0.05 vit_s32 0.05 vit_s16 0.1 vit_s14 0.1 vit_s8 0.15 vit_b32 0.15 vit_b16 0.2 mixer_s32 "
-        "0.1 mixer_s16 0.15 mixer_s8 0.2 mixer_b32 0.35 mixer_b16 0.6 mixer_b8 0.6").split()
-    adversarial = ("resnet50 0.05 resnet101 0.05 resnet152 0.05 vit_s16 0.1 vit_b32 0.1 vit_b16 "
-                   "0.1 mixer_s16 0.05 mixer_b32 0.25 mixer_b16 0.25").split()
-    table = {"supervised": supervised, "adversarial": adversarial,
-             "strong augmentation": ["vit_b16", "0.05", "mixer_b16", "0.2"],
-             "supervised contrastive": ["vit_s16", "0.02", "vit_b16", "0.02"]}
+        "0.1 mixer_s16 0.15 mixer_s8 0.2 mixer_b32 0.35 mixer_b16 0.6 mixer_b8 0.6"
+    ).split()
+    adversarial = (
+        "resnet50 0.05 resnet101 0.05 resnet152 0.05 vit_s16 0.1 vit_b32 0.1 vit_b16 "
+        "0.1 mixer_s16 0.05 mixer_b32 0.25 mixer_b16 0.25"
+    ).split()
+    table = {
+        "supervised": supervised,
+        "adversarial": adversarial,
+        "strong augmentation": ["vit_b16", "0.05", "mixer_b16", "0.2"],
+        "supervised contrastive": ["vit_s16", "0.02", "vit_b16", "0.02"],
+    }
     table = {k: dict(zip(row[::2], map(float, row[1::2]))) for k, row in table.items()}
     assert train.PAPER_RHO == table
     for model, rho in table["supervised"].items():
         assert train.settings(["--model", model, "--sam-rho", "paper"])[0].sam_rho == rho
-    strong = ("--mixup 0.5 --randaugment 2 15 --randaugment-of google --sam-rho paper "
-              "--model").split()
+    strong = (
+        "--mixup 0.5 --randaugment 2 15 --randaugment-of google --sam-rho paper --model"
+    ).split()
     for model, rho in table["strong augmentation"].items():
         assert train.settings([*strong, model])[0].sam_rho == rho
     for model, rho in table["supervised contrastive"].items():
         args, origin = train.settings(
-            ["--recipe", "chen_supcon", "--model", model, "--sam-rho", "paper"])
+            ["--recipe", "chen_supcon", "--model", model, "--sam-rho", "paper"]
+        )
         assert args.sam_rho == rho and args.sam_sync and origin["sam_sync"] == "--loss supcon"
         assert args.out_dir == f"out/imagenet-{model}-supcon-rho0.02-seed0"
     for model, rho in table["adversarial"].items():  # Table 5's rows: E.5 changes nothing else
@@ -4528,8 +5746,9 @@ def test_sam_rho_paper_is_table_9():
 def test_flags_override_recipes_and_recipes_override_defaults(capsys):
     assert train.settings([])[0].recipe == "shapes" and train.settings([])[0].sam_rho > 0
     args, origin = train.settings(["--recipe", "chen_vit", "--lr", "0.1", "--model", "vit_s32"])
-    assert ((args.lr, args.model, args.epochs) == (0.1, "vit_s32", 300)
-            and origin["model"] == "command line")
+    assert (args.lr, args.model, args.epochs) == (0.1, "vit_s32", 300) and origin[
+        "model"
+    ] == "command line"
     assert train.settings(["--dataset", "folder"])[0].recipe == "none"
     assert train.settings(["--dataset", "folder"])[0].augment == "inception"
     assert train.settings(["--dataset", "shapes", "--model", "mixer_s16"])[0].recipe == "shapes"
@@ -4544,67 +5763,81 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
     for argv, words in [
-            (["--sam-roh", "0.1"], "unknown flag --sam-roh; did you mean --sam-rho"),
-            (["--batch_size", "64"], "did you mean --batch-size"),
-            (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-            (["--optimizer", "adam"], "choose from"),
-            (["--sam-rho", "big"], "--sam-rho big: give a number"),
-            (["--sam-rho", "-1"], "--sam-rho is -1.0; it must be at least 0"),
-            (["--sam-rho", "paper"], "Table 9 has no row for vit_micro8"),
-            (["--sam-rho", "0", "--sam-every", "2"], "--sam-every is a way of SAM: add --sam-rho"),
-            (["--sam-every", "0"], "--sam-every is 0; it must be at least 1"),
-            (["--sam-reuse", "0.5"], "--sam-reuse is for the steps between SAM's: add --sam-every"),
-            (["--sam-scope", "nrom"], "--sam-scope nrom: no parameter's name matches; there are"),
-            (["--sam-scope", "blocks.["], "--sam-scope blocks.[: unterminated character set"),
-            (["--model", "vit_x16", "--dataset", "shapes"], "vit_x16"),
-            (["--model", "resnet_50", "--dataset", "shapes"],
-             "unknown model 'resnet_50', did you mean 'resnet50'? known: (pre)resnet{18,"),
-            (["--model", "regnety_2gf"], "did you mean 'regnety_32gf'?"),
-            (["--model", "pit_ti", "--dataset", "shapes", "--stride", "0"], "must be at least 1"),
-            (["--mlp-dim", "0"], "head_dim and mlp_dim must be at least 1, got 32, 0"),
-            (["--init-from", "x.pt", "--mean", "0.5"], "--mean and --std go together"),
-            (["--model", "densenet", "--dataset", "shapes"],
-             "unknown model 'densenet', did you mean 'resnet50'? known: what --list-models prints"),
-            (["--model", "torchvision:resnet81", "--dataset", "shapes"], "did you mean 'resnet1"),
-            (["--model", "torchvision:vgg11", "--dataset", "shapes", "--dim", "8"],
-             "unexpected keyword argument 'dim'"),
-            (["--model", "resnet18", "--dataset", "shapes", "--dim", "8"],
-             "unknown argument of resnet18 'dim'; known: num_classes, depth, bottleneck, width,"),
-            (["--model", "alter_resnet50", "--dataset", "shapes", "--image-size", "48"],
-             "image sizes that work: 32 and 64; window sizes that work: 1, 2, 3, 6"),
-            (["--msa-blocks", "0", "1"], "argument --msa-blocks: expected 4 arguments"),
-            (["--depth", "2", "2"], "--depth 2 2: vit_micro8 takes one number"),
-            (["--model", "resnet18", "--dataset", "shapes", "--depth", "2"],
-             "--depth 2: resnet18 takes 4 numbers, one for each stage"),
-            (["--randaugment", "2", "15"], "--randaugment 2 15: the number of operations is"),
-            (["--erasing", "1.5"], "--erasing is 1.5; a probability"),
-            (["--loss", "supcon"], "without augmentation are the same: add --augment crop"),
-            (["--loss", "supcon", "--augment", "crop", "--mixup", "0.5"], "supcon has no --mixup"),
-            (["--loss", "supcon", "--augment", "crop", "--adv-eps", "2/255"], "has no --adv-eps"),
-            (["--loss", "supcon", "--augment", "crop", "--no-sam-sync"], "leave out --no-sam-sync"),
-            (["--loss", "supcon", "--augment", "crop", "--temperature", "0"], "must be above 0"),
-            (["--projection-dim", "0"], "--projection-dim is 0; it must be at least 1"),
-            (["--keep-epochs", "13"], "--keep-epochs 13: it takes warmup and epochs from 1 to "),
-            (["--keep-epochs", "warmup", "--warmup-steps", "0"], "this run has no warm-up"),
-            (["--train-only", "head"], "on the representation of --init-from, for instance"),
-            (["--lr-schedule", "exponential"], "to --lr-end, 0, which must be above 0"),
-            (["--model", "mixer_s16", "--dataset", "shapes", "--unit-norm"], "'unit_norm'; known"),
-            (["--reset-head"], "--reset-head is for training from the weights of --init-from"),
-            (["--patch-size", "5"], "5"),
-            (["--batch-size", "100"],
-             "batch size 100 is not a multiple of micro-batch 32 × 1 devices = 32: use "
-             "--batch-size 96 or --micro-batch 25"),
-            (["--epochs", "0"], "--epochs 0 needs --max-steps"),
-            (["--train-fraction", "2"], "--train-fraction 2"),
-            (["--train-fraction", "half"], "--train-fraction half"),
-            (["--train-fraction", "1/500"],
-             "16 images, fewer than one batch of 64: use --batch-size"),
-            (["--eval-only"], "--eval-only needs --init-from"),
-            (["--init-from", "nowhere.pt"], "nowhere.pt: No such file"),
-            (["--label-smoothing", "1"], "below 1"),
-            (["--model", "vit_b16", "--sam-rho", "0.2"], "data/imagenet/train is no folder"),
-            (["--dataset", "cifar10"], "cifar-10-batches-py is missing"),
-            (["--out-dir", "/proc/nothing"], "--out-dir /proc/nothing")]:
+        (["--sam-roh", "0.1"], "unknown flag --sam-roh; did you mean --sam-rho"),
+        (["--batch_size", "64"], "did you mean --batch-size"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--optimizer", "adam"], "choose from"),
+        (["--sam-rho", "big"], "--sam-rho big: give a number"),
+        (["--sam-rho", "-1"], "--sam-rho is -1.0; it must be at least 0"),
+        (["--sam-rho", "paper"], "Table 9 has no row for vit_micro8"),
+        (["--sam-rho", "0", "--sam-every", "2"], "--sam-every is a way of SAM: add --sam-rho"),
+        (["--sam-every", "0"], "--sam-every is 0; it must be at least 1"),
+        (["--sam-reuse", "0.5"], "--sam-reuse is for the steps between SAM's: add --sam-every"),
+        (["--sam-scope", "nrom"], "--sam-scope nrom: no parameter's name matches; there are"),
+        (["--sam-scope", "blocks.["], "--sam-scope blocks.[: unterminated character set"),
+        (["--model", "vit_x16", "--dataset", "shapes"], "vit_x16"),
+        (
+            ["--model", "resnet_50", "--dataset", "shapes"],
+            "unknown model 'resnet_50', did you mean 'resnet50'? known: (pre)resnet{18,",
+        ),
+        (["--model", "regnety_2gf"], "did you mean 'regnety_32gf'?"),
+        (["--model", "pit_ti", "--dataset", "shapes", "--stride", "0"], "must be at least 1"),
+        (["--mlp-dim", "0"], "head_dim and mlp_dim must be at least 1, got 32, 0"),
+        (["--init-from", "x.pt", "--mean", "0.5"], "--mean and --std go together"),
+        (
+            ["--model", "densenet", "--dataset", "shapes"],
+            "unknown model 'densenet', did you mean 'resnet50'? known: what --list-models prints",
+        ),
+        (["--model", "torchvision:resnet81", "--dataset", "shapes"], "did you mean 'resnet1"),
+        (
+            ["--model", "torchvision:vgg11", "--dataset", "shapes", "--dim", "8"],
+            "unexpected keyword argument 'dim'",
+        ),
+        (
+            ["--model", "resnet18", "--dataset", "shapes", "--dim", "8"],
+            "unknown argument of resnet18 'dim'; known: num_classes, depth, bottleneck, width,",
+        ),
+        (
+            ["--model", "alter_resnet50", "--dataset", "shapes", "--image-size", "48"],
+            "image sizes that work: 32 and 64; window sizes that work: 1, 2, 3, 6",
+        ),
+        (["--msa-blocks", "0", "1"], "argument --msa-blocks: expected 4 arguments"),
+        (["--depth", "2", "2"], "--depth 2 2: vit_micro8 takes one number"),
+        (
+            ["--model", "resnet18", "--dataset", "shapes", "--depth", "2"],
+            "--depth 2: resnet18 takes 4 numbers, one for each stage",
+        ),
+        (["--randaugment", "2", "15"], "--randaugment 2 15: the number of operations is"),
+        (["--erasing", "1.5"], "--erasing is 1.5; a probability"),
+        (["--loss", "supcon"], "without augmentation are the same: add --augment crop"),
+        (["--loss", "supcon", "--augment", "crop", "--mixup", "0.5"], "supcon has no --mixup"),
+        (["--loss", "supcon", "--augment", "crop", "--adv-eps", "2/255"], "has no --adv-eps"),
+        (["--loss", "supcon", "--augment", "crop", "--no-sam-sync"], "leave out --no-sam-sync"),
+        (["--loss", "supcon", "--augment", "crop", "--temperature", "0"], "must be above 0"),
+        (["--projection-dim", "0"], "--projection-dim is 0; it must be at least 1"),
+        (["--keep-epochs", "13"], "--keep-epochs 13: it takes warmup and epochs from 1 to "),
+        (["--keep-epochs", "warmup", "--warmup-steps", "0"], "this run has no warm-up"),
+        (["--train-only", "head"], "on the representation of --init-from, for instance"),
+        (["--lr-schedule", "exponential"], "to --lr-end, 0, which must be above 0"),
+        (["--model", "mixer_s16", "--dataset", "shapes", "--unit-norm"], "'unit_norm'; known"),
+        (["--reset-head"], "--reset-head is for training from the weights of --init-from"),
+        (["--patch-size", "5"], "5"),
+        (
+            ["--batch-size", "100"],
+            "batch size 100 is not a multiple of micro-batch 32 × 1 devices = 32: use "
+            "--batch-size 96 or --micro-batch 25",
+        ),
+        (["--epochs", "0"], "--epochs 0 needs --max-steps"),
+        (["--train-fraction", "2"], "--train-fraction 2"),
+        (["--train-fraction", "half"], "--train-fraction half"),
+        (["--train-fraction", "1/500"], "16 images, fewer than one batch of 64: use --batch-size"),
+        (["--eval-only"], "--eval-only needs --init-from"),
+        (["--init-from", "nowhere.pt"], "nowhere.pt: No such file"),
+        (["--label-smoothing", "1"], "below 1"),
+        (["--model", "vit_b16", "--sam-rho", "0.2"], "data/imagenet/train is no folder"),
+        (["--dataset", "cifar10"], "cifar-10-batches-py is missing"),
+        (["--out-dir", "/proc/nothing"], "--out-dir /proc/nothing"),
+    ]:
         line = refusal(capsys, *argv, "--device", "cpu")
         assert words in line, (argv, line)
     assert "--dataset shapes needs no files" in refusal(capsys, "--model", "vit_b16")
@@ -4613,17 +5846,32 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
 
 
 def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets_layout(
-        tmp_path, capsys):
+    tmp_path, capsys
+):
     write_image_folder(tmp_path / "imagenet", train=24, val=5)
-    paper = ["--model", "vit_b16", "--sam-rho", "0.2", "--data-dir", str(tmp_path / "imagenet"),
-             "--device", "cpu"]
+    paper = [
+        "--model",
+        "vit_b16",
+        "--sam-rho",
+        "0.2",
+        "--data-dir",
+        str(tmp_path / "imagenet"),
+        "--device",
+        "cpu",
+    ]
     out = tmp_path / "run"
     assert train.main([*paper, "--batch-size", "32", "--dry-run", "--out-dir", str(out)]) == 0
     text = capsys.readouterr().out
-    for line in ("recipe    chen_vit", "weight-decay     0.3", "sam-rho          0.2",
-                 "85,800,963 parameters", "sigmoid loss",
-                 "3 classes, where ImageNet-1k has 1,000", "SAM with ρ = 0.2 on each micro-batch",
-                 "72 training and 15 validation"):
+    for line in (
+        "recipe    chen_vit",
+        "weight-decay     0.3",
+        "sam-rho          0.2",
+        "85,800,963 parameters",
+        "sigmoid loss",
+        "3 classes, where ImageNet-1k has 1,000",
+        "SAM with ρ = 0.2 on each micro-batch",
+        "72 training and 15 validation",
+    ):
         assert line in text, (line, text)
     assert not out.exists()
     for name in ("ant", "bee", "cat"):  # one image by many names makes a data set of 4,272
@@ -4637,10 +5885,12 @@ def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets
     for link in (tmp_path / "imagenet/train").glob("*/link*"):
         link.unlink()
     damaged = tmp_path / "imagenet/train/bee/bee_7.JPEG"
-    damaged.write_bytes(damaged.read_bytes()[:-len(damaged.read_bytes()) // 3])
+    damaged.write_bytes(damaged.read_bytes()[: -len(damaged.read_bytes()) // 3])
     (tmp_path / "imagenet/val/cat/notes.txt").write_text("no image")
-    small = ("--dim 24 --depth 2 --heads 2 --mlp-dim 48 --batch-size 24 --micro-batch 8 "
-             "--epochs 2 --workers 1 --image-size 48")
+    small = (
+        "--dim 24 --depth 2 --heads 2 --mlp-dim 48 --batch-size 24 --micro-batch 8 "
+        "--epochs 2 --workers 1 --image-size 48"
+    )
     state = train_ok([*paper, *small.split(), "--out-dir", str(out)])
     assert state["step"] == 6 and state["final"]["validation"]["images"] == 15
     assert state["settings"]["warmup_steps"] == 10_000
@@ -4654,32 +5904,44 @@ def test_a_run_folder_holds_what_it_should_and_is_never_overwritten(tmp_path, ca
     out = tmp_path / "run"
     state = train_ok(tiny(out, "--sam-rho 0.1 --ema-decay 0.9"))
     assert sorted(p.name for p in out.iterdir()) == [
-        "best.pt", "ckpt.pt", "config.json", "log.jsonl"]
+        "best.pt",
+        "ckpt.pt",
+        "config.json",
+        "log.jsonl",
+    ]
     records = log_without_times(out)
-    assert ([r["step"] for r in records if "loss" in r] == [4, 8, 10]
-            and [r["step"] for r in records if "val" in r] == [5, 10])
+    assert [r["step"] for r in records if "loss" in r] == [4, 8, 10] and [
+        r["step"] for r in records if "val" in r
+    ] == [5, 10]
     assert records[-1]["final"]["validation"] == [r["val"] for r in records if "val" in r][-1]
     assert all(r["skipped"] == 0 and math.isfinite(r["loss"]) for r in records if "loss" in r)
     config = json.loads((out / "config.json").read_text())
     assert config["settings"]["sam_rho"] == 0.1 and config["versions"]["torch"] == torch.__version__
-    assert (state["classes"] == list(data.SHAPES_CLASSES)
-            and state["model"].keys() == state["ema"].keys())
+    assert (
+        state["classes"] == list(data.SHAPES_CLASSES)
+        and state["model"].keys() == state["ema"].keys()
+    )
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     assert "holds a run already: add --resume" in refusal(
-        capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9"))
+        capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9")
+    )
     line = refusal(capsys, *tiny(out, "--sam-rho 0.2 --ema-decay 0.9 --resume"))
     assert "--sam-rho 0.1 → 0.2" in line, line
     assert train.main(tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume")) == 0
     assert "is finished" in capsys.readouterr().out
-    assert before == ({p.name: p.read_bytes() for p in out.iterdir() if p.name != "config.json"}
-                      | {"config.json": before["config.json"]})
+    assert before == (
+        {p.name: p.read_bytes() for p in out.iterdir() if p.name != "config.json"}
+        | {"config.json": before["config.json"]}
+    )
     with open(out / "log.jsonl", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         assert "being written by another process" in refusal(
-            capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume"))
+            capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume")
+        )
     (out / "ckpt.pt").write_bytes(before["ckpt.pt"][:5000])
     assert "ckpt.pt is no checkpoint" in refusal(
-        capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume"))
+        capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume")
+    )
 
 
 def test_a_run_goes_on_with_its_own_data_checkpoint_and_batches_only(tmp_path, capsys):
@@ -4691,13 +5953,16 @@ def test_a_run_goes_on_with_its_own_data_checkpoint_and_batches_only(tmp_path, c
 
     def again(*more, root=root):
         return tiny(out, "--resume", *more, "--data-dir", root, dataset=setup)
+
     assert "--micro-batch 2 → 4" in refusal(capsys, *again("--micro-batch 4"))
     moved = root.rename(tmp_path / "elsewhere")
     config = json.loads((out / "config.json").read_text())
     other = config | {"versions": config["versions"] | {"torch": "2.0.0"}}
     image = moved / "train/ant/ant_0.JPEG"
-    for split, here in (("train", "training images (12 → 13)"),
-                        ("val", "validation images (6 → 7)")):
+    for split, here in (
+        ("train", "training images (12 → 13)"),
+        ("val", "validation images (6 → 7)"),
+    ):
         more = shutil.copy(image, moved / split / "ant/more.JPEG")
         assert f"with other {here}: give the same" in refusal(capsys, *again(root=moved))
         os.remove(more)
@@ -4705,9 +5970,13 @@ def test_a_run_goes_on_with_its_own_data_checkpoint_and_batches_only(tmp_path, c
     assert "(12 → 12, other labels)" in refusal(capsys, *again(root=moved))
     (moved / "train/bee/ant_0.JPEG").rename(image)
 
-    for state, said in (({k: v for k, v in begun.items() if k != "optimizer"},
-                         "is no last state of a run: it lacks optimizer; start"),
-                        (begun | {"model": {}}, "ckpt.pt does not fit this run: ")):
+    for state, said in (
+        (
+            {k: v for k, v in begun.items() if k != "optimizer"},
+            "is no last state of a run: it lacks optimizer; start",
+        ),
+        (begun | {"model": {}}, "ckpt.pt does not fit this run: "),
+    ):
         torch.save(state, out / "ckpt.pt")
         assert said in refusal(capsys, *again(root=moved))
     torch.save(begun, out / "ckpt.pt")
@@ -4735,12 +6004,17 @@ def test_keep_epochs_keeps_the_weights_of_these_moments(tmp_path):
         assert kept["step"] == step and same_tensors(kept["model"], cut["model"]), name
         assert train.is_ours(kept)
     train_ok(tiny(tmp_path / "one", "--keep-epochs warmup 1 --warmup-steps 5 --max-steps 5"))
-    assert same_tensors(*(train.read_checkpoint(tmp_path / "one" / name)["model"]
-                          for name in ("warmup.pt", "epoch1.pt"))), "two moments of one step"
+    assert same_tensors(
+        *(
+            train.read_checkpoint(tmp_path / "one" / name)["model"]
+            for name in ("warmup.pt", "epoch1.pt")
+        )
+    ), "two moments of one step"
 
 
 def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
-        tmp_path, capsys, monkeypatch):
+    tmp_path, capsys, monkeypatch
+):
     seen, batches = {"train": [], "plain": []}, data.batches
 
     def watch(loader, tell=print):
@@ -4748,14 +6022,19 @@ def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
         for item, pairs in zip(batches(loader, tell), loader.sampler):
             if trains or not loader.dataset.padding:
                 seen["train" if trains else "plain"] += loader.dataset.indices[
-                    [i for _, i in pairs]].tolist()
+                    [i for _, i in pairs]
+                ].tolist()
             yield item
+
     monkeypatch.setattr(data, "batches", watch)
     train_ok(tiny(tmp_path / "run", "--hold-out 1/5 --augment crop --eval-every 2"))
     assert "128 training (a fraction 1/50 of 8,000) and 32 validation images, held out of the " in (
-        capsys.readouterr().out)
-    trained, (validated, sample) = set(seen["train"]), (
-        set(seen["plain"][:32]), set(seen["plain"][32:]))
+        capsys.readouterr().out
+    )
+    trained, (validated, sample) = (
+        set(seen["train"]),
+        (set(seen["plain"][:32]), set(seen["plain"][32:])),
+    )
     assert len(trained) == 128 and len(validated) == 32 and sample <= trained
     whole = data.subset(torch.arange(8000) % 12, "1/50").tolist()
     assert sorted(trained | validated) == whole
@@ -4766,12 +6045,16 @@ def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
 def test_training_equals_a_loop_written_out_by_hand(tmp_path):
     """SAM on each micro-batch, mean of their gradients, one clip, AdamW with decay on kernels, EMA;
     no dropout. Logged are the loss at w and the gradient's norm before the clip."""
-    argv = tiny(tmp_path / "run", "--sam-rho 0.2 --grad-clip 0.5 --ema-decay 0.9 --dtype float64 "
-                                  "--weight-decay 0.3 --log-every 1")
+    argv = tiny(
+        tmp_path / "run",
+        "--sam-rho 0.2 --grad-clip 0.5 --ema-decay 0.9 --dtype float64 "
+        "--weight-decay 0.3 --log-every 1",
+    )
     state = train_ok(argv)
     torch.manual_seed(0)
-    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
-                        mlp_dim=48).double()
+    network = vit.build(
+        "vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48
+    ).double()
     named = dict(network.named_parameters())
     ema = {k: v.detach().clone() for k, v in named.items()}
     m, v = ({k: torch.zeros_like(p) for k, p in named.items()} for _ in range(2))
@@ -4780,7 +6063,7 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
     for step in range(10):
         clean = wrong = 0.0
         order = torch.randperm(160, generator=torch.Generator().manual_seed(data.key(0, step // 5)))
-        batch = chosen[order[32 * (step % 5):][:32]]
+        batch = chosen[order[32 * (step % 5) :][:32]]
         total = {k: torch.zeros_like(p) for k, p in named.items()}
         for micro in batch.split(8):
             x, y = (images[micro].double() / 255 - 0.5) / 0.5, labels[micro]
@@ -4790,8 +6073,10 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
             wrong += 100 * (logits.argmax(1) != y).sum().item() / 32
             grads = torch.autograd.grad(loss, named.values())
             norm = torch.cat([g.flatten() for g in grads]).norm()
-            moved = {k: (p + 0.2 * g / norm).detach().requires_grad_()
-                     for (k, p), g in zip(named.items(), grads)}
+            moved = {
+                k: (p + 0.2 * g / norm).detach().requires_grad_()
+                for (k, p), g in zip(named.items(), grads)
+            }
             loss = F.cross_entropy(torch.func.functional_call(network, moved, x), y)
             for k, g in zip(named, torch.autograd.grad(loss, moved.values())):
                 total[k] += g / 4
@@ -4807,8 +6092,11 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
                 v[k] = 0.999 * v[k] + 0.001 * g * g
                 if p.ndim > 1 and k.endswith("weight"):
                     p *= 1 - lr * 0.3
-                p -= lr * (m[k] / (1 - 0.9 ** (step + 1))) / (
-                    (v[k] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                p -= (
+                    lr
+                    * (m[k] / (1 - 0.9 ** (step + 1)))
+                    / ((v[k] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+                )
                 ema[k] = average * ema[k] + (1 - average) * p
     for name, p in named.items():
         p, got = (t.detach().clone() for t in (p, state["model"][name]))
@@ -4826,17 +6114,23 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
 @pytest.mark.parametrize("micro_batch", [4, 16])
 @pytest.mark.parametrize("rho, steps", [(0, 1), (0.2, 1), (0.2, 2)])
 def test_contrastive_training_equals_a_loop_over_the_whole_batch_by_hand(
-        tmp_path, small_shapes, rho, steps, micro_batch):
+    tmp_path, small_shapes, rho, steps, micro_batch
+):
     """Two steps of SGD with the gradient of one loss over all projections, at once and by autograd:
     whatever the micro-batches. ε too is the whole batch's."""
-    state = train_ok(tiny(
-        tmp_path / "run", f"--loss supcon --augment crop --sam-rho {rho} --sam-steps {steps} "
-        f"--dtype float64 --max-steps 2 --batch-size 16 --micro-batch {micro_batch} "
-        "--train-fraction 1 --optimizer sgd --lr 0.1 --momentum 0 --weight-decay 0 "
-        "--warmup-steps 0 --lr-schedule constant --projection-dim 7"))
+    state = train_ok(
+        tiny(
+            tmp_path / "run",
+            f"--loss supcon --augment crop --sam-rho {rho} --sam-steps {steps} "
+            f"--dtype float64 --max-steps 2 --batch-size 16 --micro-batch {micro_batch} "
+            "--train-fraction 1 --optimizer sgd --lr 0.1 --momentum 0 --weight-decay 0 "
+            "--warmup-steps 0 --lr-schedule constant --projection-dim 7",
+        )
+    )
     torch.manual_seed(0)
-    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
-                        mlp_dim=48)
+    network = vit.build(
+        "vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48
+    )
     first, second = nn.Linear(24, 24).double(), nn.Linear(24, 7, bias=False).double()
     network = network.double()
     params = [p for n, p in network.named_parameters() if not n.startswith("head")]
@@ -4851,6 +6145,7 @@ def test_contrastive_training_equals_a_loop_over_the_whole_batch_by_hand(
             network((x.double() / 255 - 0.5) / 0.5, out=out)
             z = second(F.relu(first(F.normalize(out["pre_logits"]))))
             return supcon_by_hand(F.normalize(z), y.tolist(), 0.1)
+
         with torch.no_grad():
             start = [p.clone() for p in params]
             for _ in range(steps if rho else 0):
@@ -4863,9 +6158,11 @@ def test_contrastive_training_equals_a_loop_over_the_whole_batch_by_hand(
                 grads = torch.autograd.grad(loss(), params)
             for p, s, g in zip(params, start, grads):
                 p.copy_(s - 0.1 * g)
-    state["model"] |= {"0.weight": state["projection"]["0.weight"],
-                       "0.bias": state["projection"]["0.bias"],
-                       "2.weight": state["projection"]["2.weight"]}
+    state["model"] |= {
+        "0.weight": state["projection"]["0.weight"],
+        "0.bias": state["projection"]["0.bias"],
+        "2.weight": state["projection"]["2.weight"],
+    }
     names = [n for n, _ in network.named_parameters() if not n.startswith("head")]
     for name, p in zip([*names, "0.weight", "0.bias", "2.weight"], params, strict=True):
         difference = float((p.detach() - state["model"][name]).abs().max())
@@ -4874,21 +6171,25 @@ def test_contrastive_training_equals_a_loop_over_the_whole_batch_by_hand(
 
 def test_a_contrastive_run_is_evaluated_by_the_nearest_class_mean(tmp_path, capsys, small_shapes):
     out = tmp_path / "run"
-    flags = ("--loss supcon --augment crop --ema-decay 0.5 --unit-norm --dtype float64 "
-             "--train-fraction 1")
+    flags = (
+        "--loss supcon --augment crop --ema-decay 0.5 --unit-norm --dtype float64 "
+        "--train-fraction 1"
+    )
     state = train_ok(tiny(out, flags))
     assert "validation, nearest class mean: top-1" in capsys.readouterr().out
-    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
-                        mlp_dim=48).double()
+    network = vit.build(
+        "vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48
+    ).double()
     images, labels = data.shapes(range(160))
     chosen = data.subset(labels, 60 / 160)  # as many as there are to validate on
-    validation = data.shapes(range(2 ** 30, 2 ** 30 + 60))
+    validation = data.shapes(range(2**30, 2**30 + 60))
 
     def directions(x):
         values = {"pre_logits": None}
         with torch.no_grad():
             network((x.double() / 255 - 0.5) / 0.5, out=values)
         return F.normalize(values["pre_logits"])
+
     for part in ("model", "ema"):
         network.load_state_dict(state[part])
         z = directions(images[chosen])
@@ -4907,34 +6208,60 @@ def test_a_contrastive_run_is_evaluated_by_the_nearest_class_mean(tmp_path, caps
     file = tmp_path / "squeezenet.pt"
     torch.save(train.build_model("torchvision:squeezenet1_0", 12, 32).state_dict(), file)
     for argv, words in [
-            ("regnety_1gf --loss supcon --augment crop", "does not tell its representation, pre_l"),
-            (f"torchvision:squeezenet1_0 --train-only head --init-from {file}",
-             "torchvision:squeezenet1_0 has no linear classifier")]:
+        ("regnety_1gf --loss supcon --augment crop", "does not tell its representation, pre_l"),
+        (
+            f"torchvision:squeezenet1_0 --train-only head --init-from {file}",
+            "torchvision:squeezenet1_0 has no linear classifier",
+        ),
+    ]:
         assert words in refusal(capsys, "--dataset", "shapes", "--model", *argv.split())
 
 
 def test_the_head_alone_is_trained_on_the_frozen_network_by_rmsprop(tmp_path, small_shapes):
     """As torch's RMSprop on the representation of --init-from in evaluation mode; all else, running
     statistics too, stays bit for bit, and a cut run goes on."""
-    stage1 = train_ok(tiny(tmp_path / "1", "--loss supcon --augment crop --stem conv --unit-norm "
-                                           "--max-steps 3 --train-fraction 1"))
-    flags = (f"--init-from {tmp_path / '1/ckpt.pt'} --reset-head --train-only head --dropout 0.5 "
-             "--drop-path 0.5 --stem conv --unit-norm --optimizer rmsprop --lr 0.05 --beta2 0.9 "
-             "--eps 1 --momentum 0.9 --weight-decay 1e-3 --lr-schedule exponential --lr-end 1e-3 "
-             "--warmup-steps 0 --dtype float64 --sam-rho 0 --train-fraction 1")
+    stage1 = train_ok(
+        tiny(
+            tmp_path / "1",
+            "--loss supcon --augment crop --stem conv --unit-norm --max-steps 3 --train-fraction 1",
+        )
+    )
+    flags = (
+        f"--init-from {tmp_path / '1/ckpt.pt'} --reset-head --train-only head --dropout 0.5 "
+        "--drop-path 0.5 --stem conv --unit-norm --optimizer rmsprop --lr 0.05 --beta2 0.9 "
+        "--eps 1 --momentum 0.9 --weight-decay 1e-3 --lr-schedule exponential --lr-end 1e-3 "
+        "--warmup-steps 0 --dtype float64 --sam-rho 0 --train-fraction 1"
+    )
     state = train_ok(tiny(tmp_path / "2", flags))
     same = {k: v for k, v in state["model"].items() if not k.startswith("head.")}
     assert same_tensors(same, {k: stage1["model"][k].to(v.dtype) for k, v in same.items()})
     assert state["projection"] is None and state["optimizer"]["state"].keys() == {0, 1}
-    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
-                        mlp_dim=48, stem="conv", unit_norm=True).double().eval()
+    network = (
+        vit.build(
+            "vit_micro8",
+            num_classes=12,
+            image_size=32,
+            dim=24,
+            depth=2,
+            heads=2,
+            mlp_dim=48,
+            stem="conv",
+            unit_norm=True,
+        )
+        .double()
+        .eval()
+    )
     network.load_state_dict(stage1["model"])
     network.requires_grad_(False)
     head = nn.Linear(24, 12).double()
     nn.init.zeros_(head.weight), nn.init.zeros_(head.bias)
     optimizer = torch.optim.RMSprop(
-        [dict(params=[head.weight], weight_decay=1e-3), dict(params=[head.bias])], lr=0.05,
-        alpha=0.9, eps=1.0, momentum=0.9)
+        [dict(params=[head.weight], weight_decay=1e-3), dict(params=[head.bias])],
+        lr=0.05,
+        alpha=0.9,
+        eps=1.0,
+        momentum=0.9,
+    )
     images, labels = data.shapes(range(160))
     for step, pairs in enumerate(data.TrainOrder(160, 32, 32, 0, 0, 10)):
         where = [i for _, i in pairs]
@@ -4966,17 +6293,26 @@ def test_adversarial_training_equals_equation_5_by_hand(tmp_path, monkeypatch, r
     monkeypatch.setattr(vit.ViT, "forward", noted)
     for name in ("backward", "grad"):
         function = getattr(torch.autograd, name)
-        monkeypatch.setattr(torch.autograd, name, lambda *args, f=function, **more: (
-            passes.append("backward") or f(*args, **more)))
+        monkeypatch.setattr(
+            torch.autograd,
+            name,
+            lambda *args, f=function, **more: passes.append("backward") or f(*args, **more),
+        )
     eps, lr = 4 / 255, 0.5
-    state = train_ok(tiny(tmp_path / "run", f"--sam-rho {rho} --adv-eps 4/255 --dtype float64 "
-                          "--optimizer sgd --momentum 0 --weight-decay 0 --lr-schedule constant "
-                          f"--lr {lr} --warmup-steps 0 --max-steps 3"))
+    state = train_ok(
+        tiny(
+            tmp_path / "run",
+            f"--sam-rho {rho} --adv-eps 4/255 --dtype float64 "
+            "--optimizer sgd --momentum 0 --weight-decay 0 --lr-schedule constant "
+            f"--lr {lr} --warmup-steps 0 --max-steps 3",
+        )
+    )
     assert passes == ["forward", "backward"] * (2 * 4 * 3)
     monkeypatch.undo()
     torch.manual_seed(0)
-    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
-                        mlp_dim=48).double()
+    network = vit.build(
+        "vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48
+    ).double()
     named = dict(network.named_parameters())
     images, labels = data.shapes(range(8000))
     chosen = data.subset(labels, "1/50")
@@ -4987,15 +6323,17 @@ def test_adversarial_training_equals_equation_5_by_hand(tmp_path, monkeypatch, r
 
     for step in range(3):
         total = {k: torch.zeros_like(p) for k, p in named.items()}
-        for i, micro in enumerate(chosen[order[32 * step:][:32]].split(8)):
+        for i, micro in enumerate(chosen[order[32 * step :][:32]].split(8)):
             x, y = images[micro].double() / 255, labels[micro]
             torch.manual_seed(data.key(0, step, i, 2))
             noise = eps * (2 * torch.rand(x.shape, dtype=torch.float64) - 1)
             start = (x + noise).clamp(0, 1).requires_grad_()
             *grads, of_image = torch.autograd.grad(loss(named, start, y), [*named.values(), start])
             norm = torch.cat([g.flatten() for g in grads]).norm()
-            moved = {k: (p + rho * g / norm).detach().requires_grad_()
-                     for (k, p), g in zip(named.items(), grads)}
+            moved = {
+                k: (p + rho * g / norm).detach().requires_grad_()
+                for (k, p), g in zip(named.items(), grads)
+            }
             delta = (start.detach() + 1.25 * eps * of_image.sign() - x).clamp(-eps, eps)
             worst = loss(moved, (x + delta).clamp(0, 1), y)
             for k, g in zip(named, torch.autograd.grad(worst, moved.values())):
@@ -5003,20 +6341,21 @@ def test_adversarial_training_equals_equation_5_by_hand(tmp_path, monkeypatch, r
         with torch.no_grad():
             for k, p in named.items():
                 p -= lr * total[k]
-    difference = max(float((p.detach() - state["model"][k]).abs().max())
-                     for k, p in named.items())
+    difference = max(float((p.detach() - state["model"][k]).abs().max()) for k, p in named.items())
     assert difference < 1e-12, difference
 
 
-def test_accuracy_under_attack_is_measured_in_training_and_evaluation(tmp_path, capsys,
-                                                                      short_shapes):
+def test_accuracy_under_attack_is_measured_in_training_and_evaluation(
+    tmp_path, capsys, short_shapes
+):
     argv = tiny(tmp_path / "run", "--max-steps 5 --lr 0.01 --eval-adv --adv-eps 8/255")
     state = train_ok(argv)
     text = capsys.readouterr().out
     assert "images moved by at most 8/255" in text and "--adv-eps 8/255" in text
     assert "PGD-10 %" in text and re.search(r"validation: top-1 .*, PGD-10 \d+\.\d\d %", text)
-    model = train.assemble(train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2,
-                                             mlp_dim=48), [0.5], [0.5])
+    model = train.assemble(
+        train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
+    )
     model.network.load_state_dict(state["model"])
     x, y = data.shapes(range(2**30, 2**30 + 60))
     x = x.float() / 255
@@ -5029,27 +6368,56 @@ def test_accuracy_under_attack_is_measured_in_training_and_evaluation(tmp_path, 
     assert state["final"]["validation"]["pgd"] == pytest.approx(want)
     records = log_without_times(tmp_path / "run")
     assert [r["val"]["pgd"] for r in records if "val" in r] == [pytest.approx(want)]
-    assert train.main(["--eval-only", "--eval-adv", "--init-from", str(tmp_path / "run/ckpt.pt"),
-                       "--device", "cpu"]) == 0
+    assert (
+        train.main(
+            [
+                "--eval-only",
+                "--eval-adv",
+                "--init-from",
+                str(tmp_path / "run/ckpt.pt"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("val "))
     assert float(row.split()[-1]) == pytest.approx(want, abs=0.006)
 
 
 def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_one_line(
-        tmp_path, capsys):
+    tmp_path, capsys
+):
     out = tmp_path / "run"
     state = train_ok(tiny(out, "--ema-decay 0.5"))
     capsys.readouterr()
     assert train.main(["--eval-only", "--init-from", str(out / "ckpt.pt"), "--device", "cpu"]) == 0
     evaluated = capsys.readouterr().out
     assert f"{state['final']['validation']['top1']:.2f}" in evaluated.splitlines()[-1], (
-        evaluated, state["final"])
-    assert train.main(["--eval-only", "--init-from", str(out / "ckpt.pt"), "--weights", "model",
-                       "--eval-split", "test", "--device", "cpu"]) == 0
+        evaluated,
+        state["final"],
+    )
+    assert (
+        train.main(
+            [
+                "--eval-only",
+                "--init-from",
+                str(out / "ckpt.pt"),
+                "--weights",
+                "model",
+                "--eval-split",
+                "test",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert "10,000" in capsys.readouterr().out.splitlines()[-1]
 
-    network = vit.build("vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2,
-                        mlp_dim=48)
+    network = vit.build(
+        "vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48
+    )
     train.load_weights(network, out / "ckpt.pt")
     assert same_tensors(network.state_dict(), state["ema"])
     assert train.load_weights(network, out / "ckpt.pt", "model") == ([0.5], [0.5])
@@ -5059,8 +6427,18 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
     for wrong in (dict(settings=None, model={}, ema=None), dict(settings={}, model=5, ema=None)):
         torch.save(wrong, tmp_path / "wrong.pt")
         assert "does not fit this network, nothing was loaded" in refusal(
-            capsys, *TINY, "--dataset", "shapes", "--init-from", tmp_path / "wrong.pt",
-            "--eval-only", "--mean", "0.5", "--std", "0.5")
+            capsys,
+            *TINY,
+            "--dataset",
+            "shapes",
+            "--init-from",
+            tmp_path / "wrong.pt",
+            "--eval-only",
+            "--mean",
+            "0.5",
+            "--std",
+            "0.5",
+        )
 
     # a bare state dict does not say how inputs were normalised
     torch.save(state["model"], tmp_path / "foreign.pth")
@@ -5069,25 +6447,64 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
     train_ok([*foreign, "--mean", "0.5", "--std", "0.5", "--lr", "0"])
     half = ["--mean", "0.5", "--std", "0.5"]
     line = refusal(capsys, *foreign, *half, "--depth", "3", "--no-qkv-bias", "--mlp-dim", "8")
-    for words in ("does not fit this network, nothing was loaded; it lacks: ",
-                  "blocks.2.attn.proj.bias, blocks.2.attn.proj.weight, blocks.2.attn.qkv.weight … "
-                  "(11 in all)", "it has besides: blocks.0.attn.qkv.bias, blocks.1.attn.qkv.bias "
-                  "(2 in all)", "of another shape: blocks.0.mlp.fc1.weight (48, 24), here (8, 24), "
-                  "blocks.0.mlp.fc1.bias (48,), here (8,), ", "… (6 in all)"):
+    for words in (
+        "does not fit this network, nothing was loaded; it lacks: ",
+        "blocks.2.attn.proj.bias, blocks.2.attn.proj.weight, blocks.2.attn.qkv.weight … "
+        "(11 in all)",
+        "it has besides: blocks.0.attn.qkv.bias, blocks.1.attn.qkv.bias (2 in all)",
+        "of another shape: blocks.0.mlp.fc1.weight (48, 24), here (8, 24), "
+        "blocks.0.mlp.fc1.bias (48,), here (8,), ",
+        "… (6 in all)",
+    ):
         assert words in line, (words, line)
-    three = ["--dataset", "folder", "--data-dir", write_image_folder(tmp_path / "three", train=12),
-             *TINY, "--image-size", "32", "--init-from", tmp_path / "foreign.pth", *half]
+    three = [
+        "--dataset",
+        "folder",
+        "--data-dir",
+        write_image_folder(tmp_path / "three", train=12),
+        *TINY,
+        "--image-size",
+        "32",
+        "--init-from",
+        tmp_path / "foreign.pth",
+        *half,
+    ]
     line = refusal(capsys, "--eval-only", *three)
-    assert ("of another shape: head.weight (12, 24), here (3, 24), head.bias (12,), here (3,) (2 in"
-            " all); --reset-head starts with a new classifier") in line, line
-    state_3 = train_ok(list(map(str, [*three, "--reset-head", "--lr", "0", "--batch-size", "8",
-                                      "--micro-batch", "8", "--epochs", "1", "--workers", "0",
-                                      "--out-dir", tmp_path / "reset"])))
+    assert (
+        "of another shape: head.weight (12, 24), here (3, 24), head.bias (12,), here (3,) (2 in"
+        " all); --reset-head starts with a new classifier"
+    ) in line, line
+    state_3 = train_ok(
+        list(
+            map(
+                str,
+                [
+                    *three,
+                    "--reset-head",
+                    "--lr",
+                    "0",
+                    "--batch-size",
+                    "8",
+                    "--micro-batch",
+                    "8",
+                    "--epochs",
+                    "1",
+                    "--workers",
+                    "0",
+                    "--out-dir",
+                    tmp_path / "reset",
+                ],
+            )
+        )
+    )
     assert state_3["model"]["head.weight"].shape == (3, 24)
-    assert same_tensors({**state_3["model"], "head.weight": 0, "head.bias": 0},
-                        {**state["model"], "head.weight": 0, "head.bias": 0})
-    larger = tiny(tmp_path / "larger",
-                  "--image-size 48 --init-from", out / "ckpt.pt", "--max-steps 1")
+    assert same_tensors(
+        {**state_3["model"], "head.weight": 0, "head.bias": 0},
+        {**state["model"], "head.weight": 0, "head.bias": 0},
+    )
+    larger = tiny(
+        tmp_path / "larger", "--image-size 48 --init-from", out / "ckpt.pt", "--max-steps 1"
+    )
     capsys.readouterr()
     train_ok(larger)
     assert "positions resized to 6×6" in capsys.readouterr().out
@@ -5102,13 +6519,15 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb", "rmsprop"])
 def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
-        tmp_path, capsys, monkeypatch, optimizer):
+    tmp_path, capsys, monkeypatch, optimizer
+):
     """The third micro-batch of all, so in the first step, when SGD has no momentum yet."""
     calls, good = [], train.softmax_loss
 
     def sometimes_nan(logits, y, smoothing=0.0):
         calls.append(1)
         return good(logits, y, smoothing) * (math.nan if len(calls) == 3 else 1)
+
     monkeypatch.setattr(train, "softmax_loss", sometimes_nan)
     flags = f"--optimizer {optimizer} --lr 0.01 --warmup-steps 0 --stem conv"
     state = train_ok(tiny(tmp_path / "once", flags))
@@ -5121,26 +6540,31 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
     assert all(v.isfinite().all() and v.abs().max() < 100 for s in moments for v in s.values())
     if optimizer == "adamw":
         assert {float(s["step"]) for s in moments} == {9.0}
-    monkeypatch.setattr(train, "softmax_loss",
-                        lambda logits, y, smoothing=0.0: good(logits, y) * math.nan)
+    monkeypatch.setattr(
+        train, "softmax_loss", lambda logits, y, smoothing=0.0: good(logits, y) * math.nan
+    )
     monkeypatch.setattr(train, "MOST_SKIPPED", 8)
     line = refusal(capsys, *tiny(tmp_path / "always", flags))
-    assert ("the last 8 gradients were not finite: stopped at step 8, learning rate " in line
-            and "nothing was saved before" in line), line
+    assert (
+        "the last 8 gradients were not finite: stopped at step 8, learning rate " in line
+        and "nothing was saved before" in line
+    ), line
     log = log_without_times(tmp_path / "always")
     assert [r["loss"] for r in log if "loss" in r] == [None] * 2 and log[-1]["diverged"]
     assert not (tmp_path / "always/ckpt.pt").exists()
 
 
 @pytest.mark.parametrize("overflowing", [2, 3], ids=["the first pass", "the second pass"])
-def test_an_overflow_of_float16_in_either_pass_of_sam_skips_the_step(tmp_path, monkeypatch,
-                                                                     overflowing):
+def test_an_overflow_of_float16_in_either_pass_of_sam_skips_the_step(
+    tmp_path, monkeypatch, overflowing
+):
     """Calls of the loss: each of two micro-batches at w, then each at w + ε."""
     calls, good = [], train.softmax_loss
 
     def sometimes_huge(logits, y, smoothing=0.0):
         calls.append(1)
         return good(logits, y, smoothing) * (1e36 if len(calls) == overflowing else 1)
+
     flags = "--dtype float16 --sam-rho 0.1 --micro-batch 16 --warmup-steps 0 --max-steps"
     once = train_ok(tiny(tmp_path / "once", flags, 1))
     monkeypatch.setattr(train, "softmax_loss", sometimes_huge)
@@ -5153,13 +6577,17 @@ def test_an_overflow_of_float16_in_either_pass_of_sam_skips_the_step(tmp_path, m
     assert log_without_times(tmp_path / "run")[0]["skipped"] == 1
 
 
-def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_which(tmp_path, capsys,
-                                                                           monkeypatch):
+def test_a_run_that_diverges_keeps_its_last_good_checkpoint_and_says_which(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(train, "MOST_SKIPPED", 4)
     flags = "--optimizer sgd --lr 1e18 --warmup-steps 8 --save-every 1 --epochs 10 --log-every 2"
     line = refusal(capsys, *tiny(tmp_path / "run", flags))
-    found = re.search(r"the last (\d+) gradients were not finite: stopped at step (\d+), learning "
-                      r"rate \S+e\+\d+; \S+/ckpt.pt is of step (\d+), with finite gradients", line)
+    found = re.search(
+        r"the last (\d+) gradients were not finite: stopped at step (\d+), learning "
+        r"rate \S+e\+\d+; \S+/ckpt.pt is of step (\d+), with finite gradients",
+        line,
+    )
     assert found, line
     in_a_row, stopped, saved = map(int, found.groups())
     state = train.read_checkpoint(tmp_path / "run/ckpt.pt")
@@ -5174,8 +6602,10 @@ def test_narrow_resnets_on_the_cpu_keep_out_of_a_layout_that_corrupts_memory(tmp
     assert train.too_narrow_for_channels_last(narrow)
     assert not train.too_narrow_for_channels_last(wide)
     assert not train.too_narrow_for_channels_last(train.build_model("vit_micro8", 12, 32))
-    argv = ("--model resnet18 --width 4 --dataset shapes --train-fraction 1/50 --batch-size 32 "
-            "--micro-batch 16 --max-steps 2 --warmup-steps 1 --device cpu --out-dir").split()
+    argv = (
+        "--model resnet18 --width 4 --dataset shapes --train-fraction 1/50 --batch-size 32 "
+        "--micro-batch 16 --max-steps 2 --warmup-steps 1 --device cpu --out-dir"
+    ).split()
     train_ok([*argv, str(tmp_path / "run")])
     assert "fewer than 16 channels" in refusal(capsys, *argv, tmp_path / "no", "--channels-last")
 
@@ -5184,9 +6614,13 @@ def test_gradients_of_zero_change_nothing_and_stop_nothing(tmp_path, monkeypatch
     good = train.softmax_loss
     monkeypatch.setattr(train, "softmax_loss", lambda *args: 0 * good(*args))
     for optimizer in ("adamw", "sgd", "lamb", "rmsprop"):
-        state = train_ok(tiny(
-            tmp_path / optimizer, f"--optimizer {optimizer} --sam-rho 0.1 --sam-every 2 "
-            "--sam-adaptive --grad-clip 1 --adv-eps 2/255 --weight-decay 0 --max-steps 4"))
+        state = train_ok(
+            tiny(
+                tmp_path / optimizer,
+                f"--optimizer {optimizer} --sam-rho 0.1 --sam-every 2 "
+                "--sam-adaptive --grad-clip 1 --adv-eps 2/255 --weight-decay 0 --max-steps 4",
+            )
+        )
         torch.manual_seed(0)
         start = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48)
         assert same_tensors(state["model"], start.state_dict()), optimizer
@@ -5197,17 +6631,27 @@ def test_gradients_of_zero_change_nothing_and_stop_nothing(tmp_path, monkeypatch
 def test_one_class_and_one_image_train(tmp_path, what):
     n = 4 if what == "one class" else 1
     root = write_image_folder(tmp_path / "images", train=n, val=n, classes=["ant"])
-    state = train_ok(tiny(
-        tmp_path / "run", f"--data-dir {root} --batch-size {n} --sam-rho 0.1", dataset="--dataset "
-        f"folder --image-size 16 --workers 0 --epochs 2 --micro-batch {n} --augment inception"))
+    state = train_ok(
+        tiny(
+            tmp_path / "run",
+            f"--data-dir {root} --batch-size {n} --sam-rho 0.1",
+            dataset="--dataset "
+            f"folder --image-size 16 --workers 0 --epochs 2 --micro-batch {n} --augment inception",
+        )
+    )
     assert state["final"]["validation"]["top1"] == 100
     assert state["final"]["validation"]["images"] == n and state["step"] == 2
 
 
 @pytest.mark.parametrize("model", ["resnet18 --width 8 --stem imagenet", "torchvision:resnet18"])
 def test_batchnorm_of_one_number_is_told_before_the_first_step(tmp_path, capsys, model):
-    line = refusal(capsys, *(f"--dataset shapes --train-fraction 1/50 --device cpu --batch-size 1 "
-                             f"--micro-batch 1 --out-dir {tmp_path}/run --model {model}").split())
+    line = refusal(
+        capsys,
+        *(
+            f"--dataset shapes --train-fraction 1/50 --device cpu --batch-size 1 "
+            f"--micro-batch 1 --out-dir {tmp_path}/run --model {model}"
+        ).split(),
+    )
     assert "--micro-batch 1: Expected more than 1 value per channel" in line, line
     assert not (tmp_path / "run").exists()
 
@@ -5220,20 +6664,28 @@ def test_evaluation_of_a_network_that_gives_nan_says_so():
     assert math.isnan(result["nll"]) and result["images"] == 9
 
 
-@pytest.mark.parametrize("flags", [
-    "--dtype bfloat16 --sam-rho 0.1", "--dtype float16 --sam-rho 0.1 --adv-eps 2/255",
-    "--optimizer sgd --lr 0.2 --nesterov --decay all --lr-schedule linear --lr-end 1e-5",
-    "--sam-rho 0.5 --sam-adaptive --sam-steps 2 --pool gap --kernel-size 3 --gelu exact",
-    "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 --dropout 0.1",
-    "--randaugment 2 9 --randaugment-prob 0.5 --erasing 0.25 --mixup 1 --cutmix 0.8 "
-    "--warmup-epochs 1",
-    "--loss supcon --optimizer lamb --dtype bfloat16 --sam-rho 0.05 --stem conv "
-    "--dropout 0.1 --autoaugment imagenet"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--dtype bfloat16 --sam-rho 0.1",
+        "--dtype float16 --sam-rho 0.1 --adv-eps 2/255",
+        "--optimizer sgd --lr 0.2 --nesterov --decay all --lr-schedule linear --lr-end 1e-5",
+        "--sam-rho 0.5 --sam-adaptive --sam-steps 2 --pool gap --kernel-size 3 --gelu exact",
+        "--stem conv --loss sigmoid --head-bias -2.5 --mixup 0.5 --label-smoothing 0.1 "
+        "--dropout 0.1",
+        "--randaugment 2 9 --randaugment-prob 0.5 --erasing 0.25 --mixup 1 --cutmix 0.8 "
+        "--warmup-epochs 1",
+        "--loss supcon --optimizer lamb --dtype bfloat16 --sam-rho 0.05 --stem conv "
+        "--dropout 0.1 --autoaugment imagenet",
+    ],
+)
 def test_other_settings_train(tmp_path, flags):
     """The loss falls, and a run cut by --max-steps goes on bit for bit."""
     root = write_image_folder(tmp_path / "images", train=32, val=8)  # classes differ in colour
-    flags = (f"--epochs 10 --batch-size 16 --micro-batch 8 --lr 5e-3 --data-dir {root} "
-             f"--image-size 16 --workers 0 --warmup-steps 5 --ema-decay 0.9 --eval-every 5 {flags}")
+    flags = (
+        f"--epochs 10 --batch-size 16 --micro-batch 8 --lr 5e-3 --data-dir {root} "
+        f"--image-size 16 --workers 0 --warmup-steps 5 --ema-decay 0.9 --eval-every 5 {flags}"
+    )
     setup = "--dataset folder --log-every 5"
     whole = train_ok(tiny(tmp_path / "whole", flags, dataset=setup))
     losses = [r["loss"] for r in log_without_times(tmp_path / "whole") if "loss" in r]
@@ -5248,16 +6700,19 @@ def test_other_settings_train(tmp_path, flags):
 def test_a_run_from_a_packed_file_is_the_run_from_its_folder_bit_for_bit(tmp_path):
     root = write_image_folder(tmp_path / "images", train=8, val=3)
     out = packed(root)
-    flags = ("--batch-size 8 --micro-batch 4 --epochs 3 --image-size 16 --workers 1 "
-             "--train-fraction 3/4 --warmup-steps 2 --data-dir")
+    flags = (
+        "--batch-size 8 --micro-batch 4 --epochs 3 --image-size 16 --workers 1 "
+        "--train-fraction 3/4 --warmup-steps 2 --data-dir"
+    )
     setup = "--dataset folder --log-every 1"
     whole = train_ok(tiny(tmp_path / "whole", flags, root, dataset=setup))
     train_ok(tiny(tmp_path / "pack", flags, out, "--max-steps 4", dataset=setup))
     resumed = train_ok(tiny(tmp_path / "pack", flags, out, "--resume", dataset=setup))
     for part in ("model", "optimizer", "step", "best", "final", "classes"):
         assert same_tensors(whole[part], resumed[part]), part
-    logs = [[r for r in log_without_times(tmp_path / run) if "loss" in r]
-            for run in ("whole", "pack")]
+    logs = [
+        [r for r in log_without_times(tmp_path / run) if "loss" in r] for run in ("whole", "pack")
+    ]
     assert logs[0] == logs[1] and len(logs[0]) == 6
 
 
@@ -5272,10 +6727,10 @@ FAMILIES = {  # a small network of each
     "resnext": "resnext50_32x4d --depth 1 1 1 1 --groups 4 --width-per-group 16 --width 16",
     "alternet": "alter_resnet18 --width 8 --head-dim 4",
     "alternet, post-activation": "alter_resnet50 --width 8 --head-dim 4 --depth 1 2 2 2 "
-                                 "--no-pre-activation --window-size 2 --msa-blocks 0 1 0 1",
+    "--no-pre-activation --window-size 2 --msa-blocks 0 1 0 1",
     "regnety": "regnety_1gf",
     "swin": "torchvision:swin_t --patch-size 4 --window-size 2 --dim 24 --depth 1 1 1 1 "
-            "--heads 1 2 2 4",
+    "--heads 1 2 2 4",
 }
 
 
@@ -5284,9 +6739,11 @@ def test_every_family_trains_an_epoch_with_and_without_sam(tmp_path, family, mon
     monkeypatch.setitem(data.SHAPES_SPLITS, "val", (2**30, 60))
     weights = []
     for rho in ("0", "0.05"):
-        argv = (f"--model {FAMILIES[family]} --dataset shapes --train-fraction 96/8000 --sam-rho "
-                f"{rho} --batch-size 16 --micro-batch 8 --epochs 1 --warmup-steps 0 --device cpu "
-                f"--log-every 1 --out-dir {tmp_path / rho}")
+        argv = (
+            f"--model {FAMILIES[family]} --dataset shapes --train-fraction 96/8000 --sam-rho "
+            f"{rho} --batch-size 16 --micro-batch 8 --epochs 1 --warmup-steps 0 --device cpu "
+            f"--log-every 1 --out-dir {tmp_path / rho}"
+        )
         state = train_ok(argv.split())
         weights.append(state["model"])
         log = [record for record in log_without_times(tmp_path / rho) if "loss" in record]
@@ -5311,15 +6768,20 @@ def test_every_family_runs_in_the_forms_that_users_need(family):
         with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
             logits = model(images)
         F.cross_entropy(logits.float(), labels).backward()
-        wrong = [name for name, p in model.named_parameters()
-                 if p.grad is None or not p.grad.isfinite().all()]
+        wrong = [
+            name
+            for name, p in model.named_parameters()
+            if p.grad is None or not p.grad.isfinite().all()
+        ]
         assert not wrong, f"{precision}: no finite gradient for {wrong}"
     model.eval()
     plain = model(images)
     last = images.contiguous(memory_format=torch.channels_last)
-    forms = {"one by one": torch.cat([model(image[None]) for image in images]),
-             "exported": torch.export.export(model, (images,)).module()(images),
-             "channels last": copy.deepcopy(model).to(memory_format=torch.channels_last)(last)}
+    forms = {
+        "one by one": torch.cat([model(image[None]) for image in images]),
+        "exported": torch.export.export(model, (images,)).module()(images),
+        "channels last": copy.deepcopy(model).to(memory_format=torch.channels_last)(last),
+    }
     with torch.autocast("cpu", torch.bfloat16):
         forms["bfloat16"] = model(images).float()
     for form, logits in forms.items():
@@ -5340,21 +6802,30 @@ def test_list_models_prints_every_row_of_the_papers(capsys, monkeypatch):
         name, *cells = re.split("  +", line.strip())
         rows[name, cells[0] if cells else ""] = cells[1:]
     for name, pixels, expected in [
-            ("vit_s16", "224", ["1,000", "22,050,664", "4.60", "11.9", "Chen Table 7"]),
-            ("mixer_b8", "224", ["1,000", "64,864,168", "50.06", "47.5", "Chen Table 7"]),
-            ("resnet152x2", "224", ["1,000", "236,350,568", "45.81", "45.5", "Chen Table 2"]),
-            ("resnet200", "224", ["1,000", "64,673,832", "15.01", "32.4", "Xiao Table 2"]),
-            ("regnety_1gf", "232", ["1,000", "9,600,538", "1.05", "6.2", "Xiao Table 2"]),
-            ("regnety_4gf", "240", ["1,000", "22,408,976", "4.10", "14.5", "Xiao Table 2"]),
-            ("regnety_16gf", "256", ["1,000", "72,282,900", "15.46", "30.7", "Xiao Table 2"]),
-            ("regnety_32gf", "268", ["1,000", "128,552,446", "31.07", "46.2", "Xiao Table 2"]),
-            ("torchvision:swin_t", "32", ["100", "27,575,374", "1.43", "5.1",
-                                          "Park Fig. 1-10, C.4"]),
-            ("alter_resnet50 --msa-blocks 0 1 3 2", "32", [
-                "100", "34,062,538", "1.58", "4.6", "Park Fig. 12a"]),
-            ("timm:convit_tiny", "224", [
-                "1,000", "timm:convit_tiny: timm is not installed (pip install timm)",
-                "Park Fig. E.1"])]:
+        ("vit_s16", "224", ["1,000", "22,050,664", "4.60", "11.9", "Chen Table 7"]),
+        ("mixer_b8", "224", ["1,000", "64,864,168", "50.06", "47.5", "Chen Table 7"]),
+        ("resnet152x2", "224", ["1,000", "236,350,568", "45.81", "45.5", "Chen Table 2"]),
+        ("resnet200", "224", ["1,000", "64,673,832", "15.01", "32.4", "Xiao Table 2"]),
+        ("regnety_1gf", "232", ["1,000", "9,600,538", "1.05", "6.2", "Xiao Table 2"]),
+        ("regnety_4gf", "240", ["1,000", "22,408,976", "4.10", "14.5", "Xiao Table 2"]),
+        ("regnety_16gf", "256", ["1,000", "72,282,900", "15.46", "30.7", "Xiao Table 2"]),
+        ("regnety_32gf", "268", ["1,000", "128,552,446", "31.07", "46.2", "Xiao Table 2"]),
+        ("torchvision:swin_t", "32", ["100", "27,575,374", "1.43", "5.1", "Park Fig. 1-10, C.4"]),
+        (
+            "alter_resnet50 --msa-blocks 0 1 3 2",
+            "32",
+            ["100", "34,062,538", "1.58", "4.6", "Park Fig. 12a"],
+        ),
+        (
+            "timm:convit_tiny",
+            "224",
+            [
+                "1,000",
+                "timm:convit_tiny: timm is not installed (pip install timm)",
+                "Park Fig. E.1",
+            ],
+        ),
+    ]:
         assert rows[name, pixels] == expected, (name, rows[name, pixels])
     files = [*vit.NAMES, *mixer.NAMES, *resnet.NAMES, *alternet.NAMES]
     missing = [name for name in files if not re.search(rf"^{name} ", text, re.M)]
@@ -5406,15 +6877,23 @@ def test_torchvisions_swin_has_the_intermediates_and_units_of_a_vit():
     model = train.build_model("torchvision:swin_t", 10, 32, patch_size=2).double().eval()
     images = tiny_images(2, 32)
     kinds = list(model.intermediates.values())
-    assert kinds == [("stem", 0), *[("attention", 1), ("mlp", 1)] * 2, ("pooling", 2),
-                     *[("attention", 2), ("mlp", 2)] * 2, ("pooling", 3),
-                     *[("attention", 3), ("mlp", 3)] * 6, ("pooling", 4),
-                     *[("attention", 4), ("mlp", 4)] * 2, ("representation", 4)]
+    assert kinds == [
+        ("stem", 0),
+        *[("attention", 1), ("mlp", 1)] * 2,
+        ("pooling", 2),
+        *[("attention", 2), ("mlp", 2)] * 2,
+        ("pooling", 3),
+        *[("attention", 3), ("mlp", 3)] * 6,
+        ("pooling", 4),
+        *[("attention", 4), ("mlp", 4)] * 2,
+        ("representation", 4),
+    ]
     seen, hooks = {}, []
 
     def watch(module, name, before):  # the stream is what goes into norm2, and comes out of a block
         def keep(module, inputs, output):
             seen[name] = inputs[0] if before else output
+
         hooks.append(module.register_forward_hook(keep))
 
     for name, (kind, _) in model.intermediates.items():
@@ -5451,53 +6930,109 @@ def test_torchvisions_swin_has_the_intermediates_and_units_of_a_vit():
 
 def test_networks_of_torchvision_train_and_load_their_state_dicts(tmp_path, capsys):
     out = tmp_path / "run"
-    setup = ["--model", "torchvision:mobilenet_v3_small", "--device", "cpu", "--dataset", "shapes",
-             "--train-fraction", "1/50", "--batch-size", "16", "--micro-batch", "8", "--max-steps",
-             "2", "--sam-rho", "0.05"]
+    setup = [
+        "--model",
+        "torchvision:mobilenet_v3_small",
+        "--device",
+        "cpu",
+        "--dataset",
+        "shapes",
+        "--train-fraction",
+        "1/50",
+        "--batch-size",
+        "16",
+        "--micro-batch",
+        "8",
+        "--max-steps",
+        "2",
+        "--sam-rho",
+        "0.05",
+    ]
     state = train_ok([*setup, "--out-dir", str(out)])
     published = train.build_model("torchvision:mobilenet_v3_small", 1000)
     assert state["model"].keys() == published.state_dict().keys()
     torch.save(published.state_dict(), tmp_path / "published.pth")
     start = ["--init-from", tmp_path / "published.pth"]
     assert "classifier.3.weight (1000, 1024), here (12, 1024)" in refusal(capsys, *setup, *start)
-    tuned = train_ok([*setup, "--lr", "0", *map(str, start), "--reset-head", "--out-dir",
-                      str(tmp_path / "tuned")])
+    tuned = train_ok(
+        [
+            *setup,
+            "--lr",
+            "0",
+            *map(str, start),
+            "--reset-head",
+            "--out-dir",
+            str(tmp_path / "tuned"),
+        ]
+    )
     assert "is taken for one of torchvision's" in capsys.readouterr().out
-    assert all(torch.equal(tuned["model"][k], p) for k, p in published.named_parameters()
-               if not k.startswith("classifier.3"))
+    assert all(
+        torch.equal(tuned["model"][k], p)
+        for k, p in published.named_parameters()
+        if not k.startswith("classifier.3")
+    )
     assert tuned["settings"]["mean"] == [0.485, 0.456, 0.406]
 
 
 def test_an_original_npz_is_evaluated_and_fine_tuned(tmp_path, capsys):
     np.savez(tmp_path / "google.npz", **google_arrays())
-    sizes = ("--model vit_ti4 --image-size 16 --dim 12 --depth 2 --heads 3 --mlp-dim 24 "
-             f"--device cpu --dataset folder --init-from {tmp_path / 'google.npz'}").split()
+    sizes = (
+        "--model vit_ti4 --image-size 16 --dim 12 --depth 2 --heads 3 --mlp-dim 24 "
+        f"--device cpu --dataset folder --init-from {tmp_path / 'google.npz'}"
+    ).split()
     five = write_image_folder(tmp_path / "five", train=4, val=2, classes="abcde")
     assert train.main([*sizes, "--data-dir", str(five), "--eval-only", "--workers", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["val", "10"]
     three = [*sizes, "--data-dir", str(write_image_folder(tmp_path / "three", train=4, val=2))]
     assert "num_classes" in refusal(capsys, *three, "--eval-only")
     assert "--reset-head starts with a new classifier" in refusal(capsys, *three)
-    state = train_ok([*three, "--lr", "0", "--batch-size", "8", "--micro-batch", "8", "--epochs",
-                      "1", "--workers", "0", "--out-dir", str(tmp_path / "run"), "--reset-head"])
+    state = train_ok(
+        [
+            *three,
+            "--lr",
+            "0",
+            "--batch-size",
+            "8",
+            "--micro-batch",
+            "8",
+            "--epochs",
+            "1",
+            "--workers",
+            "0",
+            "--out-dir",
+            str(tmp_path / "run"),
+            "--reset-head",
+        ]
+    )
     network = vit.build("vit_ti4", 5, 16, dim=12, depth=2, heads=3, mlp_dim=24)
     vit.load_npz(network, tmp_path / "google.npz")
-    assert all(torch.equal(state["model"][k], p) for k, p in network.named_parameters()
-               if not k.startswith("head."))
+    assert all(
+        torch.equal(state["model"][k], p)
+        for k, p in network.named_parameters()
+        if not k.startswith("head.")
+    )
 
 
-@pytest.mark.parametrize("flags, graphs", [
-    ("--stem conv --ema-decay 0.9 --sam-steps 2", 1),
-    ("--adv-eps 2/255 --dtype float64", 2),  # of images with and without a gradient
-    ("--loss supcon --augment crop", 2)])  # likewise of the weights
-def test_a_compiled_run_compiles_once_and_trains_as_the_uncompiled(tmp_path, monkeypatch, flags,
-                                                                   graphs):
+@pytest.mark.parametrize(
+    "flags, graphs",
+    [
+        ("--stem conv --ema-decay 0.9 --sam-steps 2", 1),
+        ("--adv-eps 2/255 --dtype float64", 2),  # of images with and without a gradient
+        ("--loss supcon --augment crop", 2),
+    ],
+)  # likewise of the weights
+def test_a_compiled_run_compiles_once_and_trains_as_the_uncompiled(
+    tmp_path, monkeypatch, flags, graphs
+):
     from torch._dynamo.testing import CompileCounterWithBackend
+
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    plain, compiled = (train_ok(tiny(tmp_path / str(i), "--sam-rho 0.1", flags, *more))
-                       for i, more in enumerate(((), ("--compile",))))
+    plain, compiled = (
+        train_ok(tiny(tmp_path / str(i), "--sam-rho 0.1", flags, *more))
+        for i, more in enumerate(((), ("--compile",)))
+    )
     assert counter.frame_count == graphs, counter.frame_count
     assert largest_difference(plain["model"], compiled["model"]) < 1e-3
     assert abs(plain["final"]["training"]["nll"] - compiled["final"]["training"]["nll"]) < 1e-4
@@ -5506,9 +7041,26 @@ def test_a_compiled_run_compiles_once_and_trains_as_the_uncompiled(tmp_path, mon
 class HostReads(TorchFunctionMode):
     """Collects the calls that read a tensor's values on the host, for which an accelerator has to
     be waited for."""
-    READS = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "unique", "equal",
-             "allclose", "is_nonzero", "__bool__", "__int__", "__float__", "__index__",
-             "__contains__", "argwhere", "bincount"}
+
+    READS = {
+        "item",
+        "tolist",
+        "cpu",
+        "numpy",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "equal",
+        "allclose",
+        "is_nonzero",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__contains__",
+        "argwhere",
+        "bincount",
+    }
 
     def __init__(self):
         super().__init__()
@@ -5517,18 +7069,33 @@ class HostReads(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
         index = args[1] if name in ("__getitem__", "__setitem__") else ()
-        by_mask = any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8)
-                      for i in (index if isinstance(index, tuple) else (index,)))
+        by_mask = any(
+            isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8)
+            for i in (index if isinstance(index, tuple) else (index,))
+        )
         if name in self.READS or by_mask:
             self.seen.append(name)
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("read", [
-    lambda t: t[0].item(), lambda t: t.tolist(), lambda t: bool(t[0] > 0), lambda t: float(t[0]),
-    lambda t: t.cpu(), lambda t: t.numpy(), lambda t: t.nonzero(), lambda t: t[t > 0],
-    lambda t: torch.equal(t, t), lambda t: int(t[0]), lambda t: 1 if t[0] else 2,
-    lambda t: t.masked_select(t > 0), lambda t: t.__setitem__(t > 0, 1.0)])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda t: t[0].item(),
+        lambda t: t.tolist(),
+        lambda t: bool(t[0] > 0),
+        lambda t: float(t[0]),
+        lambda t: t.cpu(),
+        lambda t: t.numpy(),
+        lambda t: t.nonzero(),
+        lambda t: t[t > 0],
+        lambda t: torch.equal(t, t),
+        lambda t: int(t[0]),
+        lambda t: 1 if t[0] else 2,
+        lambda t: t.masked_select(t > 0),
+        lambda t: t.__setitem__(t > 0, 1.0),
+    ],
+)
 def test_the_counter_of_host_reads_sees_each_of_them(read):
     with HostReads() as reads:
         read(torch.ones(3) + 1)
@@ -5537,6 +7104,7 @@ def test_the_counter_of_host_reads_sees_each_of_them(read):
 
 def unwatched(function):
     """What it does, a loader's work on the host, is not counted by HostReads."""
+
     def call(*args, **kwargs):
         items = iter(function(*args, **kwargs))
         while True:
@@ -5546,18 +7114,24 @@ def unwatched(function):
                 except StopIteration:
                     return
             yield item
+
     return call
 
 
-@pytest.mark.parametrize("flags", [
-    "--model vit_micro8 --sam-rho 0",
-    "--model vit_micro8 --sam-rho 0.1 --stem conv --dropout 0.1 --drop-path 0.1 --grad-clip 1 "
-    "--ema-decay 0.9 --mixup 0.5 --cutmix 1 --adv-eps 2/255 --sam-every 2",
-    "--model resnet18 --width 8 --sam-rho 0.1 --sam-sync --optimizer sgd",
-    "--model vit_micro8 --sam-rho 0.1 --loss supcon --augment crop --sam-adaptive "
-    "--sam-scope norm"])
-def test_a_training_waits_for_the_device_at_log_lines_only(tmp_path, monkeypatch, small_shapes,
-                                                            flags):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--model vit_micro8 --sam-rho 0",
+        "--model vit_micro8 --sam-rho 0.1 --stem conv --dropout 0.1 --drop-path 0.1 --grad-clip 1 "
+        "--ema-decay 0.9 --mixup 0.5 --cutmix 1 --adv-eps 2/255 --sam-every 2",
+        "--model resnet18 --width 8 --sam-rho 0.1 --sam-sync --optimizer sgd",
+        "--model vit_micro8 --sam-rho 0.1 --loss supcon --augment crop --sam-adaptive "
+        "--sam-scope norm",
+    ],
+)
+def test_a_training_waits_for_the_device_at_log_lines_only(
+    tmp_path, monkeypatch, small_shapes, flags
+):
     """As many host reads in 2 as in 6 steps of a run whose only log line is at its end; mixup draws
     on the CPU, wherever the images are."""
     monkeypatch.setattr(data, "batches", unwatched(data.batches))
@@ -5569,13 +7143,17 @@ def test_a_training_waits_for_the_device_at_log_lines_only(tmp_path, monkeypatch
         def call(*xy):
             with torch._C.DisableTorchFunction():
                 return mix(*xy)
+
         return call
+
     monkeypatch.setattr(train, "mixing", mixes)
     counts = []
     for steps in (2, 6):
-        argv = ("--dataset shapes --device cpu --epochs 6 --batch-size 16 --micro-batch 8 "
-                f"--log-every 1000 --eval-every 6 --max-steps {steps} "
-                f"--out-dir {tmp_path / str(steps)} {flags}").split()
+        argv = (
+            "--dataset shapes --device cpu --epochs 6 --batch-size 16 --micro-batch 8 "
+            f"--log-every 1000 --eval-every 6 --max-steps {steps} "
+            f"--out-dir {tmp_path / str(steps)} {flags}"
+        ).split()
         with HostReads() as reads:
             assert train.main(argv) == 0
         counts.append(reads.seen)
@@ -5602,11 +7180,15 @@ def test_evaluation_and_attacks_wait_once_whatever_the_batches_and_steps(monkeyp
 
 
 ANALYSES = {
-    "fourier": analyze.fourier, "variance": analyze.variance, "hsic": analyze.hsic,
-    "activity": analyze.activity, "accuracy": analyze.accuracy,
+    "fourier": analyze.fourier,
+    "variance": analyze.variance,
+    "hsic": analyze.hsic,
+    "activity": analyze.activity,
+    "accuracy": analyze.accuracy,
     "mean_loss": lambda model, batches: analyze.mean_loss(model, train.softmax_loss, batches),
-    "calibration": lambda model, batches: analyze.calibration([
-        (model(x).detach(), y) for x, y in batches]),
+    "calibration": lambda model, batches: analyze.calibration(
+        [(model(x).detach(), y) for x, y in batches]
+    ),
 }
 
 
@@ -5615,7 +7197,7 @@ def test_an_analysis_waits_as_often_for_many_batches_as_for_few(name):
     model, counts = train.assemble(tiny_vit().float(), [0.5], [0.5]).eval(), []
     x, y = tiny_images(24).float(), torch.arange(24) % 5
     for n in (2, 6):
-        batches = list(zip(x[:4 * n].split(4), y[:4 * n].split(4)))
+        batches = list(zip(x[: 4 * n].split(4), y[: 4 * n].split(4)))
         with HostReads() as reads:
             ANALYSES[name](model, batches)
         counts.append(len(reads.seen))
@@ -5631,12 +7213,17 @@ def test_a_thousand_steps_leave_no_memory_behind(tmp_path, monkeypatch, small_sh
             gc.collect()
             tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
             pages = int(Path("/proc/self/statm").read_text().split()[1])
-            alive[record["step"]] = len(tensors), pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+            alive[record["step"]] = len(tensors), pages * os.sysconf("SC_PAGE_SIZE") / 2**20
         log(self, **record)
+
     monkeypatch.setattr(train.RunFolder, "log", counted)
-    argv = tiny(tmp_path, "--max-steps 1000 --epochs 500 --log-every 100 --eval-every 500 "
-                "--sam-rho 0.1 --sam-every 2 --ema-decay 0.9 --grad-clip 1 --mixup 0.5 --dim 12 "
-                "--depth 1", dataset="--dataset shapes --batch-size 4 --micro-batch 4")
+    argv = tiny(
+        tmp_path,
+        "--max-steps 1000 --epochs 500 --log-every 100 --eval-every 500 "
+        "--sam-rho 0.1 --sam-every 2 --ema-decay 0.9 --grad-clip 1 --mixup 0.5 --dim 12 "
+        "--depth 1",
+        dataset="--dataset shapes --batch-size 4 --micro-batch 4",
+    )
     assert train.main(argv) == 0
     assert list(alive) == list(range(100, 1001, 100))
     tensors, memory = zip(*alive.values())
@@ -5674,11 +7261,15 @@ class HandInHand(nn.Module):
 
 
 def test_the_next_batch_is_decoded_while_one_is_evaluated():
-    dataset = Counted(torch.zeros(12, 3, 8, 8, dtype=torch.uint8), torch.zeros(12).long(),
-                      list("abc"))
+    dataset = Counted(
+        torch.zeros(12, 3, 8, 8, dtype=torch.uint8), torch.zeros(12).long(), list("abc")
+    )
     dataset.waiting = torch.multiprocessing.Value("i", 0)
-    result = train.evaluate(HandInHand(dataset.waiting, 6),
-                            data.evaluation_loader(dataset, 2, workers=1), torch.device("cpu"))
+    result = train.evaluate(
+        HandInHand(dataset.waiting, 6),
+        data.evaluation_loader(dataset, 2, workers=1),
+        torch.device("cpu"),
+    )
     assert result["images"] == 12 and dataset.waiting.value == 0
 
 
@@ -5694,11 +7285,13 @@ def test_images_at_once_is_the_largest_power_of_two_that_fits():
 
     class Device:  # nothing else of it is asked for
         type = "cuda"
+
     make, held = torch.zeros, adversarial.held_still
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "zeros", lambda *size, device, **more: make(*size, **more))
-        patch.setattr(adversarial, "held_still", lambda model, device: held(
-            model, torch.device("cpu")))
+        patch.setattr(
+            adversarial, "held_still", lambda model, device: held(model, torch.device("cpu"))
+        )
         at_once = partial(train.images_at_once, model, 8, Device())
         assert at_once("maps", run) == 64 and tried == [1024, 512, 256, 128, 64]
         assert at_once("maps", run) == 64 and len(tried) == 5, "tried once"
@@ -5713,12 +7306,23 @@ def test_images_at_once_is_the_largest_power_of_two_that_fits():
 def test_help_and_mistakes_are_answered_before_anything_is_touched(capsys, monkeypatch):
     def touched(*args, **kwargs):
         raise AssertionError("it has begun")
-    for module, name in ((data, "load"), (dist, "init_process_group"), (torch, "compile"),
-                         (train, "build_model"), (os, "mkdir")):
+
+    for module, name in (
+        (data, "load"),
+        (dist, "init_process_group"),
+        (torch, "compile"),
+        (train, "build_model"),
+        (os, "mkdir"),
+    ):
         monkeypatch.setattr(module, name, touched)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for argv in (["--sam-rhoo", "0.1"], ["--sam-rho", "-1"], ["--model", "vit_b16", "--batch-size",
-                 "0"], ["--recipe", "chen"], ["--init-from", "x.pt", "--mean", "0.5"]):
+    for argv in (
+        ["--sam-rhoo", "0.1"],
+        ["--sam-rho", "-1"],
+        ["--model", "vit_b16", "--batch-size", "0"],
+        ["--recipe", "chen"],
+        ["--init-from", "x.pt", "--mean", "0.5"],
+    ):
         assert train.main(argv) == 2, argv
         assert capsys.readouterr().err.count("\n") == 1
     for program in (train, analyze, adversarial, data, vit, sam):
@@ -5731,8 +7335,14 @@ def test_help_and_mistakes_are_answered_before_anything_is_touched(capsys, monke
 
 
 def start(argv, **kwargs):
-    return subprocess.Popen([sys.executable, *map(str, argv)], cwd=HERE, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, *map(str, argv)],
+        cwd=HERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
 
 
 KILLER = """
@@ -5795,14 +7405,39 @@ print("killed", how["kills"] - kills, "tracebacks", tracebacks, flush=True)
 """
 
 
-def killed(program, argv, watched, kills, *, processes=1, signals=(signal.SIGKILL,), seed=0,
-           early=1.0, late=0.3):
+def killed(
+    program,
+    argv,
+    watched,
+    kills,
+    *,
+    processes=1,
+    signals=(signal.SIGKILL,),
+    seed=0,
+    early=1.0,
+    late=0.3,
+):
     """Runs KILLER; -> (how many ends by a signal, output)."""
-    how = dict(program=program, argv=list(map(str, argv)), watched=str(watched), kills=kills,
-               processes=processes, signals=signals, seed=seed, early=early, late=late)
+    how = dict(
+        program=program,
+        argv=list(map(str, argv)),
+        watched=str(watched),
+        kills=kills,
+        processes=processes,
+        signals=signals,
+        seed=seed,
+        early=early,
+        late=late,
+    )
     one_thread = dict(OMP_NUM_THREADS="1") if processes > 1 else {}
-    run = subprocess.run([sys.executable, "-c", KILLER, json.dumps(how)], cwd=HERE, text=True,
-                         capture_output=True, timeout=3000, env=os.environ | one_thread)
+    run = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps(how)],
+        cwd=HERE,
+        text=True,
+        capture_output=True,
+        timeout=3000,
+        env=os.environ | one_thread,
+    )
     found = re.search(r"killed (\d+) tracebacks 0", run.stdout)
     assert run.returncode == 0 and found, run.stdout[-2000:] + run.stderr[-3000:]
     return int(found[1]), run.stdout
@@ -5812,30 +7447,46 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     """Weights, optimizer, average and log (but for its times);
     with augmentation, masks, mixup and BatchNorm."""
     write_image_folder(tmp_path / "images", train=32, val=8)
-    settings = (f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 "
-                "--adv-eps 2/255 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 "
-                "--workers 1 --seed 3 --eval-every 12 --save-every 5 --keep-epochs warmup 30 "
-                "--sam-every 3 --sam-scope 'norm|mlp'")
-    setup = ("--dataset folder --epochs 36 --batch-size 16 --micro-batch 8 --log-every 4 "
-             "--warmup-steps 10")
+    settings = (
+        f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 "
+        "--adv-eps 2/255 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 "
+        "--workers 1 --seed 3 --eval-every 12 --save-every 5 --keep-epochs warmup 30 "
+        "--sam-every 3 --sam-scope 'norm|mlp'"
+    )
+    setup = (
+        "--dataset folder --epochs 36 --batch-size 16 --micro-batch 8 --log-every 4 "
+        "--warmup-steps 10"
+    )
     whole = train_ok(tiny(tmp_path / "whole", settings, dataset=setup))
     argv = tiny(tmp_path / "killed", settings, "--resume", dataset=setup)
     kills, output = killed("train", argv, tmp_path / "killed/ckpt.pt", 3)
     assert kills == 3 and output.count("resumed ") >= 2, output  # else they came too early
     again = train.read_checkpoint(tmp_path / "killed/ckpt.pt")
-    for part in ("model", "ema", "optimizer", "scaler", "look", "step", "evaluated", "best",
-                 "final"):
+    for part in (
+        "model",
+        "ema",
+        "optimizer",
+        "scaler",
+        "look",
+        "step",
+        "evaluated",
+        "best",
+        "final",
+    ):
         assert same_tensors(whole[part], again[part]), part
     for name in ("warmup.pt", "epoch30.pt"):
-        assert same_tensors(*(train.read_checkpoint(tmp_path / run / name)["model"]
-                              for run in ("whole", "killed"))), name
+        assert same_tensors(
+            *(train.read_checkpoint(tmp_path / run / name)["model"] for run in ("whole", "killed"))
+        ), name
     assert log_without_times(tmp_path / "whole") == log_without_times(tmp_path / "killed")
 
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (2, signal.SIGINT)])
 def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, number):
-    argv = ["train.py", *tiny(tmp_path / "run",
-                              "--epochs 2000 --log-every 2 --eval-every 1000 --sam-rho 0.1")]
+    argv = [
+        "train.py",
+        *tiny(tmp_path / "run", "--epochs 2000 --log-every 2 --eval-every 1000 --sam-rho 0.1"),
+    ]
     if processes > 1:
         argv = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv]
     run = start(argv)
@@ -5843,16 +7494,25 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, 
     for line in run.stdout:
         lines.append(line)
         if line.startswith("step ") and "loss" in line:
-            pids = [run.pid] if processes == 1 else [
-                int(p) for p in subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True,
-                                               text=True).stdout.split()]
+            pids = (
+                [run.pid]
+                if processes == 1
+                else [
+                    int(p)
+                    for p in subprocess.run(
+                        ["pgrep", "-P", str(run.pid)], capture_output=True, text=True
+                    ).stdout.split()
+                ]
+            )
             os.kill(pids[0], number)  # one process is told, all stop
             break
     text = "".join(lines) + run.stdout.read()
     status = run.wait(timeout=60)
     assert status == (128 + number if processes == 1 else 1), (status, text)
-    assert (f"stopped by {number.name}, saved at step" in text
-            and "repeat the command with --resume" in text), text
+    assert (
+        f"stopped by {number.name}, saved at step" in text
+        and "repeat the command with --resume" in text
+    ), text
     state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
     assert 0 < state["step"] < 10_000 and "final" not in state
 
@@ -5868,16 +7528,22 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_stops_a_run_in_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch,
-                                                               small_shapes):
+def test_a_full_disk_stops_a_run_in_one_line_and_loses_nothing(
+    tmp_path, capsys, monkeypatch, small_shapes
+):
     settings = "--train-fraction 1 --sam-rho 0.1 --save-every 3 --ema-decay 0.9"
     whole = train_ok(tiny(tmp_path / "whole", settings))
     argv = tiny(tmp_path / "run", settings, "--resume")
     train_ok([*argv, "--max-steps", "3"])
     before = (tmp_path / "run/ckpt.pt").read_bytes()
     for limit, words in (
-            (len(before) // 2, "ckpt.pt cannot be written: File too large; the one before it is "
-             "whole; then go on with --resume\n"), (100, "config.json cannot be written: File")):
+        (
+            len(before) // 2,
+            "ckpt.pt cannot be written: File too large; the one before it is "
+            "whole; then go on with --resume\n",
+        ),
+        (100, "config.json cannot be written: File"),
+    ):
         with files_of_at_most(limit):
             line = refusal(capsys, *argv)
         assert words in line, line
@@ -5886,6 +7552,7 @@ def test_a_full_disk_stops_a_run_in_one_line_and_loses_nothing(tmp_path, capsys,
 
     def read_only(*_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", read_only)
         line = refusal(capsys, *tiny(tmp_path / "other", settings))
@@ -5896,26 +7563,37 @@ def test_a_full_disk_stops_a_run_in_one_line_and_loses_nothing(tmp_path, capsys,
 
 
 def test_a_want_of_memory_is_one_line(capsys):
-    for error in (MemoryError(), torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …")):
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …"),
+    ):
+
         def fails():
             raise error
+
         assert train.answer("train.py", fails, "then go on with --resume") == 2
         line = capsys.readouterr().err
-        assert line == (f"train.py: memory is short{' of 2.50 GiB' * bool(error.args)}: smaller "
-                        "batches, or less of what was asked for, take less\n")
-    assert train.answer("train.py", lambda: torch.empty(10 ** 13), "again") == 2
+        assert line == (
+            f"train.py: memory is short{' of 2.50 GiB' * bool(error.args)}: smaller "
+            "batches, or less of what was asked for, take less\n"
+        )
+    assert train.answer("train.py", lambda: torch.empty(10**13), "again") == 2
     assert "memory is short" in capsys.readouterr().err
 
     def other():
         raise RuntimeError("a defect")
+
     with pytest.raises(RuntimeError, match="a defect"):
         train.answer("train.py", other, "again")
 
 
 def test_a_run_ends_quietly_when_nobody_reads_its_output(tmp_path):
-    run = subprocess.Popen([sys.executable, "train.py", *tiny(tmp_path / "run", "--epochs 500")],
-                           cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = subprocess.Popen(
+        [sys.executable, "train.py", *tiny(tmp_path / "run", "--epochs 500")],
+        cwd=HERE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     run.stdout.readline()
     run.stdout.close()
     errors = run.stderr.read().decode()
@@ -5950,21 +7628,27 @@ next(stream)
 def test_workers_that_hang_as_they_are_forked_are_started_again(monkeypatch):
     """As Python 3.11.7 does it, CPython issue 112275."""
     hangs, told = [True], []
-    os.register_at_fork(after_in_child=lambda: hangs and time.sleep(1000),
-                        after_in_parent=hangs.clear)
-    dataset = data.InMemory(torch.arange(8)[:, None, None, None].expand(8, 3, 2, 2).byte(),
-                            torch.arange(8), list(range(8)))
+    os.register_at_fork(
+        after_in_child=lambda: hangs and time.sleep(1000), after_in_parent=hangs.clear
+    )
+    dataset = data.InMemory(
+        torch.arange(8)[:, None, None, None].expand(8, 3, 2, 2).byte(),
+        torch.arange(8),
+        list(range(8)),
+    )
     monkeypatch.setattr(data, "PATIENCE", 0.5)
-    labels = torch.cat([y for _, y in data.batches(
-        data.evaluation_loader(dataset, 2, workers=2), told.append)])
+    labels = torch.cat(
+        [y for _, y in data.batches(data.evaluation_loader(dataset, 2, workers=2), told.append)]
+    )
     assert labels.tolist() == list(range(8)) and len(told) == 1 and not hangs
     assert told[0].startswith("1 of 2 data workers did not begin"), told
     assert not torch.multiprocessing.active_children()
 
 
 def test_a_program_ends_by_an_error_though_its_workers_leave_signals_alone():
-    ended = subprocess.run([sys.executable, "-c", UNHANDLED], cwd=HERE, capture_output=True,
-                           text=True, timeout=60)
+    ended = subprocess.run(
+        [sys.executable, "-c", UNHANDLED], cwd=HERE, capture_output=True, text=True, timeout=60
+    )
     assert ended.returncode == 1 and ended.stderr.endswith("division by zero\n"), ended.stderr
 
 
@@ -5982,8 +7666,11 @@ def test_wrong_variables_of_torchrun_and_a_busy_port_are_told(tmp_path, capsys, 
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        for name, value in (("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"),
-                            ("MASTER_PORT", str(other.getsockname()[1]))):
+        for name, value in (
+            ("RANK", "0"),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", str(other.getsockname()[1])),
+        ):
             monkeypatch.setenv(name, value)
         line = refusal(capsys, *argv)
         assert "cannot join: " in line and "--standalone finds a free port" in line, line
@@ -6003,17 +7690,32 @@ print("joined")
 
 def test_processes_that_torchrun_restarts_join_at_the_first_attempt(tmp_path):
     (tmp_path / "restarted.py").write_text(RESTARTED)
-    run = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                 "--max-restarts=1", tmp_path / "restarted.py"],
-                env=os.environ | {"PYTHONPATH": str(HERE)})
+    run = start(
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            "--max-restarts=1",
+            tmp_path / "restarted.py",
+        ],
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+    )
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 0 and output.count("joined") == 2, output
 
 
 def test_a_training_ends_when_the_study_that_started_it_is_killed(tmp_path):
     argv = tiny(tmp_path / "run", "--epochs 100000")
-    study = start(["-c", "import analyze, os, pathlib, sys; analyze.train_one(sys.argv[2:], "
-                   "pathlib.Path(sys.argv[1]), os.environ)", tmp_path / "run", *argv])
+    study = start(
+        [
+            "-c",
+            "import analyze, os, pathlib, sys; analyze.train_one(sys.argv[2:], "
+            "pathlib.Path(sys.argv[1]), os.environ)",
+            tmp_path / "run",
+            *argv,
+        ]
+    )
     output = tmp_path / "run/output.txt"
     wait_until(lambda: output.exists() and "step " in output.read_text().split("run  ")[-1])
     study.kill()
@@ -6083,23 +7785,23 @@ VARIANTS = {
     "sam": "--sam-rho 0.1",
     "sam, every 2nd step": "--sam-rho 0.1 --sam-every 2 --dropout 0.2",
     "plain, all": "--sam-rho 0 --stem conv --dropout 0.2 --drop-path 0.2 --mixup 0.5 "
-                  "--ema-decay 0.9 --grad-clip 0.5",
+    "--ema-decay 0.9 --grad-clip 0.5",
     "sam, all": "--sam-rho 0.1 --stem conv --dropout 0.2 --drop-path 0.2 --mixup 0.5 "
-                "--ema-decay 0.9 --grad-clip 0.5",
+    "--ema-decay 0.9 --grad-clip 0.5",
     "repeated augmentation": "--repeated-augment 3 --augment crop --mixup 0.8 --cutmix 1 "
-                             "--ema-alpha 0.01 --ema-every 3",
+    "--ema-alpha 0.01 --ema-every 3",
     "sam, all, one micro-batch each": "--sam-rho 0.1 --stem conv --dropout 0.2 --mixup 0.5 "
-                                      "--micro-batch 16",
+    "--micro-batch 16",
     "adversarial": "--sam-rho 0 --adv-eps 8/255 --stem conv --dropout 0.2 --drop-path 0.2 "
-                   "--mixup 0.5 --ema-decay 0.9 --grad-clip 0.5",
+    "--mixup 0.5 --ema-decay 0.9 --grad-clip 0.5",
     "adversarial, sam": "--sam-rho 0.1 --adv-eps 8/255 --sam-sync --stem conv --dropout 0.2",
     "sam of the whole batch": "--sam-rho 0.1 --sam-sync --stem conv --dropout 0.2 --mixup 0.5 "
-                              "--optimizer sgd --lr 0.05",
+    "--optimizer sgd --lr 0.05",
     "contrastive": "--sam-rho 0 --loss supcon --augment crop --stem conv --dropout 0.2 "
-                   "--drop-path 0.2 --optimizer lamb --ema-decay 0.9 --grad-clip 0.5",
+    "--drop-path 0.2 --optimizer lamb --ema-decay 0.9 --grad-clip 0.5",
     "contrastive, sam": "--sam-rho 0.1 --loss supcon --augment crop --stem conv --dropout 0.2",
     "head": "--init-from CONTRASTIVE --train-only head --stem conv --dropout 0.2 --sam-rho 0.1 "
-            "--optimizer rmsprop --eps 1",
+    "--optimizer rmsprop --eps 1",
 }
 
 
@@ -6111,27 +7813,45 @@ def largest_difference(a, b):
         x, y = a[name].double(), b[name].double()
         if name.endswith("qkv.bias"):
             third = len(x) // 3
-            x, y = (torch.cat([t[:third], t[2 * third:]]) for t in (x, y))
+            x, y = (torch.cat([t[:third], t[2 * third :]]) for t in (x, y))
         worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-3)))
     return worst
 
 
-def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(
-        tmp_path, small_shapes):
+def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_path, small_shapes):
     first = tmp_path / f"{list(VARIANTS).index('contrastive')}-2/ckpt.pt"
-    runs = {name: tiny(tmp_path / f"{i}-2", flags.replace("CONTRASTIVE", str(first)),
-                       "--dtype float64", dataset=(
-        "--dataset shapes --train-fraction 1 --batch-size 32 --micro-batch 8 --epochs 2 "
-        "--warmup-steps 3 --log-every 4 --eval-every 2"))
-        for i, (name, flags) in enumerate(VARIANTS.items())}
+    runs = {
+        name: tiny(
+            tmp_path / f"{i}-2",
+            flags.replace("CONTRASTIVE", str(first)),
+            "--dtype float64",
+            dataset=(
+                "--dataset shapes --train-fraction 1 --batch-size 32 --micro-batch 8 --epochs 2 "
+                "--warmup-steps 3 --log-every 4 --eval-every 2"
+            ),
+        )
+        for i, (name, flags) in enumerate(VARIANTS.items())
+    }
     begun = [a.replace("4-2", "4-cut-2") for a in runs["sam, all"]] + ["--max-steps", "7"]
     (tmp_path / "runs.json").write_text(json.dumps({**runs, "begun": begun}))
     (tmp_path / "worker.py").write_text(WORKER)
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         tmp_path / "worker.py", tmp_path / "runs.json", tmp_path / "sent.json"],
-        cwd=HERE, env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True,
-        timeout=400)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            tmp_path / "worker.py",
+            tmp_path / "runs.json",
+            tmp_path / "sent.json",
+        ],
+        cwd=HERE,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     sent = json.loads((tmp_path / "sent.json").read_text())
     for i, (name, argv) in enumerate(runs.items()):
@@ -6140,14 +7860,19 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(
         weights = largest_difference(one["model"], two["model"])
         averages = largest_difference(one["ema"], two["ema"]) if one["ema"] else 0.0
         assert one["final"].keys() == two["final"].keys()
-        nll = max(abs(one["final"][what]["nll"] - two["final"][what]["nll"])
-                  for what in one["final"])
-        print(f"{name:32} weights {weights:.1e}  average {averages:.1e}  NLL {nll:.1e}  "
-              f"bytes {sent[name]}")
+        nll = max(
+            abs(one["final"][what]["nll"] - two["final"][what]["nll"]) for what in one["final"]
+        )
+        print(
+            f"{name:32} weights {weights:.1e}  average {averages:.1e}  NLL {nll:.1e}  "
+            f"bytes {sent[name]}"
+        )
         assert max(weights, averages, nll) < 1e-9, (name, weights, averages, nll)
         assert one["final"]["validation"]["images"] == two["final"]["validation"]["images"] == 60
-        logs = [[r["loss"] for r in log_without_times(tmp_path / f"{i}-{n}") if "loss" in r]
-                for n in (1, 2)]
+        logs = [
+            [r["loss"] for r in log_without_times(tmp_path / f"{i}-{n}") if "loss" in r]
+            for n in (1, 2)
+        ]
         assert np.allclose(*logs, rtol=1e-5), logs
     cut = [a.replace("4-2", "4-cut") for a in runs["sam, all"]]
     shutil.copytree(tmp_path / "4-cut-2", tmp_path / "4-cut")
@@ -6158,18 +7883,24 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(
     look = sent["sam, every 2nd step"]
     assert look["gradients"] == sent["sam"]["gradients"]
     assert look["other"] - sent["sam"]["other"] == look["gradients"] * 5 // 10, (
-        "g of LookSAM, in 5 of 10 steps")
+        "g of LookSAM, in 5 of 10 steps"
+    )
     assert sent["plain, all"] == sent["sam, all"] == sent["adversarial"]
-    parameters = sum(p.numel() for p in vit.build(
-        "vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).parameters())
+    parameters = sum(
+        p.numel()
+        for p in vit.build("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).parameters()
+    )
     assert sent["sam"]["gradients"] == 10 * 8 * parameters, (
-        "the gradient once a step, whatever the micro-batches")
+        "the gradient once a step, whatever the micro-batches"
+    )
     whole = sent["sam of the whole batch"]
     assert whole["other"] - sent["sam, all"]["other"] == whole["gradients"], (
-        "only --sam-sync sends the first gradient too")
+        "only --sam-sync sends the first gradient too"
+    )
 
 
 # --------------------------------------------------------------------------------------- analyze.py
+
 
 def analyze_refusal(capsys, *argv):
     capsys.readouterr()
@@ -6187,8 +7918,9 @@ def test_evaluation_takes_several_right_answers_and_a_choice_of_classes():
     dataset = data.InMemory(x, answers, list(range(6)))
     chosen = torch.tensor([0, 2, 3])
     for restrict in (None, chosen):
-        got = train.evaluate(model, data.evaluation_loader(dataset, 7), torch.device("cpu"),
-                             restrict_logits=restrict)
+        got = train.evaluate(
+            model, data.evaluation_loader(dataset, 7), torch.device("cpu"), restrict_logits=restrict
+        )
         right = top5 = nll = 0
         for image, row in zip(x, answers.tolist()):
             z = (model[1].weight @ (image.double() / 255).flatten() + model[1].bias).tolist()
@@ -6206,28 +7938,50 @@ def test_evaluation_takes_several_right_answers_and_a_choice_of_classes():
 def test_mean_corruption_accuracy_and_mce_follow_their_formulas():
     rng = np.random.default_rng(0)
     top1 = {(c, s): rng.uniform(0, 100) for c in data.CORRUPTIONS for s in data.SEVERITIES}
-    parts = {"val": 70.0, "c-lite/lite_blur/1": 30.0, "c-lite/lite_blur/2": 10.0,
-             **{f"c/{c}/{s}": value for (c, s), value in top1.items()}}
+    parts = {
+        "val": 70.0,
+        "c-lite/lite_blur/1": 30.0,
+        "c-lite/lite_blur/2": 10.0,
+        **{f"c/{c}/{s}": value for (c, s), value in top1.items()},
+    }
     summary = analyze.robustness_summary(parts)
     assert summary["val"] == 70 and summary["c-lite"] == 20
     assert abs(summary["c"] - sum(top1.values()) / 95) < 1e-9
-    ce = [sum(100 - top1[c, s] for s in range(1, 6)) / (5 * alexnet)
-          for c, alexnet in data.ALEXNET_ERRORS.items()]
+    ce = [
+        sum(100 - top1[c, s] for s in range(1, 6)) / (5 * alexnet)
+        for c, alexnet in data.ALEXNET_ERRORS.items()
+    ]
     assert len(ce) == 15 and abs(summary["mCE"] - 100 * sum(ce) / 15) < 1e-9
-    as_bad = {f"c/{c}/{s}": 100 - data.ALEXNET_ERRORS.get(c, 50)
-              for c in data.CORRUPTIONS for s in data.SEVERITIES}
+    as_bad = {
+        f"c/{c}/{s}": 100 - data.ALEXNET_ERRORS.get(c, 50)
+        for c in data.CORRUPTIONS
+        for s in data.SEVERITIES
+    }
     assert abs(analyze.robustness_summary(as_bad)["mCE"] - 100) < 1e-9, "AlexNet's own mCE"
     assert "mCE" not in analyze.robustness_summary(as_bad, imagenet=False)
 
 
 def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
-        tmp_path, capsys, monkeypatch, short_shapes):
+    tmp_path, capsys, monkeypatch, short_shapes
+):
     monkeypatch.chdir(tmp_path)
     runs = [tmp_path / name for name in ("a", "b")]
     for seed, run in enumerate(runs):
         train_ok(tiny(run, f"--max-steps 3 --seed {seed}"))
-    command = ["robustness", "--device", "cpu", "--workers", "0", "--out-dir",
-               str(tmp_path / "out"), "--benchmarks", "val", "c-lite", "r", "--checkpoint"]
+    command = [
+        "robustness",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--out-dir",
+        str(tmp_path / "out"),
+        "--benchmarks",
+        "val",
+        "c-lite",
+        "r",
+        "--checkpoint",
+    ]
     one = str(runs[0] / "ckpt.pt")
     capsys.readouterr()
     assert analyze.main([*command, one]) == 0
@@ -6235,20 +7989,27 @@ def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
     assert text.count("missing   r: there is neither data/imagenet-r nor ") == 1, text
     assert "11 parts, 0 done before" in text, text
     saved = json.loads((tmp_path / "out/robustness.json").read_text())
-    (name, parts), = saved["results"].items()
+    ((name, parts),) = saved["results"].items()
     assert name.startswith(f"{one} (") and len(parts) == 11
-    model = train.assemble(train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2,
-                                             mlp_dim=48), [0.5], [0.5])
+    model = train.assemble(
+        train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
+    )
     train.load_weights(model.network, one)
-    for part, dataset in (("val", data.load("shapes", "val", image_size=32)),
-                          ("c-lite/lite_noise/5", data.Corrupted(
-                              data.load("shapes", "val", image_size=32), "lite_noise", 5))):
+    for part, dataset in (
+        ("val", data.load("shapes", "val", image_size=32)),
+        (
+            "c-lite/lite_noise/5",
+            data.Corrupted(data.load("shapes", "val", image_size=32), "lite_noise", 5),
+        ),
+    ):
         loader = data.evaluation_loader(dataset, 256)
         assert parts[part] == train.evaluate(model, loader, torch.device("cpu")), part
     mean = sum(parts[p]["top1"] for p in parts if p != "val") / 10
     row = next(line for line in text.splitlines() if line.startswith(f"{name} "))
-    assert [float(v) for v in row[len(name):].split()] == [
-        round(parts["val"]["top1"], 2), pytest.approx(mean, abs=0.006)], row
+    assert [float(v) for v in row[len(name) :].split()] == [
+        round(parts["val"]["top1"], 2),
+        pytest.approx(mean, abs=0.006),
+    ], row
 
     # killed in the middle: what is there is not done again, whatever is in it
     parts["val"]["top1"], kept = 12.5, dict(list(parts.items())[:7])
@@ -6260,7 +8021,8 @@ def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
     again = json.loads((tmp_path / "out/robustness.json").read_text())["results"]
     assert again[name] == parts and len(again) == 2
     assert (tmp_path / "out/robustness.png").exists() == (
-        importlib.util.find_spec("matplotlib") is not None)
+        importlib.util.find_spec("matplotlib") is not None
+    )
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert analyze.main([*command, one]) == 0
@@ -6279,9 +8041,12 @@ def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
 
     def broken(dataset, corruption, severity):
         raise data.DataError(f"{corruption} at {severity} is unpacked by half")
+
     monkeypatch.setattr(data, "load", one_missing)
-    assert analyze.main([*command[:4], "0", "--out-dir", str(tmp_path / "half"), "--checkpoint",
-                         one]) == 0
+    assert (
+        analyze.main([*command[:4], "0", "--out-dir", str(tmp_path / "half"), "--checkpoint", one])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "missing   c-lite: parts of it, so it has no number" in text, text
     assert text.count("c-lite") == 1, text
@@ -6293,16 +8058,21 @@ def test_mistakes_in_an_analysis_get_one_line_that_helps(tmp_path, capsys, monke
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pt").write_text("hello")
     for argv, words in [
-            ([], "the following arguments are required: SUBCOMMAND"),
-            (["robustnes"], "invalid choice: 'robustnes'"),
-            (["robustness"], "needs either --checkpoint RUN/ckpt.pt or --model NAME --init-from"),
-            (["robustness", "--checkpoint", "a.pt", "--init-from=b.pt"], "needs either --checkp"),
-            (["robustness", "--checkpoint", "no.pt"], "no.pt: No such file"),
-            (["robustness", "--checkpoint", "text.pt"], "text.pt is no checkpoint"),
-            (["robustness", "--checkpoint", "text.pt", "--benchmarks", "imagenet"],
-             "invalid choice: 'imagenet'"),
-            (["robustness", "--checkpoint", "text.pt", "--data-dri", "x"],
-             "unknown flag --data-dri; did you mean --data-dir")]:
+        ([], "the following arguments are required: SUBCOMMAND"),
+        (["robustnes"], "invalid choice: 'robustnes'"),
+        (["robustness"], "needs either --checkpoint RUN/ckpt.pt or --model NAME --init-from"),
+        (["robustness", "--checkpoint", "a.pt", "--init-from=b.pt"], "needs either --checkp"),
+        (["robustness", "--checkpoint", "no.pt"], "no.pt: No such file"),
+        (["robustness", "--checkpoint", "text.pt"], "text.pt is no checkpoint"),
+        (
+            ["robustness", "--checkpoint", "text.pt", "--benchmarks", "imagenet"],
+            "invalid choice: 'imagenet'",
+        ),
+        (
+            ["robustness", "--checkpoint", "text.pt", "--data-dri", "x"],
+            "unknown flag --data-dri; did you mean --data-dir",
+        ),
+    ]:
         line = analyze_refusal(capsys, *argv)
         assert words in line, (argv, line)
 
@@ -6316,12 +8086,25 @@ def attack_refusal(capsys, *argv):
 
 
 def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
-        tmp_path, capsys, monkeypatch, short_shapes):
+    tmp_path, capsys, monkeypatch, short_shapes
+):
     for seed in (0, 1):
         train_ok(tiny(tmp_path / str(seed), f"--max-steps 10 --lr 0.01 --seed {seed}"))
     one, two = (str(tmp_path / str(seed) / "ckpt.pt") for seed in (0, 1))
-    command = ["--checkpoint", one, "--device", "cpu", "--eps", "4/255", "--steps", "4",
-               "--batch-size", "16", "--out-dir", str(tmp_path / "out")]
+    command = [
+        "--checkpoint",
+        one,
+        "--device",
+        "cpu",
+        "--eps",
+        "4/255",
+        "--steps",
+        "4",
+        "--batch-size",
+        "16",
+        "--out-dir",
+        str(tmp_path / "out"),
+    ]
     monkeypatch.setattr(adversarial, "CHUNK", 25)
     calls, under_attack = [], train.under_attack
 
@@ -6345,41 +8128,61 @@ def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
     assert capsys.readouterr().out == text
 
     saved = json.loads((tmp_path / "out/adversarial.json").read_text())
-    (name, parts), = saved["results"].items()
+    ((name, parts),) = saved["results"].items()
     assert name.startswith(one) and not any("chunk" in part for part in parts)
-    key = ("pgd: 60 images, eps 0.0156863, step_size 0.00196078, steps 4, random_start True, "
-           "norm linf, targeted False, early_stop False, restarts 1, seed 0")
+    key = (
+        "pgd: 60 images, eps 0.0156863, step_size 0.00196078, steps 4, random_start True, "
+        "norm linf, targeted False, early_stop False, restarts 1, seed 0"
+    )
     result = parts[key]
-    model = train.assemble(train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2,
-                                             mlp_dim=48), [0.5], [0.5])
+    model = train.assemble(
+        train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
+    )
     train.load_weights(model.network, one)
     x, y = data.shapes(range(2**30, 2**30 + 60))
-    want = adversarial.summary([adversarial.robustness(
-        model.eval(), [(x.float() / 255, y, list(range(60)))], eps=4 / 255, step_size=0.5 / 255,
-        steps=4)])
+    want = adversarial.summary(
+        [
+            adversarial.robustness(
+                model.eval(),
+                [(x.float() / 255, y, list(range(60)))],
+                eps=4 / 255,
+                step_size=0.5 / 255,
+                steps=4,
+            )
+        ]
+    )
     assert result.pop("attack")["steps"] == 4
     assert result["robust"] == want["robust"] and result["last"] == want["last"]
     assert np.allclose(result["loss"], want["loss"], rtol=1e-4) and result["images"] == 60
-    for line in (f"clean     {want['clean']:.2f} % of 60 images",
-                 "pgd       ε = 4/255 (linf), step 0.5/255, 4 steps, 1 restart",
-                 f"     4{want['robust'][4]:12.2f}{want['last'][4]:25.2f}",
-                 "accuracy falls as ε grows: yes", "accuracy falls from step to step: yes",
-                 "accuracy is about 0 at the largest ε: yes", "transfer  of 20 images, by the"):
+    for line in (
+        f"clean     {want['clean']:.2f} % of 60 images",
+        "pgd       ε = 4/255 (linf), step 0.5/255, 4 steps, 1 restart",
+        f"     4{want['robust'][4]:12.2f}{want['last'][4]:25.2f}",
+        "accuracy falls as ε grows: yes",
+        "accuracy falls from step to step: yes",
+        "accuracy is about 0 at the largest ε: yes",
+        "transfer  of 20 images, by the",
+    ):
         assert line in text, (line, text)
     with Image.open(tmp_path / "out/adversarial_images.png") as picture:
         assert picture.width == 6 + 3 * 134 and picture.height > 3 * 128
     assert (tmp_path / "out/adversarial.png").exists() == (
-        importlib.util.find_spec("matplotlib") is not None)
+        importlib.util.find_spec("matplotlib") is not None
+    )
 
     few = ["--strength-images", "0"]
     assert adversarial.main([*command, *few, "--early-stop"]) == 0
     early = capsys.readouterr().out
     assert [line.split()[:2] for line in early.splitlines() if line.startswith("     ")] == [
-        line.split()[:2] for line in text.splitlines() if re.match(r" {5}\d", line)], (
-        "the same accuracies")
-    for flags in (["--attack", "fgsm", "--steps", "1"],
-                  ["--norm", "l2", "--eps", "1"], ["--targeted"],
-                  ["--restarts", "2"], ["--no-random-start", "--dtype", "float64"]):
+        line.split()[:2] for line in text.splitlines() if re.match(r" {5}\d", line)
+    ], "the same accuracies"
+    for flags in (
+        ["--attack", "fgsm", "--steps", "1"],
+        ["--norm", "l2", "--eps", "1"],
+        ["--targeted"],
+        ["--restarts", "2"],
+        ["--no-random-start", "--dtype", "float64"],
+    ):
         assert adversarial.main([*command, *few, *flags]) == 0, flags
     text = capsys.readouterr().out
     assert "fgsm      ε = 4/255 (linf), step 5/255, 1 step, 1 restart" in text, text
@@ -6387,18 +8190,32 @@ def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
 
 
 def test_a_checkpoint_that_gives_nan_and_one_of_other_classes_are_refused_by_an_attack(
-        tmp_path, capsys, short_shapes):
+    tmp_path, capsys, short_shapes
+):
     state = train_ok(tiny(tmp_path / "run", "--max-steps 1"))
     one = str(tmp_path / "run/ckpt.pt")
     train_ok(tiny(tmp_path / "large", "--max-steps 1 --image-size 64"))
     assert "it has other classes, or another image size" in attack_refusal(
-        capsys, "--checkpoint", one, "--transfer-from", tmp_path / "large", "--device", "cpu")
+        capsys, "--checkpoint", one, "--transfer-from", tmp_path / "large", "--device", "cpu"
+    )
     state["model"]["head.weight"].fill_(math.nan)
     torch.save(state, tmp_path / "nan.pt")
     assert "is not finite for some images: nothing to attack" in attack_refusal(
-        capsys, "--checkpoint", tmp_path / "nan.pt", "--device", "cpu")
-    assert train.main(["--eval-only", "--eval-adv", "--init-from", str(tmp_path / "nan.pt"),
-                       "--device", "cpu"]) == 0
+        capsys, "--checkpoint", tmp_path / "nan.pt", "--device", "cpu"
+    )
+    assert (
+        train.main(
+            [
+                "--eval-only",
+                "--eval-adv",
+                "--init-from",
+                str(tmp_path / "nan.pt"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.splitlines()[-1].endswith("nan")
 
 
@@ -6406,47 +8223,75 @@ def test_mistakes_in_an_attack_get_one_line_that_helps(tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.pt").write_text("hello")
     for argv, words in [
-            (["--checkpoint", "no.pt"], "no.pt: No such file"),
-            (["--checkpoint", "text.pt"], "text.pt is no checkpoint"),
-            (["--checkpoint", "text.pt", "--eps", "2"], "--eps is 2; pixels are in [0, 1]"),
-            (["--checkpoint", "text.pt", "--eps", "0"], "--eps is 0; pixels are in [0, 1]"),
-            (["--checkpoint", "text.pt", "--attack", "fgsm", "--steps", "3"],
-             "--attack fgsm takes one step"),
-            (["--checkpoint", "text.pt", "--init-from=x.npz"], "or --init-from, not both"),
-            (["--init-from", "x.npz", "--model", "vit_s16", "--adv-eps", "2/255"],
-             "--adv-eps is of training; the attack's is --eps"),
-            (["--checkpoint", "text.pt", "--steps", "0"], "--steps is 0; it must be at least 1"),
-            (["--checkpoint", "text.pt", "--step-size", "-1"], "--step-size is -1; it must be"),
-            (["--checkpoint", "text.pt", "--restarts", "2", "--no-random-start"],
-             "--restarts needs a random start"),
-            (["--init-from", "x.npz", "--model", "vit_s16", "--stepz", "3"],
-             "unknown flag --stepz; did you mean --steps"),
-            (["--init-from", "x.npz", "--model", "vit_s16", "--dtype", "bfloat16"],
-             "--dtype bfloat16: attacks are computed in float32 or float64")]:
+        (["--checkpoint", "no.pt"], "no.pt: No such file"),
+        (["--checkpoint", "text.pt"], "text.pt is no checkpoint"),
+        (["--checkpoint", "text.pt", "--eps", "2"], "--eps is 2; pixels are in [0, 1]"),
+        (["--checkpoint", "text.pt", "--eps", "0"], "--eps is 0; pixels are in [0, 1]"),
+        (
+            ["--checkpoint", "text.pt", "--attack", "fgsm", "--steps", "3"],
+            "--attack fgsm takes one step",
+        ),
+        (["--checkpoint", "text.pt", "--init-from=x.npz"], "or --init-from, not both"),
+        (
+            ["--init-from", "x.npz", "--model", "vit_s16", "--adv-eps", "2/255"],
+            "--adv-eps is of training; the attack's is --eps",
+        ),
+        (["--checkpoint", "text.pt", "--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["--checkpoint", "text.pt", "--step-size", "-1"], "--step-size is -1; it must be"),
+        (
+            ["--checkpoint", "text.pt", "--restarts", "2", "--no-random-start"],
+            "--restarts needs a random start",
+        ),
+        (
+            ["--init-from", "x.npz", "--model", "vit_s16", "--stepz", "3"],
+            "unknown flag --stepz; did you mean --steps",
+        ),
+        (
+            ["--init-from", "x.npz", "--model", "vit_s16", "--dtype", "bfloat16"],
+            "--dtype bfloat16: attacks are computed in float32 or float64",
+        ),
+    ]:
         line = attack_refusal(capsys, *argv)
         assert words in line, (argv, line)
-    for argv, words in [(["--steps", "3"], "an attack needs --checkpoint RUN/ckpt.pt"),
-                        (["--cost", "1", "--bogus"], "--cost ROUNDS stands alone"),
-                        (["--eps", "2/x"], "'2/x' is no number; give one as 0.0078 or 2/255")]:
+    for argv, words in [
+        (["--steps", "3"], "an attack needs --checkpoint RUN/ckpt.pt"),
+        (["--cost", "1", "--bogus"], "--cost ROUNDS stands alone"),
+        (["--eps", "2/x"], "'2/x' is no number; give one as 0.0078 or 2/255"),
+    ]:
         with pytest.raises(SystemExit) as stop:
             adversarial.main(argv)
         assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_robustness_shows_what_sam_changes_against_the_same_training_without(
-        tmp_path, capsys, short_shapes):
+    tmp_path, capsys, short_shapes
+):
     """The numbers in parentheses of Chen Table 5: against the run with all settings but SAM's
     equal."""
     runs = {"plain": "--sam-rho 0", "sam": "--sam-rho 0.1", "other": "--sam-rho 0 --lr 0.1"}
     for name, flags in runs.items():
         train_ok(tiny(tmp_path / name, "--max-steps 5 --adv-eps 2/255", flags))
     capsys.readouterr()
-    assert analyze.main(["robustness", "--device", "cpu", "--benchmarks", "val", "pgd",
-                         "--out-dir", str(tmp_path / "out"), "--checkpoint",
-                         *(str(tmp_path / name / "ckpt.pt") for name in runs)]) == 0
+    assert (
+        analyze.main(
+            [
+                "robustness",
+                "--device",
+                "cpu",
+                "--benchmarks",
+                "val",
+                "pgd",
+                "--out-dir",
+                str(tmp_path / "out"),
+                "--checkpoint",
+                *(str(tmp_path / name / "ckpt.pt") for name in runs),
+            ]
+        )
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("top-1 %"))
-    rows = [line.split()[-2:] for line in lines[at + 1:at + 5]]
+    rows = [line.split()[-2:] for line in lines[at + 1 : at + 5]]
     assert lines[at].split()[-2:] == ["val", "pgd"] and "against without SAM" in lines[at + 3]
     plain, sam, difference = (np.array(row, float) for row in rows[:3])
     assert np.allclose(sam - plain, difference, atol=0.011), rows
@@ -6454,8 +8299,10 @@ def test_robustness_shows_what_sam_changes_against_the_same_training_without(
 
 
 STUDIED = "vit_micro8 --dim 24 --depth 2 --heads 2 --mlp-dim 48"
-STUDY = ("--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 16 --warmup-steps 3 "
-         "--sam-rho 0 --log-every 4 --device cpu --workers 0").split()
+STUDY = (
+    "--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 16 --warmup-steps 3 "
+    "--sam-rho 0 --log-every 4 --device cpu --workers 0"
+).split()
 FEW = [word.replace("1/50", "4/5") for word in STUDY]  # of the 200 images of in_process
 
 
@@ -6470,6 +8317,7 @@ def in_process(monkeypatch, short_shapes):
         assert "RANK" not in environment and "LOCAL_RANK" not in environment
         trained.append(folder.name)
         return train.main(argv)
+
     monkeypatch.setattr(analyze, "train_one", train_one)
     return trained
 
@@ -6490,18 +8338,33 @@ def test_error_distributions_stand_ins_and_deltas_follow_their_definitions():
     errors, shares = analyze.edf([3.0, None, 0.5, 3.0, 1.0])
     assert errors == [0.5, 1.0, 3.0, 3.0] and np.allclose(shares, [0.2, 0.4, 0.6, 0.8])
     assert analyze.stand_in({50: 60.0, 100: None, 200: 58.0, 400: None}) == {
-        50: 60, 100: 60, 200: 58, 400: 60}
+        50: 60,
+        100: 60,
+        200: 58,
+        400: 60,
+    }
     assert analyze.stand_in({50: None, 100: 70.0}) == {50: None, 100: 70}
 
     def run(optimizer, epochs, top1, model="m"):
-        return dict(model=model, optimizer=optimizer, epochs=epochs, top1=top1,
-                    diverged=top1 is None)
-    runs = [run("adamw", 50, 70.0), run("adamw", 400, 78.0), run("sgd", 50, 66.0),
-            run("sgd", 400, None)]
+        return dict(
+            model=model, optimizer=optimizer, epochs=epochs, top1=top1, diverged=top1 is None
+        )
+
+    runs = [
+        run("adamw", 50, 70.0),
+        run("adamw", 400, 78.0),
+        run("sgd", 50, 66.0),
+        run("sgd", 400, None),
+    ]
     analyze.subtract_reference("optimizer", runs)
     assert [r["delta"] for r in runs] == [0, 0, 4, 12] and runs[3]["compared"] == 66
     assert analyze.stability_rows("optimizer", runs, {})[1] == {
-        "model": "m", "epochs": 400, "adamw %": "78.00", "sgd %": "66.00*", "Δ": "12.00*"}
+        "model": "m",
+        "epochs": 400,
+        "adamw %": "78.00",
+        "sgd %": "66.00*",
+        "Δ": "12.00*",
+    }
     analyze.subtract_reference("length", runs)
     assert [r["delta"] for r in runs] == [8, 0, 0, 0]
     analyze.subtract_reference("lr-wd", runs)
@@ -6515,7 +8378,7 @@ def test_random_pairs_are_log_uniform_in_the_interval_and_the_same_everywhere():
     for values, (low, high) in zip(np.log(pairs).T, np.log([lr, wd])):
         place = (values - low) / (high - low)
         assert -1e-3 < place.min() < 0.01 and 0.99 < place.max() < 1.001
-        assert abs(place.mean() - 0.5) < 0.03 and abs(place.std() - 12 ** -0.5) < 0.02
+        assert abs(place.mean() - 0.5) < 0.03 and abs(place.std() - 12**-0.5) < 0.02
     assert abs(np.corrcoef(np.log(pairs).T)[0, 1]) < 0.1
     wider = analyze.random_pairs(2, (lr[0] * 10, lr[1] * 10), wd, 0)
     assert np.allclose(wider[1], [pairs[1][0] * 10, pairs[1][1]], rtol=1e-2)
@@ -6526,8 +8389,11 @@ def test_the_search_climbs_to_an_optimum_that_no_neighbour_surpasses_and_asks_on
 
     def top1_of(points):
         asked.extend(points)
-        return [None if lr > 0.5 else 90 - abs(math.log(lr / peak)) - abs(math.log(wd / 1e-3))
-                for (peak, _), lr, wd in points]
+        return [
+            None if lr > 0.5 else 90 - abs(math.log(lr / peak)) - abs(math.log(wd / 1e-3))
+            for (peak, _), lr, wd in points
+        ]
+
     found = analyze.search({(0.1, "a"): (0.1, 0.1), (0.01, "b"): (0.2, 1e-3)}, top1_of)
     assert found == {(0.1, "a"): (0.1, 0.00123), (0.01, "b"): (0.00741, 1e-3)}, found
     assert len(asked) == len(set(asked))
@@ -6535,10 +8401,15 @@ def test_the_search_climbs_to_an_optimum_that_no_neighbour_surpasses_and_asks_on
 
 def test_optima_and_intervals_are_those_of_the_papers_table(capsys):
     """Xiao et al. Table 4, at their batch of 2048 and scaled linearly to another."""
-    table = {"vit_p_1gf": "2e-3 0.2 1.9 1.3e-5", "vit_p_4gf": "2e-3 0.2 1.9 1.3e-5",
-             "vit_p_18gf": "1e-3 0.24 1.1 1.2e-5", "vit_c_1gf": "2.5e-3 0.19 1.9 1.3e-5",
-             "vit_c_4gf": "1e-3 0.24 1.3 2.2e-5", "vit_c_18gf": "1e-3 0.24 1.1 2.7e-5",
-             **{f"regnety_{size}gf": "3.8e-3 0.1 2.54 2.4e-5" for size in (1, 4, 16)}}
+    table = {
+        "vit_p_1gf": "2e-3 0.2 1.9 1.3e-5",
+        "vit_p_4gf": "2e-3 0.2 1.9 1.3e-5",
+        "vit_p_18gf": "1e-3 0.24 1.1 1.2e-5",
+        "vit_c_1gf": "2.5e-3 0.19 1.9 1.3e-5",
+        "vit_c_4gf": "1e-3 0.24 1.3 2.2e-5",
+        "vit_c_18gf": "1e-3 0.24 1.1 2.7e-5",
+        **{f"regnety_{size}gf": "3.8e-3 0.1 2.54 2.4e-5" for size in (1, 4, 16)},
+    }
 
     def dry_run(*argv):
         assert analyze.main(["stability", "--dry-run", "--device", "cpu", *argv]) == 0
@@ -6546,6 +8417,7 @@ def test_optima_and_intervals_are_those_of_the_papers_table(capsys):
         commands = [shlex.split(line)[2:] for line in lines if line.startswith("python train.py ")]
         assert all(argv[-1] == "--resume" for argv in commands)
         return [train.settings(argv)[0] for argv in commands]
+
     runs = dry_run("--study", "optimizer")
     assert len(runs) == 72 and {run.epochs for run in runs} == {50, 100, 200, 400}
     assert len({run.out_dir for run in runs}) == 72
@@ -6558,35 +8430,101 @@ def test_optima_and_intervals_are_those_of_the_papers_table(capsys):
     best = {run.model: run.optimizer for run in dry_run("--study", "length")}
     assert best == {model: "sgd" if "regnety" in model else "adamw" for model in table}
     for model, optimizer, lr, wd in (
-            ("vit_c_4gf", "adamw", (2.5e-4, 8e-3), (0.02, 0.8)),
-            ("vit_p_4gf", "sgd", (0.1, 3.2), (4e-6, 1.2e-4)),
-            ("regnety_4gf", "adamw", (1.25e-3, 4e-2), (7.5e-3, 0.24)),
-            ("regnety_4gf", "sgd", (0.25, 8), (3e-6, 8e-5))):
-        runs = dry_run("--study", "lr-wd", "--models", model, "--vary", "optimizer", optimizer,
-                       "--batch-size", "1024")
+        ("vit_c_4gf", "adamw", (2.5e-4, 8e-3), (0.02, 0.8)),
+        ("vit_p_4gf", "sgd", (0.1, 3.2), (4e-6, 1.2e-4)),
+        ("regnety_4gf", "adamw", (1.25e-3, 4e-2), (7.5e-3, 0.24)),
+        ("regnety_4gf", "sgd", (0.25, 8), (3e-6, 8e-5)),
+    ):
+        runs = dry_run(
+            "--study",
+            "lr-wd",
+            "--models",
+            model,
+            "--vary",
+            "optimizer",
+            optimizer,
+            "--batch-size",
+            "1024",
+        )
         assert len(runs) == 65 and {run.epochs for run in runs} == {50}
-        for values, (low, high) in (([2 * run.lr for run in runs[1:]], lr),
-                                    ([run.weight_decay for run in runs[1:]], wd)):
+        for values, (low, high) in (
+            ([2 * run.lr for run in runs[1:]], lr),
+            ([run.weight_decay for run in runs[1:]], wd),
+        ):
             assert low <= min(values) < 1.3 * low and high / 1.3 < max(values) <= high, (model, lr)
     assert [run.sam_rho for run in dry_run("--study", "rho")] == [
-        0, 0.05, 0.1, 0.2, 0.25, 0, 0.05, 0.25, 0.35, 0.4, 0.5, 0.6, 0.65]
-    grid = {(run.lr, run.weight_decay, run.dropout, run.drop_path)
-            for run in dry_run("--study", "grid")}
+        0,
+        0.05,
+        0.1,
+        0.2,
+        0.25,
+        0,
+        0.05,
+        0.25,
+        0.35,
+        0.4,
+        0.5,
+        0.6,
+        0.65,
+    ]
+    grid = {
+        (run.lr, run.weight_decay, run.dropout, run.drop_path) for run in dry_run("--study", "grid")
+    }
     assert len(grid) == 24 and (3e-3, 0.3, 0.0, 0.1) in grid
     assert [run.epochs for run in dry_run("--study", "doubled")] == [300, 600] * 2
 
 
 def test_a_study_of_optimizers_tells_what_its_runs_logs_say_and_goes_on(
-        tmp_path, capsys, in_process):
-    command = ["stability", "--study", "optimizer", "--models", STUDIED, *FEW, "--vary", "epochs",
-               "1", "2", "--optimum", "adamw", "2e-3", "0.1", "--optimum", "sgd", "9e18", "0",
-               "--out-dir", str(tmp_path)]
+    tmp_path, capsys, in_process
+):
+    command = [
+        "stability",
+        "--study",
+        "optimizer",
+        "--models",
+        STUDIED,
+        *FEW,
+        "--vary",
+        "epochs",
+        "1",
+        "2",
+        "--optimum",
+        "adamw",
+        "2e-3",
+        "0.1",
+        "--optimum",
+        "sgd",
+        "9e18",
+        "0",
+        "--out-dir",
+        str(tmp_path),
+    ]
     slug = STUDIED.replace(" --", "-").replace(" ", "-")
-    names = {(o, e): f"{slug}-{o}-epochs{e}-{rest}" for e in (1, 2) for o, rest in (
-        ("adamw", "lr0.002-weight_decay0.1"), ("sgd", "lr9e+18-weight_decay0"))}
+    names = {
+        (o, e): f"{slug}-{o}-epochs{e}-{rest}"
+        for e in (1, 2)
+        for o, rest in (("adamw", "lr0.002-weight_decay0.1"), ("sgd", "lr9e+18-weight_decay0"))
+    }
     cut = tmp_path / "runs" / names["adamw", 2]
-    train_ok([*TINY, *FEW, "--epochs", "2", "--lr", "2e-3", "--weight-decay", "0.1",
-              "--no-nesterov", "--lr-end", "0.0", "--max-steps", "3", "--out-dir", str(cut)])
+    train_ok(
+        [
+            *TINY,
+            *FEW,
+            "--epochs",
+            "2",
+            "--lr",
+            "2e-3",
+            "--weight-decay",
+            "0.1",
+            "--no-nesterov",
+            "--lr-end",
+            "0.0",
+            "--max-steps",
+            "3",
+            "--out-dir",
+            str(cut),
+        ]
+    )
     assert analyze.main(command) == 0
     text = capsys.readouterr().out
     assert in_process == [names[k] for k in (("adamw", 2), ("sgd", 2), ("adamw", 1), ("sgd", 1))]
@@ -6601,37 +8539,78 @@ def test_a_study_of_optimizers_tells_what_its_runs_logs_say_and_goes_on(
     for (optimizer, epochs), name in names.items():
         run = runs[name]
         assert (run["optimizer"], run["epochs"], run["diverged"]) == (
-            optimizer, epochs, optimizer == "sgd")
+            optimizer,
+            epochs,
+            optimizer == "sgd",
+        )
         assert run["top1"] == (top1[epochs] if optimizer == "adamw" else None)
     assert (tmp_path / "optimizer.png").exists() == (
-        importlib.util.find_spec("matplotlib") is not None)
+        importlib.util.find_spec("matplotlib") is not None
+    )
 
     # what ended is not started again, also what diverged; other studies share it
     in_process.clear()
     assert analyze.main(command) == 0
     assert in_process == [] and "4 trainings, 4 done before" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "runs" / names["adamw", 1])
-    assert analyze.main([w.replace("optimizer", "length") if w == "optimizer" else w
-                         for w in command]) == 0
+    assert (
+        analyze.main([w.replace("optimizer", "length") if w == "optimizer" else w for w in command])
+        == 0
+    )
     header, rows = table_in(capsys.readouterr().out, "2 epochs")
-    assert in_process == [names["adamw", 1]] and rows == [[
-        f"{STUDIED}, adamw", f"{top1[2] - top1[1]:.2f}", "0.00", f"{top1[2]:.2f}"]], rows
+    assert in_process == [names["adamw", 1]] and rows == [
+        [f"{STUDIED}, adamw", f"{top1[2] - top1[1]:.2f}", "0.00", f"{top1[2]:.2f}"]
+    ], rows
     line = analyze_refusal(capsys, *command, "--beta1", "0.8")
     assert "was run with other settings (--beta1 0.9 → 0.8)" in line, line
     log = tmp_path / "runs" / names["adamw", 1] / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 5, "diverged": true}\n')
-    assert analyze.outcome(train.settings([
-        *TINY, *FEW, "--epochs", "1", "--lr", "2e-3", "--weight-decay", "0.1", "--no-nesterov",
-        "--lr-end", "0.0", "--out-dir", str(log.parent)])[0])["diverged"]
+    assert analyze.outcome(
+        train.settings(
+            [
+                *TINY,
+                *FEW,
+                "--epochs",
+                "1",
+                "--lr",
+                "2e-3",
+                "--weight-decay",
+                "0.1",
+                "--no-nesterov",
+                "--lr-end",
+                "0.0",
+                "--out-dir",
+                str(log.parent),
+            ]
+        )[0]
+    )["diverged"]
 
 
 def test_a_study_of_random_pairs_starts_from_a_searched_optimum(tmp_path, capsys, in_process):
-    command = ["stability", "--study", "lr-wd", "--models", STUDIED, *FEW, "--vary", "epochs",
-               "1", "--vary", "optimizer", "adamw", "--pairs", "3", "--out-dir", str(tmp_path)]
+    command = [
+        "stability",
+        "--study",
+        "lr-wd",
+        "--models",
+        STUDIED,
+        *FEW,
+        "--vary",
+        "epochs",
+        "1",
+        "--vary",
+        "optimizer",
+        "adamw",
+        "--pairs",
+        "3",
+        "--out-dir",
+        str(tmp_path),
+    ]
     assert analyze.main(command) == 0
     text = capsys.readouterr().out
-    lr, wd = map(float, re.search(r"learning rate (\S+), weight decay (\S+), found by the search",
-                                  text).groups())
+    lr, wd = map(
+        float,
+        re.search(r"learning rate (\S+), weight decay (\S+), found by the search", text).groups(),
+    )
     runs = json.loads((tmp_path / "lr-wd.json").read_text())["results"][STUDIED]
     folders = {p.name: final_top1(p) for p in (tmp_path / "runs").iterdir()}
     (optimum,) = [run for run in runs.values() if not run["random"]]
@@ -6648,28 +8627,54 @@ def test_a_study_of_random_pairs_starts_from_a_searched_optimum(tmp_path, capsys
 
 
 def test_transfer_chooses_the_learning_rate_on_held_out_images_and_then_trains_on_all(
-        tmp_path, capsys, in_process, monkeypatch):
+    tmp_path, capsys, in_process, monkeypatch
+):
     train_ok(tiny(tmp_path / "run", "--train-fraction 4/5 --max-steps 3"))
     monkeypatch.setattr(analyze, "BASE_LR", [1e-3, 0.3])
     monkeypatch.setitem(analyze.TABLE_6, "vit_micro8", (50.0, 60.0, 70.0, 80.0))
-    command = ["transfer", "--checkpoint", str(tmp_path / "run/ckpt.pt"), "--datasets", "shapes",
-               "--image-size", "32", "--batch-size", "32", "--max-steps", "4", "--warmup-steps",
-               "1", "--train-fraction", "4/5", "--device", "cpu", "--workers", "0"]
+    command = [
+        "transfer",
+        "--checkpoint",
+        str(tmp_path / "run/ckpt.pt"),
+        "--datasets",
+        "shapes",
+        "--image-size",
+        "32",
+        "--batch-size",
+        "32",
+        "--max-steps",
+        "4",
+        "--warmup-steps",
+        "1",
+        "--train-fraction",
+        "4/5",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+    ]
     assert analyze.main(command) == 0
     text = capsys.readouterr().out
-    (name, results), = json.loads((tmp_path / "run/transfer.json").read_text())["results"].items()
+    ((name, results),) = json.loads((tmp_path / "run/transfer.json").read_text())["results"].items()
     folders = {p.name[13:]: final_top1(p) for p in (tmp_path / "run/transfer").iterdir()}
     held_out = {lr: folders[f"shapes-part-lr{lr}"] for lr in ("0.001", "0.3")}
     best = max(held_out, key=held_out.get)
     assert set(folders) == {"shapes-part-lr0.001", "shapes-part-lr0.3", f"shapes-all-lr{best}"}
     got = results["shapes"]
     assert (got["lr"], got["held_out"], got["top1"]) == (
-        float(best), held_out, folders[f"shapes-all-lr{best}"])
-    configs = [json.loads(p.read_text())["settings"] for p in sorted(
-        (tmp_path / "run/transfer").glob("*/config.json"))]
+        float(best),
+        held_out,
+        folders[f"shapes-all-lr{best}"],
+    )
+    configs = [
+        json.loads(p.read_text())["settings"]
+        for p in sorted((tmp_path / "run/transfer").glob("*/config.json"))
+    ]
     assert [c["hold_out"] for c in configs] == ["0", "1/10", "1/10"]
-    assert {(c["optimizer"], c["weight_decay"], c["grad_clip"], c["dim"], c["reset_head"])
-            for c in configs} == {("sgd", 0.0, 1.0, 24, True)}
+    assert {
+        (c["optimizer"], c["weight_decay"], c["grad_clip"], c["dim"], c["reset_head"])
+        for c in configs
+    } == {("sgd", 0.0, 1.0, 24, True)}
     header, rows = table_in(text, "average")
     assert rows[0][1:] == [f"{got['top1']:.2f}"] * 2, rows
     assert analyze.main(command) == 0 and len(in_process) == 3, in_process
@@ -6682,30 +8687,40 @@ def test_mistakes_in_a_study_get_one_line_before_any_training(tmp_path, capsys, 
     monkeypatch.setattr(analyze, "train_one", lambda *_: pytest.fail("it trained"))
     length = ["--study", "length", "--dataset", "shapes", "--device", "cpu", "--models"]
     for argv, words in [
-            ([], "the following arguments are required: --study"),
-            (["--study", "depth"], "argument --study: invalid choice: 'depth'"),
-            ([*length, "vit_micro"], "unknown model 'vit_micro', did you mean 'vit_micro8'?"),
-            ([*length, "vit_micro8 --dmi 3"], "unknown flag --dmi; did you mean --dim"),
-            ([*length, "vit_micro8", "--betta1", "0.8"], "unknown flag --betta1; did you mean"),
-            ([*length, "vit_micro8", "--epochs", "3"], "--epochs is what the study varies"),
-            ([*length, "vit_micro8", "--lr", "3"], "--lr is the optimal one in this study"),
-            ([*length, "vit_micro8", "--resume"], "--resume is for train.py"),
-            ([*length, "vit_micro8", "--model", "x"], "--model: a study has --models"),
-            ([*length, "vit_micro8", "--vary", "lr", "1"], "length varies optimizer and epochs"),
-            ([*length, "vit_micro8", "--vary", "epochs"], "give one of these and its values"),
-            ([*length, "vit_micro8", "--vary", "epochs", "ten"], "invalid int value: 'ten'"),
-            ([*length, "vit_micro8", "--optimum", "adamw", "x", "1"], "--optimum adamw x 1: give"),
-            (["--study", "lr-wd", "--vary", "epochs", "1", "2"], "of one length"),
-            (["--study", "lr-wd", "--pairs", "0"], "--pairs is 0")]:
+        ([], "the following arguments are required: --study"),
+        (["--study", "depth"], "argument --study: invalid choice: 'depth'"),
+        ([*length, "vit_micro"], "unknown model 'vit_micro', did you mean 'vit_micro8'?"),
+        ([*length, "vit_micro8 --dmi 3"], "unknown flag --dmi; did you mean --dim"),
+        ([*length, "vit_micro8", "--betta1", "0.8"], "unknown flag --betta1; did you mean"),
+        ([*length, "vit_micro8", "--epochs", "3"], "--epochs is what the study varies"),
+        ([*length, "vit_micro8", "--lr", "3"], "--lr is the optimal one in this study"),
+        ([*length, "vit_micro8", "--resume"], "--resume is for train.py"),
+        ([*length, "vit_micro8", "--model", "x"], "--model: a study has --models"),
+        ([*length, "vit_micro8", "--vary", "lr", "1"], "length varies optimizer and epochs"),
+        ([*length, "vit_micro8", "--vary", "epochs"], "give one of these and its values"),
+        ([*length, "vit_micro8", "--vary", "epochs", "ten"], "invalid int value: 'ten'"),
+        ([*length, "vit_micro8", "--optimum", "adamw", "x", "1"], "--optimum adamw x 1: give"),
+        (["--study", "lr-wd", "--vary", "epochs", "1", "2"], "of one length"),
+        (["--study", "lr-wd", "--pairs", "0"], "--pairs is 0"),
+    ]:
         line = analyze_refusal(capsys, "stability", *argv)
         assert words in line, (argv, line)
     assert not any(tmp_path.rglob("config.json"))
 
 
 def test_a_training_of_a_study_has_the_device_of_its_process_and_none_of_torchruns_variables(
-        monkeypatch):
-    torchrun = dict(RANK="9", LOCAL_RANK="1", GROUP_RANK="1", WORLD_SIZE="16", MASTER_PORT="1",
-                    LOCAL_WORLD_SIZE="8", MASTER_ADDR="x", TORCHELASTIC_RUN_ID="y")
+    monkeypatch,
+):
+    torchrun = dict(
+        RANK="9",
+        LOCAL_RANK="1",
+        GROUP_RANK="1",
+        WORLD_SIZE="16",
+        MASTER_PORT="1",
+        LOCAL_WORLD_SIZE="8",
+        MASTER_ADDR="x",
+        TORCHELASTIC_RUN_ID="y",
+    )
     for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
@@ -6721,32 +8736,83 @@ def test_a_training_of_a_study_has_the_device_of_its_process_and_none_of_torchru
 
 
 def test_processes_share_a_study_and_give_the_numbers_of_one(tmp_path, capsys):
-    without_rho = [word for i, word in enumerate(STUDY) if "--sam-rho" not in STUDY[i - 1:i + 1]]
-    command = ["stability", "--study", "rho", "--models", STUDIED, *without_rho, "--epochs", "1",
-               "--vary", "sam-rho", "0", "0.1", "--out-dir"]
+    without_rho = [word for i, word in enumerate(STUDY) if "--sam-rho" not in STUDY[i - 1 : i + 1]]
+    command = [
+        "stability",
+        "--study",
+        "rho",
+        "--models",
+        STUDIED,
+        *without_rho,
+        "--epochs",
+        "1",
+        "--vary",
+        "sam-rho",
+        "0",
+        "0.1",
+        "--out-dir",
+    ]
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-         str(HERE / "analyze.py"), *command, str(tmp_path / "two")], capture_output=True, text=True,
-        timeout=120)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node=2",
+            "--standalone",
+            str(HERE / "analyze.py"),
+            *command,
+            str(tmp_path / "two"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("rho: 2 trainings, 0 done before") == 1, result.stdout
     assert result.stdout.count("top-1 %  paper") == 1, result.stdout
     runs = json.loads((tmp_path / "two/rho.json").read_text())["results"][STUDIED]
     assert [run["sam_rho"] for run in runs.values()] == [0, 0.1]
     for i, (name, run) in enumerate(runs.items()):
-        alone = train_ok([*TINY, *STUDY, "--epochs", "1", "--sam-rho", f"{run['sam_rho']}",
-                          "--out-dir", str(tmp_path / f"{i}")])
+        alone = train_ok(
+            [
+                *TINY,
+                *STUDY,
+                "--epochs",
+                "1",
+                "--sam-rho",
+                f"{run['sam_rho']}",
+                "--out-dir",
+                str(tmp_path / f"{i}"),
+            ]
+        )
         assert run["top1"] == alone["final"]["validation"]["top1"], (name, run)
         output = (tmp_path / "two/runs" / name / "output.txt").read_text()
         assert "step      32 images = 1 devices" in output, output
 
 
 def test_ctrl_c_in_a_study_saves_the_run_and_the_study_goes_on(tmp_path, capsys, monkeypatch):
-    command = ["stability", "--study", "doubled", "--models", STUDIED, *STUDY, "--vary", "epochs",
-               "100", "--eval-every", "1000", "--out-dir", str(tmp_path)]
+    command = [
+        "stability",
+        "--study",
+        "doubled",
+        "--models",
+        STUDIED,
+        *STUDY,
+        "--vary",
+        "epochs",
+        "100",
+        "--eval-every",
+        "1000",
+        "--out-dir",
+        str(tmp_path),
+    ]
     folder = tmp_path / "runs" / (STUDIED.replace(" --", "-").replace(" ", "-") + "-epochs100")
-    study = subprocess.Popen([sys.executable, str(HERE / "analyze.py"), *command],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    study = subprocess.Popen(
+        [sys.executable, str(HERE / "analyze.py"), *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     output = folder / "output.txt"
     for _ in range(600):
         if output.exists() and "step      8" in output.read_text():
@@ -6755,7 +8821,8 @@ def test_ctrl_c_in_a_study_saves_the_run_and_the_study_goes_on(tmp_path, capsys,
     study.send_signal(signal.SIGINT)
     _, errors = study.communicate(timeout=60)
     assert study.returncode == 130 and errors == (
-        "stopped; the same command goes on with what is not finished\n"), errors
+        "stopped; the same command goes on with what is not finished\n"
+    ), errors
     step = torch.load(folder / "ckpt.pt", weights_only=True)["step"]
     assert 0 < step < 500 and f"saved at step {step:,}" in output.read_text()
     monkeypatch.setattr(analyze, "train_one", lambda argv, *_: train.main(argv))
@@ -6766,10 +8833,22 @@ def test_ctrl_c_in_a_study_saves_the_run_and_the_study_goes_on(tmp_path, capsys,
 
 def test_a_training_of_a_study_that_fails_is_told_in_one_line(tmp_path, capsys):
     line = analyze_refusal(
-        capsys, "stability", "--study", "doubled", "--models", "vit_s32", "--device", "cpu",
-        "--data-dir", tmp_path / "nowhere", "--out-dir", tmp_path)
-    assert re.search(r"vit_s32-epochs600 ended with status 2: train.py: imagenet: \S+ is no folder",
-                     line), line
+        capsys,
+        "stability",
+        "--study",
+        "doubled",
+        "--models",
+        "vit_s32",
+        "--device",
+        "cpu",
+        "--data-dir",
+        tmp_path / "nowhere",
+        "--out-dir",
+        tmp_path,
+    )
+    assert re.search(
+        r"vit_s32-epochs600 ended with status 2: train.py: imagenet: \S+ is no folder", line
+    ), line
 
 
 class Quadratic(nn.Module):
@@ -6798,8 +8877,14 @@ def with_spectrum(values, seed=0, dtype=torch.float64):
 
 def small_conv():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 3, 3),
-                          nn.Flatten(), nn.Linear(12, 3)).double()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.GELU(),
+        nn.Conv2d(4, 3, 3),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    ).double()
     model[1].running_mean.fill_(0.2)
     model[1].running_var.fill_(0.3)
     return model
@@ -6807,8 +8892,9 @@ def small_conv():
 
 def small_vit():
     torch.manual_seed(0)
-    model = vit.ViT(image_size=6, patch_size=3, dim=4, depth=1, heads=2, mlp_dim=5,
-                    num_classes=3).double()
+    model = vit.ViT(
+        image_size=6, patch_size=3, dim=4, depth=1, heads=2, mlp_dim=5, num_classes=3
+    ).double()
     for p in model.parameters():
         p.data += 0.5 * torch.randn_like(p)
     return model
@@ -6844,7 +8930,8 @@ def dense_hessian(model, batches, names=None, decay=0.0, sigmoid=False):
     model.eval()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return torch.autograd.functional.hessian(
-            loss, torch.cat([start[name].flatten() for name in names]))
+            loss, torch.cat([start[name].flatten() for name in names])
+        )
 
 
 def wanted(values, k, which):
@@ -6852,10 +8939,16 @@ def wanted(values, k, which):
     return values[key.argsort(descending=True)[:k]]
 
 
-@pytest.mark.parametrize("make, block, soft, decay, sigmoid", [
-    (small_conv, None, False, 0.0, False), (small_conv, None, True, 0.3, False),
-    (small_conv, r"^0\.|^1\.", False, 0.1, False), (small_vit, None, True, 0.0, False),
-    (small_vit, "attn", False, 0.0, True)])
+@pytest.mark.parametrize(
+    "make, block, soft, decay, sigmoid",
+    [
+        (small_conv, None, False, 0.0, False),
+        (small_conv, None, True, 0.3, False),
+        (small_conv, r"^0\.|^1\.", False, 0.1, False),
+        (small_vit, None, True, 0.0, False),
+        (small_vit, "attn", False, 0.0, True),
+    ],
+)
 def test_hessian_eigenvalues_are_those_of_the_dense_hessian(make, block, soft, decay, sigmoid):
     model, batches = make(), list(small_batches(soft))
     names = [name for name, _ in model.named_parameters() if re.search(block or "", name)]
@@ -6873,16 +8966,27 @@ def test_hessian_eigenvalues_are_those_of_the_dense_hessian(make, block, soft, d
             calls.append(len(y))
             return loss(logits, y)
 
-        kept = analyze.hessian_eigenvalues(model, counted, batches, k, which, params, decay=decay,
-                                           tolerance=1e-9, iterations=500)
+        kept = analyze.hessian_eigenvalues(
+            model, counted, batches, k, which, params, decay=decay, tolerance=1e-9, iterations=500
+        )
         want = wanted(true, k, which)
         assert np.allclose(kept["eigenvalues"], want, rtol=1e-8), (which, kept, want)
         assert kept["converged"]
         assert kept["parameters"] == len(H) and kept["images"] == 9
         assert calls == [5, 3, 1], "a graph is built once"
         calls.clear()
-        again = analyze.hessian_eigenvalues(model, counted, batches, k, which, params, decay=decay,
-                                            tolerance=1e-9, iterations=500, memory=0)
+        again = analyze.hessian_eigenvalues(
+            model,
+            counted,
+            batches,
+            k,
+            which,
+            params,
+            decay=decay,
+            tolerance=1e-9,
+            iterations=500,
+            memory=0,
+        )
         assert len(calls) == 3 * (again["products"] + 1), "no graph is kept"
         assert again["products"] == kept["products"]
         assert np.allclose(again["eigenvalues"], want, rtol=1e-7)
@@ -6892,10 +8996,11 @@ def test_hessian_eigenvalues_are_those_of_the_dense_hessian(make, block, soft, d
         H = dense_hessian(model.train(), batches, names, decay)
     density = analyze.hessian_density(model, loss, batches, 20, 2, params, decay=decay)
     scale = H.square().sum().sqrt().item()
-    assert abs(density["trace"] - H.trace()) < 4 * density["trace_error"] + 1e-9, (density["trace"])
+    assert abs(density["trace"] - H.trace()) < 4 * density["trace_error"] + 1e-9, density["trace"]
     assert 0 < density["trace_error"] < 2 * scale / 20**0.5, density["trace_error"]
-    second = np.mean([np.dot(w, np.square(t)) for t, w in zip(density["nodes"],
-                                                              density["weights"])])
+    second = np.mean(
+        [np.dot(w, np.square(t)) for t, w in zip(density["nodes"], density["weights"])]
+    )
     assert abs(second * len(H) - scale**2) < 0.5 * scale**2, (second * len(H), scale**2)
 
 
@@ -6908,7 +9013,8 @@ DEGENERATE = {
     "negative only": ([-1, -1, -2, -3, -40], 2),
     "less parameters than asked for": ([3, 1, -2], 9),
     "one parameter": ([-4.0], 1),
-    "a low rank": ([10, 10, 4] + [0] * 40, 4)}
+    "a low rank": ([10, 10, 4] + [0] * 40, 4),
+}
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
@@ -6918,8 +9024,9 @@ def test_lanczos_finds_eigenvalues_with_their_multiplicity(name, dtype):
     model, digits = with_spectrum(values, 3, dtype), 1e-6 if dtype == torch.float64 else 1e-4
     for which in ("algebraic", "magnitude"):
         for few in {1, k}:
-            found = analyze.hessian_eigenvalues(model, **QUADRATIC, k=few, which=which,
-                                                tolerance=digits)
+            found = analyze.hessian_eigenvalues(
+                model, **QUADRATIC, k=few, which=which, tolerance=digits
+            )
             want = wanted(torch.tensor(values, dtype=torch.float64), few, which)
             got = torch.tensor(found["eigenvalues"], dtype=torch.float64)
             assert len(got) == min(few, len(values))
@@ -6935,8 +9042,15 @@ def test_residuals_and_errors_bound_eigenvalues_and_too_few_products_are_told():
         model, true = with_spectrum(values, seed), torch.tensor(sorted(values))
         for tolerance in (0.01, 1e-4):
             for which, k in (("algebraic", 1), ("magnitude", 3)):
-                found = analyze.hessian_eigenvalues(model, **QUADRATIC, k=k, which=which,
-                                                    tolerance=tolerance, seed=seed, iterations=400)
+                found = analyze.hessian_eigenvalues(
+                    model,
+                    **QUADRATIC,
+                    k=k,
+                    which=which,
+                    tolerance=tolerance,
+                    seed=seed,
+                    iterations=400,
+                )
                 want = wanted(true, k, which)
                 got = torch.tensor(found["eigenvalues"], dtype=torch.float64)
                 nearest = (got[:, None] - true).abs().min(1).values
@@ -6954,8 +9068,9 @@ def test_power_iteration_finds_the_largest_magnitude_only():
     found = analyze.hessian_eigenvalues(with_spectrum([-6, 4, 1, 0]), **QUADRATIC, method="power")
     assert abs(found["eigenvalues"][0] + 6) < 1e-9 and found["products"] == 100, found
     assert found["residuals"][0] < 1e-6 and found["converged"]
-    found = analyze.hessian_eigenvalues(with_spectrum([5, 4] + [1] * 50), **QUADRATIC,
-                                        method="power", iterations=7)
+    found = analyze.hessian_eigenvalues(
+        with_spectrum([5, 4] + [1] * 50), **QUADRATIC, method="power", iterations=7
+    )
     assert found["products"] == 7 and not found["converged"] and 1 < found["eigenvalues"][0] < 5
     found = analyze.hessian_eigenvalues(with_spectrum([0.0] * 3), **QUADRATIC, method="power")
     assert found["eigenvalues"] == [0] and found["converged"]
@@ -6980,8 +9095,10 @@ def test_trace_and_density_are_those_of_a_known_spectrum():
     assert found["products"] == 600
     more = analyze.hessian_density(model, **QUADRATIC, probes=200, steps=4)
     for power, same in ((5, True), (6, False)):
-        (a, b) = ([np.dot(w, np.power(t, power)) for t, w in zip(each["nodes"], each["weights"])]
-                  for each in (found, more))
+        (a, b) = (
+            [np.dot(w, np.power(t, power)) for t, w in zip(each["nodes"], each["weights"])]
+            for each in (found, more)
+        )
         assert np.allclose(a, b) is same, "Gauss quadrature of 3 nodes is exact to degree 5"
     one = analyze.hessian_density(model, **QUADRATIC, probes=1, steps=1)
     assert one["trace_error"] is None and one["nodes"] == [[pytest.approx(one["trace"] / 38)]]
@@ -6989,8 +9106,11 @@ def test_trace_and_density_are_those_of_a_known_spectrum():
     assert zero["trace"] == 0 and zero["nodes"] == [[0.0], [0.0]] and zero["weights"] == [[1], [1]]
     at = np.linspace(-1, 6, 50)
     got = analyze.kernel_density(at, [0, 3], [0.25, 0.75], np.array([0.5, 2]))
-    want = [0.25 * math.exp(-2 * t * t) / (0.5 * math.sqrt(2 * math.pi))
-            + 0.75 * math.exp(-(t - 3) ** 2 / 8) / (2 * math.sqrt(2 * math.pi)) for t in at]
+    want = [
+        0.25 * math.exp(-2 * t * t) / (0.5 * math.sqrt(2 * math.pi))
+        + 0.75 * math.exp(-((t - 3) ** 2) / 8) / (2 * math.sqrt(2 * math.pi))
+        for t in at
+    ]
     assert np.abs(got - want).max() < 1e-12
 
 
@@ -7001,8 +9121,10 @@ def test_nep_and_ape_are_those_of_a_known_density_and_of_dense_hessians():
     assert nep == 0.25 and abs(ape - 150) < 1e-9
     assert analyze.nep_ape([-1.0, -2, 0]) == (pytest.approx(2 / 3), None)
     model, batches = small_vit(), list(small_batches(True))
-    want = [wanted(torch.linalg.eigvalsh(dense_hessian(model, [batch], decay=0.02)), 5, "magnitude")
-            for batch in batches]
+    want = [
+        wanted(torch.linalg.eigvalsh(dense_hessian(model, [batch], decay=0.02)), 5, "magnitude")
+        for batch in batches
+    ]
     found = analyze.hessian_spectrum(model, train.softmax_loss, batches, decay=0.02, tolerance=1e-8)
     got = torch.tensor(found["eigenvalues"], dtype=torch.float64)
     assert found["converged"] and got.allclose(torch.stack(want), rtol=1e-6), (got, want)
@@ -7018,10 +9140,21 @@ def test_nep_and_ape_are_those_of_a_known_density_and_of_dense_hessians():
 def test_a_hessian_that_was_killed_goes_on_to_the_same_bits(tmp_path, what):
     (x, y), *others = small_batches(False)
     model, batches = small_conv(), [(x[:2], y[:2]), (x[2:], y[2:]), *others]  # 2, 3, 3, 1 images
-    job = partial(analyze.hessian_density, model, train.softmax_loss, batches, 3, 8) if (
-        what == "density") else partial(
-        analyze.hessian_eigenvalues, model, train.softmax_loss, batches,
-        1 if what == "power" else 3, "magnitude", method=what, iterations=30, tolerance=1e-5)
+    job = (
+        partial(analyze.hessian_density, model, train.softmax_loss, batches, 3, 8)
+        if (what == "density")
+        else partial(
+            analyze.hessian_eigenvalues,
+            model,
+            train.softmax_loss,
+            batches,
+            1 if what == "power" else 3,
+            "magnitude",
+            method=what,
+            iterations=30,
+            tolerance=1e-5,
+        )
+    )
     whole, seen = job(), []
 
     def kill(images):
@@ -7044,21 +9177,30 @@ def test_a_hessian_that_was_killed_goes_on_to_the_same_bits(tmp_path, what):
 
 def test_components_are_the_rows_of_table_3():
     for name, rows in {
-            "vit_micro8": {"embedding": "patch_embed.proj.weight",
-                           "MSAs or token MLPs": "blocks.2.attn.qkv.bias",
-                           "MLPs or channel MLPs": "blocks.2.mlp.fc1.bias",
-                           "block 1 of 4": "blocks.0.norm1.bias",
-                           "block 2 of 4": "blocks.1.norm2.bias",
-                           "block 4 of 4": "blocks.3.attn.proj.bias"},
-            "mixer_micro8": {"embedding": "stem.proj.weight",
-                             "MSAs or token MLPs": "blocks.0.mlp_tokens.fc1.bias",
-                             "MLPs or channel MLPs": "blocks.0.mlp_channels.fc1.bias",
-                             "block 1 of 4": "blocks.0.norm1.bias",
-                             "block 2 of 4": "blocks.1.norm2.bias",
-                             "block 4 of 4": "blocks.3.mlp_tokens.fc1.bias"},
-            "resnet18": {"stem": "conv1.weight", "stage 1": "layer1.0.conv1.weight", "stage 2":
-                         "layer2.0.downsample.0.weight", "stage 3": "layer3.1.bn2.bias",
-                         "stage 4": "layer4.1.conv1.weight"}}.items():
+        "vit_micro8": {
+            "embedding": "patch_embed.proj.weight",
+            "MSAs or token MLPs": "blocks.2.attn.qkv.bias",
+            "MLPs or channel MLPs": "blocks.2.mlp.fc1.bias",
+            "block 1 of 4": "blocks.0.norm1.bias",
+            "block 2 of 4": "blocks.1.norm2.bias",
+            "block 4 of 4": "blocks.3.attn.proj.bias",
+        },
+        "mixer_micro8": {
+            "embedding": "stem.proj.weight",
+            "MSAs or token MLPs": "blocks.0.mlp_tokens.fc1.bias",
+            "MLPs or channel MLPs": "blocks.0.mlp_channels.fc1.bias",
+            "block 1 of 4": "blocks.0.norm1.bias",
+            "block 2 of 4": "blocks.1.norm2.bias",
+            "block 4 of 4": "blocks.3.mlp_tokens.fc1.bias",
+        },
+        "resnet18": {
+            "stem": "conv1.weight",
+            "stage 1": "layer1.0.conv1.weight",
+            "stage 2": "layer2.0.downsample.0.weight",
+            "stage 3": "layer3.1.bn2.bias",
+            "stage 4": "layer4.1.conv1.weight",
+        },
+    }.items():
         network = train.build_model(name, 12, 32, **(dict(width=8) if "resnet" in name else {}))
         named = dict(network.named_parameters())
         parts = analyze.components(network)
@@ -7067,13 +9209,16 @@ def test_components_are_the_rows_of_table_3():
         for row, inside in rows.items():
             assert any(p is named[inside] for p in parts[row]), (name, row)
     network = train.build_model("vit_s16", 10, 32, patch_size=8, dim=12, heads=2, mlp_dim=12)
-    parts = {name: sum(p.numel() for p in params) for name, params in analyze.components(
-        network).items()}
+    parts = {
+        name: sum(p.numel() for p in params) for name, params in analyze.components(network).items()
+    }
     assert parts["embedding"] == 12 * 192 + 12 and parts["MLPs or channel MLPs"] == 12 * 312
     assert parts["MSAs or token MLPs"] == 12 * (12 * 48 + 48) and "block 6 of 12" in parts
     assert parts["block 1 of 12"] == parts["block 12 of 12"] == 312 + 624 + 48
     assert list(analyze.components(network, [r"blocks\.\d+\.norm", "whole"])) == [
-        r"blocks\.\d+\.norm", "whole"]
+        r"blocks\.\d+\.norm",
+        "whole",
+    ]
     assert len(analyze.components(network, [r"blocks\.\d+\.norm"])[r"blocks\.\d+\.norm"]) == 48
 
 
@@ -7095,17 +9240,29 @@ DISTRIBUTED = {
     "spectrum": "--images 13 --batch 4 --k 2 --mixup 0.5 --augment crop",
     "landscape": "--images 13 --points 3 --augmented --augment crop --mixup 0.5",
     "flatness": "--images 13 --draws 3 --steps 2 --sigma 0.1 --rho 0.1 0.3",
-    "ntk": "--images 40 --batch 8", "sparsity": "--images 150", "fourier": "--images 140",
-    "variance": "", "cka": "--batch 8", "lesion": "--images 1/2", "noise": "--frequencies 0.5",
-    "calibration": "", "nll": "--augment crop --mixup 0.5", "attention": "--indices 0 1 2",
-    "robustness": "--benchmarks val pgd"}
+    "ntk": "--images 40 --batch 8",
+    "sparsity": "--images 150",
+    "fourier": "--images 140",
+    "variance": "",
+    "cka": "--batch 8",
+    "lesion": "--images 1/2",
+    "noise": "--frequencies 0.5",
+    "calibration": "",
+    "nll": "--augment crop --mixup 0.5",
+    "attention": "--indices 0 1 2",
+    "robustness": "--benchmarks val pgd",
+}
 
 
 def numbers_in(value):
     """Of what a JSON holds, in order, without times and counts of products."""
     if isinstance(value, dict):
-        return [n for key, v in value.items() if key not in ("seconds", "products")
-                for n in numbers_in(v)]
+        return [
+            n
+            for key, v in value.items()
+            if key not in ("seconds", "products")
+            for n in numbers_in(v)
+        ]
     return [n for v in value for n in numbers_in(v)] if isinstance(value, list) else [value]
 
 
@@ -7113,51 +9270,99 @@ def test_analyses_on_two_processes_give_the_numbers_of_one(tmp_path, monkeypatch
     monkeypatch.setattr(analyze, "UNIT", 64)
     monkeypatch.setitem(data.SHAPES_SPLITS, "val", (2**30, 150))
     train_ok(tiny(tmp_path / "run", "--train-fraction 1 --max-steps 3"))
-    of_checkpoint = (f"--device cpu --workers 0 --dtype float64 --checkpoint {tmp_path}/run/ckpt.pt"
-                     " --out-dir")
-    commands = [[name, *flags.split(), *of_checkpoint.split()]
-                for name, flags in DISTRIBUTED.items()]
+    of_checkpoint = (
+        f"--device cpu --workers 0 --dtype float64 --checkpoint {tmp_path}/run/ckpt.pt --out-dir"
+    )
+    commands = [
+        [name, *flags.split(), *of_checkpoint.split()] for name, flags in DISTRIBUTED.items()
+    ]
     commands.append(["curves", "--runs", str(tmp_path / "run"), "--out-dir"])
-    (tmp_path / "commands.json").write_text(json.dumps(
-        [[*command, str(tmp_path / "two")] for command in commands]))
+    (tmp_path / "commands.json").write_text(
+        json.dumps([[*command, str(tmp_path / "two")] for command in commands])
+    )
     (tmp_path / "worker.py").write_text(ON_TWO_PROCESSES)
     result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         tmp_path / "worker.py", tmp_path / "commands.json"], capture_output=True, text=True,
-        cwd=HERE, env={**os.environ, "PYTHONPATH": str(HERE)}, timeout=240)
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            tmp_path / "worker.py",
+            tmp_path / "commands.json",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        timeout=240,
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert result.stdout.count("results   ") == len(commands) == 16, result.stdout
     for command in commands:
         assert analyze.main([*command, str(tmp_path / "one")]) == 0
         name = command[0]
-        one, two = (json.loads((tmp_path / folder / f"{name}.json").read_text())["results"]
-                    for folder in ("one", "two"))
+        one, two = (
+            json.loads((tmp_path / folder / f"{name}.json").read_text())["results"]
+            for folder in ("one", "two")
+        )
         (of_one,), (of_two,) = one.values(), two.values()
         assert list(of_one) == list(of_two), command
         for part in of_one:
             a, b = numbers_in(of_one[part]), numbers_in(of_two[part])
             assert len(a) == len(b) > 0, (name, part)
-            assert all(p == q or abs(p - q) <= 1e-6 * abs(q) + 1e-12
-                       for p, q in zip(a, b)), (name, part, a, b)
+            assert all(p == q or abs(p - q) <= 1e-6 * abs(q) + 1e-12 for p, q in zip(a, b)), (
+                name,
+                part,
+                a,
+                b,
+            )
     assert not list(tmp_path.rglob("*.state"))
 
 
 def test_a_spectrum_is_of_the_augmented_mixed_regularised_mini_batches(
-        tmp_path, capsys, small_shapes):
-    flags = ("--augment crop --mixup 0.5 --label-smoothing 0.1 --weight-decay 0.3 --seed 5 --dtype "
-             "float64")
-    train_ok(tiny(tmp_path / "run", flags, "--max-steps 3", dataset="--dataset shapes "
-                  "--batch-size 32 --micro-batch 8 --epochs 2 --warmup-steps 3"))
+    tmp_path, capsys, small_shapes
+):
+    flags = (
+        "--augment crop --mixup 0.5 --label-smoothing 0.1 --weight-decay 0.3 --seed 5 --dtype "
+        "float64"
+    )
+    train_ok(
+        tiny(
+            tmp_path / "run",
+            flags,
+            "--max-steps 3",
+            dataset="--dataset shapes --batch-size 32 --micro-batch 8 --epochs 2 --warmup-steps 3",
+        )
+    )
     file = str(tmp_path / "run/ckpt.pt")
-    command = ["spectrum", "--device", "cpu", "--workers", "0", "--dtype", "float64", "--images",
-               "13", "--batch", "4", "--k", "2", "--tolerance", "1e-4", "--checkpoint", file]
+    command = [
+        "spectrum",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--dtype",
+        "float64",
+        "--images",
+        "13",
+        "--batch",
+        "4",
+        "--k",
+        "2",
+        "--tolerance",
+        "1e-4",
+        "--checkpoint",
+        file,
+    ]
     assert analyze.main(command) == 0
     text = capsys.readouterr().out
     results = json.loads((tmp_path / "run/spectrum.json").read_text())["results"]
-    (name, parts), = results.items()
+    ((name, parts),) = results.items()
     assert len(parts) == 4, "three whole mini-batches and their summary"
-    model = train.assemble(train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2,
-                                             mlp_dim=48), [0.5], [0.5]).double()
+    model = train.assemble(
+        train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
+    ).double()
     train.load_weights(model.network, file)
     dataset = data.load("shapes", "train", image_size=32, augment="crop", seed=5)
     dataset.restrict(data.subset(dataset.labels, Fraction(13, 160)))
@@ -7203,28 +9408,54 @@ def test_a_spectrum_is_of_the_augmented_mixed_regularised_mini_batches(
 
 def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, small_shapes):
     for seed in (0, 1):
-        train_ok(tiny(tmp_path / str(seed), f"--max-steps 3 --seed {seed}", dataset="--dataset "
-                      "shapes --batch-size 32 --micro-batch 8 --epochs 2 --warmup-steps 3"))
+        train_ok(
+            tiny(
+                tmp_path / str(seed),
+                f"--max-steps 3 --seed {seed}",
+                dataset="--dataset "
+                "shapes --batch-size 32 --micro-batch 8 --epochs 2 --warmup-steps 3",
+            )
+        )
     files = [str(tmp_path / str(seed) / "ckpt.pt") for seed in (0, 1)]
-    command = ["hessian", "--device", "cpu", "--workers", "0", "--images", "4", "--tolerance",
-               "0.001", "--checkpoint"]
+    command = [
+        "hessian",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--images",
+        "4",
+        "--tolerance",
+        "0.001",
+        "--checkpoint",
+    ]
     capsys.readouterr()
     assert analyze.main([*command, *files]) == 0
     text = capsys.readouterr().out
     results = json.loads((tmp_path / "0/hessian.json").read_text())["results"]
     assert len(results) == 2 and all(len(parts) == 6 for parts in results.values()), results
-    model = train.assemble(train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2,
-                                             mlp_dim=48), [0.5], [0.5])
+    model = train.assemble(
+        train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
+    )
     train.load_weights(model.network, files[1])
-    x, y = (t[data.subset(data.load("shapes", "train", image_size=32).labels, Fraction(4, 160))]
-            for t in data.shapes(np.arange(160), size=32)[:2])
+    x, y = (
+        t[data.subset(data.load("shapes", "train", image_size=32).labels, Fraction(4, 160))]
+        for t in data.shapes(np.arange(160), size=32)[:2]
+    )
     name, parts = list(results.items())[1]
-    for block, pattern in (("whole", ""), ("embedding", "patch_embed"), ("MSAs or token MLPs",
-                           "attn"), ("block 2 of 2", r"blocks\.1\.")):
+    for block, pattern in (
+        ("whole", ""),
+        ("embedding", "patch_embed"),
+        ("MSAs or token MLPs", "attn"),
+        ("block 2 of 2", r"blocks\.1\."),
+    ):
         found = analyze.hessian_eigenvalues(
-            model.double(), lambda z, y: F.cross_entropy(z, y), [(x.double() / 255, y)],
-            tolerance=1e-8, params=[p for key, p in model.network.named_parameters()
-                                    if re.search(pattern, key)])["eigenvalues"][0]
+            model.double(),
+            lambda z, y: F.cross_entropy(z, y),
+            [(x.double() / 255, y)],
+            tolerance=1e-8,
+            params=[p for key, p in model.network.named_parameters() if re.search(pattern, key)],
+        )["eigenvalues"][0]
         part = next(v for key, v in parts.items() if key.startswith(f"{block}: "))
         assert part["eigenvalues"][0] == pytest.approx(found, rel=1e-3), (block, part, found)
         row = next(line for line in text.splitlines() if name in line and f" {block} " in line)
@@ -7234,22 +9465,31 @@ def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, sm
     again = (tmp_path / "0/hessian.json").read_text()
     assert json.loads(again)["results"] == json.loads(kept)["results"], "times too: not done again"
     assert (tmp_path / "0/hessian.png").exists() == (
-        importlib.util.find_spec("matplotlib") is not None)
+        importlib.util.find_spec("matplotlib") is not None
+    )
     capsys.readouterr()
-    assert analyze.main([*command, files[0], "--params", "whole", "--iterations", "2",
-                         "--loss", "sigmoid"]) == 0
+    assert (
+        analyze.main(
+            [*command, files[0], "--params", "whole", "--iterations", "2", "--loss", "sigmoid"]
+        )
+        == 0
+    )
     assert "whole: not within 0.001 after 2 products; --itera" in capsys.readouterr().out
     for argv, words in [
-            (["--params", "blocks["], "--params blocks[: no regular expression"),
-            (["--params", "layer1"], "--params layer1: no parameter's name matches; there are"),
-            (["--images", "ten"], "--images ten: "), (["--images", "-3"], "--images -3: "),
-            (["--images", "161"], "--images 161: "), (["--images", "1/0"], "--images 1/0: "),
-            (["--k", "0"], "--k 0: it is at least 1"),
-            (["--tolerance", "0"], "--tolerance 0: it is at least 1e-09"),
-            (["--tolerance", "nan"], "--tolerance nan"), (["--memory", "-1"], "--memory -1: "),
-            (["--method", "power", "--k", "2"], "--method power finds one eigenvalue"),
-            (["--itertions", "2"], "did you mean --iterations"),
-            (["--dtype", "bfloat16"], "is computed in float32 or float64")]:
+        (["--params", "blocks["], "--params blocks[: no regular expression"),
+        (["--params", "layer1"], "--params layer1: no parameter's name matches; there are"),
+        (["--images", "ten"], "--images ten: "),
+        (["--images", "-3"], "--images -3: "),
+        (["--images", "161"], "--images 161: "),
+        (["--images", "1/0"], "--images 1/0: "),
+        (["--k", "0"], "--k 0: it is at least 1"),
+        (["--tolerance", "0"], "--tolerance 0: it is at least 1e-09"),
+        (["--tolerance", "nan"], "--tolerance nan"),
+        (["--memory", "-1"], "--memory -1: "),
+        (["--method", "power", "--k", "2"], "--method power finds one eigenvalue"),
+        (["--itertions", "2"], "did you mean --iterations"),
+        (["--dtype", "bfloat16"], "is computed in float32 or float64"),
+    ]:
         line = analyze_refusal(capsys, *command, files[0], *argv)
         assert words in line, (argv, line)
     line = analyze_refusal(capsys, "spectrum", *command[1:7], "--checkpoint", files[0])
@@ -7275,8 +9515,10 @@ def quadratic(hessian, slope):
 
 def some_batches(*sizes, side=16, classes=5):
     torch.manual_seed(1)
-    return [(torch.rand(n, 3, side, side, dtype=torch.float64), torch.randint(classes, (n,)))
-            for n in sizes]
+    return [
+        (torch.rand(n, 3, side, side, dtype=torch.float64), torch.randint(classes, (n,)))
+        for n in sizes
+    ]
 
 
 def all_state(model):
@@ -7285,14 +9527,19 @@ def all_state(model):
 
 def test_directions_have_each_filters_length_or_are_zero():
     model = nn.Sequential(nn.Conv2d(2, 2, (1, 2)), nn.BatchNorm2d(2), nn.Linear(2, 3)).double()
-    model.pos_embed, model.cls_token = (nn.Parameter(torch.ones(1, n, 2, dtype=torch.float64))
-                                        for n in (3, 1))
+    model.pos_embed, model.cls_token = (
+        nn.Parameter(torch.ones(1, n, 2, dtype=torch.float64)) for n in (3, 1)
+    )
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[[[3., 0]], [[0, 4]]], [[[1, 1]], [[1, 1]]]]))
-        model[2].weight.copy_(torch.tensor([[5., 12], [0, 0], [-3, 4]]))
+        model[0].weight.copy_(torch.tensor([[[[3.0, 0]], [[0, 4]]], [[[1, 1]], [[1, 1]]]]))
+        model[2].weight.copy_(torch.tensor([[5.0, 12], [0, 0], [-3, 4]]))
     names = [name for name, _ in model.named_parameters()]
-    lengths = {"0.weight": [5, 2], "2.weight": [13, 0, 5], "pos_embed": [6**.5],
-               "cls_token": [2**.5]}  # by hand; all others have one dimension
+    lengths = {
+        "0.weight": [5, 2],
+        "2.weight": [13, 0, 5],
+        "pos_embed": [6**0.5],
+        "cls_token": [2**0.5],
+    }  # by hand; all others have one dimension
     pair = [dict(zip(names, d)) for d in analyze.directions(model, seed=3)]
     for d in pair:
         for name, value in d.items():
@@ -7303,7 +9550,7 @@ def test_directions_have_each_filters_length_or_are_zero():
     assert abs(cosine) < 0.9, cosine
     generator = torch.Generator().manual_seed(data.key(3, 1, zlib.crc32(b"2.weight")))
     noise = torch.randn(3, 2, generator=generator).double()
-    want = noise / noise.norm(dim=1, keepdim=True) * torch.tensor([[13.], [0], [5]])
+    want = noise / noise.norm(dim=1, keepdim=True) * torch.tensor([[13.0], [0], [5]])
     assert (pair[1]["2.weight"] - want).abs().max() < 1e-6, "of seed, axis and name only"
     other = dict(zip(names, analyze.directions(model, seed=4)[0]))
     assert (other["2.weight"] - pair[0]["2.weight"]).abs().max() > 0.01
@@ -7318,33 +9565,47 @@ def test_directions_have_each_filters_length_or_are_zero():
 
 
 def test_a_landscape_of_a_quadratic_is_its_formula_with_penalties_by_hand():
-    hessian, slope = [[2., 1, 0], [1, -3, 0], [0, 0, 0.5]], [0.1, -0.2, 0.3]
-    model = Bowl([[1., 2, 3]])
-    model.bias = nn.Parameter(torch.tensor([2.], dtype=torch.float64))
-    vectors = [[torch.tensor([v], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
-               for v in ([1., 0, -1], [0.5, 1, 2])]
+    hessian, slope = [[2.0, 1, 0], [1, -3, 0], [0, 0, 0.5]], [0.1, -0.2, 0.3]
+    model = Bowl([[1.0, 2, 3]])
+    model.bias = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+    vectors = [
+        [torch.tensor([v], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
+        for v in ([1.0, 0, -1], [0.5, 1, 2])
+    ]
     before = all_state(model)
-    found = analyze.landscape(model, quadratic(hessian, slope), some_batches(2, 5), vectors,
-                              [-1, 0.0, 0.5], [0.0, 2])
+    found = analyze.landscape(
+        model, quadratic(hessian, slope), some_batches(2, 5), vectors, [-1, 0.0, 0.5], [0.0, 2]
+    )
     assert found["x"] == [-1, 0, 0.5] and found["y"] == [0, 2]
     for j, y in enumerate([0, 2]):
         for i, x in enumerate([-1, 0, 0.5]):
             w = np.array([1, 2, 3]) + x * np.array([1, 0, -1]) + y * np.array([0.5, 1, 2])
-            want = dict(loss=w @ hessian @ w / 2 + slope @ w, half_square=(w @ w + 4) / 2,
-                        sum_of_norms=np.sqrt(w @ w) + 2)
+            want = dict(
+                loss=w @ hessian @ w / 2 + slope @ w,
+                half_square=(w @ w + 4) / 2,
+                sum_of_norms=np.sqrt(w @ w) + 2,
+            )
             for name, value in want.items():
                 assert abs(found[name][j][i] - value) < 1e-12, (name, x, y)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    only = analyze.landscape(model, quadratic(hessian, slope), some_batches(2), vectors, [0.0],
-                             [0.0], decayed=[model.weight])
-    assert only["half_square"] == [[7]] and abs(only["sum_of_norms"][0][0] - 14**.5) < 1e-12
+    only = analyze.landscape(
+        model,
+        quadratic(hessian, slope),
+        some_batches(2),
+        vectors,
+        [0.0],
+        [0.0],
+        decayed=[model.weight],
+    )
+    assert only["half_square"] == [[7]] and abs(only["sum_of_norms"][0][0] - 14**0.5) < 1e-12
     total = analyze.regularised(only, "half-square", 0.1) - only["loss"]
     assert abs(total[0, 0] - 0.7) < 1e-12
     total = analyze.regularised(only, "sum-of-norms", 0.1) - only["loss"]
-    assert abs(total[0, 0] - 0.1 * 14**.5) < 1e-12
+    assert abs(total[0, 0] - 0.1 * 14**0.5) < 1e-12
 
     def cliff(w, y):
         return torch.where(w[0, 0] > 1.5, math.inf, torch.where(w[0, 0] < 0.5, math.nan, 7.0))
+
     rough = analyze.landscape(model, cliff, some_batches(2), vectors, [-1.0, 0, 1], [0.0])
     assert rough["loss"] == [[None, 7, None]]
     assert np.isnan(analyze.regularised(rough, "half-square", 1)).tolist() == [[True, False, True]]
@@ -7359,12 +9620,17 @@ def test_a_landscape_equals_one_of_copies_and_leaves_weights_and_statistics_alon
     for j, y in enumerate([0.0, 0.3]):
         for i, x in enumerate([-0.1, 0.0]):
             copied = copy.deepcopy(model).eval()
-            copied.load_state_dict(before | {
-                name: p + x * a + y * b for (name, p), a, b in zip(model.named_parameters(),
-                                                                   *vectors)})
+            copied.load_state_dict(
+                before
+                | {
+                    name: p + x * a + y * b
+                    for (name, p), a, b in zip(model.named_parameters(), *vectors)
+                }
+            )
             with torch.no_grad():  # the mean of all five images
-                want = F.cross_entropy(copied(torch.cat([x for x, _ in batches])),
-                                       torch.cat([y for _, y in batches])).item()
+                want = F.cross_entropy(
+                    copied(torch.cat([x for x, _ in batches])), torch.cat([y for _, y in batches])
+                ).item()
             assert abs(found["loss"][j][i] - want) < 1e-12 * abs(want), (x, y)
     model.eval()
     plain = analyze.mean_loss(model, F.cross_entropy, batches)
@@ -7375,9 +9641,12 @@ def test_a_landscape_equals_one_of_copies_and_leaves_weights_and_statistics_alon
     def broken(logits, y):
         assert not torch.equal(next(model.parameters()), before[next(iter(before))]) or not moved
         raise RuntimeError("in the middle")
+
     moved = make is tiny_resnet  # whose first parameter is a filter
-    for call in (lambda: analyze.landscape(model, broken, batches, vectors, [0.5], [0.5]),
-                 lambda: analyze.noisy_loss(model, broken, batches, 0.5)):
+    for call in (
+        lambda: analyze.landscape(model, broken, batches, vectors, [0.5], [0.5]),
+        lambda: analyze.noisy_loss(model, broken, batches, 0.5),
+    ):
         with pytest.raises(RuntimeError, match="in the middle"):
             call()
     ascent = analyze.worst_loss(model, F.cross_entropy, batches, 0.1, steps=1)
@@ -7397,18 +9666,20 @@ def test_a_landscape_equals_one_of_copies_and_leaves_weights_and_statistics_alon
 
 
 def test_noise_on_a_quadratic_raises_its_mean_by_half_the_trace():
-    hessian = [[2., 1, 0], [1, -3, 0], [0, 0, 4]]
-    model, loss, batches = Bowl([0., 0, 0]), quadratic(hessian, [0., 0, 0.2]), some_batches(1)
+    hessian = [[2.0, 1, 0], [1, -3, 0], [0, 0, 4]]
+    model, loss, batches = Bowl([0.0, 0, 0]), quadratic(hessian, [0.0, 0, 0.2]), some_batches(1)
     plain = analyze.noisy_loss(model, loss, batches, 0.0)
     assert plain == analyze.mean_loss(model, loss, batches)
-    found = analyze.average([analyze.noisy_loss(model, loss, batches, 0.7, draw=draw)
-                             for draw in range(400)])
+    found = analyze.average(
+        [analyze.noisy_loss(model, loss, batches, 0.7, draw=draw) for draw in range(400)]
+    )
     want, error = plain + 0.5 * 0.49 * 3, found["standard_error"]
     assert error < 0.12 and abs(found["mean"] - want) < 3 * error, (found["mean"], want, error)
     deviation = np.sqrt(0.49 * 0.04 + 0.5 * 0.49**2 * np.square(hessian).sum())  # of such a form
     assert abs(error * 20 / deviation - 1) < 0.15, (error * 20, deviation)
-    assert analyze.average([1.0, 2, 6]) == dict(mean=3, losses=[1, 2, 6], standard_error=(
-        pytest.approx((14 / 2 / 3)**0.5, rel=1e-12)))
+    assert analyze.average([1.0, 2, 6]) == dict(
+        mean=3, losses=[1, 2, 6], standard_error=(pytest.approx((14 / 2 / 3) ** 0.5, rel=1e-12))
+    )
     assert analyze.average([1.0, None])["mean"] is None
     assert analyze.average([2.0]) == dict(mean=2, standard_error=None, losses=[2])
     one = analyze.noisy_loss(model, loss, batches, 0.7, draw=0)
@@ -7419,17 +9690,20 @@ def test_the_worst_loss_in_a_ball_is_the_known_maximum():
     batches, zero = some_batches(1, 4), np.zeros((3, 3)).tolist()
     for scale in (1, 0.01):
         slope = [2 * scale, -scale, 2 * scale]  # of length 3·scale
-        linear = analyze.worst_loss(Bowl([1., 2, 3]), quadratic(zero, slope), batches, 0.5, steps=3)
+        linear = analyze.worst_loss(
+            Bowl([1.0, 2, 3]), quadratic(zero, slope), batches, 0.5, steps=3
+        )
         assert len(linear["losses"]) == 4 and linear["worst"] == max(linear["losses"])
         for i, value in enumerate(linear["losses"]):
             assert abs(value - (6 + 1.5 * (i > 0)) * scale) < 1e-12, (scale, i, value)
-    still = analyze.worst_loss(Bowl([1., 2, 3]), quadratic(zero, [2., -1, 2]), batches, 0.0)
+    still = analyze.worst_loss(Bowl([1.0, 2, 3]), quadratic(zero, [2.0, -1, 2]), batches, 0.0)
     assert still == dict(worst=6, losses=[6])
 
     turned, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))
     hessian = (turned @ np.diag([4, 1, -9]) @ turned.T).tolist()
-    found = analyze.worst_loss(Bowl([0., 0, 0]), quadratic(hessian, [0., 0, 0]), batches, 0.5,
-                               steps=60)
+    found = analyze.worst_loss(
+        Bowl([0.0, 0, 0]), quadratic(hessian, [0.0, 0, 0]), batches, 0.5, steps=60
+    )
     assert abs(found["worst"] - 0.5 * 4 * 0.25) < 1e-9, "½ λmax ρ², from where the gradient is 0"
     # ½ w·Hw + g·w with H = diag(3, 1), ‖w‖ ≤ 1: w = (μ - H)⁻¹ g, μ > 3 the root of ‖w‖ = 1
     g, h = np.array([0.3, 2.0]), np.array([3, 1])
@@ -7438,17 +9712,19 @@ def test_the_worst_loss_in_a_ball_is_the_known_maximum():
         mu = (low + high) / 2
         low, high = (mu, high) if np.linalg.norm(g / (mu - h)) > 1 else (low, mu)
     w = g / (mu - h)
-    found = analyze.worst_loss(Bowl([0., 0]), quadratic([[3., 0], [0, 1]], g.tolist()), batches, 1,
-                               steps=60)
+    found = analyze.worst_loss(
+        Bowl([0.0, 0]), quadratic([[3.0, 0], [0, 1]], g.tolist()), batches, 1, steps=60
+    )
     first = found["losses"][1]  # SAM's
     e = g / np.linalg.norm(g)
     assert abs(first - (e @ (h * e) / 2 + g @ e)) < 1e-12
     assert abs(found["worst"] - (w @ (h * w) / 2 + g @ w)) < 1e-9
-    inside = analyze.worst_loss(Bowl([0.]), quadratic([[-4.]], [1.]), batches, 1, steps=30)
+    inside = analyze.worst_loss(Bowl([0.0]), quadratic([[-4.0]], [1.0]), batches, 1, steps=30)
     assert abs(inside["worst"] - 0.125) < 1e-9, "a maximum inside, at 1/4"
 
     def steep(w, y):
         return torch.where(w[0, 0] > 1, math.inf, w[0, 0])
+
     found = analyze.worst_loss(Bowl([0.5]), steep, batches, 2)
     assert found == dict(worst=None, losses=[0.5, None])
 
@@ -7458,11 +9734,17 @@ def planes(folder):
 
 
 def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
-        tmp_path, capsys, monkeypatch, small_shapes):
+    tmp_path, capsys, monkeypatch, small_shapes
+):
     for seed in (0, 1):
-        train_ok(tiny(tmp_path / str(seed), f"--max-steps 2 --mixup 0.5 --seed {seed}",
-                      dataset="--dataset shapes --batch-size 32 --micro-batch 8 --epochs 2 "
-                              "--warmup-steps 3 --augment crop"))
+        train_ok(
+            tiny(
+                tmp_path / str(seed),
+                f"--max-steps 2 --mixup 0.5 --seed {seed}",
+                dataset="--dataset shapes --batch-size 32 --micro-batch 8 --epochs 2 "
+                "--warmup-steps 3 --augment crop",
+            )
+        )
     one, two = (str(tmp_path / str(seed) / "ckpt.pt") for seed in (0, 1))
     common = ["--device", "cpu", "--workers", "0", "--dtype", "float64", "--images", "30"]
     draw = ["landscape", *common, "--points", "3", "--span", "0.5", "--augmented"]
@@ -7471,7 +9753,8 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
     assert text.count(": 3² points of 30 images") == 2, text
     whole = planes(tmp_path / "a")
     assert (tmp_path / "a/landscape.png").exists() == (
-        importlib.util.find_spec("matplotlib") is not None)
+        importlib.util.find_spec("matplotlib") is not None
+    )
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # drawing takes seconds
     assert len(whole) == 2 and all(len(parts) == 1 for parts in whole.values())
     name, (part, numbers) = next((n, *p.items()) for n, p in whole.items() if n.startswith(one))
@@ -7486,6 +9769,7 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
         stopped.append(part)
         if len(stopped) == 3:
             raise KeyboardInterrupt
+
     monkeypatch.setattr(analyze, "PIECE", 2)
     out = ["--out-dir", str(tmp_path / "b"), "--checkpoint", one]
     with monkeypatch.context() as patch:
@@ -7526,20 +9810,36 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
             want -= (y * model(x).log_softmax(1)).sum().item() / 30
     assert abs(numbers["centre"]["loss"] - want) < 1e-12
 
-    flat = ["flatness", *common, "--sigma", "0.1", "--draws", "3", "--rho", "0.2", "--steps", "2",
-            "--loss", "sigmoid", *out]
+    flat = [
+        "flatness",
+        *common,
+        "--sigma",
+        "0.1",
+        "--draws",
+        "3",
+        "--rho",
+        "0.2",
+        "--steps",
+        "2",
+        "--loss",
+        "sigmoid",
+        *out,
+    ]
     assert analyze.main(flat) == 0
     found = json.loads((tmp_path / "b/flatness.json").read_text())["results"][name]
-    assert list(found) == ["sigmoid, 30 of images, noise of σ 0.1, 3 draws",
-                           "sigmoid, 30 of images, ball of ρ 0, 2 steps",
-                           "sigmoid, 30 of images, ball of ρ 0.2, 2 steps"]
+    assert list(found) == [
+        "sigmoid, 30 of images, noise of σ 0.1, 3 draws",
+        "sigmoid, 30 of images, ball of ρ 0, 2 steps",
+        "sigmoid, 30 of images, ball of ρ 0.2, 2 steps",
+    ]
     plain = analyze.training_images(settings, "cpu", "30")
     batches = [(x.double() / 255, y) for x, y, _ in [plain[[(0, i) for i in range(30)]]]]
     noise, start, ball = found.values()
     assert abs(start["worst"] - train.sigmoid_loss(model(batches[0][0]), batches[0][1])) < 1e-12
     for k, value in enumerate(noise["losses"]):
-        assert abs(value - analyze.noisy_loss(model, train.sigmoid_loss, batches, 0.1,
-                                              draw=k)) < 1e-12
+        assert (
+            abs(value - analyze.noisy_loss(model, train.sigmoid_loss, batches, 0.1, draw=k)) < 1e-12
+        )
     assert ball["losses"][0] == start["worst"] < ball["worst"]
     table = capsys.readouterr().out
     assert f"{noise['mean']:.4g} ± {noise['standard_error']:.2g}" in table, table
@@ -7560,24 +9860,25 @@ def test_mistakes_in_a_landscape_get_one_line_that_helps(tmp_path, capsys, small
     train_ok(tiny(tmp_path / "run", "--max-steps 1 --train-fraction 1"))
     run = ["--checkpoint", tmp_path / "run", "--out-dir", tmp_path / "out", "--device", "cpu"]
     for argv, words in [
-            (["landscape", "--points", "1"], "--points 1: it is at least 2"),
-            (["landscape", "--span", "0"], "--span 0: it is at least 1e-06"),
-            (["landscape", "--span", "nan"], "--span nan: it is at least 1e-06"),
-            (["landscape", "--clip", "0"], "--clip 0: it is at least"),
-            (["landscape", "--clip", "-3"], "--clip -3: it is at least"),
-            (["landscape", "--direction-seed", "-1"], "--direction-seed -1: it is at least 0"),
-            (["landscape", "--images", "161"], "--images 161: there are 160 training images"),
-            (["landscape", "--images", "-5"], "--images -5: a fraction of -5"),
-            (["landscape", "--images", "1/0"], "--images 1/0: "),
-            (["landscape", "--images", "many"], "--images many: Invalid literal for Fraction"),
-            (["landscape", "--l2", "half"], "invalid choice: 'half'"),
-            (["landscape", "--loss", "supcon"], "invalid choice: 'supcon'"),
-            (["landscape", "--augmneted"], "unknown flag --augmneted; did you mean --augmented"),
-            (["landscape", "--dtype", "bfloat16"], "computed in float32 or float64"),
-            (["flatness", "--sigma", "0.1", "-0.1"], "--sigma -0.1: it is at least 0"),
-            (["flatness", "--rho", "inf"], "--rho inf: it is at least 0"),
-            (["flatness", "--draws", "0"], "--draws 0: it is at least 1"),
-            (["flatness", "--steps", "0"], "--steps 0: it is at least 1")]:
+        (["landscape", "--points", "1"], "--points 1: it is at least 2"),
+        (["landscape", "--span", "0"], "--span 0: it is at least 1e-06"),
+        (["landscape", "--span", "nan"], "--span nan: it is at least 1e-06"),
+        (["landscape", "--clip", "0"], "--clip 0: it is at least"),
+        (["landscape", "--clip", "-3"], "--clip -3: it is at least"),
+        (["landscape", "--direction-seed", "-1"], "--direction-seed -1: it is at least 0"),
+        (["landscape", "--images", "161"], "--images 161: there are 160 training images"),
+        (["landscape", "--images", "-5"], "--images -5: a fraction of -5"),
+        (["landscape", "--images", "1/0"], "--images 1/0: "),
+        (["landscape", "--images", "many"], "--images many: Invalid literal for Fraction"),
+        (["landscape", "--l2", "half"], "invalid choice: 'half'"),
+        (["landscape", "--loss", "supcon"], "invalid choice: 'supcon'"),
+        (["landscape", "--augmneted"], "unknown flag --augmneted; did you mean --augmented"),
+        (["landscape", "--dtype", "bfloat16"], "computed in float32 or float64"),
+        (["flatness", "--sigma", "0.1", "-0.1"], "--sigma -0.1: it is at least 0"),
+        (["flatness", "--rho", "inf"], "--rho inf: it is at least 0"),
+        (["flatness", "--draws", "0"], "--draws 0: it is at least 1"),
+        (["flatness", "--steps", "0"], "--steps 0: it is at least 1"),
+    ]:
         line = analyze_refusal(capsys, *argv, *run)
         assert words in line, (argv, line)
     assert "no.pt: No such file" in analyze_refusal(capsys, "flatness", "--checkpoint", "no.pt")
@@ -7585,7 +9886,7 @@ def test_mistakes_in_a_landscape_get_one_line_that_helps(tmp_path, capsys, small
 
 def test_a_landscape_is_shown_to_a_top_that_all_networks_reach():
     axis = np.linspace(-1, 1, 5)
-    bowl = 1 + axis[:, None]**2 + axis**2
+    bowl = 1 + axis[:, None] ** 2 + axis**2
     deep = np.where(bowl > 2.2, np.nan, bowl**20)
     # bowl's highest is 3, so 9 is the top; deep is 1.25**20 = 86.7 off the centre
     assert analyze.landscape_scale([bowl, deep], None) == (1, 9, (~(deep <= 9)).sum())
@@ -7600,11 +9901,25 @@ def full_jacobian_kernel(model, x):
     rows = []
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         for image in x:
-            grads = [torch.autograd.grad(f, list(model.parameters()), retain_graph=True,
-                                         allow_unused=True) for f in model(image[None])[0]]
-            rows.append(torch.stack([torch.cat([
-                (torch.zeros_like(p) if g is None else g).flatten()
-                for g, p in zip(of, model.parameters())]) for of in grads]))
+            grads = [
+                torch.autograd.grad(
+                    f, list(model.parameters()), retain_graph=True, allow_unused=True
+                )
+                for f in model(image[None])[0]
+            ]
+            rows.append(
+                torch.stack(
+                    [
+                        torch.cat(
+                            [
+                                (torch.zeros_like(p) if g is None else g).flatten()
+                                for g, p in zip(of, model.parameters())
+                            ]
+                        )
+                        for of in grads
+                    ]
+                )
+            )
     j = torch.stack(rows)  # (B, C, P)
     return torch.einsum("icp,jcp->ij", j, j) / j.shape[1]
 
@@ -7640,7 +9955,8 @@ def kernel_networks():
         "mixer": mixer.build("mixer_micro4", **tiny, **block, token_mlp_dim=5),
         "resnet": resnet.build("resnet18", **tiny, width=2, depth=(1, 1, 1, 1)),
         "preresnet": resnet.build("preresnet18", **tiny, width=2, depth=(1, 1, 1, 1)),
-        "odd": Odd()}
+        "odd": Odd(),
+    }
 
 
 @pytest.mark.parametrize("name", kernel_networks())
@@ -7653,8 +9969,10 @@ def test_the_tangent_kernel_is_that_of_the_full_jacobian(name, monkeypatch):
     expected = full_jacobian_kernel(model, x)
     before = copy.deepcopy(model.state_dict())
     found = analyze.ntk(model.train(), x)
-    error = ((torch.tensor(found["kernel"], dtype=torch.float64) - expected).abs().max()
-             / expected.abs().max()).item()
+    error = (
+        (torch.tensor(found["kernel"], dtype=torch.float64) - expected).abs().max()
+        / expected.abs().max()
+    ).item()
     assert error < 1e-12, (name, error)
     values = torch.linalg.eigvalsh(expected)
     assert abs(found["condition"] / (values[-1] / values[0]) - 1) < 1e-9 and found["resolved"]
@@ -7694,7 +10012,7 @@ def test_the_tangent_kernel_of_a_linear_model_and_of_a_zero_head():
     assert np.allclose(analyze.ntk(flat, x)["kernel"], by_hand, rtol=1e-13)
     single = analyze.ntk(nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False)), x[:2].float())
     a, b, c = (float(x[i].flatten() @ x[j].flatten()) for i, j in ((0, 0), (1, 1), (0, 1)))
-    root = math.sqrt((a - b)**2 + 4 * c * c)
+    root = math.sqrt((a - b) ** 2 + 4 * c * c)
     assert abs(single["condition"] / ((a + b + root) / (a + b - root)) - 1) < 1e-4
     twins = analyze.ntk(flat, torch.cat([x, x]))
     assert not twins["resolved"], "the same image twice: no eigenvalue but rounding"
@@ -7715,15 +10033,28 @@ def test_projections_of_the_tangent_kernel_are_unbiased_with_the_variance_they_s
     x = torch.rand(2, 3, 2, 2, dtype=torch.float64)
     exact = torch.tensor(analyze.ntk(model, x)["kernel"])
     kernels = torch.tensor([analyze.ntk(model, x, r, seed)["kernel"] for seed in range(draws)])
-    jacobian = [torch.cat([j[0].flatten(1) for j in torch.autograd.functional.jacobian(
-        lambda *p: torch.func.functional_call(model, dict(zip(names, p)), (image[None],)),
-        tuple(model.parameters()))], 1) for names in [list(dict(model.named_parameters()))]
-        for image in x]
+    jacobian = [
+        torch.cat(
+            [
+                j[0].flatten(1)
+                for j in torch.autograd.functional.jacobian(
+                    lambda *p: torch.func.functional_call(
+                        model, dict(zip(names, p)), (image[None],)
+                    ),
+                    tuple(model.parameters()),
+                )
+            ],
+            1,
+        )
+        for names in [list(dict(model.named_parameters()))]
+        for image in x
+    ]
     for i, j in ((0, 0), (0, 1), (1, 1)):
         m = jacobian[i] @ jacobian[j].T
         s = (m + m.T) / 2 - m.trace() / classes * torch.eye(classes)
-        variance = (2 * (classes - r) / (r * classes * (classes - 1) * (classes + 2))
-                    * s.square().sum())
+        variance = (
+            2 * (classes - r) / (r * classes * (classes - 1) * (classes + 2)) * s.square().sum()
+        )
         z = (kernels[:, i, j].mean() - exact[i, j]) / math.sqrt(variance / draws)
         assert abs(z) < 4, (i, j, z)
         assert 0.75 < kernels[:, i, j].var() / variance < 1.3, (i, j, kernels[:, i, j].var())
@@ -7732,8 +10063,10 @@ def test_projections_of_the_tangent_kernel_are_unbiased_with_the_variance_they_s
 
 def test_relu_takes_gelus_place_and_batchnorm_the_statistics_of_the_batch():
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
-    for build, activations in ((partial(vit.build, "vit_micro4"), 2),
-                               (partial(mixer.build, "mixer_micro4"), 4)):
+    for build, activations in (
+        (partial(vit.build, "vit_micro4"), 2),
+        (partial(mixer.build, "mixer_micro4"), 4),
+    ):
         torch.manual_seed(0)
         model = build(3, 8, dim=12, depth=2, mlp_dim=12).double()
         nn.init.normal_(model.head.weight)
@@ -7794,43 +10127,60 @@ class Second(nn.Module):
 def test_norms_and_active_neurons_by_hand():
     torch.manual_seed(0)
     model, images = Blocks().double(), torch.rand(5, 3, 4, 4, dtype=torch.float64)
-    sums = analyze.added([analyze.activity(model, [(images[:2], None), (images[2:3], None)]),
-                          analyze.activity(model, [(images[3:], None)])])
+    sums = analyze.added(
+        [
+            analyze.activity(model, [(images[:2], None), (images[2:3], None)]),
+            analyze.activity(model, [(images[3:], None)]),
+        ]
+    )
     with torch.no_grad():
         stem = model.stem[0](images).clamp(min=0)
         first = F.gelu(model.blocks[0][0](stem))
         inner = model.blocks[1].conv(first).clamp(min=0)
         second = F.gelu(inner - 0.3)
-    share = lambda *values: (sum((v > 0).sum() for v in values)
-                             / sum(v.numel() for v in values)).item()
+    share = lambda *values: (
+        sum((v > 0).sum() for v in values) / sum(v.numel() for v in values)
+    ).item()
     length = lambda v: v.square().sum(dim=(1, 2, 3)).sqrt().mean().item()
     close = partial(pytest.approx, rel=1e-6)
     found = analyze.sparsity(sums)
-    assert found["block"] == {"blocks.0": close(share(first)),
-                              "blocks.1": close(share(inner, second))}, found
-    assert found["activation"] == {"stem.1": close(share(stem)), "blocks.0.1": close(share(first)),
-                                   "blocks.1": close(share(inner)),
-                                   "blocks.1 2": close(share(second))}, found
+    assert found["block"] == {
+        "blocks.0": close(share(first)),
+        "blocks.1": close(share(inner, second)),
+    }, found
+    assert found["activation"] == {
+        "stem.1": close(share(stem)),
+        "blocks.0.1": close(share(first)),
+        "blocks.1": close(share(inner)),
+        "blocks.1 2": close(share(second)),
+    }, found
     assert 0.05 < share(first) < 0.95 and share(second) < share(inner) < 0.95
     found = analyze.norms(model, sums)
-    assert found["weights"] == close(math.sqrt(sum(
-        v * v for p in model.parameters() for v in p.flatten().tolist())))
-    assert found["activation"] == {"blocks.0": close(length(first)),
-                                   "blocks.1": close(length(second))}, found
-    assert found["output"] == {"blocks.0": close(length(first)),
-                               "blocks.1": close(3 * length(second))}, found
+    assert found["weights"] == close(
+        math.sqrt(sum(v * v for p in model.parameters() for v in p.flatten().tolist()))
+    )
+    assert found["activation"] == {
+        "blocks.0": close(length(first)),
+        "blocks.1": close(length(second)),
+    }, found
+    assert found["output"] == {
+        "blocks.0": close(length(first)),
+        "blocks.1": close(3 * length(second)),
+    }, found
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_blocks_and_activations_of_the_papers_networks():
     for model, size, blocks, per_block in (
-            (vit.build("vit_micro8", 12, 32), 32, 4, 1), (vit.build("pit_ti", 12, 32), 32, 12, 1),
-            (vit.build("vit_micro8", 12, 32, stem="conv"), 32, 3, 1),  # its ReLUs are in no block
-            (mixer.build("mixer_micro8", 12, 32), 32, 4, 2),
-            (resnet.build("resnet50", 12, 32, width=4), 32, 16, 3),
-            (resnet.build("preresnet18", 12, 32, width=4), 32, 8, 2),
-            (train.build_model("torchvision:resnet18", 12, 32), 32, 8, 2),
-            (train.build_model("torchvision:swin_t", 12, 32), 32, 12, 1)):
+        (vit.build("vit_micro8", 12, 32), 32, 4, 1),
+        (vit.build("pit_ti", 12, 32), 32, 12, 1),
+        (vit.build("vit_micro8", 12, 32, stem="conv"), 32, 3, 1),  # its ReLUs are in no block
+        (mixer.build("mixer_micro8", 12, 32), 32, 4, 2),
+        (resnet.build("resnet50", 12, 32, width=4), 32, 16, 3),
+        (resnet.build("preresnet18", 12, 32, width=4), 32, 8, 2),
+        (train.build_model("torchvision:resnet18", 12, 32), 32, 8, 2),
+        (train.build_model("torchvision:swin_t", 12, 32), 32, 12, 1),
+    ):
         sums = analyze.activity(model, [(torch.rand(2, 3, size, size), None)])
         found = {}
         for block, *_ in sums["activations"].values():
@@ -7841,7 +10191,8 @@ def test_blocks_and_activations_of_the_papers_networks():
 
 
 def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
-        tmp_path, capsys, monkeypatch, small_shapes):
+    tmp_path, capsys, monkeypatch, small_shapes
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(analyze, "UNIT", 60)
     run = str(tmp_path / "run/ckpt.pt")
@@ -7850,25 +10201,30 @@ def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
     commands = {
         "ntk": ["ntk", *common, "--images", "40", "--batch", "8", "--checkpoint", run],
         "norms": ["norms", *common, "--images", "150", "--checkpoint", run],
-        "sparsity": ["sparsity", *common, "--images", "150", "--checkpoint", run]}
+        "sparsity": ["sparsity", *common, "--images", "150", "--checkpoint", run],
+    }
     whole = {}
     for what, command in commands.items():
         capsys.readouterr()
         assert analyze.main([*command, "--out-dir", str(tmp_path / "whole")]) == 0
         text, file = capsys.readouterr().out, tmp_path / "whole" / f"{what}.json"
-        (name, parts), = json.loads(file.read_text())["results"].items()
+        ((name, parts),) = json.loads(file.read_text())["results"].items()
         whole[what] = parts
         assert name.startswith(f"{run} (") and name in text and str(file) in text, text
         assert what != "ntk" or "begins with a zero head" in text and "memory    " in text, text
         assert file.with_suffix(".png").exists() == (
-            importlib.util.find_spec("matplotlib") is not None)
+            importlib.util.find_spec("matplotlib") is not None
+        )
     monkeypatch.setattr(analyze, "figure", lambda *_: None)
     assert len(whole["ntk"]) == 5
     share = whole["sparsity"]["150 images"]["block"]
     assert list(share) == ["network.blocks.0", "network.blocks.1"]
     kappa = [of["condition"] for of in whole["ntk"].values()]
-    row = next(line for line in analyze_again(commands["ntk"], tmp_path / "whole", capsys)
-               if line.startswith(run))
+    row = next(
+        line
+        for line in analyze_again(commands["ntk"], tmp_path / "whole", capsys)
+        if line.startswith(run)
+    )
     assert f"{sum(kappa) / 5:.4g}" in row.split(), (row, kappa)
 
     # one kernel by hand, from the head's own seed on
@@ -7895,6 +10251,7 @@ def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
             if len(calls) == 3:
                 raise KeyboardInterrupt
             return function(*args)
+
         monkeypatch.setattr(analyze, broken, dies)
         command = [*commands[what], "--out-dir", str(tmp_path / "cut")]
         assert analyze.main(command) == 130
@@ -7905,17 +10262,22 @@ def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
         assert analyze.main(command) == 0 and len(calls) == (6 if what == "ntk" else 4)
         monkeypatch.setattr(analyze, broken, function)
 
-    for flags, words in ((["--batch", "1"], "--batch 1: at least 2 and, of these images, at most"),
-                         (["--batch", "41"], "at most 40"), (["--images", "x"], "--images x: "),
-                         (["--images", "999999"], "--images 999999: there are 160 training images"),
-                         (["--memory", "0"], "--memory 0"), (["--memory", "1e-4"], "two images"),
-                         (["--projections", "-1"], "--projections -1"),
-                         (["--bacth", "8"], "unknown flag --bacth; did you mean --batch"),
-                         (["--dtype", "bfloat16"], "ntk is computed in float32 or float64")):
+    for flags, words in (
+        (["--batch", "1"], "--batch 1: at least 2 and, of these images, at most"),
+        (["--batch", "41"], "at most 40"),
+        (["--images", "x"], "--images x: "),
+        (["--images", "999999"], "--images 999999: there are 160 training images"),
+        (["--memory", "0"], "--memory 0"),
+        (["--memory", "1e-4"], "two images"),
+        (["--projections", "-1"], "--projections -1"),
+        (["--bacth", "8"], "unknown flag --bacth; did you mean --batch"),
+        (["--dtype", "bfloat16"], "ntk is computed in float32 or float64"),
+    ):
         line = analyze_refusal(capsys, *commands["ntk"], "--out-dir", tmp_path / "x", *flags)
         assert words in line, (flags, line)
     assert "--at checkpoint needs --checkpoint" in analyze_refusal(
-        capsys, "ntk", "--dataset", "shapes", "--at", "checkpoint", "--device", "cpu")
+        capsys, "ntk", "--dataset", "shapes", "--at", "checkpoint", "--device", "cpu"
+    )
 
 
 def analyze_again(command, folder, capsys):
@@ -7930,14 +10292,26 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
     for words in ("", "--sam-rho 0.1"):
         runs.append(str(tmp_path / f"run{words[-3:]}/ckpt.pt"))
         train_ok(tiny(Path(runs[-1]).parent, f"--max-steps 3 --train-fraction 1 {words}"))
-    argv = ["compare", "--checkpoint", *runs, "--images", "60", "--device", "cpu", "--workers", "0",
-            "--out-dir", str(tmp_path / "out")]
+    argv = [
+        "compare",
+        "--checkpoint",
+        *runs,
+        "--images",
+        "60",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--out-dir",
+        str(tmp_path / "out"),
+    ]
     capsys.readouterr()
     assert analyze.main(argv) == 0
     printed = capsys.readouterr().out
-    tables = [[[cell.strip() for cell in line.strip("|").split("|")]
-               for line in table.splitlines()]
-              for table in (tmp_path / "out/compare.md").read_text().split("\n\n")]
+    tables = [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        for table in (tmp_path / "out/compare.md").read_text().split("\n\n")
+    ]
     (first, _, *ones), (third, _, *threes) = tables
     assert len(ones) == len(threes) == 2 and ones[0][0] in printed
     for run, one, three in zip(runs, ones, threes):
@@ -7947,14 +10321,20 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
         model = train.starting_network(settings, origin, 12, torch.device("cpu"), print).eval()
         x, y = dataset[[(0, i) for i in range(60)]][:2]
         x = x.float() / 255
-        blocks = {name: analyze.hessian_eigenvalues(model, F.cross_entropy, [(x, y)], params=params,
-                                                    tolerance=1e-4)["eigenvalues"][0]
-                  for name, params in analyze.components(model.network).items()}
+        blocks = {
+            name: analyze.hessian_eigenvalues(
+                model, F.cross_entropy, [(x, y)], params=params, tolerance=1e-4
+            )["eigenvalues"][0]
+            for name, params in analyze.components(model.network).items()
+        }
         with torch.no_grad():
             logits = model(x)
-        expected = {"parameters": sum(p.numel() for p in model.parameters()),
-                    "λmax": blocks["whole"], "training loss": F.cross_entropy(logits, y).item(),
-                    "training top-1 %": 100 * (logits.argmax(1) == y).float().mean().item()}
+        expected = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "λmax": blocks["whole"],
+            "training loss": F.cross_entropy(logits, y).item(),
+            "training top-1 %": 100 * (logits.argmax(1) == y).float().mean().item(),
+        }
         for name, value in expected.items():
             assert abs(float(one[name]) - value) <= 0.011 * abs(value), (name, one[name], value)
         for name, value in blocks.items():
@@ -7963,7 +10343,7 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
         assert abs(float(three["‖w‖"]) - weights) < 1e-3 * weights
         assert 1 <= float(one["NTK κ"]) and 0 <= float(one["c-lite %"]) <= 100, one
         accuracy = json.loads((tmp_path / "out/compare/robustness.json").read_text())["results"]
-        top1, = (parts["val"]["top1"] for name, parts in accuracy.items() if name.startswith(run))
+        (top1,) = (parts["val"]["top1"] for name, parts in accuracy.items() if name.startswith(run))
         assert abs(float(one["top-1 %"]) - top1) < 0.01
 
     monkeypatch.setattr(analyze, "lanczos", None)  # nothing is computed again
@@ -7994,15 +10374,21 @@ def test_waves_show_at_their_frequency_on_the_diagonal_and_on_its_ring():
         amplitude = (0.5 if k < 4 else 1) * 0.1 * 64  # half of it is at −k, which at π is π itself
         diagonal = 1 + 0.1 * torch.cos(k * (position + position[:, None]))
         across = 1 + 0.1 * torch.cos(k * position).expand(8, 8)
-        model = Maps(diagonal=lambda x: diagonal.expand(len(x), 3, 8, 8),
-                     across=lambda x: across.expand(len(x), 3, 8, 8))
+        model = Maps(
+            diagonal=lambda x: diagonal.expand(len(x), 3, 8, 8),
+            across=lambda x: across.expand(len(x), 3, 8, 8),
+        )
         found = analyze.fourier(model, [(torch.zeros(2, 3, 8, 8), None)])
         assert found["frequency"]["diagonal"] == [0, 0.25, 0.5, 0.75, 1]
         expected = [floor - math.log(64)] * 5
         expected[0], expected[k] = 0, math.log(amplitude / 64)
         assert np.allclose(found["diagonal"]["diagonal"], expected, atol=1e-4), (k, found)
-        on_ring = [(i, j) for i in range(-4, 4) for j in range(-4, 4)
-                   if k - 0.5 <= math.hypot(i, j) < k + 0.5]
+        on_ring = [
+            (i, j)
+            for i in range(-4, 4)
+            for j in range(-4, 4)
+            if k - 0.5 <= math.hypot(i, j) < k + 0.5
+        ]
         peaks = sum(j == 0 and abs(i) == k for i, j in on_ring)
         assert peaks == (2 if k < 4 else 1)
         expected = (peaks * math.log(amplitude) + (len(on_ring) - peaks) * floor) / len(on_ring)
@@ -8035,44 +10421,63 @@ def test_half_diagonal_and_variance_are_those_of_the_program_of_park_and_kim():
 def test_variance_is_over_the_points_of_a_map_and_means_are_over_images_and_channels():
     torch.manual_seed(0)
     images = torch.rand(5, 3, 4, 4, dtype=torch.float64)
-    model = Maps(constant=lambda x: x * 0 + x[..., :1, :1], it=lambda x: x,
-                 one=lambda x: x[..., :1, :1]).double()
+    model = Maps(
+        constant=lambda x: x * 0 + x[..., :1, :1], it=lambda x: x, one=lambda x: x[..., :1, :1]
+    ).double()
     whole = analyze.variance(model, [(images, None)])
-    by_hand = [sum((v - sum(m) / 16) ** 2 for v in m) / 15
-               for m in images.reshape(15, 16).tolist()]
+    by_hand = [sum((v - sum(m) / 16) ** 2 for v in m) / 15 for m in images.reshape(15, 16).tolist()]
     assert abs(whole["variance"]["constant"]) < 1e-15
     assert whole["variance"]["it"] == pytest.approx(sum(by_hand) / 15, rel=1e-12)
     assert whole["variance"]["one"] == 0
     parts = [images[:3], images[3:]]
     for measure, key in ((analyze.variance, "variance"), (analyze.fourier, "diagonal")):
         one = measure(model, [(images, None)])
-        two = analyze.pooled([json.loads(train.to_json(measure(model, [(part, None)])))
-                              for part in parts])
+        two = analyze.pooled(
+            [json.loads(train.to_json(measure(model, [(part, None)]))) for part in parts]
+        )
         assert one.keys() == two.keys() and two["images"] == 5 and two["units"] == one["units"]
         for unit, value in one[key].items():
             assert np.allclose(two[key][unit], value, rtol=1e-12), (key, unit)
     assert analyze.changes(whole, whole["variance"]) == {  # "one" has another size
-        "it": whole["variance"]["it"] - whole["variance"]["constant"]}
+        "it": whole["variance"]["it"] - whole["variance"]["constant"]
+    }
 
 
 def test_maps_of_every_family_are_channels_by_rows_by_columns():
     convs = dict(width=8, depth=(1, 1, 1, 1))
     for name, options, sides, channels in (
-            ("vit_micro8", dict(depth=2), [4] * 5, [96] * 5),
-            ("vit_micro8", dict(depth=2, stem="conv", pool="gap"), [4] * 5, [96] * 5),
-            ("mixer_micro8", dict(depth=2), [4] * 5, [96] * 5),
-            ("pit_ti", dict(depth=(1, 1), heads=(1, 2), patch_size=4, stride=4),
-             [8] * 3 + [4] * 3, [32] * 3 + [64] * 3),
-            ("resnet50", convs, [32, 32, 16, 8, 4], [8, 32, 64, 128, 256]),
-            ("preresnet18", convs, [32, 32, 16, 8, 4], [8, 8, 16, 32, 64]),
-            ("alter_resnet18", dict(width=8, depth=(1, 1, 1, 2), msa_blocks=(0, 0, 0, 1)),
-             [32, 32, 16, 8, 4, 4], [8, 8, 16, 32, 64, 64]),
-            ("torchvision:swin_t", dict(dim=12, depth=(1, 1), heads=(1, 2), patch_size=2),
-             [16] * 3 + [8] * 3, [12] * 3 + [24] * 3),
-            ("torchvision:resnet18", {}, [8, 8, 8, 4, 4, 2, 2, 1, 1],
-             [64, 64, 64, 128, 128, 256, 256, 512, 512]),
-            ("regnety_1gf", {}, None, None),
-            ("torchvision:swin_v2_t", {}, None, None)):
+        ("vit_micro8", dict(depth=2), [4] * 5, [96] * 5),
+        ("vit_micro8", dict(depth=2, stem="conv", pool="gap"), [4] * 5, [96] * 5),
+        ("mixer_micro8", dict(depth=2), [4] * 5, [96] * 5),
+        (
+            "pit_ti",
+            dict(depth=(1, 1), heads=(1, 2), patch_size=4, stride=4),
+            [8] * 3 + [4] * 3,
+            [32] * 3 + [64] * 3,
+        ),
+        ("resnet50", convs, [32, 32, 16, 8, 4], [8, 32, 64, 128, 256]),
+        ("preresnet18", convs, [32, 32, 16, 8, 4], [8, 8, 16, 32, 64]),
+        (
+            "alter_resnet18",
+            dict(width=8, depth=(1, 1, 1, 2), msa_blocks=(0, 0, 0, 1)),
+            [32, 32, 16, 8, 4, 4],
+            [8, 8, 16, 32, 64, 64],
+        ),
+        (
+            "torchvision:swin_t",
+            dict(dim=12, depth=(1, 1), heads=(1, 2), patch_size=2),
+            [16] * 3 + [8] * 3,
+            [12] * 3 + [24] * 3,
+        ),
+        (
+            "torchvision:resnet18",
+            {},
+            [8, 8, 8, 4, 4, 2, 2, 1, 1],
+            [64, 64, 64, 128, 128, 256, 256, 512, 512],
+        ),
+        ("regnety_1gf", {}, None, None),
+        ("torchvision:swin_v2_t", {}, None, None),
+    ):
         model = train.assemble(train.build_model(name, 5, 32, **options), [0.5], [0.5]).eval()
         with torch.no_grad():
             maps = analyze.feature_maps(model, torch.rand(2, 3, 32, 32), analyze.units(model))
@@ -8097,8 +10502,11 @@ def hsic_by_hand(x, y):
     """Song et al. 2012, Eq. 5, as Nguyen et al. 2021 print it."""
     n, K, L = len(x), x.flatten(1) @ x.flatten(1).T, y.flatten(1) @ y.flatten(1).T
     K, L, one = K - torch.diag(K.diag()), L - torch.diag(L.diag()), torch.ones(len(x)).to(K)
-    return ((K @ L).trace() + (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
-            - 2 * (one @ K @ L @ one) / (n - 2)) / (n * (n - 3))
+    return (
+        (K @ L).trace()
+        + (one @ K @ one) * (one @ L @ one) / ((n - 1) * (n - 2))
+        - 2 * (one @ K @ L @ one) / (n - 2)
+    ) / (n * (n - 3))
 
 
 def test_cka_is_the_dense_one_and_blind_to_rotation_and_scale():
@@ -8106,17 +10514,21 @@ def test_cka_is_the_dense_one_and_blind_to_rotation_and_scale():
     rotation = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64))[0]
     mixed = torch.randn(3, 3, dtype=torch.float64)
     functions = dict(
-        it=lambda x: x, turned=lambda x: -7 * (x.flatten(1) @ rotation).reshape(x.shape) + 3,
+        it=lambda x: x,
+        turned=lambda x: -7 * (x.flatten(1) @ rotation).reshape(x.shape) + 3,
         other=lambda x: torch.einsum("ij,bjhw->bihw", mixed, x).relu()[..., ::2, ::2],
-        constant=lambda x: x * 0 + 1)
+        constant=lambda x: x * 0 + 1,
+    )
     model = Maps(**functions).double()
     batches = [(torch.rand(n, 3, 4, 4, dtype=torch.float64), None) for n in (12, 12, 6, 3)]
     found = analyze.cka(model, batches)
     values = np.array(found["cka"])
     for i, f in enumerate(functions.values()):
         for j, g in enumerate(functions.values()):
-            cross, first, second = (sum(len(x) * hsic_by_hand(a(x), b(x)) for x, _ in batches[:3])
-                                    for a, b in ((f, g), (f, f), (g, g)))  # the 3 are left out
+            cross, first, second = (
+                sum(len(x) * hsic_by_hand(a(x), b(x)) for x, _ in batches[:3])
+                for a, b in ((f, g), (f, f), (g, g))
+            )  # the 3 are left out
             if 3 in (i, j):
                 assert math.isnan(values[i, j])
             else:
@@ -8144,8 +10556,10 @@ def test_cka_of_minibatches_is_in_expectation_that_of_all_images():
     x = torch.randn(256, 3, 4, 4, dtype=torch.float64)
     model = Maps(it=lambda x: x, other=lambda x: x.square()).double()
     whole = analyze.cka(model, [(x, None)])["cka"][0][1]
-    of_8 = [analyze.cka(model, [(x[i:i + 8], None) for i in range(0, 256, 8)])["cka"][0][1]
-            for x in (x[torch.randperm(256)] for _ in range(20))]
+    of_8 = [
+        analyze.cka(model, [(x[i : i + 8], None) for i in range(0, 256, 8)])["cka"][0][1]
+        for x in (x[torch.randperm(256)] for _ in range(20))
+    ]
     error = np.std(of_8) / math.sqrt(20)
     assert abs(np.mean(of_8) - whole) < 4 * error and error < 0.01, (np.mean(of_8), whole, error)
 
@@ -8155,13 +10569,25 @@ def test_without_a_unit_is_as_if_it_were_the_identity():
     x = torch.rand(120, 3, 16, 16)
     small = dict(width=8, depth=(1, 1, 2, 1))
     for model, name, weight in (
-            (vit.build("vit_micro8", 3, 16, depth=2, dim=24, heads=2), "blocks.1.mlp",
-             "blocks.1.mlp.fc2"),
-            (vit.build("vit_micro8", 3, 16, depth=2, dim=24, heads=2), "blocks.0.attn",
-             "blocks.0.attn.proj"),
-            (resnet.build("resnet50", 3, 16, **small), "layer2.0", "layer2.0.conv2"),  # of stride 2
-            (alternet.build("alter_resnet18", 3, 16, window_size=2, msa_blocks=(0, 0, 1, 0),
-                            **small), "layer3.1", "layer3.1.attn.proj")):
+        (
+            vit.build("vit_micro8", 3, 16, depth=2, dim=24, heads=2),
+            "blocks.1.mlp",
+            "blocks.1.mlp.fc2",
+        ),
+        (
+            vit.build("vit_micro8", 3, 16, depth=2, dim=24, heads=2),
+            "blocks.0.attn",
+            "blocks.0.attn.proj",
+        ),
+        (resnet.build("resnet50", 3, 16, **small), "layer2.0", "layer2.0.conv2"),  # of stride 2
+        (
+            alternet.build(
+                "alter_resnet18", 3, 16, window_size=2, msa_blocks=(0, 0, 1, 0), **small
+            ),
+            "layer3.1",
+            "layer3.1.attn.proj",
+        ),
+    ):
         for p in model.parameters():
             p.data += 0.2 * torch.randn_like(p)
         head = model.fc if hasattr(model, "fc") else model.head
@@ -8171,7 +10597,8 @@ def test_without_a_unit_is_as_if_it_were_the_identity():
         batches = [(x[:100], y[:100]), (x[100:], y[100:])]
         found = analyze.lesion(model, batches)
         assert found["whole"] == 100 and found["units"].keys() == found["without"].keys() == {
-            unit for unit, (kind, _) in analyze.units(model).items() if kind != "stem"}
+            unit for unit, (kind, _) in analyze.units(model).items() if kind != "stem"
+        }
         identity = copy.deepcopy(model)
         layer = identity.get_submodule(weight)
         for p in layer.parameters():
@@ -8185,8 +10612,12 @@ def test_without_a_unit_is_as_if_it_were_the_identity():
         analyze.lesion(train.build_model("regnety_1gf", 3, 32), [])
 
 
-FEATURES = {"fourier": ["--images", "140"], "variance": [], "cka": ["--batch", "8"],
-            "lesion": ["--images", "1/2"]}
+FEATURES = {
+    "fourier": ["--images", "140"],
+    "variance": [],
+    "cka": ["--batch", "8"],
+    "lesion": ["--images", "1/2"],
+}
 
 
 def test_analyses_of_maps_go_on_where_they_were(tmp_path, capsys, monkeypatch, small_shapes):
@@ -8223,8 +10654,10 @@ def test_analyses_of_maps_go_on_where_they_were(tmp_path, capsys, monkeypatch, s
         monkeypatch.setattr(analyze, broken[what], function)
         capsys.readouterr()
         if what == "cka":
-            assert all(list(parts) == ["all images in batches of 8"] for parts in
-                       list(results.values())[1:]), "the pair is with the first"
+            assert all(
+                list(parts) == ["all images in batches of 8"]
+                for parts in list(results.values())[1:]
+            ), "the pair is with the first"
             against = [list(parts) for parts in results.values()][0][1]
             assert against.endswith(f"against {list(results)[1]}"), against
 
@@ -8233,19 +10666,21 @@ def test_analyses_of_maps_go_on_where_they_were(tmp_path, capsys, monkeypatch, s
     model, images = analyze.network_and_images(settings, origin, torch.device("cpu"))
     images.restrict(data.subset(images.labels, Fraction(140, 150)))
     x = images[[(0, i) for i in range(140)]][0].float() / 255
-    name, parts = next(iter(json.loads((tmp_path / "whole/fourier.json").read_text())[
-        "results"].items()))
+    name, parts = next(
+        iter(json.loads((tmp_path / "whole/fourier.json").read_text())["results"].items())
+    )
     assert parts["140 images"]["images"] == 140
     for unit, curve in analyze.fourier(model, [(x, None)])["radial"].items():
         assert np.allclose(parts["140 images"]["radial"][unit], curve, atol=1e-5), unit
 
     for argv, words in (
-            ([*common, "--images", "151"], "--images 151: there are 150 held-out images"),
-            ([*common, "--images", "-3"], "--images -3: a fraction of"),
-            ([*common, "--image", "3"], "unknown flag --image; did you mean --image"),
-            ([*common, "--dtype", "bfloat16"], "fourier is computed in float32 or float64"),
-            (["--checkpoint", str(tmp_path / "none.pt")], "none.pt"),
-            ([], "needs either --checkpoint RUN/ckpt.pt or")):
+        ([*common, "--images", "151"], "--images 151: there are 150 held-out images"),
+        ([*common, "--images", "-3"], "--images -3: a fraction of"),
+        ([*common, "--image", "3"], "unknown flag --image; did you mean --image"),
+        ([*common, "--dtype", "bfloat16"], "fourier is computed in float32 or float64"),
+        (["--checkpoint", str(tmp_path / "none.pt")], "none.pt"),
+        ([], "needs either --checkpoint RUN/ckpt.pt or"),
+    ):
         line = analyze_refusal(capsys, "fourier", *argv, "--out-dir", tmp_path / "x")
         assert words in line, (argv, line)
     for batch, words in (("3", "--batch 3: it is at least 4"), ("-8", "--batch -8")):
@@ -8275,8 +10710,9 @@ def noise_seen(images, frequency, **how):
 @pytest.fixture
 def grey():
     """48 grey images of 16² pixels."""
-    return data.InMemory(torch.full((48, 3, 16, 16), 128, dtype=torch.uint8),
-                         torch.arange(48) % 3, list("abc"))
+    return data.InMemory(
+        torch.full((48, 3, 16, 16), 128, dtype=torch.uint8), torch.arange(48) % 3, list("abc")
+    )
 
 
 def test_the_bands_of_the_noise_are_rings_that_tile_all_frequencies():
@@ -8293,9 +10729,16 @@ def test_the_bands_of_the_noise_are_rings_that_tile_all_frequencies():
 def test_the_bands_of_the_papers_code_are_its_squares():
     # (size, frequency / π, window / π): the number of frequencies, by how-do-vits-work's FreqAttack
     for (n, f, window), number in {
-            (32, 0.5, 0.1): 60, (32, 0.9, 0.1): 224, (32, 1, 0.1): 124, (32, 0, 0.1): 0,
-            (32, 0.1, 0.1): 16, (224, 0.25, 0.1): 2420, (224, 1, 0.1): 5232, (8, 0.5, 0.4): 12,
-            (16, 0.9, 0.2): 112}.items():
+        (32, 0.5, 0.1): 60,
+        (32, 0.9, 0.1): 224,
+        (32, 1, 0.1): 124,
+        (32, 0, 0.1): 0,
+        (32, 0.1, 0.1): 16,
+        (224, 0.25, 0.1): 2420,
+        (224, 1, 0.1): 5232,
+        (8, 0.5, 0.4): 12,
+        (16, 0.9, 0.2): 112,
+    }.items():
         assert analyze.ring(n, f, window, "code").sum() == number, (n, f, window)
     k = torch.fft.fftfreq(16, 1 / 16)
     band = analyze.ring(16, 0.5, 0.2, "code")  # 2·int(4.8) and 2·int(3.2) wide, about index 8
@@ -8348,10 +10791,12 @@ def test_calibration_errors_against_their_definitions_one_image_at_a_time():
     torch.manual_seed(0)
     logits = 2 * torch.randn(83, 4, dtype=torch.float64)
     y = torch.where(torch.rand(83) < 0.6, logits.argmax(1), torch.randint(4, (83,)))
-    logits[0], y[0] = torch.tensor([800.0, 0, 0, 0]), 0   # a confidence of exactly 1
+    logits[0], y[0] = torch.tensor([800.0, 0, 0, 0]), 0  # a confidence of exactly 1
     logits[1], y[1] = torch.tensor([0, 800.0, 0, 0]), 2
-    p = [[math.exp(z - max(row)) / sum(math.exp(v - max(row)) for v in row) for z in row]
-         for row in logits.tolist()]
+    p = [
+        [math.exp(z - max(row)) / sum(math.exp(v - max(row)) for v in row) for z in row]
+        for row in logits.tolist()
+    ]
     assert p[0][0] == p[1][1] == 1
 
     def ece(pairs):
@@ -8364,23 +10809,37 @@ def test_calibration_errors_against_their_definitions_one_image_at_a_time():
     bins, expected = ece(top)
     ordered, start, adaptive = sorted(top), 0, 0
     for size in (17, 17, 17, 16, 16):
-        adaptive += abs(sum(c - r for c, r in ordered[start:start + size])) / 83
+        adaptive += abs(sum(c - r for c, r in ordered[start : start + size])) / 83
         start += size
-    classwise = sum(ece([(row[k], label == k) for row, label in zip(p, y.tolist())])[1]
-                    for k in range(4)) / 4
-    brier = sum((q - (k == label)) ** 2 for row, label in zip(p, y.tolist())
-                for k, q in enumerate(row)) / 83
+    classwise = (
+        sum(ece([(row[k], label == k) for row, label in zip(p, y.tolist())])[1] for k in range(4))
+        / 4
+    )
+    brier = (
+        sum((q - (k == label)) ** 2 for row, label in zip(p, y.tolist()) for k, q in enumerate(row))
+        / 83
+    )
     nll = F.cross_entropy(logits, y).item()
     found = analyze.calibration([(logits, y)], bins=5)
-    for key, value in dict(images=83, ece=expected, adaptive_ece=100 * adaptive, brier=brier,
-                           classwise_ece=classwise, nll=nll, top1=100 / 83 * sum(r for _, r in top),
-                           confidence=100 / 83 * sum(c for c, _ in top)).items():
+    for key, value in dict(
+        images=83,
+        ece=expected,
+        adaptive_ece=100 * adaptive,
+        brier=brier,
+        classwise_ece=classwise,
+        nll=nll,
+        top1=100 / 83 * sum(r for _, r in top),
+        confidence=100 / 83 * sum(c for c, _ in top),
+    ).items():
         assert abs(found[key] - value) < 1e-9, (key, found[key], value)
     assert found["bins"]["images"] == [len(one) for one in bins]
     for key, of in (("confidence", 0), ("accuracy", 1)):
         for value, one in zip(found["bins"][key], bins):
-            assert (value is None if not one else
-                    abs(value - 100 * sum(pair[of] for pair in one) / len(one)) < 1e-9), (key, one)
+            assert (
+                value is None
+                if not one
+                else abs(value - 100 * sum(pair[of] for pair in one) / len(one)) < 1e-9
+            ), (key, one)
     parts = analyze.calibration(zip(logits.split(30), y.split(30)), bins=5)
     assert all(abs(parts[key] - found[key]) < 1e-9 for key in found if key != "bins")
 
@@ -8414,9 +10873,15 @@ def attention_by_hand(model, x):
     return found
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("vit_micro8", {}), ("vit_micro8", dict(pool="gap")), ("vit_micro8", dict(stem="conv")),
-    ("pit_ti", dict(patch_size=4, stride=4, depth=(1, 2), heads=(1, 2)))])
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("vit_micro8", {}),
+        ("vit_micro8", dict(pool="gap")),
+        ("vit_micro8", dict(stem="conv")),
+        ("pit_ti", dict(patch_size=4, stride=4, depth=(1, 2), heads=(1, 2))),
+    ],
+)
 def test_attention_maps_are_the_softmax_and_sum_to_one(name, flags):
     torch.manual_seed(0)
     network = vit.build(name, num_classes=3, image_size=32, **flags).double()
@@ -8430,16 +10895,21 @@ def test_attention_maps_are_the_softmax_and_sum_to_one(name, flags):
     last = by_hand[-1]
 
     def shown(matrix):
-        row = [sum(matrix[q, k].item() for q in ([0] if prefix else range(len(matrix))))
-               for k in range(prefix, len(matrix))]
+        row = [
+            sum(matrix[q, k].item() for q in ([0] if prefix else range(len(matrix))))
+            for k in range(prefix, len(matrix))
+        ]
         return torch.tensor(row, dtype=torch.float64).view(side, side) / sum(row)
 
     eye, joint = torch.eye(len(last[0])), torch.eye(len(last[0])).double()
     for layer in by_hand:
         if layer.shape == last.shape:
             joint = (layer.mean(0) + eye) / 2 @ joint
-    for key, expected in (("map", shown(last.mean(0))), ("rollout", shown(joint)),
-                          ("heads", torch.stack([shown(head) for head in last]))):
+    for key, expected in (
+        ("map", shown(last.mean(0))),
+        ("rollout", shown(joint)),
+        ("heads", torch.stack([shown(head) for head in last])),
+    ):
         got = torch.tensor(found[key], dtype=torch.float64)
         assert got.shape == expected.shape and (got - expected).abs().max() < 1e-12, key
         assert (got.sum((-2, -1)) - 1).abs().max() < 1e-12
@@ -8450,12 +10920,15 @@ def test_attention_maps_are_the_softmax_and_sum_to_one(name, flags):
     assert len(distances) == len(by_hand)
     weights = attention_by_hand(model, images)
     for i, heads in enumerate(distances.values()):
-        of_images = [layer[:, prefix:, prefix:] for layer in weights[3 * i:3 * i + 3]]
+        of_images = [layer[:, prefix:, prefix:] for layer in weights[3 * i : 3 * i + 3]]
         n = math.isqrt(of_images[0].shape[-1])
         at = [(32 / n * (j // n), 32 / n * (j % n)) for j in range(n * n)]
         for h, value in enumerate(heads):
-            expected = sum(sum(a * math.dist(at[q], at[k]) for k, a in enumerate(row)) / sum(row)
-                           for layer in of_images for q, row in enumerate(layer[h].tolist()))
+            expected = sum(
+                sum(a * math.dist(at[q], at[k]) for k, a in enumerate(row)) / sum(row)
+                for layer in of_images
+                for q, row in enumerate(layer[h].tolist())
+            )
             assert abs(value - expected / (3 * n * n)) < 1e-9, (i, h)
 
 
@@ -8469,24 +10942,50 @@ def test_upsampling_a_map_keeps_its_place():
 @pytest.fixture
 def two_runs(tmp_path, small_shapes):
     """Checkpoints of a ViT, augmented and mixed, and of a ResNet."""
-    train_ok(tiny(tmp_path / "vit", "--max-steps 7 --train-fraction 1 --augment crop --mixup 0.8 "
-                  "--cutmix 1 --seed 3"))
-    train_ok(["--out-dir", str(tmp_path / "resnet"), *(
-        "--dataset shapes --model resnet18 --width 8 --max-steps 5 --train-fraction 1/2 --epochs 2 "
-        "--batch-size 16 --micro-batch 8 --device cpu").split()])
+    train_ok(
+        tiny(
+            tmp_path / "vit",
+            "--max-steps 7 --train-fraction 1 --augment crop --mixup 0.8 --cutmix 1 --seed 3",
+        )
+    )
+    train_ok(
+        [
+            "--out-dir",
+            str(tmp_path / "resnet"),
+            *(
+                "--dataset shapes --model resnet18 --width 8 --max-steps 5 --train-fraction 1/2 "
+                "--epochs 2 --batch-size 16 --micro-batch 8 --device cpu"
+            ).split(),
+        ]
+    )
     return [str(tmp_path / name / "ckpt.pt") for name in ("vit", "resnet")]
 
 
 def test_training_nll_is_of_augmented_mixed_images_and_what_networks_differ_in_is_read_off(
-        tmp_path, two_runs):
+    tmp_path, two_runs
+):
     for against in ("model", "images", "epochs"):
-        argv = ["nll", "--checkpoint", *two_runs, "--device", "cpu", "--workers", "0", "--dtype",
-                "float64", "--against", against, "--out-dir", str(tmp_path / "out")]
+        argv = [
+            "nll",
+            "--checkpoint",
+            *two_runs,
+            "--device",
+            "cpu",
+            "--workers",
+            "0",
+            "--dtype",
+            "float64",
+            "--against",
+            against,
+            "--out-dir",
+            str(tmp_path / "out"),
+        ]
         assert analyze.main(argv) == 0
     results = json.loads((tmp_path / "out/nll.json").read_text())["results"]
     found, plain = (of["1 of the training images"] for of in results.values())
-    settings, origin = train.settings(["--eval-only", "--init-from", two_runs[0], "--device",
-                                       "cpu", "--dtype", "float64"])
+    settings, origin = train.settings(
+        ["--eval-only", "--init-from", two_runs[0], "--device", "cpu", "--dtype", "float64"]
+    )
     cpu = torch.device("cpu")
     dataset = train.load_split(settings, "train", cpu, print, augment="crop")
     dataset.restrict(torch.randperm(160, generator=torch.Generator().manual_seed(data.key(3, 3))))
@@ -8506,12 +11005,24 @@ def test_training_nll_is_of_augmented_mixed_images_and_what_networks_differ_in_i
 
 
 def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_what_is_wrong(
-        tmp_path, capsys, monkeypatch, two_runs):
+    tmp_path, capsys, monkeypatch, two_runs
+):
     Image.new("RGB", (40, 50), "red").save(tmp_path / "red.png")
     first, out = two_runs[0], ["--device", "cpu", "--workers", "0", "--out-dir", tmp_path / "out"]
-    commands = {"noise": ["--frequencies", "0", "0.5"], "calibration": [],
-                "attention": ["--image", tmp_path / "red.png", "--indices", "59", "--each-head",
-                              "--rollout", "--distance", "24"]}
+    commands = {
+        "noise": ["--frequencies", "0", "0.5"],
+        "calibration": [],
+        "attention": [
+            "--image",
+            tmp_path / "red.png",
+            "--indices",
+            "59",
+            "--each-head",
+            "--rollout",
+            "--distance",
+            "24",
+        ],
+    }
     for name, flags in commands.items():
         argv = [str(a) for a in (name, "--checkpoint", *two_runs, *flags, *out)]
         before = analyze_again(argv[:-2], argv[-1], capsys)
@@ -8520,8 +11031,10 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
             assert analyze_again(argv[:-2], argv[-1], capsys) == before
     text = "\n".join(before)
     assert "ResNet shows no map of global attention" in text and "image 59" in text, text
-    results = {name: json.loads((tmp_path / f"out/{name}.json").read_text())["results"]
-               for name in commands}
+    results = {
+        name: json.loads((tmp_path / f"out/{name}.json").read_text())["results"]
+        for name in commands
+    }
     assert all(len(of) == 2 for name, of in results.items() if name != "attention")
     assert [len(of) for of in results["attention"].values()] == [3]
     for own, calibrated in zip(results["noise"].values(), results["calibration"].values()):
@@ -8532,15 +11045,16 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
     argv = [str(a) for a in ("noise", *common[:-2], "--frequencies", "0", "--form", "code")]
     assert analyze_again(argv, tmp_path / "code", capsys)[1].split()[-1] == "-", "an empty band"
     for argv, words in (
-            (["noise", "--sigma", "-1"], "--sigma -1: it is at least 0"),
-            (["noise", "--frequencies", "-0.1"], "--frequencies -0.1"),
-            (["noise", "--fromo", "code"], "unknown flag --fromo; did you mean --form"),
-            (["calibration", "--bins", "0"], "--bins 0: it is at least 1"),
-            (["attention", "--indices", "60"], "there are 60 held-out images, the first is 0"),
-            (["attention", "--image", tmp_path / "no.png"], "no.png: No such file"),
-            (["attention", "--image", first], "ckpt.pt is not an image"),
-            (["nll", "--against", "size"], "invalid choice: 'size'"),
-            (["nll", "--images", "1000"], "there are 160 training images")):
+        (["noise", "--sigma", "-1"], "--sigma -1: it is at least 0"),
+        (["noise", "--frequencies", "-0.1"], "--frequencies -0.1"),
+        (["noise", "--fromo", "code"], "unknown flag --fromo; did you mean --form"),
+        (["calibration", "--bins", "0"], "--bins 0: it is at least 1"),
+        (["attention", "--indices", "60"], "there are 60 held-out images, the first is 0"),
+        (["attention", "--image", tmp_path / "no.png"], "no.png: No such file"),
+        (["attention", "--image", first], "ckpt.pt is not an image"),
+        (["nll", "--against", "size"], "invalid choice: 'size'"),
+        (["nll", "--images", "1000"], "there are 160 training images"),
+    ):
         line = analyze_refusal(capsys, *argv, *common)
         assert words in line, (argv, line)
     line = analyze_refusal(capsys, "attention", "--checkpoint", two_runs[1], *out)
@@ -8549,27 +11063,39 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
     assert "resnet/ckpt.pt" in line and "has no such number" in line
 
 
-def run_folder(path, model="vit_p_1gf", speeds=(100.0, 400.0, 300.0), top1=60.0, end="final",
-               **settings):
+def run_folder(
+    path, model="vit_p_1gf", speeds=(100.0, 400.0, 300.0), top1=60.0, end="final", **settings
+):
     """Of a run of 3 epochs of 10 steps, as train.py writes it."""
     path.mkdir(parents=True)
-    settings = dict(model=model, stem=None, dataset="imagenet", epochs=3, sam_rho=0.0,
-                    batch_size=64) | settings
+    settings = (
+        dict(model=model, stem=None, dataset="imagenet", epochs=3, sam_rho=0.0, batch_size=64)
+        | settings
+    )
     (path / "config.json").write_text(json.dumps(dict(settings=settings)))
-    records = [r for i, speed in enumerate(speeds, 1) for r in (
-        dict(step=10 * i, epoch=float(i), loss=3.0 - i, error=90 - i, images_per_second=speed),
-        dict(step=10 * i, epoch=float(i), val=dict(top1=20.0 * i)))]
+    records = [
+        r
+        for i, speed in enumerate(speeds, 1)
+        for r in (
+            dict(step=10 * i, epoch=float(i), loss=3.0 - i, error=90 - i, images_per_second=speed),
+            dict(step=10 * i, epoch=float(i), val=dict(top1=20.0 * i)),
+        )
+    ]
     numbers = dict(training=dict(top1=75.0), validation=dict(top1=top1, nll=1.0))
-    records += {"final": [dict(step=30, epoch=3.0, final=numbers, images_per_second=1.0)],
-                "diverged": [dict(step=30, epoch=3.0, diverged=True)], "": []}[end]
+    records += {
+        "final": [dict(step=30, epoch=3.0, final=numbers, images_per_second=1.0)],
+        "diverged": [dict(step=30, epoch=3.0, diverged=True)],
+        "": [],
+    }[end]
     (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return str(path)
 
 
 def test_curves_are_those_of_the_log_of_runs_that_ended_or_not(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    whole, live, lost = (run_folder(tmp_path / (end or "live"), end=end)
-                         for end in ("final", "", "diverged"))
+    whole, live, lost = (
+        run_folder(tmp_path / (end or "live"), end=end) for end in ("final", "", "diverged")
+    )
     log, config = Path(live, "log.jsonl"), Path(live, "config.json")
     config.unlink()  # curves are in the log alone
     log.write_text(log.read_text() + '{"step": 40, "epo')
@@ -8578,27 +11104,41 @@ def test_curves_are_those_of_the_log_of_runs_that_ended_or_not(tmp_path, capsys,
     assert analyze.main(argv) == 0
     assert f"{log}: the last line is half written and left out" in capsys.readouterr().out
     results = json.loads((tmp_path / "out/curves/curves.json").read_text())["results"]
-    for run, ended, error in ((whole, "finished", 25), (str(log), None, None),
-                              (lost, "diverged", None)):
+    for run, ended, error in (
+        (whole, "finished", 25),
+        (str(log), None, None),
+        (lost, "diverged", None),
+    ):
         assert results[run] == {
             "loss": [[10, 1, 2.0], [20, 2, 1.0], [30, 3, 0.0]],
             "error": [[10, 1, 89], [20, 2, 88], [30, 3, 87]],
-            "top1": [[10, 1, 20.0], [20, 2, 40.0], [30, 3, 60.0]], "ended": ended,
-            "training error": error}
+            "top1": [[10, 1, 20.0], [20, 2, 40.0], [30, 3, 60.0]],
+            "ended": ended,
+            "training error": error,
+        }
     log.write_text("")
     assert analyze.main(argv) == 0, "a run that has just begun has no record yet"
-    for text in ('{"step": 1, "epo\n{"step": 2, "epoch": 1}\n', '{"step": 2}\n', "[]\n", "\x00\n",
-                 '{"step": 1, "epoch": 1, "val": 0.5}\n'):
+    for text in (
+        '{"step": 1, "epo\n{"step": 2, "epoch": 1}\n',
+        '{"step": 2}\n',
+        "[]\n",
+        "\x00\n",
+        '{"step": 1, "epoch": 1, "val": 0.5}\n',
+    ):
         log.write_text(text)
         assert f"{log}, line 1: not a record of train.py" in analyze_refusal(capsys, *argv), text
-    assert "no/log.jsonl: No such file" in analyze_refusal(capsys, "curves", "--runs",
-                                                           "no/log.jsonl")
+    assert "no/log.jsonl: No such file" in analyze_refusal(
+        capsys, "curves", "--runs", "no/log.jsonl"
+    )
 
 
 def test_peak_has_minutes_of_an_epoch_from_the_median_speed(tmp_path, capsys):
-    runs = [run_folder(tmp_path / "a"), run_folder(tmp_path / "b", "vit_c_4gf", top1=70.0),
-            run_folder(tmp_path / "c", "vit_micro8", stem="conv", speeds=(64.0,) * 3),
-            run_folder(tmp_path / "d", end="diverged")]
+    runs = [
+        run_folder(tmp_path / "a"),
+        run_folder(tmp_path / "b", "vit_c_4gf", top1=70.0),
+        run_folder(tmp_path / "c", "vit_micro8", stem="conv", speeds=(64.0,) * 3),
+        run_folder(tmp_path / "d", end="diverged"),
+    ]
     argv = ["peak", "--out-dir", str(tmp_path), "--runs"]
     capsys.readouterr()
     assert analyze.main([*argv, *runs]) == 0
@@ -8613,7 +11153,13 @@ def test_peak_has_minutes_of_an_epoch_from_the_median_speed(tmp_path, capsys):
     assert len(analyze.XIAO_2) == 23 and all(len(row) == 8 for row in analyze.XIAO_2.values())
     assert min(row[7] for row in fast.values() if row[7]) == fast["vit_c_36gf"][7] == 14.2
     assert sorted({analyze.family_of(name) for name in analyze.XIAO_2}) == [
-        "efficientnet", "regnety", "regnetz", "resnet", "vit_c", "vit_p"]
+        "efficientnet",
+        "regnety",
+        "regnetz",
+        "resnet",
+        "vit_c",
+        "vit_p",
+    ]
     other = run_folder(tmp_path / "e", dataset="shapes")
     assert "several data sets" in analyze_refusal(capsys, *argv, runs[0], other)
     assert "none of the runs is finished" in analyze_refusal(capsys, *argv, runs[3])
@@ -8622,8 +11168,15 @@ def test_peak_has_minutes_of_an_epoch_from_the_median_speed(tmp_path, capsys):
 
 
 def test_complexity_is_beside_the_papers_and_within_its_rounding(tmp_path, capsys):
-    models = ["resnet50", "regnety_1gf", "vit_c_4gf", "vit_s16", "mixer_b32",
-              "vit_s16 --stem conv", "torchvision:vit_b_16"]
+    models = [
+        "resnet50",
+        "regnety_1gf",
+        "vit_c_4gf",
+        "vit_s16",
+        "mixer_b32",
+        "vit_s16 --stem conv",
+        "torchvision:vit_b_16",
+    ]
     capsys.readouterr()
     assert analyze.main(["complexity", "--models", *models, "--out-dir", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -8657,14 +11210,17 @@ def test_correlations_are_pearsons_and_spearmans():
 
 @pytest.mark.parametrize("model", ["vit_micro8", "resnet18 --width 8"])
 @pytest.mark.parametrize("rho", [0, 0.5])
-def test_the_step_that_is_timed_is_that_of_a_training(tmp_path, monkeypatch, small_shapes, rho,
-                                                      model):
+def test_the_step_that_is_timed_is_that_of_a_training(
+    tmp_path, monkeypatch, small_shapes, rho, model
+):
     seen, to_float, loss = [], train.to_float, train.softmax_loss
     monkeypatch.setattr(train, "to_float", lambda x, m: (seen.append(x.clone()), to_float(x, m))[1])
     monkeypatch.setattr(train, "softmax_loss", lambda z, y, s: (seen.append(y), loss(z, y, s))[1])
-    argv = (f"--model {model} --dataset shapes --max-steps 1 --batch-size 8 --micro-batch 8 "
-            f"--warmup-steps 0 --grad-clip 0.5 --label-smoothing 0.1 --sam-rho {rho} --device cpu "
-            f"--optimizer sgd --dtype float64 --out-dir {tmp_path / 'run'}").split()
+    argv = (
+        f"--model {model} --dataset shapes --max-steps 1 --batch-size 8 --micro-batch 8 "
+        f"--warmup-steps 0 --grad-clip 0.5 --label-smoothing 0.1 --sam-rho {rho} --device cpu "
+        f"--optimizer sgd --dtype float64 --out-dir {tmp_path / 'run'}"
+    ).split()
     trained = train_ok(argv)["model"]
     (x, y), calls = seen[:2], []
     monkeypatch.setattr(train, "to_float", to_float)
@@ -8697,10 +11253,14 @@ def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys
     def work(settings, model, bare, optimizer, mode, batch):
         def call():
             if batch == 64:
-                raise (torch.OutOfMemoryError("as CUDA says") if mode == "sam" else
-                       RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+                raise (
+                    torch.OutOfMemoryError("as CUDA says")
+                    if mode == "sam"
+                    else RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+                )
             unit = {"vit_micro8": 0.001, "mixer_micro8": 0.002}[settings.model]
             return unit * passes_of[mode] * batch * {4: 2, 8: 1, 16: 1.02}[batch]
+
         call.who = settings.model, mode, batch
         return call
 
@@ -8709,13 +11269,40 @@ def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys
         timed.append(getattr(call, "who", "peak"))
         if len(timed) == dies_at:
             raise KeyboardInterrupt
-        return 2.0 if timed[-1] == "peak" else call() * waver[timed[-1][0]][
-            (timed.count(timed[-1]) - 1) % 4]
+        return (
+            2.0
+            if timed[-1] == "peak"
+            else call() * waver[timed[-1][0]][(timed.count(timed[-1]) - 1) % 4]
+        )
+
     monkeypatch.setattr(analyze, "work", work)
     monkeypatch.setattr(analyze, "seconds_of", seconds_of)
-    argv = ["throughput", "--device", "cpu", "--dataset", "shapes", "--models", "vit_micro8",
-            "mixer_micro8", "--modes", "inference", "sam", "--batch-sizes", "4", "8", "16", "64",
-            "128", "--rounds", "3", "--seconds", "100", "--devices", "8", "--out-dir"]
+    argv = [
+        "throughput",
+        "--device",
+        "cpu",
+        "--dataset",
+        "shapes",
+        "--models",
+        "vit_micro8",
+        "mixer_micro8",
+        "--modes",
+        "inference",
+        "sam",
+        "--batch-sizes",
+        "4",
+        "8",
+        "16",
+        "64",
+        "128",
+        "--rounds",
+        "3",
+        "--seconds",
+        "100",
+        "--devices",
+        "8",
+        "--out-dir",
+    ]
     assert analyze.main([*argv, str(tmp_path / "a")]) == 0
     cells = [(m, mode) for m in ("vit_micro8", "mixer_micro8") for mode in ("inference", "sam")]
     whole = list(timed)
@@ -8725,10 +11312,11 @@ def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys
 
     results = json.loads((tmp_path / "a/throughput.json").read_text())["results"]
     vits, mixers, others = results.values()
-    peak = 2 * 2048 ** 3 / 2
+    peak = 2 * 2048**3 / 2
     for of, model, speeds, ratios in (
-            (vits, "vit_micro8", (1000 / 1.2, 1000 / 1.1, 1000), (1, 1, 1)),
-            (mixers, "mixer_micro8", (250, 500 / 1.5, 500 / 1.2), (0.25, 0.4, 0.55 / 1.2))):
+        (vits, "vit_micro8", (1000 / 1.2, 1000 / 1.1, 1000), (1, 1, 1)),
+        (mixers, "mixer_micro8", (250, 500 / 1.5, 500 / 1.2), (0.25, 0.4, 0.55 / 1.2)),
+    ):
         macs = vit.complexity(train.build_model(model, 12, 32), 32)["macs"]
         for mode, passes in passes_of.items():
             found, (low, median, high) = of[mode], np.array(speeds) / passes
@@ -8749,13 +11337,15 @@ def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys
     dies_at = 20
     assert analyze.main([*argv, str(tmp_path / "b")]) == 130
     assert analyze.main([*argv, str(tmp_path / "b")]) == 0
-    assert timed == [*whole[:20], *too_many, *whole[19:]], (
-        "it goes on with the one that was killed")
-    for flags, line in ((["--batch-sizes", "64"], "a batch of 64 does not fit in memory"),
-                        (["--rounds", "0"], "--rounds 0"), (["--seconds", "-1"], "--seconds -1"),
-                        (["--no-compile"], "--compile takes yes, no or both"),
-                        (["--models", "vit_micro9"], "vit_micro9"),
-                        (["--loss", "supcon", "--augment", "crop"], "softmax or sigmoid")):
+    assert timed == [*whole[:20], *too_many, *whole[19:]], "it goes on with the one that was killed"
+    for flags, line in (
+        (["--batch-sizes", "64"], "a batch of 64 does not fit in memory"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--seconds", "-1"], "--seconds -1"),
+        (["--no-compile"], "--compile takes yes, no or both"),
+        (["--models", "vit_micro9"], "vit_micro9"),
+        (["--loss", "supcon", "--augment", "crop"], "softmax or sigmoid"),
+    ):
         assert line in analyze_refusal(capsys, *argv, tmp_path / "c", *flags)
 
 
@@ -8766,18 +11356,43 @@ def test_all_networks_of_throughput_take_the_step_of_the_first(tmp_path, monkeyp
         seen[settings.model] = settings, optimizer
         called.append(model is bare)
         return lambda: None
+
     monkeypatch.setattr(analyze, "work", work)
-    models = ["resnet18 --width 8 --image-size 32",
-              "mixer_s16 --image-size 32 --dropout 0.2 --depth 1",
-              "torchvision:vgg11 --image-size 32 --grad-clip 3"]
-    assert analyze.main(["throughput", "--device", "cpu", "--models", *models, "--rounds", "1",
-                         "--modes", "training", "--batch-sizes", "2", "--seconds", "0.01",
-                         "--compile", "both", "--out-dir", str(tmp_path)]) == 0
+    models = [
+        "resnet18 --width 8 --image-size 32",
+        "mixer_s16 --image-size 32 --dropout 0.2 --depth 1",
+        "torchvision:vgg11 --image-size 32 --grad-clip 3",
+    ]
+    assert (
+        analyze.main(
+            [
+                "throughput",
+                "--device",
+                "cpu",
+                "--models",
+                *models,
+                "--rounds",
+                "1",
+                "--modes",
+                "training",
+                "--batch-sizes",
+                "2",
+                "--seconds",
+                "0.01",
+                "--compile",
+                "both",
+                "--out-dir",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     assert {type(optimizer) for _, optimizer in seen.values()} == {torch.optim.SGD}
     assert called.count(True) == called.count(False) == len(called) / 2, "not compiled, compiled"
     steps = [(s.loss, s.lr, s.weight_decay, s.grad_clip, s.dropout) for s, *_ in seen.values()]
-    assert steps == [("softmax", 1.6, 1e-3, clip, dropout) for clip, dropout in (
-        (0, None), (0, 0.2), (3, None))], steps
+    assert steps == [
+        ("softmax", 1.6, 1e-3, clip, dropout) for clip, dropout in ((0, None), (0, 0.2), (3, None))
+    ], steps
 
 
 def simulated_step(devices, before, backward, sent, bandwidth, buckets=100):
@@ -8798,29 +11413,40 @@ def test_a_step_on_paper_is_the_one_simulated(devices, bandwidth):
     """The paper's batch; with 1,024 devices in micro-batches of 4."""
     settings, _ = train.settings(["--model", "vit_b16", "--sam-rho", "0.2", "--device", "cpu"])
     cost = dict(macs=17.5e9, params=86_567_656)
-    of = analyze.step_on_paper(settings, cost, devices, tflops=100, bandwidth=bandwidth, cores=8,
-                               decode=1000)
+    of = analyze.step_on_paper(
+        settings, cost, devices, tflops=100, bandwidth=bandwidth, cores=8, decode=1000
+    )
     assert (of["micro_batch"], of["micro_batches"]) == (
-        (4, 1) if devices == 1024 else (32, 4096 / 32 / devices))
+        (4, 1) if devices == 1024 else (32, 4096 / 32 / devices)
+    )
     forward = 2 * 17.5e9 / 100e12
     compute, last = 6 * 4096 / devices * forward, 2 * of["micro_batch"] * forward
     step = simulated_step(devices, compute - last, last, 4 * cost["params"], bandwidth * 1e9)
     decode = 4096 / devices / 8000
     assert abs(of["step"] / max(step, decode) - 1) < 0.01, (of, step, decode)
     waits = of["step"] - compute
-    assert of["bound"] == ("decode" if decode > step else
-                           "all-reduce" if waits > compute else "compute"), (of, waits, compute)
+    assert of["bound"] == (
+        "decode" if decode > step else "all-reduce" if waits > compute else "compute"
+    ), (of, waits, compute)
 
 
-@pytest.mark.parametrize("devices, micro_batch, flags", [
-    (4, 32, ""), (128, 32, "--sam-every 2"), (1024, 4, "--sam-sync")])
-def test_bytes_on_paper_are_those_of_one_of_1024_processes(tmp_path, monkeypatch, devices,
-                                                           micro_batch, flags):
+@pytest.mark.parametrize(
+    "devices, micro_batch, flags",
+    [(4, 32, ""), (128, 32, "--sam-every 2"), (1024, 4, "--sam-sync")],
+)
+def test_bytes_on_paper_are_those_of_one_of_1024_processes(
+    tmp_path, monkeypatch, devices, micro_batch, flags
+):
     """The paper's batch of 4,096 on the first of so many processes, the others of which are not
     there: torch's fake process group takes what it sends and answers nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    argv = tiny(tmp_path, "--sam-rho 0.1 --max-steps 2 --epochs 2 --lr 0 --warmup-steps 0", flags,
-                dataset=f"--dataset shapes --batch-size 4096 --micro-batch {micro_batch}")
+
+    argv = tiny(
+        tmp_path,
+        "--sam-rho 0.1 --max-steps 2 --epochs 2 --lr 0 --warmup-steps 0",
+        flags,
+        dataset=f"--dataset shapes --batch-size 4096 --micro-batch {micro_batch}",
+    )
     sent, init, reduce = [], nn.parallel.DistributedDataParallel.__init__, dist.all_reduce
 
     def count(state, bucket):
@@ -8834,9 +11460,14 @@ def test_bytes_on_paper_are_those_of_one_of_1024_processes(tmp_path, monkeypatch
         self.register_comm_hook(None, count)
 
     monkeypatch.setattr(train.DistributedDataParallel, "__init__", counted)
-    monkeypatch.setattr(train.dist, "all_reduce", lambda tensor, *args, **kwargs: (
-        sent.append(tensor.numel()) if tensor.numel() > 1000 else None, reduce(
-            tensor, *args, **kwargs))[1])
+    monkeypatch.setattr(
+        train.dist,
+        "all_reduce",
+        lambda tensor, *args, **kwargs: (
+            sent.append(tensor.numel()) if tensor.numel() > 1000 else None,
+            reduce(tensor, *args, **kwargs),
+        )[1],
+    )
     monkeypatch.setenv("WORLD_SIZE", str(devices))
     dist.init_process_group("fake", rank=0, world_size=devices, store=FakeStore())
     try:
@@ -8878,14 +11509,16 @@ def test_scale_prints_what_bounds_a_training_on_many_devices(tmp_path, capsys):
     assert analyze.main([*argv, "--dataset", "cifar10"]) == 0, "in memory"
     _, rows = table_in(capsys.readouterr().out, "micro-batches")
     assert {(row[5], row[-1]) for row in rows} == {("0.00", "0.00")}
-    for flags, line in ((["--tflops", "0"], "--tflops 0: a rate is above 0"),
-                        (["--devices", "0"], "--devices 0"),
-                        (["--listing", "inf"], "--listing inf"),
-                        (["--dataset", "folder"], "its size is not known; those of shapes"),
-                        (["--devices", "3"], "--devices 3: a batch of 4,096"),
-                        (["--model", "torchvision:vit_b_16"], "cannot be counted"),
-                        (["--model", "vit_b17"], "vit_b17"),
-                        (["--resume", "--model", "vit_b16"], "--resume is for train.py")):
+    for flags, line in (
+        (["--tflops", "0"], "--tflops 0: a rate is above 0"),
+        (["--devices", "0"], "--devices 0"),
+        (["--listing", "inf"], "--listing inf"),
+        (["--dataset", "folder"], "its size is not known; those of shapes"),
+        (["--devices", "3"], "--devices 3: a batch of 4,096"),
+        (["--model", "torchvision:vit_b_16"], "cannot be counted"),
+        (["--model", "vit_b17"], "vit_b17"),
+        (["--resume", "--model", "vit_b16"], "--resume is for train.py"),
+    ):
         assert line in analyze_refusal(capsys, *argv, *flags), flags
     assert "--tflops" in analyze_refusal(capsys, "scale")
 
@@ -8895,8 +11528,10 @@ def test_the_smaller_training_sets_are_those_of_the_papers_recipes(capsys):
     capsys.readouterr()
     assert analyze.main(["datasize", "--dry-run", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    runs = {Path(args.out_dir).name: args for args in (
-        train.settings(shlex.split(line)[2:])[0] for line in lines)}
+    runs = {
+        Path(args.out_dir).name: args
+        for args in (train.settings(shlex.split(line)[2:])[0] for line in lines)
+    }
     assert len(runs) == len(lines) == 40
     of = {"resnet152": "chen_resnet", "vit_b16": "chen_vit", "mixer_b16": "chen_mixer"}
     parts = {"1": "", "1_2": "_half", "1_4": "_quarter", "1_10": "_tenth"}
@@ -8905,8 +11540,9 @@ def test_the_smaller_training_sets_are_those_of_the_papers_recipes(capsys):
         strong = "_strong" * (method in ("augmented", "both"))
         recipe = of[model] + strong + parts[part]
         rho = "paper" if method in ("sam", "both") else "0"
-        expected, _ = train.settings(["--recipe", recipe, "--model", model, "--sam-rho", rho,
-                                      "--device", "cpu", "--resume"])
+        expected, _ = train.settings(
+            ["--recipe", recipe, "--model", model, "--sam-rho", rho, "--device", "cpu", "--resume"]
+        )
         differ = {k for k, v in vars(expected).items() if getattr(args, k) != v}
         assert {k for k in differ if k != "train_fraction"} <= {"recipe", "out_dir"}, (name, differ)
         assert Fraction(args.train_fraction) == Fraction(expected.train_fraction)
@@ -8916,20 +11552,66 @@ def test_the_smaller_training_sets_are_those_of_the_papers_recipes(capsys):
 
 
 def test_sams_gain_is_the_difference_of_runs_of_the_same_images(tmp_path, capsys, in_process):
-    runs = [dict(method=method, fraction=f, top1=top1) for method, f, top1 in (
-        ("plain", 1, 60), ("sam", 1, 75), ("plain", 0.5, 50), ("sam", 0.5, None), ("both", 1, 9))]
+    runs = [
+        dict(method=method, fraction=f, top1=top1)
+        for method, f, top1 in (
+            ("plain", 1, 60),
+            ("sam", 1, 75),
+            ("plain", 0.5, 50),
+            ("sam", 0.5, None),
+            ("both", 1, 9),
+        )
+    ]
     assert analyze.with_gains(runs, "top1") == {
-        "plain": {1: 60, 0.5: 50}, "sam": {1: 75}, "augmented": {}, "both": {1: 9},
-        "gain": {1: 15}, "gain, augmented": {}}, "a run that diverged has none"
-    argv = ["datasize", "--models", STUDIED, "--dataset", "shapes", "--device", "cpu", "--workers",
-            "0", "--max-steps", "2", "--log-every", "1", "--batch-size", "40", "--micro-batch",
-            "20", "--fractions", "1", "1/4", "--out-dir", str(tmp_path)]
+        "plain": {1: 60, 0.5: 50},
+        "sam": {1: 75},
+        "augmented": {},
+        "both": {1: 9},
+        "gain": {1: 15},
+        "gain, augmented": {},
+    }, "a run that diverged has none"
+    argv = [
+        "datasize",
+        "--models",
+        STUDIED,
+        "--dataset",
+        "shapes",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--max-steps",
+        "2",
+        "--log-every",
+        "1",
+        "--batch-size",
+        "40",
+        "--micro-batch",
+        "20",
+        "--fractions",
+        "1",
+        "1/4",
+        "--out-dir",
+        str(tmp_path),
+    ]
     capsys.readouterr()
     assert analyze.main(argv) == 0
-    header, *rows = (re.split(r" {2,}", line) for line in capsys.readouterr().out.splitlines()
-                     if line.startswith(("top-1 %", STUDIED)) and ": top-1" not in line)
-    assert header == ["top-1 %", "fraction", "images", "plain", "sam", "augmented", "both", "gain",
-                      "gain, augmented"]
+    header, *rows = (
+        re.split(r" {2,}", line)
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith(("top-1 %", STUDIED)) and ": top-1" not in line
+    )
+    assert header == [
+        "top-1 %",
+        "fraction",
+        "images",
+        "plain",
+        "sam",
+        "augmented",
+        "both",
+        "gain",
+        "gain, augmented",
+    ]
     assert len(rows) == 2 and len(in_process) == 8
     results = json.loads((tmp_path / "datasize.json").read_text())["results"][STUDIED]
     for row, part, share, images in zip(rows, ("1", "1_4"), (1.0, 0.25), ("8000", "2000")):
@@ -8940,31 +11622,50 @@ def test_sams_gain_is_the_difference_of_runs_of_the_same_images(tmp_path, capsys
                 assert of["top1"] == top1[of["method"]] and of["fraction"] == share
                 config = (tmp_path / "runs" / name / "config.json").read_text()
                 args = json.loads(config)["settings"]
-                assert args["batch_size"] == 40 * share and args["micro_batch"] == (
-                    20 if part == "1" else 10) and Fraction(args["train_fraction"]) == share
+                assert (
+                    args["batch_size"] == 40 * share
+                    and args["micro_batch"] == (20 if part == "1" else 10)
+                    and Fraction(args["train_fraction"]) == share
+                )
                 strong = of["method"] in ("augmented", "both")
-                assert (args["mixup"], args["randaugment"]) == ((0.5, [2, 15]) if strong else
-                                                                (0, [0, 9]))
+                assert (args["mixup"], args["randaugment"]) == (
+                    (0.5, [2, 15]) if strong else (0, [0, 9])
+                )
                 assert args["sam_rho"] == (0.03 if of["method"] in ("sam", "both") else 0)
-        assert row[2] == images and [float(cell) for cell in row[3:]] == [round(v, 2) for v in (
-            *(top1[m] for m in ("plain", "sam", "augmented", "both")), top1["sam"] - top1["plain"],
-            top1["both"] - top1["augmented"])], (row, top1)
+        assert row[2] == images and [float(cell) for cell in row[3:]] == [
+            round(v, 2)
+            for v in (
+                *(top1[m] for m in ("plain", "sam", "augmented", "both")),
+                top1["sam"] - top1["plain"],
+                top1["both"] - top1["augmented"],
+            )
+        ], (row, top1)
     before = (tmp_path / "datasize.json").read_bytes()
     assert analyze.main(argv) == 0 and len(in_process) == 8
     assert (tmp_path / "datasize.json").read_bytes() == before
-    for flags, line in ((["--fractions", "0"], "above 0 and at most 1"),
-                        (["--fractions", "x"], "--fractions x"),
-                        (["--models", "vit_micro9"], "vit_micro9"),
-                        (["--mixup", "1"], "--mixup is what this study varies")):
+    for flags, line in (
+        (["--fractions", "0"], "above 0 and at most 1"),
+        (["--fractions", "x"], "--fractions x"),
+        (["--models", "vit_micro9"], "vit_micro9"),
+        (["--mixup", "1"], "--mixup is what this study varies"),
+    ):
         assert line in analyze_refusal(capsys, *argv, "--dry-run", *flags)
 
 
 def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
-        tmp_path, capsys, monkeypatch, small_shapes):
+    tmp_path, capsys, monkeypatch, small_shapes
+):
     run, out = tmp_path / "a run", tmp_path / "figures"
-    train_ok(["--out-dir", str(run), *(
-        "--model mixer_micro8 --dim 16 --depth 1 --dataset shapes --batch-size 8 --micro-batch 8 "
-        "--max-steps 2 --warmup-steps 1 --device cpu --workers 0").split()])
+    train_ok(
+        [
+            "--out-dir",
+            str(run),
+            *(
+                "--model mixer_micro8 --dim 16 --depth 1 --dataset shapes --batch-size 8 "
+                "--micro-batch 8 --max-steps 2 --warmup-steps 1 --device cpu --workers 0"
+            ).split(),
+        ]
+    )
     out.mkdir()
     (out / "norms-0.png").touch()
     os.utime(out / "norms-0.png", (0, 0))  # of an earlier command
@@ -8974,28 +11675,62 @@ def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
             (out / name).touch()
 
     monkeypatch.setattr(analyze, "figure", figure)
-    argv = ["all", "--figures", "norms", "attention", "curves", "--checkpoint",
-            str(run / "ckpt.pt"), "--images", "20", "--device", "cpu", "--out-dir", str(out)]
+    argv = [
+        "all",
+        "--figures",
+        "norms",
+        "attention",
+        "curves",
+        "--checkpoint",
+        str(run / "ckpt.pt"),
+        "--images",
+        "20",
+        "--device",
+        "cpu",
+        "--out-dir",
+        str(out),
+    ]
     assert analyze.main(argv) == 0
     page = (out / "index.html").read_text()
     commands = re.findall(r"<pre>(.*?)</pre>", page)
     assert [shlex.split(html.unescape(command))[:3] for command in commands] == [
-        ["python", "analyze.py", what] for what in ("norms", "attention", "curves")]
+        ["python", "analyze.py", what] for what in ("norms", "attention", "curves")
+    ]
     assert re.findall(r'href="(.*?)"', page) == ["norms.json", "curves.json"]
     assert re.findall(r'<img src="(.*?)"', page) == [
-        "norms-1.png", "norms.png", "curves-1.png", "curves.png"]
+        "norms-1.png",
+        "norms.png",
+        "curves-1.png",
+        "curves.png",
+    ]
     assert "Not made: " in page and 'name="viewport"' in page
     results = json.loads((out / "norms.json").read_text())["results"]
     assert [list(parts) for parts in results.values()] == [["20 images"]]
-    assert analyze.main(["all", "--figures", "norms", "--checkpoint", str(run), "--images", "20",
-                         "--device", "cpu"]) == 0
+    assert (
+        analyze.main(
+            [
+                "all",
+                "--figures",
+                "norms",
+                "--checkpoint",
+                str(run),
+                "--images",
+                "20",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     assert (run / "figures/index.html").exists(), "a folder as a file in it"
     monkeypatch.setattr(analyze, "activity", None)  # nothing is computed again, nor by the command
     assert analyze.main(argv) == 0 and (out / "index.html").read_text() == page
     assert analyze.main(shlex.split(html.unescape(commands[0]))[2:]) == 0
     capsys.readouterr()
-    for words, answer in (("--figures norm", "invalid choice: 'norm'"),
-                          ("--points many", "invalid int value: 'many'")):
+    for words, answer in (
+        ("--figures norm", "invalid choice: 'norm'"),
+        ("--points many", "invalid int value: 'many'"),
+    ):
         line = analyze_refusal(capsys, "all", *words.split(), "--checkpoint", run)
         assert answer in line, line
     assert "needs either --checkpoint" in analyze_refusal(capsys, "all")
@@ -9007,13 +11742,19 @@ def test_the_stress_of_arguments_knows_every_subcommand():
 
 
 def test_every_claim_is_about_trainings_and_numbers_that_reproduce_makes():
-    names = [", ".join(filter(None, (family, other))) + " + SAM" * sam
-             for _, families, other, _, with_sam in analyze.TRAININGS for family in families
-             for sam in (False, True)[:1 + with_sam]]
+    names = [
+        ", ".join(filter(None, (family, other))) + " + SAM" * sam
+        for _, families, other, _, with_sam in analyze.TRAININGS
+        for family in families
+        for sam in (False, True)[: 1 + with_sam]
+    ]
     names += [f"{name}, head" for name in names if "contrastive" in name]
     assert len(set(names)) == len(names) > 50
-    made = {f"{command} of {name}" for command, _, of, _ in analyze.analyses(
-        names, analyze.SCALES["full"]) for name in of} | set(analyze.OF_XIAO)
+    made = {
+        f"{command} of {name}"
+        for command, _, of, _ in analyze.analyses(names, analyze.SCALES["full"])
+        for name in of
+    } | set(analyze.OF_XIAO)
     runs = {(name, 0): dict(run="x", top1=1.0) for name in names}
     n, claims, used = analyze.Numbers(Path("runs"), [0], runs), set(), set()
     n.at_equal_loss = lambda name, seed: "epoch1.pt"
@@ -9025,19 +11766,32 @@ def test_every_claim_is_about_trainings_and_numbers_that_reproduce_makes():
         claims.add((where, claim))
     assert set(n.missing) <= made, set(n.missing) - made
     unused = {name for name in set(names) - used if "contrastive" not in name}
-    assert unused <= {"ViT_C + SAM", "AlterNet + SAM", "Mixer, twice the epochs",
-                      "ResNet, twice the epochs", "AlterNet, twice the epochs"}, unused
+    assert unused <= {
+        "ViT_C + SAM",
+        "AlterNet + SAM",
+        "Mixer, twice the epochs",
+        "ResNet, twice the epochs",
+        "AlterNet, twice the epochs",
+    }, unused
     rows, lacking = analyze.judged(analyze.Numbers(Path("runs"), [0], {}))
     assert not rows and len(lacking) == len(claims) > 60
-    spent = [(other, names) for _, _, other, flags, _ in analyze.TRAININGS for names in [
-        train.settings(["--dataset", "shapes", *shlex.split(flags.format(twice=2, each="1"))])]]
+    spent = [
+        (other, names)
+        for _, _, other, flags, _ in analyze.TRAININGS
+        for names in [
+            train.settings(["--dataset", "shapes", *shlex.split(flags.format(twice=2, each="1"))])
+        ]
+    ]
     assert spent, "and their flags are train.py's"
 
 
 def test_networks_that_reproduce_compares_cost_about_the_same():
-    cost = {family: train.complexity_of(train.settings(
-        ["--dataset", "shapes", "--model", *words.split()])[0])["macs"]
-        for family, words in analyze.FAMILIES.items()}
+    cost = {
+        family: train.complexity_of(
+            train.settings(["--dataset", "shapes", "--model", *words.split()])[0]
+        )["macs"]
+        for family, words in analyze.FAMILIES.items()
+    }
     assert set(analyze.FIVE) < set(cost) and 7.2e6 < min(cost.values()), cost
     assert max(cost.values()) < 9e6, cost
 
@@ -9060,61 +11814,142 @@ def test_a_claim_shows_where_numbers_descend_by_more_than_their_deviation_over_s
 
 def test_numbers_of_claims_are_taken_from_results_as_by_hand(tmp_path):
     n = analyze.Numbers(tmp_path, [0], {("net", 0): dict(run="r", top1=70.0)})
-    kinds = {"stem": ["stem", 0], "a": ["attention", 1], "m": ["mlp", 1], "b": ["attention", 2],
-             "o": ["mlp", 2]}
+    kinds = {
+        "stem": ["stem", 0],
+        "a": ["attention", 1],
+        "m": ["mlp", 1],
+        "b": ["attention", 2],
+        "o": ["mlp", 2],
+    }
     side = dict.fromkeys(kinds, 4) | {"b": 2, "o": 2}
     cka = np.eye(5)
     cka[1, 2], cka[3, 4], cka[1, 3], cka[1, 4], cka[2, 3], cka[2, 4] = 0.9, 0.7, 0.1, 0.2, 0.3, 0.6
     found = {
-        "flatness": {"softmax, 9 of images, noise of σ 0.01, 10 draws": dict(mean=2.5),
-                     "softmax, 9 of images, noise of σ 0.02, 10 draws": dict(mean=9.0),
-                     "softmax, 9 of images, ball of ρ 0, 20 steps": dict(worst=2.0),
-                     "softmax, 9 of images, ball of ρ 0.1, 20 steps": dict(worst=7.0)},
-        "variance": {"9 images": dict(units=kinds, side=side, variance=dict(
-            stem=1.0, a=1.5, m=1.25, b=8.0, o=10.0))},
-        "fourier": {"9 images": dict(units=kinds, side=side, diagonal=dict(
-            stem=[0, -1], a=[0, -3], m=[0, -2], b=[0, 5], o=[0, 7]))},
-        "noise": {"no noise": dict(top1=90.0), "0.1π, σ 0.5": dict(top1=80.0),
-                  "0.5π, σ 0.5, equal energy": dict(top1=1.0),
-                  "0.5π, σ 0.5": dict(top1=60.0), "1π, σ 0.5": dict(top1=50.0)},
-        "cka": {"9 images": dict(units=kinds, cka=cka.tolist()),
-                "9 images, against other": dict(units=kinds, cka=np.ones((5, 5)).tolist())},
-        "lesion": {"9 images, whole": 90.0, "9 images, without layer1.0": 60.0, "9 images, without "
-                   "layer1.1": 88.0, "9 images, without layer2.0": 80.0},
-        "hessian": {f"{block}: softmax": dict(eigenvalues=[value]) for block, value in (
-            ("whole", 9.0), ("embedding", 4.0), ("block 1 of 4", 3.0), ("block 4 of 4", 1.0))},
-        "robustness": {"val": dict(top1=90.0), "c-lite/x/1": dict(top1=50.0),
-                       "c-lite/x/2": dict(top1=30.0), "c-lite/y/1": dict(top1=60.0)}}
-    n.found = {command: {f"{tmp_path}/r/ckpt.pt (0123)": parts, f"{tmp_path}/r2/ckpt.pt (0)": {}}
-               for command, parts in found.items()}
-    got = [n.top1("net"), n.noise("net"), n.change("variance", "net", "attention"),
-           n.change("variance", "net", "mlp"), n.change("fourier", "net", "attention"),
-           n.vulnerability("net", 0.5, 1), n.similarity("net", True), n.similarity("net", False),
-           n.lesion("net", r"\.0$"), n.eigenvalue("net"), n.eigenvalue("net", "embedding", -1),
-           n.eigenvalue("net", "block ", -1), n.accuracy("c-lite", "net")]
-    assert np.allclose(np.concatenate(got), [70, 0.5, 0.5, (-0.25 + 2) / 2, -2, 35, 0.8, 0.3, 20, 9,
-                                             4, 1, 50]), got
+        "flatness": {
+            "softmax, 9 of images, noise of σ 0.01, 10 draws": dict(mean=2.5),
+            "softmax, 9 of images, noise of σ 0.02, 10 draws": dict(mean=9.0),
+            "softmax, 9 of images, ball of ρ 0, 20 steps": dict(worst=2.0),
+            "softmax, 9 of images, ball of ρ 0.1, 20 steps": dict(worst=7.0),
+        },
+        "variance": {
+            "9 images": dict(
+                units=kinds, side=side, variance=dict(stem=1.0, a=1.5, m=1.25, b=8.0, o=10.0)
+            )
+        },
+        "fourier": {
+            "9 images": dict(
+                units=kinds,
+                side=side,
+                diagonal=dict(stem=[0, -1], a=[0, -3], m=[0, -2], b=[0, 5], o=[0, 7]),
+            )
+        },
+        "noise": {
+            "no noise": dict(top1=90.0),
+            "0.1π, σ 0.5": dict(top1=80.0),
+            "0.5π, σ 0.5, equal energy": dict(top1=1.0),
+            "0.5π, σ 0.5": dict(top1=60.0),
+            "1π, σ 0.5": dict(top1=50.0),
+        },
+        "cka": {
+            "9 images": dict(units=kinds, cka=cka.tolist()),
+            "9 images, against other": dict(units=kinds, cka=np.ones((5, 5)).tolist()),
+        },
+        "lesion": {
+            "9 images, whole": 90.0,
+            "9 images, without layer1.0": 60.0,
+            "9 images, without layer1.1": 88.0,
+            "9 images, without layer2.0": 80.0,
+        },
+        "hessian": {
+            f"{block}: softmax": dict(eigenvalues=[value])
+            for block, value in (
+                ("whole", 9.0),
+                ("embedding", 4.0),
+                ("block 1 of 4", 3.0),
+                ("block 4 of 4", 1.0),
+            )
+        },
+        "robustness": {
+            "val": dict(top1=90.0),
+            "c-lite/x/1": dict(top1=50.0),
+            "c-lite/x/2": dict(top1=30.0),
+            "c-lite/y/1": dict(top1=60.0),
+        },
+    }
+    n.found = {
+        command: {f"{tmp_path}/r/ckpt.pt (0123)": parts, f"{tmp_path}/r2/ckpt.pt (0)": {}}
+        for command, parts in found.items()
+    }
+    got = [
+        n.top1("net"),
+        n.noise("net"),
+        n.change("variance", "net", "attention"),
+        n.change("variance", "net", "mlp"),
+        n.change("fourier", "net", "attention"),
+        n.vulnerability("net", 0.5, 1),
+        n.similarity("net", True),
+        n.similarity("net", False),
+        n.lesion("net", r"\.0$"),
+        n.eigenvalue("net"),
+        n.eigenvalue("net", "embedding", -1),
+        n.eigenvalue("net", "block ", -1),
+        n.accuracy("c-lite", "net"),
+    ]
+    assert np.allclose(
+        np.concatenate(got), [70, 0.5, 0.5, (-0.25 + 2) / 2, -2, 35, 0.8, 0.3, 20, 9, 4, 1, 50]
+    ), got
     assert np.isnan(n.spectrum("net", "nep")) and n.missing == ["spectrum of net"]
 
 
 def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
-        tmp_path, capsys, monkeypatch, in_process):
+    tmp_path, capsys, monkeypatch, in_process
+):
     small = "--batch-size 40 --micro-batch 20"
-    for name, value in (("FAMILIES", {"ViT": STUDIED, "Mixer": "mixer_micro8 --dim 16 --depth 1"}),
-                        ("FIVE", ("ViT", "Mixer")), ("CHEN", ("ViT", "Mixer")), ("TRAININGS", [
-                            ("core", ("ViT", "Mixer"), "", f"{small} --keep-epochs warmup {{each}}",
-                             True),
-                            ("twice", ("ViT",), "twice the epochs", f"{small} --epochs {{twice}}",
-                             False),
-                            ("fractions", ("ViT",), "1/10", "--train-fraction 1/10 --batch-size 4 "
-                             "--micro-batch 4", True),
-                            ("contrastive", ("ViT",), "contrastive", "--loss supcon --augment crop "
-                             + small, False)])):
+    for name, value in (
+        ("FAMILIES", {"ViT": STUDIED, "Mixer": "mixer_micro8 --dim 16 --depth 1"}),
+        ("FIVE", ("ViT", "Mixer")),
+        ("CHEN", ("ViT", "Mixer")),
+        (
+            "TRAININGS",
+            [
+                ("core", ("ViT", "Mixer"), "", f"{small} --keep-epochs warmup {{each}}", True),
+                ("twice", ("ViT",), "twice the epochs", f"{small} --epochs {{twice}}", False),
+                (
+                    "fractions",
+                    ("ViT",),
+                    "1/10",
+                    "--train-fraction 1/10 --batch-size 4 --micro-batch 4",
+                    True,
+                ),
+                (
+                    "contrastive",
+                    ("ViT",),
+                    "contrastive",
+                    "--loss supcon --augment crop " + small,
+                    False,
+                ),
+            ],
+        ),
+    ):
         monkeypatch.setattr(analyze, name, value)
-    monkeypatch.setitem(analyze.SCALES, "full", dict(
-        epochs=2, warmup_steps=2, seeds=[0, 1], rho=["0.03", "0.1"], images=16, held_out=12,
-        points=2, pairs=1, corruptions=True, fit="1", parts=("twice", "fractions", "contrastive"),
-        epochs_of={}))
+    monkeypatch.setitem(
+        analyze.SCALES,
+        "full",
+        dict(
+            epochs=2,
+            warmup_steps=2,
+            seeds=[0, 1],
+            rho=["0.03", "0.1"],
+            images=16,
+            held_out=12,
+            points=2,
+            pairs=1,
+            corruptions=True,
+            fit="1",
+            parts=("twice", "fractions", "contrastive"),
+            epochs_of={},
+        ),
+    )
     monkeypatch.setattr(analyze, "figure", lambda path, *_, **__: path.touch())
     argv = ["reproduce", "--out-dir", str(tmp_path), "--device", "cpu", "--workers", "0"]
     assert analyze.main(argv) == 0
@@ -9123,19 +11958,37 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
     grid = found["results"]["ρ, top-1 % of held-out training images"]
     for family in ("ViT", "Mixer"):
         assert grid[f"{family}, {found['settings']['ρ'][family]}"] == max(
-            grid[f"{family}, {rho}"] for rho in ("0.03", "0.1"))
+            grid[f"{family}, {rho}"] for rho in ("0.03", "0.1")
+        )
     text, page = ((tmp_path / name).read_text() for name in ("claims.md", "index.html"))
     claim = found["results"]["claims"]["Chen Table 2: SAM raises the accuracy of ViT (%)"]
     test = json.loads((tmp_path / "test/robustness.json").read_text())["results"]
-    top1 = {name: np.array([next(parts["val"]["top1"] for network, parts in test.items()
-                                 if f"/runs/{name}-seed{seed}/" in network) for seed in (0, 1)])
-            for name in ("vit-sam", "vit")}
+    top1 = {
+        name: np.array(
+            [
+                next(
+                    parts["val"]["top1"]
+                    for network, parts in test.items()
+                    if f"/runs/{name}-seed{seed}/" in network
+                )
+                for seed in (0, 1)
+            ]
+        )
+        for name in ("vit-sam", "vit")
+    }
     with_sam, plain = (f"{v.mean():.4g}" for v in top1.values())
-    assert claim["measured"].startswith(f"with SAM {with_sam}") and f"plain {plain}" in (
-        claim["measured"])
+    assert (
+        claim["measured"].startswith(f"with SAM {with_sam}")
+        and f"plain {plain}" in (claim["measured"])
+    )
     assert claim["verdict"] == analyze.verdict(top1)[1]
-    for what in (claim["claim"], "linear model", "Left out", "ViT, contrastive, head",
-                 "SAM gains most for Mixer, then ViT, then ResNet"):
+    for what in (
+        claim["claim"],
+        "linear model",
+        "Left out",
+        "ViT, contrastive, head",
+        "SAM gains most for Mixer, then ViT, then ResNet",
+    ):
         assert what in text and what in page, what
     assert 'href="cka.json"' in page and "<table>" in page
     capsys.readouterr()
@@ -9144,14 +11997,18 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
     assert analyze.main(argv) == 0 and not in_process
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.json")}
     assert analyze.main([*argv, "--dry-run"]) == 0
-    printed = re.findall(r"^python train\.py .*/runs/(\S+) --resume$", capsys.readouterr().out,
-                         re.MULTILINE)
+    printed = re.findall(
+        r"^python train\.py .*/runs/(\S+) --resume$", capsys.readouterr().out, re.MULTILINE
+    )
     assert len(set(printed)) == 4 + 2 * (4 + 1 + 2 + 1) and not in_process, printed
-    for flags, line in ((["--epochs", "3"], "--epochs is this command's own"),
-                        (["--quik"], "did you mean --quick"),
-                        (["--parts", "core", "x"], "invalid choice: 'x'"),
-                        (["--model", "vit_b16"], "--model is this command's own"),
-                        (["--seeds", "0", "-1"], "--seeds -1"), (["--quick"], "other settings")):
+    for flags, line in (
+        (["--epochs", "3"], "--epochs is this command's own"),
+        (["--quik"], "did you mean --quick"),
+        (["--parts", "core", "x"], "invalid choice: 'x'"),
+        (["--model", "vit_b16"], "--model is this command's own"),
+        (["--seeds", "0", "-1"], "--seeds -1"),
+        (["--quick"], "other settings"),
+    ):
         assert line in analyze_refusal(capsys, *argv, *flags), flags
 
 
@@ -9172,33 +12029,40 @@ for step in range(5):
 """
 
 
-@pytest.mark.parametrize("name", ["vit", "mixer", "resnet", "alternet", "sam", "adversarial",
-                                  "data"])
+@pytest.mark.parametrize(
+    "name", ["vit", "mixer", "resnet", "alternet", "sam", "adversarial", "data"]
+)
 def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
     shutil.copy(HERE / f"{name}.py", tmp_path)
     argv = [f"{name}.py"] + {"sam": ["--seeds", "1", "--steps", "20"]}.get(name, [])
-    variant = dict(vit="vit_micro8", mixer="mixer_micro8", resnet="resnet18",
-                   alternet="alter_resnet18").get(name)
+    variant = dict(
+        vit="vit_micro8", mixer="mixer_micro8", resnet="resnet18", alternet="alter_resnet18"
+    ).get(name)
     if variant:  # its table, and then five steps on random data
         code = f"import runpy; runpy.run_path({argv[0]!r}, run_name='__main__')"
         argv = ["-c", code + TRAINS_ALONE.format(name=name, variant=variant)]
-    result = subprocess.run([sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True,
-                            timeout=120)
-    assert (result.returncode == 0 and len(result.stdout.splitlines()) > 2
-            and not result.stderr), result
+    result = subprocess.run(
+        [sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0 and len(result.stdout.splitlines()) > 2 and not result.stderr, (
+        result
+    )
     if variant:
         losses = [float(line) for line in result.stdout.splitlines()[-5:]]
         assert losses[-1] < losses[0], losses
     siblings = {p.stem for p in HERE.glob("*.py")}
-    imported = {line.split()[1].split(".")[0]
-                for line in (HERE / f"{name}.py").read_text().splitlines()
-                if line.startswith(("import ", "from "))}
+    imported = {
+        line.split()[1].split(".")[0]
+        for line in (HERE / f"{name}.py").read_text().splitlines()
+        if line.startswith(("import ", "from "))
+    }
     assert not imported & siblings, imported & siblings
 
 
 def test_head_ends_a_table_without_a_traceback():
-    run = subprocess.Popen([sys.executable, "resnet.py"], cwd=HERE, stdout=subprocess.PIPE,
-                           stderr=subprocess.PIPE)
+    run = subprocess.Popen(
+        [sys.executable, "resnet.py"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     run.stdout.close()  # as `head` does when it has seen enough
     assert (run.stderr.read(), run.wait()) == (b"", -signal.SIGPIPE)
 
@@ -9210,13 +12074,21 @@ def test_the_readmes_examples_run_as_they_stand():
         torch.manual_seed(0)
         model = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).eval()
         nn.init.normal_(model.head.weight)
-        given = dict(torch=torch, train=train, model=model, criterion=nn.CrossEntropyLoss(),
-                     x=torch.rand(4, 3, 32, 32), y=torch.arange(4), images=torch.rand(2, 3, 32, 32),
-                     optimizer=torch.optim.SGD(model.parameters(), 0.1))
+        given = dict(
+            torch=torch,
+            train=train,
+            model=model,
+            criterion=nn.CrossEntropyLoss(),
+            x=torch.rand(4, 3, 32, 32),
+            y=torch.arange(4),
+            images=torch.rand(2, 3, 32, 32),
+            optimizer=torch.optim.SGD(model.parameters(), 0.1),
+        )
         before = copy.deepcopy(model.state_dict())
         exec(block, given)
-        made |= {name: given[name] for name in ("block", "found", "fooling", "maps")
-                 if name in given}
+        made |= {
+            name: given[name] for name in ("block", "found", "fooling", "maps") if name in given
+        }
         if "SAM" in block:
             assert not same_tensors(before, model.state_dict()), "it trains"
         if "fooling" in given:
@@ -9228,8 +12100,11 @@ def test_the_readmes_examples_run_as_they_stand():
 
 def test_the_readmes_figures_are_there_and_not_ignored_by_git():
     figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
-    ignored = [line for line in (HERE / ".gitignore").read_text().split() if "*" in line
-               or not line.endswith("/") and not line.startswith("/")]
+    ignored = [
+        line
+        for line in (HERE / ".gitignore").read_text().split()
+        if "*" in line or not line.endswith("/") and not line.startswith("/")
+    ]
     assert figures and all((HERE / figure).is_file() for figure in figures), figures
     assert not ignored, f"{ignored} would keep a figure of that name out of a commit"
 
@@ -9241,8 +12116,12 @@ def test_the_readmes_training_commands_run(tmp_path, small_shapes):
     for name, value in (("$S", "0"), ("$R", "0.03"), ("$K", "2")):
         text = text.replace(name, value)
     text = re.sub(r" --(seed|out-dir) \S+| --no-channels-last", "", text)
-    commands = sorted({re.sub(r" [\d./]+", " number", command): command for command in re.findall(
-        r"python train\.py([^\n`#|;]*)", text)}.values())
+    commands = sorted(
+        {
+            re.sub(r" [\d./]+", " number", command): command
+            for command in re.findall(r"python train\.py([^\n`#|;]*)", text)
+        }.values()
+    )
     runnable = [c.split() for c in commands if not re.search("--data-dir|--init-from|--help", c)]
     assert len(runnable) >= 6 and [] in runnable, commands
     for i, argv in enumerate(runnable):
@@ -9254,17 +12133,24 @@ def test_the_readmes_training_commands_run(tmp_path, small_shapes):
 
 # ------------------------------------------------------------- python test_all.py --device cuda
 
+
 def apart(a, b):
     """‖a - b‖ / ‖b‖ over all tensors of two dicts, in float64."""
     pairs = [(a[name].detach().double().cpu(), b[name].detach().double().cpu()) for name in b]
-    return math.sqrt(sum(((x - y) ** 2).sum() for x, y in pairs)
-                     / sum((y ** 2).sum() for _, y in pairs))
+    return math.sqrt(
+        sum(((x - y) ** 2).sum() for x, y in pairs) / sum((y**2).sum() for _, y in pairs)
+    )
 
 
 def training_argv(folder, *flags):
-    return [*("--dataset shapes --model vit_micro8 --train-fraction 1/4 --batch-size 64 --micro-"
-              f"batch 32 --epochs 4 --warmup-steps 10 --log-every 20 --sam-rho 0.03 --out-dir "
-              f"{folder}").split(), *" ".join(flags).split()]
+    return [
+        *(
+            "--dataset shapes --model vit_micro8 --train-fraction 1/4 --batch-size 64 --micro-"
+            f"batch 32 --epochs 4 --warmup-steps 10 --log-every 20 --sam-rho 0.03 --out-dir "
+            f"{folder}"
+        ).split(),
+        *" ".join(flags).split(),
+    ]
 
 
 def trained(folder, *flags):
@@ -9277,8 +12163,11 @@ def check_gradients(device, folder):
     """Of each family, beside float64 on the CPU; without TF32."""
     torch.backends.cudnn.allow_tf32 = False
     for name, overrides, compiles in (
-            ("vit_micro8", dict(stem="conv"), True), ("mixer_micro8", {}, False),
-            ("resnet18", dict(width=16), False), ("alter_resnet18", dict(width=16), True)):
+        ("vit_micro8", dict(stem="conv"), True),
+        ("mixer_micro8", {}, False),
+        ("resnet18", dict(width=16), False),
+        ("alter_resnet18", dict(width=16), True),
+    ):
         torch.manual_seed(0)
         model = train.build_model(name, 12, 32, **overrides)
         nn.init.normal_(next(iter(train.classifier(model).values())).weight, std=0.02)
@@ -9288,28 +12177,41 @@ def check_gradients(device, folder):
             of = copy.deepcopy(model).to(at, dtype, **layout)
             with autocast:
                 logits = (torch.compile(of) if compiled else of)(x.to(at, dtype))
-            loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)),
-                                   y.to(at))
+            loss = F.cross_entropy(
+                logits.to(torch.promote_types(logits.dtype, torch.float32)), y.to(at)
+            )
             grads = torch.autograd.grad(loss, list(of.parameters()))
             return dict(enumerate(grads)), {"logits": logits}
+
         exact, single = result("cpu", torch.float64), torch.float32
         half = torch.autocast(device, torch.bfloat16)
-        for compiled in (False, True)[:1 + compiles]:
-            for what, layout in (("", {}), (", channels last",
-                                            dict(memory_format=torch.channels_last))):
+        for compiled in (False, True)[: 1 + compiles]:
+            for what, layout in (
+                ("", {}),
+                (", channels last", dict(memory_format=torch.channels_last)),
+            ):
                 grads, _ = result(device, single, compiled, **layout)
-                yield (f"{name}: gradients, float32{what}{', compiled' * compiled}",
-                       apart(grads, exact[0]), 0.01)
+                yield (
+                    f"{name}: gradients, float32{what}{', compiled' * compiled}",
+                    apart(grads, exact[0]),
+                    0.01,
+                )
             # its gradients are no measure: ResNet-18's, at its start, are a third off
             _, logits = result(device, single, compiled, half)
-            yield (f"{name}: logits, bfloat16{', compiled' * compiled}",
-                   apart(logits, exact[1]), 0.1)
+            yield (
+                f"{name}: logits, bfloat16{', compiled' * compiled}",
+                apart(logits, exact[1]),
+                0.1,
+            )
 
 
 def check_sam(device, folder):
     """Weights after three steps in float64 beside those on the CPU; masks of the passes."""
-    for what, options in (("one step of ascent", {}), ("three", dict(steps=3)),
-                          ("adaptive", dict(adaptive=True))):
+    for what, options in (
+        ("one step of ascent", {}),
+        ("three", dict(steps=3)),
+        ("adaptive", dict(adaptive=True)),
+    ):
         states = []
         for where in ("cpu", device):
             torch.manual_seed(0)
@@ -9334,12 +12236,16 @@ def check_sam(device, folder):
         def loss():
             logits.append(called(x))
             return logits[-1].square().sum()
+
         for _ in range(2):
             with SAM(called, 0.0).perturb(loss):
                 loss().backward()
         a, b, c, d = logits
-        yield ("masks of SAM's two passes at ρ = 0" + ", compiled" * compiled,
-               max((a - b).abs().max().item(), (c - d).abs().max().item()), 0)
+        yield (
+            "masks of SAM's two passes at ρ = 0" + ", compiled" * compiled,
+            max((a - b).abs().max().item(), (c - d).abs().max().item()),
+            0,
+        )
         assert not torch.equal(a, c), "the next step has others"
 
 
@@ -9353,14 +12259,26 @@ def check_training(device, folder):
     trained(folder / "resumed", on, "--max-steps 70")
     resumed = trained(folder / "resumed", on, "--resume")["model"]
     yield "weights of a training, stopped and resumed", apart(resumed, once["model"]), 0.02
-    process = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1",
-                     "train.py", *training_argv(folder / "joined", on)])
+    process = start(
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=1",
+            "train.py",
+            *training_argv(folder / "joined", on),
+        ]
+    )
     output, _ = process.communicate()
     assert process.returncode == 0, output
     joined = train.read_checkpoint(folder / "joined/ckpt.pt")["model"]
     yield "weights of a training, in a process of torchrun", apart(joined, once["model"]), 0.02
-    for flags in ("--dtype float32 --compile", "--dtype bfloat16 --no-compile",
-                  "--dtype bfloat16 --compile", "--dtype float16 --no-compile"):
+    for flags in (
+        "--dtype float32 --compile",
+        "--dtype bfloat16 --no-compile",
+        "--dtype bfloat16 --compile",
+        "--dtype float16 --no-compile",
+    ):
         at = folder / flags.replace(" ", "")
         nll = trained(at, f"--device {device}", flags)["final"]["training"]["nll"]
         yield f"training NLL, {flags}", nll / exact - 1, 0.05
@@ -9371,8 +12289,11 @@ def check_training(device, folder):
 def check_waiting(device, folder):
     """Waits for the device, the most memory and compiled graphs, of 30 steps and of 120, in an
     epoch of 125, so that none is a checkpoint's."""
-    for flags in ("--sam-every 2 --grad-clip 1 --ema-decay 0.9 --mixup 0.5 --no-compile",
-                  "--adv-eps 2/255 --dtype float16 --no-compile", "--compile"):
+    for flags in (
+        "--sam-every 2 --grad-clip 1 --ema-decay 0.9 --mixup 0.5 --no-compile",
+        "--adv-eps 2/255 --dtype float16 --no-compile",
+        "--compile",
+    ):
         counts = []
         for steps in (1, 30, 120):  # the first warms up
             torch._dynamo.reset()
@@ -9382,19 +12303,36 @@ def check_waiting(device, folder):
             torch.cuda.set_sync_debug_mode("warn")
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
-                trained(folder / f"{steps}{flags.replace('/', '')}", f"--device {device}", flags,
-                        f"--train-fraction 1 --max-steps {steps} --log-every 1000 "
-                        "--eval-every 1000")
+                trained(
+                    folder / f"{steps}{flags.replace('/', '')}",
+                    f"--device {device}",
+                    flags,
+                    f"--train-fraction 1 --max-steps {steps} --log-every 1000 --eval-every 1000",
+                )
             torch.cuda.set_sync_debug_mode("default")
-            counts.append((sum("synchronizing" in str(one.message) for one in seen),
-                           torch.cuda.max_memory_allocated(),
-                           torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+            counts.append(
+                (
+                    sum("synchronizing" in str(one.message) for one in seen),
+                    torch.cuda.max_memory_allocated(),
+                    torch._dynamo.utils.counters["stats"]["unique_graphs"],
+                )
+            )
         for what, few, many in zip(("waits", "bytes", "graphs"), *counts[1:]):
             yield f"{what} of 120 steps more than of 30, {flags}", many - few, 0
 
 
-ANALYSES_ON_A_DEVICE = ["hessian", "landscape", "ntk", "norms", "sparsity", "fourier", "variance",
-                        "cka", "lesion", "calibration"]
+ANALYSES_ON_A_DEVICE = [
+    "hessian",
+    "landscape",
+    "ntk",
+    "norms",
+    "sparsity",
+    "fourier",
+    "variance",
+    "cka",
+    "lesion",
+    "calibration",
+]
 
 
 def check_analyses(device, folder):
@@ -9404,11 +12342,32 @@ def check_analyses(device, folder):
     for at in ("cpu", device):
         out = folder / f"figures-{at}"
         with redirect_stdout(io.StringIO()):
-            assert analyze.main(["all", "--checkpoint", str(folder / "run"), "--images", "96",
-                                 "--points", "5", "--device", at, "--dtype", "float64", "--out-dir",
-                                 str(out), "--figures", *ANALYSES_ON_A_DEVICE]) == 0
-        numbers[at] = {path.stem: list(leaves(json.loads(path.read_text())["results"]))
-                       for path in sorted(out.glob("*.json"))}
+            assert (
+                analyze.main(
+                    [
+                        "all",
+                        "--checkpoint",
+                        str(folder / "run"),
+                        "--images",
+                        "96",
+                        "--points",
+                        "5",
+                        "--device",
+                        at,
+                        "--dtype",
+                        "float64",
+                        "--out-dir",
+                        str(out),
+                        "--figures",
+                        *ANALYSES_ON_A_DEVICE,
+                    ]
+                )
+                == 0
+            )
+        numbers[at] = {
+            path.stem: list(leaves(json.loads(path.read_text())["results"]))
+            for path in sorted(out.glob("*.json"))
+        }
     assert numbers["cpu"].keys() == numbers[device].keys() == set(ANALYSES_ON_A_DEVICE)
     for what, exact in numbers["cpu"].items():
         a, b = np.array(numbers[device][what]), np.array(exact)
@@ -9424,8 +12383,13 @@ def leaves(numbers):
         yield float(numbers)
 
 
-CHECKS = dict(gradients=check_gradients, sam=check_sam, training=check_training,
-              waiting=check_waiting, analyses=check_analyses)
+CHECKS = dict(
+    gradients=check_gradients,
+    sam=check_sam,
+    training=check_training,
+    waiting=check_waiting,
+    analyses=check_analyses,
+)
 
 
 def check_device(device, names):
@@ -9438,8 +12402,11 @@ def check_device(device, names):
                 for what, number, most in CHECKS[name](device, Path(folder)):
                     holds = abs(number) <= most  # not so NaN
                     total, failed = total + 1, failed + (not holds)
-                    print(f"{name:10} {number:10.3g}  at most {most:<6g} "
-                          f"{'holds ' if holds else 'FAILED'}  {what}", flush=True)
+                    print(
+                        f"{name:10} {number:10.3g}  at most {most:<6g} "
+                        f"{'holds ' if holds else 'FAILED'}  {what}",
+                        flush=True,
+                    )
             except Exception:
                 total, failed = total + 1, failed + 1
                 traceback.print_exc()
@@ -9455,30 +12422,54 @@ ANY = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 def stress_training(folder, share):
     """Weights, optimizer and log of a training that is ended again and again."""
-    settings = ("--stem conv --dropout 0.1 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --sam-every "
-                "3 --epochs 200 --eval-every 40 --save-every 9 --log-every 6")
+    settings = (
+        "--stem conv --dropout 0.1 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --sam-every "
+        "3 --epochs 200 --eval-every 40 --save-every 9 --log-every 6"
+    )
 
     def differ(whole, again):
         one, other = (train.read_checkpoint(run / "ckpt.pt") for run in (whole, again))
         parts = ("model", "ema", "optimizer", "look", "step", "evaluated", "best", "final")
         return not all(same_tensors(one[part], other[part]) for part in parts) or (
-            log_without_times(whole) != log_without_times(again))
+            log_without_times(whole) != log_without_times(again)
+        )
+
     for processes, kills in ((1, 70), (2, 30)):
         whole, again = folder / f"whole{processes}", folder / f"again{processes}"
         killed("train", tiny(whole, settings), whole / "ckpt.pt", 0, processes=processes)
-        count, _ = killed("train", tiny(again, settings, "--resume"), again / "ckpt.pt",
-                          round(kills * share), processes=processes, signals=ANY, early=0.6)
-        yield (f"SIGKILL, SIGTERM or SIGINT to a training, {processes} processes", count,
-               differ(whole, again))
+        count, _ = killed(
+            "train",
+            tiny(again, settings, "--resume"),
+            again / "ckpt.pt",
+            round(kills * share),
+            processes=processes,
+            signals=ANY,
+            early=0.6,
+        )
+        yield (
+            f"SIGKILL, SIGTERM or SIGINT to a training, {processes} processes",
+            count,
+            differ(whole, again),
+        )
     again, rng, kills = folder / "restarted", np.random.default_rng(0), max(1, round(10 * share))
-    run = start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                 f"--max-restarts={kills}", "train.py", *tiny(again, settings, "--resume")],
-                env=os.environ | dict(OMP_NUM_THREADS="1"))  # as in `killed`
+    run = start(
+        [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            f"--max-restarts={kills}",
+            "train.py",
+            *tiny(again, settings, "--resume"),
+        ],
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+    )  # as in `killed`
     ckpt, dead = again / "ckpt.pt", set()
 
     def ranks():
         found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
         return set(map(int, found.stdout.split()))
+
     for _ in range(kills):
         wait_until(lambda: ranks() and not ranks() & dead)  # else the survivor saves once more
         seen = time.time_ns()
@@ -9488,9 +12479,15 @@ def stress_training(folder, share):
         os.kill(int(rng.choice(sorted(dead))), signal.SIGKILL)
     output, _ = run.communicate()
     assert run.returncode == 0 and output.count("resumed ") == kills, (
-        run.returncode, output.count("resumed "), output[-3000:])
-    yield "SIGKILL to one of two processes of torchrun, which restarts both", kills, differ(
-        folder / "whole2", again)
+        run.returncode,
+        output.count("resumed "),
+        output[-3000:],
+    )
+    yield (
+        "SIGKILL to one of two processes of torchrun, which restarts both",
+        kills,
+        differ(folder / "whole2", again),
+    )
 
 
 def stress_analyses(folder, share):
@@ -9501,47 +12498,81 @@ def stress_analyses(folder, share):
     def results(path):
         text = re.sub(r'"seconds": [\d.e-]+', '"seconds": 0', path.read_text())
         return json.loads(text)["results"]
-    for (name, flags), processes in itertools.product((
-            ("hessian", "--images 48 --params whole"),
-            ("landscape", "--points 12 --images 96")), (1, 2)):
+
+    for (name, flags), processes in itertools.product(
+        (("hessian", "--images 48 --params whole"), ("landscape", "--points 12 --images 96")),
+        (1, 2),
+    ):
         found = []
         for out, kills in (("whole", 0), ("again", round(20 * share))):
             out = folder / f"{out}{processes}"
             argv = [name, "--checkpoint", folder / "run", *flags.split(), "--out-dir", out]
-            count, _ = killed("analyze", argv, out / f"{name}.json", kills, late=0.2, early=0.5,
-                              signals=ANY, processes=processes)
+            count, _ = killed(
+                "analyze",
+                argv,
+                out / f"{name}.json",
+                kills,
+                late=0.2,
+                early=0.5,
+                signals=ANY,
+                processes=processes,
+            )
             found.append(results(out / f"{name}.json"))
-        yield (f"the same to analyze.py {name}, {processes} processes", count,
-               found[0] != found[1])
+        yield (f"the same to analyze.py {name}, {processes} processes", count, found[0] != found[1])
     for processes in (1, 2):
         found = []
         for out, kills in (("whole", 0), ("again", round(20 * share))):
             out = folder / f"study{out}{processes}"
-            argv = ["stability", "--study", "length", "--models", "vit_micro8 --dim 24 --depth 1",
-                    *"--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 "
-                    "--device cpu --vary optimizer adamw sgd --vary epochs 60 120 --optimum adamw "
-                    "1e-3 0.1 --optimum sgd 1e-2 1e-4 --save-every 5".split(), "--out-dir", out]
-            count, _ = killed("analyze", argv, out / "length.json", kills, early=3.0, late=8.0,
-                              signals=ANY, processes=processes)
+            argv = [
+                "stability",
+                "--study",
+                "length",
+                "--models",
+                "vit_micro8 --dim 24 --depth 1",
+                *"--dataset shapes --train-fraction 1/50 --batch-size 32 --micro-batch 8 "
+                "--device cpu --vary optimizer adamw sgd --vary epochs 60 120 --optimum adamw "
+                "1e-3 0.1 --optimum sgd 1e-2 1e-4 --save-every 5".split(),
+                "--out-dir",
+                out,
+            ]
+            count, _ = killed(
+                "analyze",
+                argv,
+                out / "length.json",
+                kills,
+                early=3.0,
+                late=8.0,
+                signals=ANY,
+                processes=processes,
+            )
             found.append(results(out / "length.json"))
-        yield f"the same to a study of 4 trainings, {processes} processes", count, (
-            found[0] != found[1])
+        yield (
+            f"the same to a study of 4 trainings, {processes} processes",
+            count,
+            (found[0] != found[1]),
+        )
     write_image_folder(folder / "images", train=300, val=100)
     count = 0
     for out, kills in (("whole.pack", 0), ("again.pack", round(20 * share))):
         argv = ["pack", "--data-dir", folder / "images", "--out", folder / out, "--workers", "1"]
-        count, _ = killed("data", argv, f"{folder / out}.partial", kills, early=0.3, late=0.3,
-                          signals=ANY)
-    yield "the same to data.py pack", count, (
-        (folder / "whole.pack").read_bytes() != (folder / "again.pack").read_bytes())
+        count, _ = killed(
+            "data", argv, f"{folder / out}.partial", kills, early=0.3, late=0.3, signals=ANY
+        )
+    yield (
+        "the same to data.py pack",
+        count,
+        ((folder / "whole.pack").read_bytes() != (folder / "again.pack").read_bytes()),
+    )
 
 
 def stress_disk(folder, share):
     """Files of a run may be of a random size at most: what was saved before is whole."""
     settings, rng = "--train-fraction 1/50 --save-every 3 --ema-decay 0.9", np.random.default_rng(0)
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
-        whole, argv = train_ok(tiny(folder / "whole", settings)), tiny(
-            folder / "run", settings, "--resume")
+        whole, argv = (
+            train_ok(tiny(folder / "whole", settings)),
+            tiny(folder / "run", settings, "--resume"),
+        )
         size, count, lost = (folder / "whole/ckpt.pt").stat().st_size, 0, 0
         assert train.main([*argv, "--max-steps", "3"]) == 0
         for _ in range(round(50 * share)):
@@ -9552,8 +12583,11 @@ def stress_disk(folder, share):
             lost += status != 2 or train.read_checkpoint(folder / "run/ckpt.pt")["step"] < before
         end = train_ok(argv)
         assert errors.getvalue().count("\n") == count, errors.getvalue()
-    yield "the disk is full while a run saves", count, (
-        lost + (not same_tensors(whole["model"], end["model"])))
+    yield (
+        "the disk is full while a run saves",
+        count,
+        (lost + (not same_tensors(whole["model"], end["model"]))),
+    )
 
 
 def refused_or(function, right, errors):
@@ -9569,10 +12603,14 @@ def damages(content, count, rng):
     for i in range(count):
         a, b = sorted(rng.integers(0, len(content), 2).tolist())
         b = min(b, a + 4096)
-        yield (content[:a], content[:a] + bytes([content[a] ^ 1 << rng.integers(8)])
-               + content[a + 1:], content[:a] + content[b:], content[:b] + content[a:],
-               content[:a] + bytes(b - a) + content[b:],
-               content[:a] + rng.bytes(b - a) + content[b:])[i % 6]
+        yield (
+            content[:a],
+            content[:a] + bytes([content[a] ^ 1 << rng.integers(8)]) + content[a + 1 :],
+            content[:a] + content[b:],
+            content[:b] + content[a:],
+            content[:a] + bytes(b - a) + content[b:],
+            content[:a] + rng.bytes(b - a) + content[b:],
+        )[i % 6]
 
 
 def stress_files(folder, share):
@@ -9588,6 +12626,7 @@ def stress_files(folder, share):
         with redirect_stdout(io.StringIO()):
             train.load_weights(network, path)
         return network.state_dict()
+
     lost = 0
     for content in damages((folder / "run/ckpt.pt").read_bytes(), n, rng):
         path.write_bytes(content)
@@ -9602,11 +12641,13 @@ def stress_files(folder, share):
         model = vit.ViT(**VIT_TINY)
         vit.load_npz(model, npz)
         return model.state_dict()
+
     lost = 0
     for content in damages((folder / "whole.npz").read_bytes(), n, rng):
         npz.write_bytes(content)
-        lost += not refused_or(load_npz, lambda got: same_tensors(got, whole.state_dict()),
-                               ValueError)
+        lost += not refused_or(
+            load_npz, lambda got: same_tensors(got, whole.state_dict()), ValueError
+        )
     yield "damaged .npz of weights", n, lost
 
     out, images = tiny_pack(folder)
@@ -9615,15 +12656,29 @@ def stress_files(folder, share):
         out.unlink()
         out.write_bytes(content)
         for i, image in enumerate(images):
-            lost += not refused_or(lambda: data.Pack(out, "train", None).read(i),
-                                   lambda got: torch.equal(got, image), data.DataError)
+            lost += not refused_or(
+                lambda: data.Pack(out, "train", None).read(i),
+                lambda got: torch.equal(got, image),
+                data.DataError,
+            )
     yield "damaged packs", n, lost
 
     for name, what, function in (
-            ("config.json", "config.json of a run", lambda run: train.main(
-                [*tiny(run), "--sam-rho", "0.1", "--ema-decay", "0.9", "--resume"])),
-            ("log.jsonl", "log.jsonl of a run", lambda run: analyze.main(
-                ["curves", "--runs", str(run), "--out-dir", str(folder / "curves")]))):
+        (
+            "config.json",
+            "config.json of a run",
+            lambda run: train.main(
+                [*tiny(run), "--sam-rho", "0.1", "--ema-decay", "0.9", "--resume"]
+            ),
+        ),
+        (
+            "log.jsonl",
+            "log.jsonl of a run",
+            lambda run: analyze.main(
+                ["curves", "--runs", str(run), "--out-dir", str(folder / "curves")]
+            ),
+        ),
+    ):
         whole, lost = (folder / "run" / name).read_bytes(), 0
         for content in damages(whole, n // 4, rng):
             (folder / "run" / name).write_bytes(content)
@@ -9644,26 +12699,43 @@ def stress_files(folder, share):
     file = dataset.root / os.fsdecode(dataset.names[0])
     for content in damages(image.getvalue(), n, rng):
         file.write_bytes(content)
-        lost += not refused_or(lambda: dataset.read(0), lambda got: got.shape[0] == 3,
-                               data.DataError)
+        lost += not refused_or(
+            lambda: dataset.read(0), lambda got: got.shape[0] == 3, data.DataError
+        )
     yield "damaged JPEGs", n, lost
 
 
 BAD_VALUES = ("x", "", "0", "-1", "1e99", "999999999999", "nan", "inf", "0.5", "1/0", "\n", "é")
 QUICK = {  # flags with which a subcommand takes a second; {run}: a run's folder
-    "robustness": "--benchmarks val", "hessian": "--images 12 --params whole",
-    "spectrum": "--images 12 --batch 6 --k 1", "landscape": "--images 12 --points 2",
+    "robustness": "--benchmarks val",
+    "hessian": "--images 12 --params whole",
+    "spectrum": "--images 12 --batch 6 --k 1",
+    "landscape": "--images 12 --points 2",
     "flatness": "--images 12 --draws 1 --steps 1 --sigma 0.01 --rho 0.1",
-    "ntk": "--images 8 --batch 4", "norms": "--images 12", "sparsity": "--images 12",
-    "compare": "--images 12 --benchmarks val", "fourier": "--images 12",
-    "variance": "--images 12", "cka": "--images 12 --batch 6", "lesion": "--images 12",
-    "noise": "--frequencies 0.5", "attention": "--indices 0", "calibration": "", "nll":
-    "--images 12", "curves": "--runs {run}", "peak": "--runs {run}", "complexity":
-    "--models vit_micro8", "throughput": "--models vit_micro8 --modes forward --batch-sizes 2 "
-    "--seconds 0.01 --rounds 1 --compile no", "scale": "--tflops 100 --devices 1 8 --dataset "
-    "imagenet", "datasize": "--models vit_s16 --dry-run", "stability": "--study rho --models "
-    "vit_s16 --dry-run", "transfer": "--datasets shapes --epochs 1 --max-steps 1",
-    "all": "--figures norms --images 12", "reproduce": "--quick --dry-run"}
+    "ntk": "--images 8 --batch 4",
+    "norms": "--images 12",
+    "sparsity": "--images 12",
+    "compare": "--images 12 --benchmarks val",
+    "fourier": "--images 12",
+    "variance": "--images 12",
+    "cka": "--images 12 --batch 6",
+    "lesion": "--images 12",
+    "noise": "--frequencies 0.5",
+    "attention": "--indices 0",
+    "calibration": "",
+    "nll": "--images 12",
+    "curves": "--runs {run}",
+    "peak": "--runs {run}",
+    "complexity": "--models vit_micro8",
+    "throughput": "--models vit_micro8 --modes forward --batch-sizes 2 "
+    "--seconds 0.01 --rounds 1 --compile no",
+    "scale": "--tflops 100 --devices 1 8 --dataset imagenet",
+    "datasize": "--models vit_s16 --dry-run",
+    "stability": "--study rho --models vit_s16 --dry-run",
+    "transfer": "--datasets shapes --epochs 1 --max-steps 1",
+    "all": "--figures norms --images 12",
+    "reproduce": "--quick --dry-run",
+}
 
 
 def stress_arguments(folder, share):
@@ -9673,20 +12745,39 @@ def stress_arguments(folder, share):
         train_ok(tiny(folder / "run", "--max-steps 5"))
     splits = dict(data.SHAPES_SPLITS)
     data.SHAPES_SPLITS.update(train=(0, 160), val=(2**30, 60), test=(2**31, 60))  # less to make
-    values = BAD_VALUES[:max(2, round(len(BAD_VALUES) * share))]
+    values = BAD_VALUES[: max(2, round(len(BAD_VALUES) * share))]
     parsers = analyze.make_parser().commands
     assert parsers.keys() == QUICK.keys()
     programs = [
-        ("train.py", train.main, train.make_parser(), tiny(
-            folder / "new", "--max-steps 1 --train-fraction 1 --dry-run")),
-        ("adversarial.py", adversarial.main, adversarial.make_parser(), (
-            f"--checkpoint {folder / 'run'} --device cpu --images 8 --steps 2 --strength-images 0 "
-            f"--out-dir {folder / 'attack'}").split())]
+        (
+            "train.py",
+            train.main,
+            train.make_parser(),
+            tiny(folder / "new", "--max-steps 1 --train-fraction 1 --dry-run"),
+        ),
+        (
+            "adversarial.py",
+            adversarial.main,
+            adversarial.make_parser(),
+            (
+                f"--checkpoint {folder / 'run'} --device cpu --images 8 --steps 2 "
+                f"--strength-images 0 --out-dir {folder / 'attack'}"
+            ).split(),
+        ),
+    ]
     write_image_folder(folder / "images", train=2, val=2)
     for what in ("sizes", "sheet", "pack"):
-        programs.append((f"data.py {what}", data.main, data.make_parser(), (
-            f"{what} --size 8 --columns 1 --data-dir {folder / 'images'} --workers 0 --out "
-            f"{folder / what}").split()))
+        programs.append(
+            (
+                f"data.py {what}",
+                data.main,
+                data.make_parser(),
+                (
+                    f"{what} --size 8 --columns 1 --data-dir {folder / 'images'} --workers 0 --out "
+                    f"{folder / what}"
+                ).split(),
+            )
+        )
     for name, flags in QUICK.items():  # last: what is stopped inside a counter leaves torch slow
         argv = [name, *flags.format(run=folder / "run").split(), "--out-dir", str(folder / name)]
         if "--checkpoint" in parsers[name].format_help():
@@ -9699,8 +12790,11 @@ def stress_arguments(folder, share):
             if flag in (None, "--help", "--device", "--dry-run", "--download", "--cost"):
                 continue
             for value in values:
-                given = ([flag, *[value] * action.nargs] if isinstance(action.nargs, int) else
-                         [f"{flag}={value}"])
+                given = (
+                    [flag, *[value] * action.nargs]
+                    if isinstance(action.nargs, int)
+                    else [f"{flag}={value}"]
+                )
                 with chdir(folder):  # some are names of folders
                     lost += not one_line_or_right(main, [*argv, *given])
                 count += 1
@@ -9715,6 +12809,7 @@ class LongEnough(BaseException):
 def one_line_or_right(main, argv):
     def enough(*_):
         raise LongEnough
+
     before, status = signal.signal(signal.SIGALRM, enough), None
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
         try:
@@ -9744,22 +12839,34 @@ def stress_long_run(folder, share):
 
     def watched(self, **record):
         if "loss" in record:
-            seen.append((int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2 ** 20,
-                         len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")),
-                         len(os.listdir("/dev/shm"))))
+            seen.append(
+                (
+                    int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20,
+                    len(os.listdir("/proc/self/fd")),
+                    len(os.listdir("/proc/self/task")),
+                    len(os.listdir("/dev/shm")),
+                )
+            )
         log(self, **record)
+
     train.RunFolder.log = watched
     try:
         with redirect_stdout(io.StringIO()):
-            train_ok([*TINY, *f"--dataset folder --data-dir {folder / 'images'} --image-size 16 "
-                      f"--workers 2 --batch-size 8 --micro-batch 8 --epochs 0 --max-steps {steps} "
-                      f"--log-every {max(steps // 100, 1)} --eval-every 100 --save-every 500 "
-                      f"--sam-rho 0.1 --out-dir {folder / 'run'}".split()])
+            train_ok(
+                [
+                    *TINY,
+                    *f"--dataset folder --data-dir {folder / 'images'} --image-size 16 "
+                    f"--workers 2 --batch-size 8 --micro-batch 8 --epochs 0 --max-steps {steps} "
+                    f"--log-every {max(steps // 100, 1)} --eval-every 100 --save-every 500 "
+                    f"--sam-rho 0.1 --out-dir {folder / 'run'}".split(),
+                ]
+            )
     finally:
         train.RunFolder.log = log
     first, last = np.array(seen[len(seen) // 10]), np.array(seen[-1])
-    for what, grown, most in zip(("MiB of memory", "open files", "threads", "files in /dev/shm"),
-                                 last - first, (16, 0, 0, 0)):
+    for what, grown, most in zip(
+        ("MiB of memory", "open files", "threads", "files in /dev/shm"), last - first, (16, 0, 0, 0)
+    ):
         yield f"{what} that {steps:,} steps add ({grown:+.3g})", 1, grown > most
 
 
@@ -9774,9 +12881,15 @@ def stress_determinism(folder, share):
     yield "trainings run twice", len(VARIANTS) - 1, lost
 
 
-STRESS = dict(training=stress_training, analyses=stress_analyses, disk=stress_disk,
-              files=stress_files, arguments=stress_arguments, long=stress_long_run,
-              determinism=stress_determinism)
+STRESS = dict(
+    training=stress_training,
+    analyses=stress_analyses,
+    disk=stress_disk,
+    files=stress_files,
+    arguments=stress_arguments,
+    long=stress_long_run,
+    determinism=stress_determinism,
+)
 
 
 def stress(names, share):
@@ -9798,12 +12911,19 @@ def stress(names, share):
 
 
 def main():
-    parser = train.Parser(allow_abbrev=False, description="What takes longer than pytest's tests, "
-                          "or needs an accelerator. Give --stress or --device.")
-    parser.add_argument("--stress", action="store_true", help="kill, damage and mistype, for an "
-                        "hour or more; a table of what was lost")
-    parser.add_argument("--share", type=float, default=1.0, help="of the times that --stress does "
-                        "so (default: 1)")
+    parser = train.Parser(
+        allow_abbrev=False,
+        description="What takes longer than pytest's tests, "
+        "or needs an accelerator. Give --stress or --device.",
+    )
+    parser.add_argument(
+        "--stress",
+        action="store_true",
+        help="kill, damage and mistype, for an hour or more; a table of what was lost",
+    )
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the times that --stress does so (default: 1)"
+    )
     parser.add_argument("--faults", nargs="+", choices=STRESS, help="only these of --stress")
     parser.add_argument("--device", choices=("cuda",), help="numbers on it beside the CPU's")
     parser.add_argument("--checks", nargs="+", choices=CHECKS, help="only these of --device")
@@ -9811,14 +12931,18 @@ def main():
     def command():
         args = parser.parse_args()
         if args.stress == bool(args.device):
-            parser.error("give --stress or --device; the tests are run by "
-                         "python -m pytest -q test_all.py")
+            parser.error(
+                "give --stress or --device; the tests are run by python -m pytest -q test_all.py"
+            )
         if not 0 < args.share <= 1:
             parser.error(f"--share {args.share:g}: it is above 0 and at most 1")
         if args.device and not torch.get_device_module(args.device).is_available():
             parser.error(f"--device {args.device}: this machine has none that torch can use")
-        failed = (stress(args.faults, args.share) if args.stress else
-                  check_device(args.device, args.checks))
+        failed = (
+            stress(args.faults, args.share)
+            if args.stress
+            else check_device(args.device, args.checks)
+        )
         return min(failed, 1)
 
     return train.answer("test_all.py", command, "nothing is kept")

@@ -18,6 +18,7 @@ Differs from the paper: β₂ is 0.999 (Table 8 prints 0.009). Where the paper i
 authors' public code: the sigmoid loss starts from head biases of -6.9, weight decay leaves out
 biases, norms, class token and positions. SGD's weight decay is torch's, an L2 term outside ε.
 """
+
 import argparse
 import copy
 import difflib
@@ -60,146 +61,331 @@ from sam import SAM, LookSAM
 IMAGENET_PIXELS = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 # Chen et al. Table 8. Loss: B.1. 4096 = 128 cores × 32 images, each core's ε its own: E.
 CHEN = dict(
-    dataset="imagenet", image_size=224, augment="inception", epochs=300, batch_size=4096,
-    micro_batch=32, optimizer="adamw", lr=3e-3, beta1=0.9, beta2=0.999, warmup_steps=10_000,
-    weight_decay=0.3, decay="kernels", grad_clip=1.0, loss="sigmoid", head_bias=-6.9)
+    dataset="imagenet",
+    image_size=224,
+    augment="inception",
+    epochs=300,
+    batch_size=4096,
+    micro_batch=32,
+    optimizer="adamw",
+    lr=3e-3,
+    beta1=0.9,
+    beta2=0.999,
+    warmup_steps=10_000,
+    weight_decay=0.3,
+    decay="kernels",
+    grad_clip=1.0,
+    loss="sigmoid",
+    head_bias=-6.9,
+)
 # Park & Kim A.1; numbers that it lacks from the authors' cifar100_vit and imagenet_vit files:
 # the 5 epochs of warm-up come before the 300, all parameters decay. Random erasing, in A.1, has
 # probability 0 in the last CIFAR file and 0.25 in an earlier one. Not theirs: crops of 5-100 %
 # of the area for ImageNet (timm's are of 8-100 %), RandAugment without noise on its magnitude.
 PARK = dict(
-    model="resnet50", randaugment=[2, 9], randaugment_prob=0.5, erasing=0.25, mixup=1.0, cutmix=0.8,
-    label_smoothing=0.1, epochs=305, optimizer="adamw", lr=1.25e-4, warmup_epochs=5,
-    lr_schedule="cosine", weight_decay=0.05, decay="all", drop_path=0.1)
+    model="resnet50",
+    randaugment=[2, 9],
+    randaugment_prob=0.5,
+    erasing=0.25,
+    mixup=1.0,
+    cutmix=0.8,
+    label_smoothing=0.1,
+    epochs=305,
+    optimizer="adamw",
+    lr=1.25e-4,
+    warmup_epochs=5,
+    lr_schedule="cosine",
+    weight_decay=0.05,
+    decay="all",
+    drop_path=0.1,
+)
 RECIPES = {
     # This repository's own, for the built-in data: minutes on a laptop.
     "shapes": dict(
-        dataset="shapes", model="vit_micro8", epochs=12, batch_size=64, micro_batch=32,
-        optimizer="adamw", lr=2e-3, warmup_steps=125, lr_schedule="cosine", weight_decay=0.1,
-        sam_rho=0.03),
+        dataset="shapes",
+        model="vit_micro8",
+        epochs=12,
+        batch_size=64,
+        micro_batch=32,
+        optimizer="adamw",
+        lr=2e-3,
+        warmup_steps=125,
+        lr_schedule="cosine",
+        weight_decay=0.1,
+        sam_rho=0.03,
+    ),
     "chen_vit": CHEN | dict(model="vit_b16", lr_schedule="cosine", dropout=0.1),
-    "chen_mixer": CHEN | dict(
-        model="mixer_b16", lr_schedule="linear", lr_end=1e-5, drop_path=0.1),
+    "chen_mixer": CHEN | dict(model="mixer_b16", lr_schedule="linear", lr_end=1e-5, drop_path=0.1),
     "chen_resnet": dict(
-        dataset="imagenet", model="resnet50", image_size=224, augment="inception", epochs=90,
-        batch_size=4096, micro_batch=32, optimizer="sgd", momentum=0.9, lr=1.6, warmup_steps=5_000,
-        lr_schedule="cosine", weight_decay=1e-3, decay="kernels", loss="softmax"),
-    "park_cifar": PARK | dict(
-        dataset="cifar100", image_size=32, augment="crop", batch_size=96, micro_batch=96,
-        grad_clip=5.0, mean=[0.5071, 0.4867, 0.4408], std=[0.2675, 0.2565, 0.2761]),
-    "park_imagenet": PARK | IMAGENET_PIXELS | dict(
-        dataset="imagenet", image_size=224, augment="inception", batch_size=128, micro_batch=32),
+        dataset="imagenet",
+        model="resnet50",
+        image_size=224,
+        augment="inception",
+        epochs=90,
+        batch_size=4096,
+        micro_batch=32,
+        optimizer="sgd",
+        momentum=0.9,
+        lr=1.6,
+        warmup_steps=5_000,
+        lr_schedule="cosine",
+        weight_decay=1e-3,
+        decay="kernels",
+        loss="softmax",
+    ),
+    "park_cifar": dict(
+        PARK,
+        dataset="cifar100",
+        image_size=32,
+        augment="crop",
+        batch_size=96,
+        micro_batch=96,
+        grad_clip=5.0,
+        mean=[0.5071, 0.4867, 0.4408],
+        std=[0.2675, 0.2565, 0.2761],
+    ),
+    "park_imagenet": dict(
+        PARK | IMAGENET_PIXELS,
+        dataset="imagenet",
+        image_size=224,
+        augment="inception",
+        batch_size=128,
+        micro_batch=32,
+    ),
 }
 # Park & Kim's ViT for CIFAR is timm's class without biases of queries, keys and values.
 RECIPES["park_cifar_vit"] = RECIPES["park_cifar"] | dict(
-    model="vit_ti2", qkv_bias=False, gelu="exact", init="timm")
+    model="vit_ti2", qkv_bias=False, gelu="exact", init="timm"
+)
 # Their ResNets start from torch's initialisation; their Mixer too, which mixer.py does not offer.
 RECIPES["park_cifar_resnet"] = RECIPES["park_cifar"] | dict(init="torch")
 RECIPES["park_cifar_mixer"] = RECIPES["park_cifar"] | dict(model="mixer_ti2", gelu="exact")
 RECIPES["park_imagenet_vit"] = RECIPES["park_imagenet"] | dict(
-    model="vit_ti16", gelu="exact", init="timm")
+    model="vit_ti16", gelu="exact", init="timm"
+)
 # Chen et al. E.3: mixup and RandAugment of strength 15.
-RECIPES |= {f"{name}_strong": RECIPES[name] | dict(
-    lr=1e-3, weight_decay=0.1, drop_path=0.1, mixup=0.5, randaugment=[2, 15],
-    randaugment_of="google") for name in ("chen_vit", "chen_mixer")}
+RECIPES |= {
+    f"{name}_strong": dict(
+        RECIPES[name],
+        lr=1e-3,
+        weight_decay=0.1,
+        drop_path=0.1,
+        mixup=0.5,
+        randaugment=[2, 15],
+        randaugment_of="google",
+    )
+    for name in ("chen_vit", "chen_mixer")
+}
 # Chen et al. Table 5, E.5: nothing else changes, so δ raises the sigmoid loss where it is trained.
 # BatchNorm keeps the statistics of the pass from which δ (and ε) come, as with SAM alone.
-RECIPES |= {f"{name}_adversarial": RECIPES[name] | dict(adv_eps=2 / 255)
-            for name in ("chen_vit", "chen_mixer", "chen_resnet")}
+RECIPES |= {
+    f"{name}_adversarial": RECIPES[name] | dict(adv_eps=2 / 255)
+    for name in ("chen_vit", "chen_mixer", "chen_resnet")
+}
 # E.2 (Fig. 4, Table 4): as many steps from fewer images; the learning rate is not scaled.
-RECIPES |= {f"{name}_{part}": RECIPES[name] | dict(train_fraction=fraction, batch_size=batch) | (
-    dict(model="resnet152") if name == "chen_resnet" else {})
+RECIPES |= {
+    f"{name}_{part}": dict(
+        RECIPES[name],
+        model="resnet152" if name == "chen_resnet" else RECIPES[name]["model"],
+        train_fraction=fraction,
+        batch_size=batch,
+    )
     for name in ("chen_resnet", "chen_vit", "chen_mixer", "chen_vit_strong", "chen_mixer_strong")
-    for part, fraction, batch in (("half", "1/2", 2048), ("quarter", "1/4", 1024),
-                                  ("tenth", "1/10", 512))}
+    for part, fraction, batch in (
+        ("half", "1/2", 2048),
+        ("quarter", "1/4", 1024),
+        ("tenth", "1/10", 512),
+    )
+}
 # Appendix F: twice the epochs, which brought nothing.
 RECIPES |= {f"{name}_long": RECIPES[name] | dict(epochs=600) for name in ("chen_vit", "chen_mixer")}
 # §5.1: ImageNet-21k with SAM, then ImageNet without. The paper has no numbers for it: ViT's are
 # those of its reference [20] (2010.11929, Tables 3 and 4), the head's bias is big_vision's for 21k;
 # Mixer's and ResNet's are Table 8's, which is a guess.
-RECIPES |= {f"{name}_21k": RECIPES[name] | dict(dataset="imagenet21k", sam_rho="paper")
-            for name in ("chen_vit", "chen_mixer", "chen_resnet")}
+RECIPES |= {
+    f"{name}_21k": RECIPES[name] | dict(dataset="imagenet21k", sam_rho="paper")
+    for name in ("chen_vit", "chen_mixer", "chen_resnet")
+}
 RECIPES["chen_vit_21k"] |= dict(
-    epochs=90, lr=1e-3, lr_schedule="linear", weight_decay=0.03, head_bias=-10.0)
+    epochs=90, lr=1e-3, lr_schedule="linear", weight_decay=0.03, head_bias=-10.0
+)
 RECIPES["chen_mixer_21k"] |= dict(head_bias=-10.0)
 # Table 11: fine-tuning, without SAM, of whatever --init-from holds. The rate of each number in
 # Table 6 is the best of 0.001, 0.003, 0.01 and 0.03 on images held out (E.6). Training crops are
 # those of [20]'s code, which tests on images squeezed into a square; here their centre is cropped.
 TRANSFER = dict(
-    model="vit_b16", image_size=224, augment="inception", epochs=0, max_steps=500, batch_size=512,
-    micro_batch=32, optimizer="sgd", momentum=0.9, lr=0.01, warmup_steps=100, lr_schedule="cosine",
-    weight_decay=0.0, grad_clip=1.0, loss="softmax", reset_head=True, eval_every=10_000)
+    model="vit_b16",
+    image_size=224,
+    augment="inception",
+    epochs=0,
+    max_steps=500,
+    batch_size=512,
+    micro_batch=32,
+    optimizer="sgd",
+    momentum=0.9,
+    lr=0.01,
+    warmup_steps=100,
+    lr_schedule="cosine",
+    weight_decay=0.0,
+    grad_clip=1.0,
+    loss="softmax",
+    reset_head=True,
+    eval_every=10_000,
+)
 RECIPES |= {f"chen_to_{name}": TRANSFER | dict(dataset=name) for name in ("flowers102", "pets")}
-RECIPES |= {f"chen_to_{name}": TRANSFER | dict(dataset=name, max_steps=10_000, warmup_steps=500)
-            for name in ("cifar10", "cifar100")}
+RECIPES |= {
+    f"chen_to_{name}": TRANSFER | dict(dataset=name, max_steps=10_000, warmup_steps=500)
+    for name in ("cifar10", "cifar100")
+}
 RECIPES["chen_21k_to_imagenet"] = TRANSFER | dict(
-    dataset="imagenet", max_steps=20_000, warmup_steps=500, lr=0.03, eval_every=1)
+    dataset="imagenet", max_steps=20_000, warmup_steps=500, lr=0.03, eval_every=1
+)
 # E.4, supervised contrastive learning of its [31] (Khosla et al. 2020, 2004.11362). What E.4 leaves
 # open in the first stage is Table 8's; 16 images are a core's of 128. "AutoAugment with strength
 # 1.0" is the policy as it is: in [31]'s code any strength above 0 turns it on.
 RECIPES["chen_supcon"] = RECIPES["chen_vit"] | dict(
-    autoaugment="imagenet", epochs=350, batch_size=2048, micro_batch=16, optimizer="lamb", lr=8e-3,
-    eps=1e-6, weight_decay=0.3, loss="supcon", temperature=0.1, projection_dim=128, unit_norm=True,
-    head_bias=0.0)
+    autoaugment="imagenet",
+    epochs=350,
+    batch_size=2048,
+    micro_batch=16,
+    optimizer="lamb",
+    lr=8e-3,
+    eps=1e-6,
+    weight_decay=0.3,
+    loss="supcon",
+    temperature=0.1,
+    projection_dim=128,
+    unit_norm=True,
+    head_bias=0.0,
+)
 # Then the head alone, from the first stage's --init-from RUN/ckpt.pt. What E.4 leaves open is of
 # [31]'s code, which has its other numbers too: α and momentum 0.9, ε 1, 0.97 each half epoch (here
 # smoothly). That code also multiplies 0.05 by batch/256 (--lr 0.4) and smooths labels by 0.05.
 RECIPES["chen_supcon_head"] = dict(
-    dataset="imagenet", model="vit_b16", image_size=224, augment="inception",
-    autoaugment="imagenet", epochs=90, batch_size=2048, micro_batch=32, optimizer="rmsprop",
-    lr=0.05, momentum=0.9, beta2=0.9, eps=1.0, lr_schedule="exponential",
-    lr_end=0.05 * 0.97 ** 180, weight_decay=1e-6, loss="softmax", unit_norm=True, reset_head=True,
-    train_only="head")
+    dataset="imagenet",
+    model="vit_b16",
+    image_size=224,
+    augment="inception",
+    autoaugment="imagenet",
+    epochs=90,
+    batch_size=2048,
+    micro_batch=32,
+    optimizer="rmsprop",
+    lr=0.05,
+    momentum=0.9,
+    beta2=0.9,
+    eps=1.0,
+    lr_schedule="exponential",
+    lr_end=0.05 * 0.97**180,
+    weight_decay=1e-6,
+    loss="softmax",
+    unit_norm=True,
+    reset_head=True,
+    train_only="head",
+)
 # Park & Kim App. F: "weak" augmentation leaves the crop, and the flip unless --no-flip.
-RECIPES |= {f"{name}_weak": RECIPES[name] | dict(
-    randaugment=[0, 9], erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
-    for name in ("park_cifar_vit", "park_cifar_resnet")}
+RECIPES |= {
+    f"{name}_weak": dict(
+        RECIPES[name], randaugment=[0, 9], erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0
+    )
+    for name in ("park_cifar_vit", "park_cifar_resnet")
+}
 # Xiao et al. §5.4, §6. What the text leaves open is as in the authors' code: Nesterov, 0.5 % of the
 # learning rate at the end, when and how much the average of the weights moves. That code also has
 # what is not offered here: a warm-up from a tenth, rates set once an epoch, PCA jitter, BatchNorm's
 # statistics measured anew for each evaluation; crops of 8-100 %. SGD for ViT: only its appendix has
 # the rate and decay. Fine-tuning after 21k likewise.
 RECIPES["xiao_vit"] = IMAGENET_PIXELS | dict(
-    dataset="imagenet", model="vit_c_4gf", image_size=224, augment="inception",
-    autoaugment="imagenet", mixup=0.8, cutmix=1.0, label_smoothing=0.1, epochs=400, batch_size=2048,
-    micro_batch=32, optimizer="adamw", lr=1e-3, beta1=0.9, beta2=0.999, warmup_epochs=5,
-    lr_schedule="cosine", lr_end=5e-6, weight_decay=0.24, decay="no-norm-bias", loss="softmax",
-    ema_alpha=1e-5, ema_every=32)
+    dataset="imagenet",
+    model="vit_c_4gf",
+    image_size=224,
+    augment="inception",
+    autoaugment="imagenet",
+    mixup=0.8,
+    cutmix=1.0,
+    label_smoothing=0.1,
+    epochs=400,
+    batch_size=2048,
+    micro_batch=32,
+    optimizer="adamw",
+    lr=1e-3,
+    beta1=0.9,
+    beta2=0.999,
+    warmup_epochs=5,
+    lr_schedule="cosine",
+    lr_end=5e-6,
+    weight_decay=0.24,
+    decay="no-norm-bias",
+    loss="softmax",
+    ema_alpha=1e-5,
+    ema_every=32,
+)
 # §6; the code's file has 7e-4 and 0.24.
 RECIPES["xiao_vit_36gf"] = RECIPES["xiao_vit"] | dict(
-    model="vit_c_36gf", lr=6e-4, lr_end=3e-6, weight_decay=0.28)
+    model="vit_c_36gf", lr=6e-4, lr_end=3e-6, weight_decay=0.28
+)
 # §6: CNNs, at the sizes that they are trained at and the short side to which test images are
 # resized, both of 2103.06877 (in its code the centre crop is of the training size).
 REGNETY_SIDES = {"1gf": (232, 262), "4gf": (240, 272), "16gf": (256, 292), "32gf": (268, 304)}
 RECIPES["xiao_resnet"] = RECIPES["xiao_vit"] | dict(
-    model="resnet50", eval_short_side=256, optimizer="sgd", momentum=0.9, nesterov=True, lr=2.54,
-    lr_end=0.0127, weight_decay=2.4e-5)
-RECIPES |= {f"xiao_regnety_{size}": RECIPES["xiao_resnet"] | dict(
-    model=f"regnety_{size}", image_size=side, eval_short_side=short_side)
-    for size, (side, short_side) in REGNETY_SIDES.items()}
+    model="resnet50",
+    eval_short_side=256,
+    optimizer="sgd",
+    momentum=0.9,
+    nesterov=True,
+    lr=2.54,
+    lr_end=0.0127,
+    weight_decay=2.4e-5,
+)
+RECIPES |= {
+    f"xiao_regnety_{size}": dict(
+        RECIPES["xiao_resnet"], model=f"regnety_{size}", image_size=side, eval_short_side=short_side
+    )
+    for size, (side, short_side) in REGNETY_SIDES.items()
+}
 # ImageNet-21k, of the code's files (Table 2's last column, before the fine-tuning).
 RECIPES["xiao_vit_21k"] = RECIPES["xiao_vit"] | dict(
-    dataset="imagenet21k", model="vit_c_18gf", epochs=90, batch_size=4096, lr=2e-3, lr_end=1e-5)
+    dataset="imagenet21k", model="vit_c_18gf", epochs=90, batch_size=4096, lr=2e-3, lr_end=1e-5
+)
 RECIPES["xiao_vit_21k_36gf"] = RECIPES["xiao_vit_21k"] | dict(
-    model="vit_c_36gf", lr=1.4e-3, lr_end=7e-6)
+    model="vit_c_36gf", lr=1.4e-3, lr_end=7e-6
+)
 # What §5.4 compares with: DeiT (2012.12877, Table 9 and code) on ViT_P. RandAugment without noise.
 RECIPES["xiao_deit"] = RECIPES["xiao_vit"] | dict(
-    model="vit_p_4gf", autoaugment="none", randaugment=[2, 9], randaugment_prob=0.5, erasing=0.25,
-    repeated_augment=3, epochs=300, batch_size=1024, lr_end=1e-5, weight_decay=0.05,
-    decay="kernels", drop_path=0.1, ema_alpha=0.0, ema_every=1)
+    model="vit_p_4gf",
+    autoaugment="none",
+    randaugment=[2, 9],
+    randaugment_prob=0.5,
+    erasing=0.25,
+    repeated_augment=3,
+    epochs=300,
+    batch_size=1024,
+    lr_end=1e-5,
+    weight_decay=0.05,
+    decay="kernels",
+    drop_path=0.1,
+    ema_alpha=0.0,
+    ema_every=1,
+)
 # The recipe for a data set and a model or family of them, if none is named; "" is any family.
 RECIPE_FOR = {
     "shapes": {"": "shapes"},
-    "imagenet": {"vit": "chen_vit", "mixer": "chen_mixer", "resnet": "chen_resnet",
-                 **{f"vit_{stem}_{size}": "xiao_vit" for stem in "pc"
-                    for size in ("1gf", "4gf", "18gf")},
-                 "vit_p_36gf": "xiao_vit_36gf", "vit_c_36gf": "xiao_vit_36gf",
-                 **{f"regnety_{size}": f"xiao_regnety_{size}" for size in REGNETY_SIDES},
-                 **dict.fromkeys(("preresnet", "resnext", "alter", "pit", "swin"),
-                                 "park_imagenet")},
-    "cifar10": {"vit": "park_cifar_vit", "mixer": "park_cifar_mixer",
-                **dict.fromkeys(("resnet", "resnext"), "park_cifar_resnet"),
-                **dict.fromkeys(("preresnet", "alter", "pit", "swin"), "park_cifar")},
+    "imagenet": {
+        "vit": "chen_vit",
+        "mixer": "chen_mixer",
+        "resnet": "chen_resnet",
+        **{f"vit_{stem}_{size}": "xiao_vit" for stem in "pc" for size in ("1gf", "4gf", "18gf")},
+        "vit_p_36gf": "xiao_vit_36gf",
+        "vit_c_36gf": "xiao_vit_36gf",
+        **{f"regnety_{size}": f"xiao_regnety_{size}" for size in REGNETY_SIDES},
+        **dict.fromkeys(("preresnet", "resnext", "alter", "pit", "swin"), "park_imagenet"),
+    },
+    "cifar10": {
+        "vit": "park_cifar_vit",
+        "mixer": "park_cifar_mixer",
+        **dict.fromkeys(("resnet", "resnext"), "park_cifar_resnet"),
+        **dict.fromkeys(("preresnet", "alter", "pit", "swin"), "park_cifar"),
+    },
 }
 RECIPE_FOR["cifar100"] = RECIPE_FOR["cifar10"]
 
@@ -215,65 +401,156 @@ PUBLISHED = {
     "chen_vit_adversarial": ("Chen E.5, Table 5", 72.8, 76.7),
     "chen_mixer_adversarial": ("Chen E.5, Table 5", 62.8, 73.9),
     "chen_resnet_adversarial": ("Chen E.5, Table 5", 70.8, 70.1),
-    **{f"{name}_{part}": ("Chen E.2, Table 4", *top1) for name, column in {
-        "chen_resnet": ((74.2, 75.6), (68.0, 70.3), (54.6, 57.1)),
-        "chen_vit": ((64.9, 75.4), (52.4, 66.8), (32.8, 46.1)),
-        "chen_mixer": ((53.9, 71.0), (37.2, 62.8), (21.0, 43.5)),
-        "chen_vit_strong": ((73.1, 75.8), (63.2, 65.6), (38.5, 45.7)),
-        "chen_mixer_strong": ((70.4, 73.1), (61.0, 65.8), (43.0, 51.0)),
-        }.items() for part, top1 in zip(("half", "quarter", "tenth"), column)},
+    **{
+        f"{name}_{part}": ("Chen E.2, Table 4", *top1)
+        for name, column in {
+            "chen_resnet": ((74.2, 75.6), (68.0, 70.3), (54.6, 57.1)),
+            "chen_vit": ((64.9, 75.4), (52.4, 66.8), (32.8, 46.1)),
+            "chen_mixer": ((53.9, 71.0), (37.2, 62.8), (21.0, 43.5)),
+            "chen_vit_strong": ((73.1, 75.8), (63.2, 65.6), (38.5, 45.7)),
+            "chen_mixer_strong": ((70.4, 73.1), (61.0, 65.8), (43.0, 51.0)),
+        }.items()
+        for part, top1 in zip(("half", "quarter", "tenth"), column)
+    },
     **dict.fromkeys(("chen_vit_long", "chen_mixer_long"), ("Chen App. F",)),
-    **dict.fromkeys(("chen_vit_21k", "chen_mixer_21k", "chen_resnet_21k", "chen_21k_to_imagenet"),
-                    ("Chen §5.1",)),
+    **dict.fromkeys(
+        ("chen_vit_21k", "chen_mixer_21k", "chen_resnet_21k", "chen_21k_to_imagenet"),
+        ("Chen §5.1",),
+    ),
     "chen_supcon": ("Chen E.4",),
     "chen_supcon_head": ("Chen E.4, §5.3; ViT-S/16 77.0, 78.1", 77.4, 80.0),
     "chen_to_cifar10": ("Chen Table 11, 6", 98.1, 98.6),
     "chen_to_cifar100": ("Chen Table 11, 6", 87.6, 89.1),
     "chen_to_flowers102": ("Chen Table 11, 6", 88.5, 91.8),
     "chen_to_pets": ("Chen Table 11, 6", 91.9, 93.1),
-    **dict.fromkeys(("park_cifar", "park_cifar_vit", "park_cifar_mixer", "park_imagenet",
-                     "park_imagenet_vit"), ("Park A.1",)),
+    **dict.fromkeys(
+        ("park_cifar", "park_cifar_vit", "park_cifar_mixer", "park_imagenet", "park_imagenet_vit"),
+        ("Park A.1",),
+    ),
     "park_cifar_resnet": ("Park A.1, App. C", 77.8),
     **dict.fromkeys(("park_cifar_vit_weak", "park_cifar_resnet_weak"), ("Park App. F",)),
     "xiao_vit": ("Xiao §5.4, Table 2", 81.4),
     "xiao_vit_36gf": ("Xiao §6, Table 2", 83.2),
     "xiao_resnet": ("Xiao §6, Table 2", 79.3),
-    **{f"xiao_regnety_{size}": ("Xiao §6, Table 2", top1)
-       for size, top1 in zip(REGNETY_SIDES, (78.5, 82.1, 83.7, 84.1))},
+    **{
+        f"xiao_regnety_{size}": ("Xiao §6, Table 2", top1)
+        for size, top1 in zip(REGNETY_SIDES, (78.5, 82.1, 83.7, 84.1))
+    },
     **dict.fromkeys(("xiao_vit_21k", "xiao_vit_21k_36gf"), ("Xiao §6",)),
     "xiao_deit": ("Xiao §5.4",),
 }
 # Training images and classes as published, of 21k in its release of 2011.
-TRAINING_IMAGES = dict(shapes=8_000, imagenet=1_281_167, imagenet21k=14_197_122, cifar10=50_000,
-                       cifar100=50_000, flowers102=2_040, pets=3_680)
-CLASSES = dict(shapes=12, imagenet=1000, imagenet21k=21_841, cifar10=10, cifar100=100,
-               flowers102=102, pets=37, folder=1000)
+TRAINING_IMAGES = dict(
+    shapes=8_000,
+    imagenet=1_281_167,
+    imagenet21k=14_197_122,
+    cifar10=50_000,
+    cifar100=50_000,
+    flowers102=2_040,
+    pets=3_680,
+)
+CLASSES = dict(
+    shapes=12,
+    imagenet=1000,
+    imagenet21k=21_841,
+    cifar10=10,
+    cifar100=100,
+    flowers102=102,
+    pets=37,
+    folder=1000,
+)
 
 # Chen et al. Table 9: what --sam-rho paper stands for, by the kind of training.
 PAPER_RHO = {
     "supervised": {
-        "resnet50": 0.02, "resnet101": 0.05, "resnet152": 0.02, "resnet50x2": 0.05,
-        "resnet101x2": 0.05, "resnet152x2": 0.05, "vit_s32": 0.05, "vit_s16": 0.1, "vit_s14": 0.1,
-        "vit_s8": 0.15, "vit_b32": 0.15, "vit_b16": 0.2, "mixer_s32": 0.1, "mixer_s16": 0.15,
-        "mixer_s8": 0.2, "mixer_b32": 0.35, "mixer_b16": 0.6, "mixer_b8": 0.6},
+        "resnet50": 0.02,
+        "resnet101": 0.05,
+        "resnet152": 0.02,
+        "resnet50x2": 0.05,
+        "resnet101x2": 0.05,
+        "resnet152x2": 0.05,
+        "vit_s32": 0.05,
+        "vit_s16": 0.1,
+        "vit_s14": 0.1,
+        "vit_s8": 0.15,
+        "vit_b32": 0.15,
+        "vit_b16": 0.2,
+        "mixer_s32": 0.1,
+        "mixer_s16": 0.15,
+        "mixer_s8": 0.2,
+        "mixer_b32": 0.35,
+        "mixer_b16": 0.6,
+        "mixer_b8": 0.6,
+    },
     "strong augmentation": {"vit_b16": 0.05, "mixer_b16": 0.2},  # E.3: mixup and RandAugment
     "adversarial": {
-        "resnet50": 0.05, "resnet101": 0.05, "resnet152": 0.05, "vit_s16": 0.1, "vit_b32": 0.1,
-        "vit_b16": 0.1, "mixer_s16": 0.05, "mixer_b32": 0.25, "mixer_b16": 0.25},
+        "resnet50": 0.05,
+        "resnet101": 0.05,
+        "resnet152": 0.05,
+        "vit_s16": 0.1,
+        "vit_b32": 0.1,
+        "vit_b16": 0.1,
+        "mixer_s16": 0.05,
+        "mixer_b32": 0.25,
+        "mixer_b16": 0.25,
+    },
     "supervised contrastive": {"vit_s16": 0.02, "vit_b16": 0.02},
 }
 
 DEFAULT_MODEL = dict.fromkeys(data.DATASETS, "vit_s16") | {
-    "shapes": "vit_micro8", "cifar10": "vit_ti2", "cifar100": "vit_ti2"}
-MODEL_FLAGS = ("patch_size", "stride", "dim", "depth", "heads", "head_dim", "mlp_dim",
-               "token_mlp_dim", "pool", "stem", "kernel_size", "qkv_bias", "gelu", "width",
-               "groups", "width_per_group", "pre_activation", "blur", "msa_blocks", "window_size",
-               "dropout", "drop_path", "head_bias", "unit_norm", "init", "zero_init")
+    "shapes": "vit_micro8",
+    "cifar10": "vit_ti2",
+    "cifar100": "vit_ti2",
+}
+MODEL_FLAGS = (
+    "patch_size",
+    "stride",
+    "dim",
+    "depth",
+    "heads",
+    "head_dim",
+    "mlp_dim",
+    "token_mlp_dim",
+    "pool",
+    "stem",
+    "kernel_size",
+    "qkv_bias",
+    "gelu",
+    "width",
+    "groups",
+    "width_per_group",
+    "pre_activation",
+    "blur",
+    "msa_blocks",
+    "window_size",
+    "dropout",
+    "drop_path",
+    "head_bias",
+    "unit_norm",
+    "init",
+    "zero_init",
+)
 IN_MEMORY = ("shapes", "cifar10", "cifar100")
 # Where a run computes and what becomes of it: may differ when it is resumed, all else may not.
-FREE_FLAGS = {"data_dir", "download", "workers", "device", "compile", "channels_last", "out_dir",
-              "resume", "dry_run", "expect", "list_models", "list_recipes", "eval_only",
-              "eval_split", "max_steps", "save_every", "keep_epochs"}
+FREE_FLAGS = {
+    "data_dir",
+    "download",
+    "workers",
+    "device",
+    "compile",
+    "channels_last",
+    "out_dir",
+    "resume",
+    "dry_run",
+    "expect",
+    "list_models",
+    "list_recipes",
+    "eval_only",
+    "eval_split",
+    "max_steps",
+    "save_every",
+    "keep_epochs",
+}
 MOST_SKIPPED = 25  # steps in a row; a float16 loss scaler skips some at its start, by design
 
 
@@ -297,6 +574,7 @@ def as_user_error(what):
 
 # ----------------------------------------------------------------------------------------- settings
 
+
 class Parser(argparse.ArgumentParser):
     also = ()  # flags that are read elsewhere
 
@@ -304,60 +582,136 @@ class Parser(argparse.ArgumentParser):
         """One line instead of the list of all flags; to an unknown flag, the nearest known ones."""
         wrong = [word.split("=")[0] for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized") and wrong:
-            near = difflib.get_close_matches(wrong[0].replace("_", "-"),
-                                             [*self._option_string_actions, *self.also], 2, 0.7)
+            near = difflib.get_close_matches(
+                wrong[0].replace("_", "-"), [*self._option_string_actions, *self.also], 2, 0.7
+            )
             message = f"unknown flag {wrong[0]}" + (
-                f"; did you mean {' or '.join(near)}?" if near else "; see --help")
+                f"; did you mean {' or '.join(near)}?" if near else "; see --help"
+            )
         raise UserError(message)
 
 
 def make_parser():
-    parser = Parser(allow_abbrev=False, description=__doc__.split("\n\n")[0], epilog=(
-        "Without --model, --recipe, --dataset and --data-dir the built-in data set is trained. "
-        "A rate, norm, ρ or interval of 0 means off."))
+    parser = Parser(
+        allow_abbrev=False,
+        description=__doc__.split("\n\n")[0],
+        epilog=(
+            "Without --model, --recipe, --dataset and --data-dir the built-in data set is trained. "
+            "A rate, norm, ρ or interval of 0 means off."
+        ),
+    )
     on_off = argparse.BooleanOptionalAction
     off = dict(action=on_off, default=False)
 
     add = parser.add_argument_group("what is trained").add_argument
-    add("--recipe", choices=RECIPES, help="row of a paper's table, see --list-recipes; "
-        "default: the one that fits model and data set, if there is one")
+    add(
+        "--recipe",
+        choices=RECIPES,
+        help="row of a paper's table, see --list-recipes; "
+        "default: the one that fits model and data set, if there is one",
+    )
     add("--model", help="a name that --list-models prints, or torchvision:NAME, timm:NAME")
-    add("--init-from", default="", metavar="FILE", help="start from these weights: a checkpoint of "
-        "ours, a timm or torchvision state dict, an original .npz")
-    add("--reset-head", **off, help="the classifier stays as initialised, "
-        "whatever the file holds: for another number of classes")
-    add("--weights", choices=("ema", "model"), default="ema", help="of a checkpoint that has both: "
-        "the average or the last")
+    add(
+        "--init-from",
+        default="",
+        metavar="FILE",
+        help="start from these weights: a checkpoint of "
+        "ours, a timm or torchvision state dict, an original .npz",
+    )
+    add(
+        "--reset-head",
+        **off,
+        help="the classifier stays as initialised, "
+        "whatever the file holds: for another number of classes",
+    )
+    add(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="of a checkpoint that has both: the average or the last",
+    )
 
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=data.DATASETS, help="folder: any with train/, val/ of class folders")
-    add("--data-dir", default="", help="a folder, or a file of python data.py pack; default: "
-        "$IMAGENET_DIR, else data/imagenet; data/imagenet21k; for CIFAR, Flowers and Pets data")
+    add(
+        "--data-dir",
+        default="",
+        help="a folder, or a file of python data.py pack; default: "
+        "$IMAGENET_DIR, else data/imagenet; data/imagenet21k; for CIFAR, Flowers and Pets data",
+    )
     add("--download", **off, help="fetch CIFAR, Flowers or Pets if it is missing")
     add("--image-size", type=int, default=0, help="0: 32 for shapes and CIFAR, else 224 (Table 8)")
-    add("--augment", choices=data.AUGMENTATIONS, help="default: inception for folders (Table 8), "
-        "crop for CIFAR, none for shapes")
-    add("--flip", action=on_off, default=True, help="half the images, with inception and crop "
-        "(Park App. F has crops alone)")
-    add("--eval-short-side", type=int, default=0, help="images of files, to be evaluated: their "
-        "short side before the centre crop; 0: 256/224 of --image-size (Xiao §6: RegNetY 262 …)")
+    add(
+        "--augment",
+        choices=data.AUGMENTATIONS,
+        help="default: inception for folders (Table 8), crop for CIFAR, none for shapes",
+    )
+    add(
+        "--flip",
+        action=on_off,
+        default=True,
+        help="half the images, with inception and crop (Park App. F has crops alone)",
+    )
+    add(
+        "--eval-short-side",
+        type=int,
+        default=0,
+        help="images of files, to be evaluated: their "
+        "short side before the centre crop; 0: 256/224 of --image-size (Xiao §6: RegNetY 262 …)",
+    )
     add("--train-fraction", default="1", help="class-balanced part, as 1/10 or 0.1 (§5.1)")
-    add("--hold-out", default="0", metavar="FRACTION", help="class-balanced part of the training "
-        "set, as 1/10, that is not trained on and takes the validation set's place (Chen E.6)")
-    add("--repeated-augment", type=int, default=1, help="times that an image comes in a batch, "
-        "augmented anew; an epoch is as long, of fewer images (DeiT: 3; Xiao §5.4)")
-    add("--autoaugment", choices=data.AUTOAUGMENTS, default="none", help="torchvision's policy of "
-        "that name, after it (Xiao §5.4: imagenet; theirs has a few other entries)")
-    add("--randaugment", type=int, nargs=2, default=[0, 9], metavar=("OPS", "MAGNITUDE"),
-        help="RandAugment after these (Chen E.3: 2 15 of google; Park A.1: 2 9 of torchvision)")
-    add("--randaugment-of", choices=("torchvision", "google"), default="torchvision", help="whose "
-        "operations: magnitudes 0 to 10; or those of Chen et al.'s group, which go on beyond 10")
+    add(
+        "--hold-out",
+        default="0",
+        metavar="FRACTION",
+        help="class-balanced part of the training "
+        "set, as 1/10, that is not trained on and takes the validation set's place (Chen E.6)",
+    )
+    add(
+        "--repeated-augment",
+        type=int,
+        default=1,
+        help="times that an image comes in a batch, "
+        "augmented anew; an epoch is as long, of fewer images (DeiT: 3; Xiao §5.4)",
+    )
+    add(
+        "--autoaugment",
+        choices=data.AUTOAUGMENTS,
+        default="none",
+        help="torchvision's policy of "
+        "that name, after it (Xiao §5.4: imagenet; theirs has a few other entries)",
+    )
+    add(
+        "--randaugment",
+        type=int,
+        nargs=2,
+        default=[0, 9],
+        metavar=("OPS", "MAGNITUDE"),
+        help="RandAugment after these (Chen E.3: 2 15 of google; Park A.1: 2 9 of torchvision)",
+    )
+    add(
+        "--randaugment-of",
+        choices=("torchvision", "google"),
+        default="torchvision",
+        help="whose "
+        "operations: magnitudes 0 to 10; or those of Chen et al.'s group, which go on beyond 10",
+    )
     add("--randaugment-prob", type=float, default=1.0, help="of each operation (Park: 0.5)")
     add("--erasing", type=float, default=0.0, help="probability of random erasing (Park A.1: 0.25)")
-    add("--mixup", type=float, default=0.0, help="α of Beta(α, α); one λ for a micro-batch, each "
-        "image with the one before it (Chen E.3: 0.5; Park A.1: 1; Xiao §5.4: 0.8)")
-    add("--cutmix", type=float, default=0.0, help="α likewise (Park: 0.8; Xiao: 1); with mixup, "
-        "each micro-batch takes one of the two, at even odds")
+    add(
+        "--mixup",
+        type=float,
+        default=0.0,
+        help="α of Beta(α, α); one λ for a micro-batch, each "
+        "image with the one before it (Chen E.3: 0.5; Park A.1: 1; Xiao §5.4: 0.8)",
+    )
+    add(
+        "--cutmix",
+        type=float,
+        default=0.0,
+        help="α likewise (Park: 0.8; Xiao: 1); with mixup, "
+        "each micro-batch takes one of the two, at even odds",
+    )
     add("--mean", type=float, nargs="+", default=[0.5], help="of pixels in [0, 1]: 1 number or 3")
     add("--std", type=float, nargs="+", default=[0.5], help="likewise")
 
@@ -371,8 +725,12 @@ def make_parser():
     add("--mlp-dim", type=int, help="hidden width of the MLP, in Mixer of the channel MLP")
     add("--token-mlp-dim", type=int, help="Mixer: hidden width of the token MLP")
     add("--pool", choices=("cls", "gap"), help="ViT: class token or global average pooling")
-    add("--stem", choices=("patchify", "conv", "imagenet", "cifar"), help="ViT: patches or "
-        "convolutions (Xiao §3); ResNet, AlterNet: 7×7 and pooling or 3×3 (cifar up to 64 pixels)")
+    add(
+        "--stem",
+        choices=("patchify", "conv", "imagenet", "cifar"),
+        help="ViT: patches or "
+        "convolutions (Xiao §3); ResNet, AlterNet: 7×7 and pooling or 3×3 (cifar up to 64 pixels)",
+    )
     add("--kernel-size", type=int, help="ViT: k, self-attention within k×k tokens (Park Fig. 7)")
     add("--qkv-bias", action=on_off, help="biases of queries, keys and values")
     add("--gelu", choices=("exact", "tanh"), help="form of the GELU")
@@ -381,116 +739,246 @@ def make_parser():
     add("--width-per-group", type=int, help="of these, at 64 channels (ResNeXt 32x4d: 4)")
     add("--pre-activation", action=on_off, help="norm and ReLU before each convolution")
     add("--blur", action=on_off, help="ResNet: 2×2 box blur at the ends of stages (Park Fig. 3a)")
-    add("--msa-blocks", type=int, nargs=4, metavar="M", help="AlterNet: attention blocks of each "
-        "stage (Park Fig. 11, 12a, D.5)")
+    add(
+        "--msa-blocks",
+        type=int,
+        nargs=4,
+        metavar="M",
+        help="AlterNet: attention blocks of each stage (Park Fig. 11, 12a, D.5)",
+    )
     add("--window-size", type=int, help="AlterNet, Swin: side of an attention window in pixels")
     add("--dropout", type=float, help="rate (Table 8: 0.1)")
     add("--drop-path", type=float, help="stochastic depth, rate of the last block (E.3: 0.1)")
     add("--head-bias", type=float, help="initial bias of the classifier, for the sigmoid loss")
-    add("--unit-norm", action=on_off, help="ViT: the head sees the representation divided by its "
-        "length, as SupCon's heads do (Chen E.4)")
-    add("--init", choices=("google", "pycls", "timm", "torchvision", "torch"), help="whose initial "
-        "weights; ViT has the first three, Mixer google and timm, ResNet the last two")
+    add(
+        "--unit-norm",
+        action=on_off,
+        help="ViT: the head sees the representation divided by its "
+        "length, as SupCon's heads do (Chen E.4)",
+    )
+    add(
+        "--init",
+        choices=("google", "pycls", "timm", "torchvision", "torch"),
+        help="whose initial "
+        "weights; ViT has the first three, Mixer google and timm, ResNet the last two",
+    )
     add("--zero-init", action=on_off, help="ResNet: last scale of each branch starts at 0")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=int, default=100, help="the schedule's length (Table 8: 300)")
-    add("--max-steps", type=int, default=0, help="stop after so many steps; with --epochs 0 also "
-        "the schedule's length (Table 11)")
+    add(
+        "--max-steps",
+        type=int,
+        default=0,
+        help="stop after so many steps; with --epochs 0 also the schedule's length (Table 11)",
+    )
     add("--batch-size", type=int, default=256, help="images per step, all devices (Table 8: 4096)")
     add("--micro-batch", type=int, default=32, help="images per pass, the m of SAM (App. E: 32)")
-    add("--optimizer", choices=("adamw", "sgd", "lamb", "rmsprop"), default="adamw",
-        help="(Table 8; Chen E.4: lamb, then rmsprop)")
+    add(
+        "--optimizer",
+        choices=("adamw", "sgd", "lamb", "rmsprop"),
+        default="adamw",
+        help="(Table 8; Chen E.4: lamb, then rmsprop)",
+    )
     add("--lr", type=float, default=1e-3, help="peak, for the whole batch (Table 8: 3e-3)")
-    add("--lr-schedule", choices=("cosine", "linear", "constant", "exponential"), default="cosine",
-        help="(Table 8; Chen E.4, head: exponential)")
+    add(
+        "--lr-schedule",
+        choices=("cosine", "linear", "constant", "exponential"),
+        default="cosine",
+        help="(Table 8; Chen E.4, head: exponential)",
+    )
     add("--warmup-steps", type=int, default=0, help="linear from 0 (Table 8: 10000)")
     add("--warmup-epochs", type=float, default=0.0, help="as many more epochs of it (Park A.1: 5)")
     add("--lr-end", type=float, default=0.0, help="learning rate at the end of the decay")
     add("--momentum", type=float, default=0.9, help="of SGD (Table 8) and RMSProp")
     add("--nesterov", **off, help="for SGD")
     add("--beta1", type=float, default=0.9, help="of AdamW (Table 8) and LAMB")
-    add("--beta2", type=float, default=0.999, help="of AdamW (Table 8, misprinted there) and LAMB; "
-        "RMSProp's α (SupCon's code: 0.9)")
-    add("--eps", type=float, default=1e-8, help="beside the root of AdamW's, LAMB's and RMSProp's "
-        "second moment (LAMB's code: 1e-6; SupCon's, for RMSProp: 1)")
-    add("--weight-decay", type=float, default=0.1, help="AdamW, LAMB: decoupled, times the "
-        "learning rate (Table 8: 0.3); SGD, RMSProp: L2")
-    add("--decay", choices=("kernels", "no-norm-bias", "all"), default="kernels", help="what "
-        "decays: matrices and convolutions; also class token and positions (Xiao §5.4); everything")
+    add(
+        "--beta2",
+        type=float,
+        default=0.999,
+        help="of AdamW (Table 8, misprinted there) and LAMB; RMSProp's α (SupCon's code: 0.9)",
+    )
+    add(
+        "--eps",
+        type=float,
+        default=1e-8,
+        help="beside the root of AdamW's, LAMB's and RMSProp's "
+        "second moment (LAMB's code: 1e-6; SupCon's, for RMSProp: 1)",
+    )
+    add(
+        "--weight-decay",
+        type=float,
+        default=0.1,
+        help="AdamW, LAMB: decoupled, times the learning rate (Table 8: 0.3); SGD, RMSProp: L2",
+    )
+    add(
+        "--decay",
+        choices=("kernels", "no-norm-bias", "all"),
+        default="kernels",
+        help="what "
+        "decays: matrices and convolutions; also class token and positions (Xiao §5.4); everything",
+    )
     add("--grad-clip", type=float, default=0.0, help="norm of the final gradient (Table 8: 1)")
-    add("--loss", choices=("softmax", "sigmoid", "supcon"), default="softmax", help="(B.1: "
+    add(
+        "--loss",
+        choices=("softmax", "sigmoid", "supcon"),
+        default="softmax",
+        help="(B.1: "
         "sigmoid). supcon: each image in two views, the representations of a class together, the "
         "classifier untrained; the whole batch's loss in a micro-batch's memory, for one more "
-        "forward pass (Chen E.4)")
+        "forward pass (Chen E.4)",
+    )
     add("--temperature", type=float, default=0.1, help="of supcon (Chen E.4)")
-    add("--projection-dim", type=int, default=128, help="outputs of supcon's projection head, an "
-        "MLP as wide as the representation (Khosla et al. §3.1)")
-    add("--train-only", choices=("all", "head"), default="all", help="head: the classifier; the "
-        "rest stays as in --init-from, in evaluation mode (Chen E.4, second stage)")
+    add(
+        "--projection-dim",
+        type=int,
+        default=128,
+        help="outputs of supcon's projection head, an "
+        "MLP as wide as the representation (Khosla et al. §3.1)",
+    )
+    add(
+        "--train-only",
+        choices=("all", "head"),
+        default="all",
+        help="head: the classifier; the "
+        "rest stays as in --init-from, in evaluation mode (Chen E.4, second stage)",
+    )
     add("--label-smoothing", type=float, default=0.0, help="share of the uniform distribution")
-    add("--ema-decay", type=float, default=0.0, help="of an average of the weights, at each of "
-        "its moves: min(decay, (1+t)/(10+t)) at step t")
+    add(
+        "--ema-decay",
+        type=float,
+        default=0.0,
+        help="of an average of the weights, at each of "
+        "its moves: min(decay, (1+t)/(10+t)) at step t",
+    )
     add("--ema-every", type=int, default=1, help="steps between its moves (Xiao's code: 32)")
-    add("--ema-alpha", type=float, default=0.0, help="α: if --ema-decay is not given it is 1 - α · "
+    add(
+        "--ema-alpha",
+        type=float,
+        default=0.0,
+        help="α: if --ema-decay is not given it is 1 - α · "
         "--batch-size / --epochs · --ema-every, without that minimum, and 0 in the warm-up (Xiao's "
-        "code: 1e-5)")
+        "code: 1e-5)",
+    )
     add("--seed", type=int, default=0, help="of weights, order, augmentation and masks")
 
     add = parser.add_argument_group("sharpness-aware minimisation").add_argument
     add("--sam-rho", default="0", help="radius ρ, or paper: Table 9's for the model")
     add("--sam-steps", type=int, default=1, help="ascent steps (§6)")
     add("--sam-adaptive", **off, help="ASAM, element-wise")
-    add("--sam-sync", **off, help="ε from the whole batch's gradient "
-        "instead of each micro-batch's")
-    add("--sam-every", type=int, default=1, metavar="K", help="SAM in every K-th step only, for "
-        "1 + 1/K of plain training's time")
-    add("--sam-reuse", type=float, default=0.7, metavar="ALPHA", help="with --sam-every: in "
+    add("--sam-sync", **off, help="ε from the whole batch's gradient instead of each micro-batch's")
+    add(
+        "--sam-every",
+        type=int,
+        default=1,
+        metavar="K",
+        help="SAM in every K-th step only, for 1 + 1/K of plain training's time",
+    )
+    add(
+        "--sam-reuse",
+        type=float,
+        default=0.7,
+        metavar="ALPHA",
+        help="with --sam-every: in "
         "the steps without SAM, add to the gradient the part of SAM's last gradient orthogonal to "
         "the plain one, at most ALPHA times the gradient's length, which is for large batches; 0: "
-        "off (LookSAM, Liu et al. 2022: 0.7)")
-    add("--sam-scope", default="", metavar="REGEX", help="move only parameters whose names it "
-        r"matches, as norm or ^blocks\.0\.; what the first pass does not need for these it skips")
+        "off (LookSAM, Liu et al. 2022: 0.7)",
+    )
+    add(
+        "--sam-scope",
+        default="",
+        metavar="REGEX",
+        help="move only parameters whose names it "
+        r"matches, as norm or ^blocks\.0\.; what the first pass does not need for these it skips",
+    )
 
     add = parser.add_argument_group("adversarial training").add_argument
-    add("--adv-eps", type=adversarial.fraction, default=0.0, help="fast adversarial training: one "
-        "FGSM step from a random start, of at most this in each pixel of [0, 1] (Chen E.5: 2/255)")
-    add("--adv-step-size", type=adversarial.fraction, default=0.0, help="of that step; 0: 1.25 "
-        "times --adv-eps (Wong et al. 2020, which E.5 uses)")
-    add("--eval-adv", **off, help="evaluations also measure accuracy under "
-        "PGD with 10 steps of 1/8 of --adv-eps, or of 2/255 without it (E.5)")
+    add(
+        "--adv-eps",
+        type=adversarial.fraction,
+        default=0.0,
+        help="fast adversarial training: one "
+        "FGSM step from a random start, of at most this in each pixel of [0, 1] (Chen E.5: 2/255)",
+    )
+    add(
+        "--adv-step-size",
+        type=adversarial.fraction,
+        default=0.0,
+        help="of that step; 0: 1.25 times --adv-eps (Wong et al. 2020, which E.5 uses)",
+    )
+    add(
+        "--eval-adv",
+        **off,
+        help="evaluations also measure accuracy under "
+        "PGD with 10 steps of 1/8 of --adv-eps, or of 2/255 without it (E.5)",
+    )
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("cuda", "mps", "cpu"), help="default: the first that is there")
-    add("--dtype", choices=("bfloat16", "float16", "float32", "float64"), help="default: bfloat16 "
-        "(autocast) on CUDA, float32 elsewhere; float16 uses a loss scaler")
+    add(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32", "float64"),
+        help="default: bfloat16 (autocast) on CUDA, float32 elsewhere; float16 uses a loss scaler",
+    )
     add("--compile", action=on_off, help="torch.compile; default: on CUDA")
-    add("--channels-last", action=on_off, help="convolutions' weights, and so the maps between, "
+    add(
+        "--channels-last",
+        action=on_off,
+        help="convolutions' weights, and so the maps between, "
         "with channels innermost in memory, which is faster; default: yes, but for our ViT, "
-        "Mixer, PiT, for Swin, on MPS, and on the CPU for ResNets of width below 16")
-    add("--workers", type=int, help="data processes per device; default: up to 8, none for data "
-        "in memory")
+        "Mixer, PiT, for Swin, on MPS, and on the CPU for ResNets of width below 16",
+    )
+    add(
+        "--workers",
+        type=int,
+        help="data processes per device; default: up to 8, none for data in memory",
+    )
 
     add = parser.add_argument_group("run").add_argument
     add("--out-dir", default="", help="run folder; default: out/DATASET-MODEL-rhoRHO-seedSEED")
     add("--resume", **off, help="go on from its ckpt.pt, if there is one")
     add("--eval-every", type=int, default=1, help="epochs between evaluations")
     add("--eval-only", **off, help="evaluate --init-from and stop")
-    add("--eval-split", choices=("val", "test"), default="val", help="for --eval-only; shapes and "
-        "CIFAR have a test split, which for CIFAR is also val")
+    add(
+        "--eval-split",
+        choices=("val", "test"),
+        default="val",
+        help="for --eval-only; shapes and CIFAR have a test split, which for CIFAR is also val",
+    )
     add("--log-every", type=int, default=50, help="steps between records of log.jsonl")
     add("--save-every", type=int, default=0, help="steps between checkpoints, besides each epoch's")
-    add("--keep-epochs", nargs="+", default=[], metavar="EPOCH", help="keep the weights at the end "
+    add(
+        "--keep-epochs",
+        nargs="+",
+        default=[],
+        metavar="EPOCH",
+        help="keep the weights at the end "
         "of these epochs, as epoch100.pt, and for warmup at the end of the warm-up, as warmup.pt "
-        "(Park Fig. 1b: warmup 100 200 300)")
+        "(Park Fig. 1b: warmup 100 200 300)",
+    )
     add("--dry-run", **off, help="print what would happen and stop")
-    add("--expect", type=float, nargs=2, default=[0, 0], metavar=("DEVICES", "TFLOPS"), help="with "
+    add(
+        "--expect",
+        type=float,
+        nargs=2,
+        default=[0, 0],
+        metavar=("DEVICES", "TFLOPS"),
+        help="with "
         "--dry-run or --list-recipes: hours on so many devices that sustain so many TFLOP/s each, "
-        "as analyze.py throughput measures them")
-    add("--list-models", **off, help="print them with parameters, FLOPs and "
-        "the paper's table or figure, and stop")
-    add("--list-recipes", **off, help="print them with steps, the paper's "
-        "table and its accuracy, with --expect also the hours, and stop")
+        "as analyze.py throughput measures them",
+    )
+    add(
+        "--list-models",
+        **off,
+        help="print them with parameters, FLOPs and the paper's table or figure, and stop",
+    )
+    add(
+        "--list-recipes",
+        **off,
+        help="print them with steps, the paper's "
+        "table and its accuracy, with --expect also the hours, and stop",
+    )
     return parser
 
 
@@ -508,8 +996,14 @@ def settings(argv=None, also=()):
     saved = own_checkpoint(file) if given.get("eval_only") and file else {}
     if saved:
         not_saved = FREE_FLAGS - {"data_dir"} | {"init_from", "dtype", "recipe", "reset_head"}
-        name, base = file, {name: value for name, value in saved["settings"].items()
-                            if name in args and name not in not_saved}
+        name, base = (
+            file,
+            {
+                name: value
+                for name, value in saved["settings"].items()
+                if name in args and name not in not_saved
+            },
+        )
     elif name is not None:
         base = RECIPES[name]
     else:
@@ -521,34 +1015,51 @@ def settings(argv=None, also=()):
         base = {**RECIPES.get(name, {}), "dataset": dataset, "model": model}
     if base.keys() - args.keys():
         raise UserError(f"{name} sets {' '.join(sorted(base.keys() - args.keys()))}: no such flag")
-    origin = {**dict.fromkeys(args, "default"), **dict.fromkeys(base, name or "data set"),
-              **dict.fromkeys(given, "command line")}
+    origin = {
+        **dict.fromkeys(args, "default"),
+        **dict.fromkeys(base, name or "data set"),
+        **dict.fromkeys(given, "command line"),
+    }
     args = argparse.Namespace(**{**args, **base, **given})
     args.recipe = name or "none"
 
     args.image_size = image_size_of(args)
-    args.augment = args.augment or ("none" if args.dataset == "shapes" else
-                                    "crop" if args.dataset in IN_MEMORY else "inception")
+    args.augment = args.augment or (
+        "none" if args.dataset == "shapes" else "crop" if args.dataset in IN_MEMORY else "inception"
+    )
     imagenet = os.environ.get("IMAGENET_DIR") or "data/imagenet"
-    args.data_dir = args.data_dir or {"imagenet": imagenet, "folder": imagenet,
-                                      "imagenet21k": "data/imagenet21k"}.get(args.dataset, "data")
+    args.data_dir = args.data_dir or {
+        "imagenet": imagenet,
+        "folder": imagenet,
+        "imagenet21k": "data/imagenet21k",
+    }.get(args.dataset, "data")
     args.sam_rho = resolve_rho(args)
     if args.ema_alpha and "ema_decay" in given:
         args.ema_alpha, origin["ema_alpha"] = 0.0, "--ema-decay"
     elif args.ema_alpha and args.epochs > 0:
         step = args.ema_alpha * args.batch_size / args.epochs * args.ema_every
         args.ema_decay, origin["ema_decay"] = 1 - min(step, 1.0), "--ema-alpha"
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else
-                                  "mps" if torch.backends.mps.is_available() else "cpu")
+    args.device = args.device or (
+        "cuda"
+        if torch.cuda.is_available()
+        else "mps"
+        if torch.backends.mps.is_available()
+        else "cpu"
+    )
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
     if args.channels_last is None:  # of those with patches 2 to 5 % faster, of others 10 to 20 %
         args.channels_last = args.device != "mps" and family(args.model) not in (
-            "vit", "mixer", "pit", "swin")
+            "vit",
+            "mixer",
+            "pit",
+            "swin",
+        )
     adv = f"-adv{255 * args.adv_eps:.3g}" if args.adv_eps else ""  # in 1/255
     stage = "-supcon" * (args.loss == "supcon") + "-head" * (args.train_only == "head")
     args.out_dir = args.out_dir or "out/{}-{}{}{}-rho{:g}-seed{}".format(
-        args.dataset, args.model.replace(":", "_"), adv, stage, args.sam_rho, args.seed)
+        args.dataset, args.model.replace(":", "_"), adv, stage, args.sam_rho, args.seed
+    )
     # A core's own ε (App. E) would need a loss of its own; this one is the whole batch's.
     if args.loss == "supcon" and args.sam_rho and "sam_sync" not in given:
         args.sam_sync, origin["sam_sync"] = True, "--loss supcon"
@@ -563,8 +1074,15 @@ def image_size_of(args):
 def kind_of_training(args):
     """Which rows of PAPER_RHO it has."""
     strong = args.mixup and args.randaugment[0]
-    return ("adversarial" if args.adv_eps else "strong augmentation" if strong else
-            "supervised contrastive" if args.loss == "supcon" else "supervised")
+    return (
+        "adversarial"
+        if args.adv_eps
+        else "strong augmentation"
+        if strong
+        else "supervised contrastive"
+        if args.loss == "supcon"
+        else "supervised"
+    )
 
 
 def resolve_rho(args):
@@ -572,12 +1090,15 @@ def resolve_rho(args):
     try:
         return PAPER_RHO[kind][args.model] if args.sam_rho == "paper" else float(args.sam_rho)
     except KeyError:
-        raise UserError(f"--sam-rho paper: Table 9 has no row for {args.model} and {kind} "
-                        f"training; it has {' '.join(PAPER_RHO[kind])}. Give a number, such as "
-                        "0.1") from None
+        raise UserError(
+            f"--sam-rho paper: Table 9 has no row for {args.model} and {kind} "
+            f"training; it has {' '.join(PAPER_RHO[kind])}. Give a number, such as "
+            "0.1"
+        ) from None
     except ValueError:
-        raise UserError(f"--sam-rho {args.sam_rho}: give a number, at least 0, or the word "
-                        "paper") from None
+        raise UserError(
+            f"--sam-rho {args.sam_rho}: give a number, at least 0, or the word paper"
+        ) from None
 
 
 def flag(name):
@@ -601,110 +1122,202 @@ def augments(args):
 
 def check(args, origin):
     """What cannot be right stops here, in one line."""
+
     def refuse(wrong, what):
         if wrong:
             raise UserError(what)
 
     at_least = dict(
-        epochs=0, max_steps=0, batch_size=1, micro_batch=1, warmup_steps=0, eval_every=1,
-        log_every=1, save_every=0, sam_rho=0, sam_steps=1, lr=0, lr_end=0, weight_decay=0,
-        grad_clip=0, mixup=0, cutmix=0, warmup_epochs=0, image_size=1, seed=0, ema_alpha=0,
-        ema_every=1, repeated_augment=1, eval_short_side=0, eps=0, projection_dim=1)
+        epochs=0,
+        max_steps=0,
+        batch_size=1,
+        micro_batch=1,
+        warmup_steps=0,
+        eval_every=1,
+        log_every=1,
+        save_every=0,
+        sam_rho=0,
+        sam_steps=1,
+        lr=0,
+        lr_end=0,
+        weight_decay=0,
+        grad_clip=0,
+        mixup=0,
+        cutmix=0,
+        warmup_epochs=0,
+        image_size=1,
+        seed=0,
+        ema_alpha=0,
+        ema_every=1,
+        repeated_augment=1,
+        eval_short_side=0,
+        eps=0,
+        projection_dim=1,
+    )
     for name, low in at_least.items():
         value = getattr(args, name)
-        refuse(not low <= value < 2 ** 63, f"{flag(name)} is {value}; it must be at least {low}"
-               + " and below 2^63" * (value > low))
+        refuse(
+            not low <= value < 2**63,
+            f"{flag(name)} is {value}; it must be at least {low}"
+            + " and below 2^63" * (value > low),
+        )
     for epoch in args.keep_epochs:
-        refuse(epoch != "warmup" and not (epoch.isdecimal() and 0 < int(epoch) <= args.epochs),
-               f"--keep-epochs {epoch}: it takes warmup and epochs from 1 to --epochs, "
-               f"{args.epochs}")
-    refuse("warmup" in args.keep_epochs and args.warmup_steps == args.warmup_epochs == 0,
-           "--keep-epochs warmup: this run has no warm-up")
+        refuse(
+            epoch != "warmup" and not (epoch.isdecimal() and 0 < int(epoch) <= args.epochs),
+            f"--keep-epochs {epoch}: it takes warmup and epochs from 1 to --epochs, {args.epochs}",
+        )
+    refuse(
+        "warmup" in args.keep_epochs and args.warmup_steps == args.warmup_epochs == 0,
+        "--keep-epochs warmup: this run has no warm-up",
+    )
     for name in ("label_smoothing", "ema_decay", "momentum", "beta1", "beta2"):
         value = getattr(args, name)
         refuse(not 0 <= value < 1, f"{flag(name)} is {value}; it must be at least 0 and below 1")
     for name in ("randaugment_prob", "erasing"):
         value = getattr(args, name)
-        refuse(not 0 <= value <= 1,
-               f"{flag(name)} is {value}; a probability is at least 0 and at most 1")
+        refuse(
+            not 0 <= value <= 1,
+            f"{flag(name)} is {value}; a probability is at least 0 and at most 1",
+        )
     for name in ("adv_eps", "adv_step_size"):
         value = getattr(args, name)
-        refuse(not 0 <= value <= 1, f"{flag(name)} is {value:g}; pixels are in [0, 1], so it is "
-               "from 0 to 1, such as 2/255")
-    refuse(args.adv_step_size and not args.adv_eps,
-           "--adv-step-size is for --adv-eps above 0, such as 2/255")
-    refuse(args.workers is not None and args.workers < 0,
-           f"--workers is {args.workers}; it must be at least 0")
+        refuse(
+            not 0 <= value <= 1,
+            f"{flag(name)} is {value:g}; pixels are in [0, 1], so it is from 0 to 1, such as 2/255",
+        )
+    refuse(
+        args.adv_step_size and not args.adv_eps,
+        "--adv-step-size is for --adv-eps above 0, such as 2/255",
+    )
+    refuse(
+        args.workers is not None and args.workers < 0,
+        f"--workers is {args.workers}; it must be at least 0",
+    )
     (operations, magnitude), google = args.randaugment, args.randaugment_of == "google"
     most = 30 if google else 10
-    refuse(operations < 0 or not 0 <= magnitude <= most,
-           f"--randaugment {operations} {magnitude}: the number of operations is at least 0, their "
-           f"magnitude from 0 to {most}" + "; --randaugment-of google goes on to 30" * (not google))
-    refuse(any(args.expect) and not (args.dry_run or args.list_recipes),
-           "--expect is for --dry-run and --list-recipes")
-    refuse(any(args.expect) and not all(0 < value < math.inf for value in args.expect),
-           f"{' '.join(as_flag('expect', args))}: devices and TFLOP/s of each, both above 0")
-    refuse(any(args.expect) and args.dataset == "folder" and not args.list_recipes,
-           f"--expect knows the sizes of {' '.join(TRAINING_IMAGES)}, not of a folder")
+    refuse(
+        operations < 0 or not 0 <= magnitude <= most,
+        f"--randaugment {operations} {magnitude}: the number of operations is at least 0, their "
+        f"magnitude from 0 to {most}" + "; --randaugment-of google goes on to 30" * (not google),
+    )
+    refuse(
+        any(args.expect) and not (args.dry_run or args.list_recipes),
+        "--expect is for --dry-run and --list-recipes",
+    )
+    refuse(
+        any(args.expect) and not all(0 < value < math.inf for value in args.expect),
+        f"{' '.join(as_flag('expect', args))}: devices and TFLOP/s of each, both above 0",
+    )
+    refuse(
+        any(args.expect) and args.dataset == "folder" and not args.list_recipes,
+        f"--expect knows the sizes of {' '.join(TRAINING_IMAGES)}, not of a folder",
+    )
     given = {origin["mean"] == "command line", origin["std"] == "command line"}
-    refuse(args.init_from and len(given) == 2,
-           "--mean and --std go together: with --init-from give both or neither")
-    refuse({len(args.mean), len(args.std)} - {1, 3} or min(args.std) <= 0
-           or not all(map(math.isfinite, args.mean + args.std)),
-           f"--mean {args.mean} --std {args.std}: give one number or three to each, for std above "
-           "0")
-    refuse(args.eval_short_side and (args.eval_short_side < args.image_size
-                                     or args.dataset in IN_MEMORY),
-           f"--eval-short-side {args.eval_short_side}: at least --image-size, {args.image_size}, "
-           f"and for images in files, not {' '.join(IN_MEMORY)}; 0 turns it off")
+    refuse(
+        args.init_from and len(given) == 2,
+        "--mean and --std go together: with --init-from give both or neither",
+    )
+    refuse(
+        {len(args.mean), len(args.std)} - {1, 3}
+        or min(args.std) <= 0
+        or not all(map(math.isfinite, args.mean + args.std)),
+        f"--mean {args.mean} --std {args.std}: give one number or three to each, for std above 0",
+    )
+    refuse(
+        args.eval_short_side
+        and (args.eval_short_side < args.image_size or args.dataset in IN_MEMORY),
+        f"--eval-short-side {args.eval_short_side}: at least --image-size, {args.image_size}, "
+        f"and for images in files, not {' '.join(IN_MEMORY)}; 0 turns it off",
+    )
     kind = family(args.model)
     stages = dict(resnet=4, preresnet=4, resnext=4, alter=4, swin=4, pit=3).get(kind, 1)
     for name in ("depth", "heads") if kind in (*FILES, "swin") else ():
         value = getattr(args, name)
-        refuse(value is not None and len(value) != stages,
-               f"{' '.join(as_flag(name, args))}: {args.model} takes "
-               + (f"{stages} numbers, one for each stage" if stages > 1 else "one number"))
-    refuse(args.reset_head and (args.eval_only or not args.init_from),
-           "--reset-head is for training from the weights of --init-from"
-           + f"; {args.recipe} fine-tunes: name them" * (origin["reset_head"] == args.recipe))
-    refuse(args.eval_only and not args.init_from,
-           "--eval-only needs --init-from: the weights, for instance RUN/best.pt")
-    refuse(args.epochs == args.max_steps == 0 and not args.eval_only,
-           "--epochs 0 needs --max-steps: the length of the run in steps")
-    refuse(args.ema_alpha and args.epochs == 0,
-           "--ema-alpha depends on --epochs, which is 0: give --ema-decay, or --ema-alpha 0")
-    refuse(args.lr_schedule == "exponential" and not 0 < args.lr_end <= args.lr,
-           f"--lr-schedule exponential goes from --lr, {args.lr:g}, to --lr-end, {args.lr_end:g}, "
-           "which must be above 0 and at most --lr")
-    refuse(args.nesterov and (args.optimizer != "sgd" or args.momentum == 0),
-           "--nesterov is for --optimizer sgd with --momentum above 0; --no-nesterov turns it off")
+        refuse(
+            value is not None and len(value) != stages,
+            f"{' '.join(as_flag(name, args))}: {args.model} takes "
+            + (f"{stages} numbers, one for each stage" if stages > 1 else "one number"),
+        )
+    refuse(
+        args.reset_head and (args.eval_only or not args.init_from),
+        "--reset-head is for training from the weights of --init-from"
+        + f"; {args.recipe} fine-tunes: name them" * (origin["reset_head"] == args.recipe),
+    )
+    refuse(
+        args.eval_only and not args.init_from,
+        "--eval-only needs --init-from: the weights, for instance RUN/best.pt",
+    )
+    refuse(
+        args.epochs == args.max_steps == 0 and not args.eval_only,
+        "--epochs 0 needs --max-steps: the length of the run in steps",
+    )
+    refuse(
+        args.ema_alpha and args.epochs == 0,
+        "--ema-alpha depends on --epochs, which is 0: give --ema-decay, or --ema-alpha 0",
+    )
+    refuse(
+        args.lr_schedule == "exponential" and not 0 < args.lr_end <= args.lr,
+        f"--lr-schedule exponential goes from --lr, {args.lr:g}, to --lr-end, {args.lr_end:g}, "
+        "which must be above 0 and at most --lr",
+    )
+    refuse(
+        args.nesterov and (args.optimizer != "sgd" or args.momentum == 0),
+        "--nesterov is for --optimizer sgd with --momentum above 0; --no-nesterov turns it off",
+    )
     supcon = args.loss == "supcon"
-    refuse(args.train_only == "head" and (supcon or not args.init_from) and not args.eval_only,
-           "--train-only head trains the classifier on the representation of --init-from, for "
-           "instance RUN/ckpt.pt, with --loss softmax or sigmoid")
+    refuse(
+        args.train_only == "head" and (supcon or not args.init_from) and not args.eval_only,
+        "--train-only head trains the classifier on the representation of --init-from, for "
+        "instance RUN/ckpt.pt, with --loss softmax or sigmoid",
+    )
     if supcon and not args.eval_only:
         for name in ("mixup", "cutmix", "label_smoothing", "adv_eps"):
-            refuse(getattr(args, name), f"--loss supcon has no {flag(name)}: it compares whole "
-                   "images of known classes; set it to 0")
-        refuse(not 0 < args.temperature < math.inf,
-               f"--temperature is {args.temperature}; it must be above 0 (Chen E.4: 0.1)")
-        refuse(not augments(args), "--loss supcon takes two views of each image, which without "
-               "augmentation are the same: add --augment crop or another")
-        refuse(args.sam_rho and not args.sam_sync, "--loss supcon has one loss for the whole "
-               "batch, and so one ε: leave out --no-sam-sync")
-    for name, default in (("sam_every", 1), ("sam_scope", ""), ("sam_steps", 1),
-                          ("sam_adaptive", False), ("sam_sync", False)):
-        refuse(not args.sam_rho and getattr(args, name) != default,
-               f"{flag(name)} is a way of SAM: add --sam-rho")
-    refuse(args.sam_every == 1 and origin["sam_reuse"] == "command line",
-           "--sam-reuse is for the steps between SAM's: add --sam-every above 1")
+            refuse(
+                getattr(args, name),
+                f"--loss supcon has no {flag(name)}: it compares whole "
+                "images of known classes; set it to 0",
+            )
+        refuse(
+            not 0 < args.temperature < math.inf,
+            f"--temperature is {args.temperature}; it must be above 0 (Chen E.4: 0.1)",
+        )
+        refuse(
+            not augments(args),
+            "--loss supcon takes two views of each image, which without "
+            "augmentation are the same: add --augment crop or another",
+        )
+        refuse(
+            args.sam_rho and not args.sam_sync,
+            "--loss supcon has one loss for the whole batch, and so one ε: leave out --no-sam-sync",
+        )
+    for name, default in (
+        ("sam_every", 1),
+        ("sam_scope", ""),
+        ("sam_steps", 1),
+        ("sam_adaptive", False),
+        ("sam_sync", False),
+    ):
+        refuse(
+            not args.sam_rho and getattr(args, name) != default,
+            f"{flag(name)} is a way of SAM: add --sam-rho",
+        )
+    refuse(
+        args.sam_every == 1 and origin["sam_reuse"] == "command line",
+        "--sam-reuse is for the steps between SAM's: add --sam-every above 1",
+    )
     refuse(args.sam_every < 1, f"--sam-every is {args.sam_every}; it must be at least 1")
-    refuse(not 0 <= args.sam_reuse < math.inf,
-           f"--sam-reuse is {args.sam_reuse}; it must be at least 0 (LookSAM: 0.7)")
-    refuse(args.device == "cuda" and not torch.cuda.is_available(),
-           "--device cuda: torch sees no CUDA device here; try --device cpu")
-    refuse(args.device == "mps" and (args.dtype in ("float16", "float64") or "RANK" in os.environ),
-           "--device mps is for one process and for --dtype float32 or bfloat16")
+    refuse(
+        not 0 <= args.sam_reuse < math.inf,
+        f"--sam-reuse is {args.sam_reuse}; it must be at least 0 (LookSAM: 0.7)",
+    )
+    refuse(
+        args.device == "cuda" and not torch.cuda.is_available(),
+        "--device cuda: torch sees no CUDA device here; try --device cpu",
+    )
+    refuse(
+        args.device == "mps" and (args.dtype in ("float16", "float64") or "RANK" in os.environ),
+        "--device mps is for one process and for --dtype float32 or bfloat16",
+    )
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -722,11 +1335,19 @@ SWIN = {  # what torchvision's functions of these names pass to its class
     "swin_s": dict(dim=96, depth=[2, 2, 18, 2], heads=[3, 6, 12, 24], drop_path=0.3),
     "swin_b": dict(dim=128, depth=[2, 2, 18, 2], heads=[4, 8, 16, 32], drop_path=0.5),
 }
-TORCHVISIONS_NAMES = dict(dim="embed_dim", depth="depths", heads="num_heads",
-                          drop_path="stochastic_depth_prob")
+TORCHVISIONS_NAMES = dict(
+    dim="embed_dim", depth="depths", heads="num_heads", drop_path="stochastic_depth_prob"
+)
 PUBLISHED_BY_TORCHVISION = ("resnet", "resnext", "swin", "torchvision")
-FILES = {"vit": vit, "pit": vit, "mixer": mixer, "resnet": resnet, "preresnet": resnet,
-         "resnext": resnet, "alter": alternet}
+FILES = {
+    "vit": vit,
+    "pit": vit,
+    "mixer": mixer,
+    "resnet": resnet,
+    "preresnet": resnet,
+    "resnext": resnet,
+    "alter": alternet,
+}
 
 
 def family(name):
@@ -767,8 +1388,11 @@ class SwinWithUnits(torchvision.models.SwinTransformer):
             if i % 2 == 0:
                 names |= {f"features.{i}": ("pooling", i // 2 + 1)} if i else {"stem": ("stem", 0)}
                 continue
-            names |= {f"features.{i}.{j}.{unit}": (kind, i // 2 + 1) for j in range(len(stage))
-                      for unit, kind in (("attn", "attention"), ("mlp", "mlp"))}
+            names |= {
+                f"features.{i}.{j}.{unit}": (kind, i // 2 + 1)
+                for j in range(len(stage))
+                for unit, kind in (("attn", "attention"), ("mlp", "mlp"))
+            }
         return names | {"pre_logits": ("representation", len(self.features) // 2)}
 
     def forward(self, x, out=None, skip=None):
@@ -796,8 +1420,10 @@ def build_torchvision(name, num_classes, image_size, **overrides):
         patch, window = (1, 4) if image_size <= 64 else (4, 7)
         row = SWIN[name] | dict(patch_size=patch, window_size=window) | overrides
         row |= {size: [row[size]] * 2 for size in ("patch_size", "window_size")}
-        return SwinWithUnits(num_classes=num_classes, **{
-            TORCHVISIONS_NAMES.get(name, name): value for name, value in row.items()})
+        return SwinWithUnits(
+            num_classes=num_classes,
+            **{TORCHVISIONS_NAMES.get(name, name): value for name, value in row.items()},
+        )
     if "drop_path" in overrides:
         overrides["stochastic_depth_prob"] = overrides.pop("drop_path")
     known = torchvision.models.list_models(torchvision.models)
@@ -843,52 +1469,124 @@ def build_model(name, num_classes=1000, image_size=224, **overrides):
     if kind == "regnety" and size in REGNETY:
         depths, widths, group = REGNETY[size]
         stages = regnet.BlockParams(
-            depths=depths, widths=widths, group_widths=[group] * 4,
-            bottleneck_multipliers=[1.0] * 4, strides=[2] * 4, se_ratio=0.25)
+            depths=depths,
+            widths=widths,
+            group_widths=[group] * 4,
+            bottleneck_multipliers=[1.0] * 4,
+            strides=[2] * 4,
+            se_ratio=0.25,
+        )
         return regnet.RegNet(stages, num_classes=num_classes, **overrides)
-    known = [*(n for file in (vit, mixer, resnet, alternet) for n in file.NAMES),
-             *(f"regnety_{size}" for size in REGNETY)]
-    raise vit.unknown("model", name, known, "what --list-models prints, torchvision:NAME, "
-                      "timm:NAME")
+    known = [
+        *(n for file in (vit, mixer, resnet, alternet) for n in file.NAMES),
+        *(f"regnety_{size}" for size in REGNETY),
+    ]
+    raise vit.unknown(
+        "model", name, known, "what --list-models prints, torchvision:NAME, timm:NAME"
+    )
 
 
 # --list-models: a paper's table or figure, side of the images, classes, values of --model. What
 # follows a name are the flags of that row.
 LISTED = [
-    ("Chen Table 7", 224, 1000, [
-        *(f"vit_{size}" for size in ("s32", "s16", "s14", "s8", "b32", "b16")),
-        *(f"mixer_{size}" for size in ("s32", "s16", "s8", "b32", "b16", "b8"))]),
-    ("Chen Table 2", 224, 1000, [
-        *(f"resnet{size}" for size in ("50", "50x2", "101", "101x2", "152", "152x2"))]),
+    (
+        "Chen Table 7",
+        224,
+        1000,
+        [
+            *(f"vit_{size}" for size in ("s32", "s16", "s14", "s8", "b32", "b16")),
+            *(f"mixer_{size}" for size in ("s32", "s16", "s8", "b32", "b16", "b8")),
+        ],
+    ),
+    (
+        "Chen Table 2",
+        224,
+        1000,
+        [*(f"resnet{size}" for size in ("50", "50x2", "101", "101x2", "152", "152x2"))],
+    ),
     ("Xiao Table 1", 224, 1000, [f"vit_{stem}_{size}" for stem in "pc" for size in vit.VIT_GF]),
     ("Xiao Table 2", 224, 1000, ["resnet50", "resnet101", "resnet152", "resnet200"]),
-    *(("Xiao Table 2", side, 1000, [f"regnety_{size}"])
-      for size, (side, _) in REGNETY_SIDES.items()),
+    *(
+        ("Xiao Table 2", side, 1000, [f"regnety_{size}"])
+        for size, (side, _) in REGNETY_SIDES.items()
+    ),
     ("near Xiao's RegNetZ", 224, 1000, ["timm:regnetz_b16", "timm:regnetz_040"]),
-    ("Park Fig. 1-10, C.4", 32, 100, [
-        "resnet50", "vit_ti2 --no-qkv-bias", "pit_ti", "torchvision:swin_t"]),
+    (
+        "Park Fig. 1-10, C.4",
+        32,
+        100,
+        ["resnet50", "vit_ti2 --no-qkv-bias", "pit_ti", "torchvision:swin_t"],
+    ),
     ("Park Fig. 5a, C.1a", 32, 100, ["resnext50_32x4d", "timm:twins_svt_small", "mixer_ti2"]),
-    ("Park Fig. 7", 32, 100, [f"vit_ti4 --no-qkv-bias{k}" for k in (
-        " --kernel-size 3", " --kernel-size 5", "")]),
+    (
+        "Park Fig. 7",
+        32,
+        100,
+        [f"vit_ti4 --no-qkv-bias{k}" for k in (" --kernel-size 3", " --kernel-size 5", "")],
+    ),
     ("Park Fig. 11, 12", 32, 100, ["alter_resnet50"]),
-    ("Park Fig. 12a", 32, 100, [f"alter_resnet50 --msa-blocks {blocks}" for blocks in (
-        "0 0 0 0", "0 0 0 1", "0 0 0 2", "0 0 1 2", "0 1 1 2", "0 1 2 2", "0 1 3 2")]),
+    (
+        "Park Fig. 12a",
+        32,
+        100,
+        [
+            f"alter_resnet50 --msa-blocks {blocks}"
+            for blocks in (
+                "0 0 0 0",
+                "0 0 0 1",
+                "0 0 0 2",
+                "0 0 1 2",
+                "0 1 1 2",
+                "0 1 2 2",
+                "0 1 3 2",
+            )
+        ],
+    ),
     ("Park Fig. D.5, E.1", 224, 1000, ["alter_resnet50"]),
-    ("Park Fig. E.1", 224, 1000, [
-        "resnet50", "resnext50_32x4d", "vit_ti16", "pit_ti", "torchvision:swin_t",
-        "timm:convit_tiny", "timm:levit_128s", "timm:coat_lite_tiny"]),
-    ("other sizes", 224, 1000, [
-        "vit_l16", "mixer_ti16", "mixer_l16", "resnet18", "resnet34",
-        *(name for name in resnet.NAMES if name.startswith("pre")), *alternet.NAMES]),
-    ("shapes", 32, 12, ["vit_micro8", "mixer_micro8", "resnet18 --width 16",
-                        "alter_resnet18 --width 16"]),
+    (
+        "Park Fig. E.1",
+        224,
+        1000,
+        [
+            "resnet50",
+            "resnext50_32x4d",
+            "vit_ti16",
+            "pit_ti",
+            "torchvision:swin_t",
+            "timm:convit_tiny",
+            "timm:levit_128s",
+            "timm:coat_lite_tiny",
+        ],
+    ),
+    (
+        "other sizes",
+        224,
+        1000,
+        [
+            "vit_l16",
+            "mixer_ti16",
+            "mixer_l16",
+            "resnet18",
+            "resnet34",
+            *(name for name in resnet.NAMES if name.startswith("pre")),
+            *alternet.NAMES,
+        ],
+    ),
+    (
+        "shapes",
+        32,
+        12,
+        ["vit_micro8", "mixer_micro8", "resnet18 --width 16", "alter_resnet18 --width 16"],
+    ),
 ]
 
 
 def list_models():
     """What --list-models prints; counted on the meta device, at the size of the table's images."""
-    print("python train.py --model\n"
-          f"{'':42}{'pixels':>6}{'classes':>8}{'parameters':>13}{'GFLOPs':>8}{'M acts':>8}")
+    print(
+        "python train.py --model\n"
+        f"{'':42}{'pixels':>6}{'classes':>8}{'parameters':>13}{'GFLOPs':>8}{'M acts':>8}"
+    )
     parser = make_parser()
     for where, image_size, num_classes, models in LISTED:
         for model in models:
@@ -901,17 +1599,21 @@ def list_models():
             except ValueError as error:
                 cost = f"  {error}"
             print(f"{model:42}{image_size:6}{num_classes:8,}{cost}  {where}")
-    print("FLOPs are multiply-adds of convolutions, linear layers and attention; activations are "
-          "the outputs of these and of\nmax-pooling (Xiao Table 1). PATCH in vit_sizePATCH and "
-          "mixer_sizePATCH is any patch size that divides the image.")
+    print(
+        "FLOPs are multiply-adds of convolutions, linear layers and attention; activations are "
+        "the outputs of these and of\nmax-pooling (Xiao Table 1). PATCH in vit_sizePATCH and "
+        "mixer_sizePATCH is any patch size that divides the image."
+    )
     return 0
 
 
 def list_recipes(expect):
     """What --list-recipes prints, with --expect the hours of plain training and of SAM's too."""
-    print("python train.py --recipe\n"
-          f"{'':27}{'model':19}{'data set':12}{'epochs':>6}{'batch':>7}{'steps':>10}{'top-1 %':>9}"
-          f"{'SAM':>6}" + f"{'hours':>10}{'SAM':>10}" * any(expect))
+    print(
+        "python train.py --recipe\n"
+        f"{'':27}{'model':19}{'data set':12}{'epochs':>6}{'batch':>7}{'steps':>10}{'top-1 %':>9}"
+        f"{'SAM':>6}" + f"{'hours':>10}{'SAM':>10}" * any(expect)
+    )
     macs = {}  # of networks; many recipes have the same
     for name, row in RECIPES.items():
         args = make_parser().parse_args([], argparse.Namespace(**row))
@@ -925,14 +1627,20 @@ def list_recipes(expect):
             for args.sam_rho in (0.0, 0.1):
                 steps, seconds = expected(args, macs[network], *expect)
                 hours += f"{in_hours(steps * seconds):>10}"
-        print(f"{name:27}{args.model:19}{args.dataset:12}{args.epochs or '-':>6}"
-              f"{args.batch_size:7,}{steps_of(args):10,}{plain:>9}{with_sam:>6}{hours}  {where}")
-    print("Steps are for the data set as published. Accuracies are the paper's, of this model, "
-          "after plain training and with SAM\n(--sam-rho paper; of a transfer: in pre-training). "
-          "Each setting of a recipe: --recipe NAME --dry-run.")
+        print(
+            f"{name:27}{args.model:19}{args.dataset:12}{args.epochs or '-':>6}"
+            f"{args.batch_size:7,}{steps_of(args):10,}{plain:>9}{with_sam:>6}{hours}  {where}"
+        )
+    print(
+        "Steps are for the data set as published. Accuracies are the paper's, of this model, "
+        "after plain training and with SAM\n(--sam-rho paper; of a transfer: in pre-training). "
+        "Each setting of a recipe: --recipe NAME --dry-run."
+    )
     if any(expect):
-        print(f"Hours: of {expect[0]:g} devices that sustain {expect[1]:g} TFLOP/s each, without "
-              "evaluations and waiting.")
+        print(
+            f"Hours: of {expect[0]:g} devices that sustain {expect[1]:g} TFLOP/s each, without "
+            "evaluations and waiting."
+        )
     return 0
 
 
@@ -959,8 +1667,9 @@ def complexity_of(args, tell=lambda text: None):
         return vit.complexity(network, args.image_size)
     except NotImplementedError as error:
         tell(f"{args.model}: {error}: no FLOPs and activations")
-        return dict(params=sum(p.numel() for p in network.parameters()), macs=math.nan,
-                    acts=math.nan)
+        return dict(
+            params=sum(p.numel() for p in network.parameters()), macs=math.nan, acts=math.nan
+        )
 
 
 def forward_passes(args):
@@ -991,8 +1700,11 @@ def expected(args, macs, devices, tflops):
 def knobs(args):
     """The constructor arguments among the settings; one number where a list has one."""
     given = {name: getattr(args, name) for name in MODEL_FLAGS}
-    return {name: value[0] if isinstance(value, list) and len(value) == 1 else value
-            for name, value in given.items() if value is not None}
+    return {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for name, value in given.items()
+        if value is not None
+    }
 
 
 class Normalised(nn.Module):
@@ -1019,6 +1731,7 @@ def to_float(x, model):
 
 # ------------------------------------------------------------------------------ processes, messages
 
+
 def rank():
     return int(os.environ.get("RANK", 0))
 
@@ -1034,8 +1747,13 @@ def say(text=""):
 
 def progress(total, what="", unit="image"):
     """A bar on a terminal, of the first process."""
-    return tqdm(total=total, desc=what, unit=unit, leave=False,
-                disable=rank() > 0 or not sys.stderr.isatty())
+    return tqdm(
+        total=total,
+        desc=what,
+        unit=unit,
+        leave=False,
+        disable=rank() > 0 or not sys.stderr.isatty(),
+    )
 
 
 def on_main(function):
@@ -1057,6 +1775,7 @@ class StopSignal:
     """SIGTERM and Ctrl-C, agreed between processes: all stop before the same step, whenever each
     was told. Their flags meet in an all-reduce on the CPU that runs beside the step, so the answer
     is one step late and nothing waits for it. A second Ctrl-C ends a single process at once."""
+
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self):
@@ -1087,6 +1806,7 @@ class StopSignal:
 
 
 # --------------------------------------------------------------------- losses, schedule, statistics
+
 
 def softmax_loss(logits, y, smoothing=0.0):
     """Cross-entropy, mean over the batch. y: (B,) classes or (B, K) probabilities."""
@@ -1135,8 +1855,9 @@ class Contrastive(nn.Module):
     def __init__(self, bare, dim, projection_dim):
         super().__init__()
         self.bare = bare
-        self.projection = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(),
-                                        nn.Linear(dim, projection_dim, bias=False))
+        self.projection = nn.Sequential(
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, projection_dim, bias=False)
+        )
 
     def forward(self, x):
         """Projections (B, projection_dim), not yet normalised: supcon_loss does it, in float32."""
@@ -1151,8 +1872,9 @@ class LAMB(torch.optim.Optimizer):
     code the ratio is 1 where ‖w‖ or ‖u‖ is 0; theirs also leaves it at 1 where nothing decays."""
 
     def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
-                                      step=0))
+        super().__init__(
+            params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, step=0)
+        )
 
     @torch.no_grad()
     def step(self):
@@ -1178,10 +1900,12 @@ def learning_rate(step, total, warmup, peak, schedule, end=0.0):
     exponential from `peak` there to `end` at `total`, or `peak` throughout. A function of the step
     alone, so that no checkpoint has anything of it."""
     done = min(max(step - warmup, 0) / max(total - warmup, 1), 1.0)
-    decayed = {"cosine": end + (peak - end) * 0.5 * (1 + math.cos(math.pi * done)),
-               "linear": peak + (end - peak) * done,
-               "exponential": peak * (end / peak) ** done if peak else 0.0,
-               "constant": peak}[schedule]
+    decayed = {
+        "cosine": end + (peak - end) * 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": peak + (end - peak) * done,
+        "exponential": peak * (end / peak) ** done if peak else 0.0,
+        "constant": peak,
+    }[schedule]
     return decayed * min(1.0, step / warmup if warmup else 1.0)
 
 
@@ -1193,9 +1917,11 @@ def decay_groups(network, decay):
     for name, p in network.named_parameters():
         if not p.requires_grad:
             continue
-        decays = {"all": True,
-                  "no-norm-bias": id(p) not in of_norms and not name.endswith("bias"),
-                  "kernels": name.endswith("weight") and p.ndim > 1}[decay]
+        decays = {
+            "all": True,
+            "no-norm-bias": id(p) not in of_norms and not name.endswith("bias"),
+            "kernels": name.endswith("weight") and p.ndim > 1,
+        }[decay]
         (decayed if decays else kept).append(p)
     return decayed, kept
 
@@ -1212,8 +1938,13 @@ class RunningStatistics:
     share the step."""
 
     def __init__(self, network):
-        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-                 and m.running_mean is not None and m.training]
+        norms = [
+            m
+            for m in network.modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm)
+            and m.running_mean is not None
+            and m.training
+        ]
         self.buffers = [b for m in norms for b in (m.running_mean, m.running_var)]
         self.counters = [m.num_batches_tracked for m in norms]
         self.start, self.sum = ([torch.zeros_like(b) for b in self.buffers] for _ in range(2))
@@ -1241,8 +1972,13 @@ class RunningStatistics:
             if dist.is_initialized():
                 dist.all_reduce(flat)
             means = (flat / micro_batches).split([b.numel() for b in self.buffers])
-            torch._foreach_copy_(self.buffers, [torch.where(skip > 0, old, mean.view_as(old))
-                                                for old, mean in zip(self.start, means)])
+            torch._foreach_copy_(
+                self.buffers,
+                [
+                    torch.where(skip > 0, old, mean.view_as(old))
+                    for old, mean in zip(self.start, means)
+                ],
+            )
             torch._foreach_copy_(self.counters, [c + 1 - skip.to(c.dtype) for c in self.count])
 
 
@@ -1270,13 +2006,15 @@ def update(optimizer, scaler, params, grad_clip, statistics, micro_batches, corr
 
 # --------------------------------------------------------------------------------------- evaluation
 
+
 def bin_sums(confidence, right, bins):
     """Probabilities (m, K) and whether what they were given to was right (m, K), in `bins` equal
     bins (lo, hi] of [0, 1] -> (3, K, bins) float64: how many, Σ right, Σ probability. 0 belongs to
     the first bin, an exact 1 to the last; NaN counts as 0."""
     m, columns = confidence.shape
-    values = torch.stack([torch.ones_like(confidence), right.to(confidence),
-                          confidence.nan_to_num(0)]).flatten(1)
+    values = torch.stack(
+        [torch.ones_like(confidence), right.to(confidence), confidence.nan_to_num(0)]
+    ).flatten(1)
     index = (torch.ceil(values[2] * bins) - 1).clamp(0, bins - 1).long()
     index += bins * torch.arange(columns, device=index.device).repeat(m)
     return values.new_zeros(3, columns * bins).index_add_(1, index, values).unflatten(1, (-1, bins))
@@ -1290,8 +2028,16 @@ def calibration_error(sums):
 
 
 @torch.inference_mode()
-def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=None,
-             restrict_logits=None, mix=None):
+def evaluate(
+    model,
+    loader,
+    device,
+    autocast=nullcontext(),
+    bins=10,
+    progress=None,
+    restrict_logits=None,
+    mix=None,
+):
     """Accuracy and calibration over a loader, every image counted once over all processes. Labels
     are (m,), or (m, K) where any of a row is right and -1 fills it up; restrict_logits: indices of
     the only classes that are predicted. mix: a function of the number of the batch, float images
@@ -1325,10 +2071,14 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (best[:, :, None] == y[:, None]).any(2)
         log_p = logits.log_softmax(1).gather(1, y.clamp(min=0)).masked_fill(y < 0, -math.inf)
-        nll = (-log_p.logsumexp(1) if shares is None else
-               F.cross_entropy(logits, shares, reduction="none"))
-        sums += torch.stack([torch.ones_like(y[:, 0]).sum(), hits[:, 0].sum(), hits.any(1).sum(),
-                             nll.sum()]).to(sums)
+        nll = (
+            -log_p.logsumexp(1)
+            if shares is None
+            else F.cross_entropy(logits, shares, reduction="none")
+        )
+        sums += torch.stack(
+            [torch.ones_like(y[:, 0]).sum(), hits[:, 0].sum(), hits.any(1).sum(), nll.sum()]
+        ).to(sums)
         by_bin += bin_sums(logits.softmax(1).amax(1, keepdim=True).to(sums), hits[:, :1], bins)
         if progress is not None:
             progress.update()
@@ -1337,8 +2087,13 @@ def evaluate(model, loader, device, autocast=nullcontext(), bins=10, progress=No
         dist.all_reduce(sums)
         dist.all_reduce(by_bin)
     n, top1, top5, nll = sums.tolist()
-    return dict(images=round(n), top1=100 * top1 / n, top5=100 * top5 / n, nll=nll / n,
-                ece=calibration_error(by_bin).item())
+    return dict(
+        images=round(n),
+        top1=100 * top1 / n,
+        top5=100 * top5 / n,
+        nll=nll / n,
+        ece=calibration_error(by_bin).item(),
+    )
 
 
 _at_once = weakref.WeakKeyDictionary()  # model -> {what: images}
@@ -1361,8 +2116,9 @@ def images_at_once(model, side, device, what="a forward pass", run=None, usual=2
             known[what] = n
         except torch.OutOfMemoryError:
             if n == 1:
-                raise UserError(f"{what}: one image of {side}×{side} does not fit in the device's "
-                                "memory") from None
+                raise UserError(
+                    f"{what}: one image of {side}×{side} does not fit in the device's memory"
+                ) from None
             n //= 2
             torch.cuda.empty_cache()
     return known[what]
@@ -1370,12 +2126,14 @@ def images_at_once(model, side, device, what="a forward pass", run=None, usual=2
 
 def own_share(dataset, device, workers, batch_size):
     """Loader of the images that this process evaluates."""
-    return data.evaluation_loader(dataset, batch_size, workers, rank(), world_size(),
-                                  device.type == "cuda")
+    return data.evaluation_loader(
+        dataset, batch_size, workers, rank(), world_size(), device.type == "cuda"
+    )
 
 
-def under_attack(model, dataset, side, device, positions, batch_size, workers, progress=None,
-                 **attack):
+def under_attack(
+    model, dataset, side, device, positions, batch_size, workers, progress=None, **attack
+):
     """adversarial.robustness on the images (3, side, side) at these positions of a data set, so
     many together or, if that is 0, images_at_once; in the model's own precision, without
     autocast."""
@@ -1390,10 +2148,10 @@ def under_attack(model, dataset, side, device, positions, batch_size, workers, p
     loader = own_share(dataset.part(positions), device, workers, batch_size)
 
     def batches():
-        own = positions[rank()::world_size()]
+        own = positions[rank() :: world_size()]
         for x, y in data.batches(loader, tell=say):
-            yield to_float(x.to(device), model), y.to(device), own[:len(y)]
-            own = own[len(y):]
+            yield to_float(x.to(device), model), y.to(device), own[: len(y)]
+            own = own[len(y) :]
             if progress is not None:
                 progress.update(len(y) * world_size())
 
@@ -1404,8 +2162,20 @@ def pgd_10(model, dataset, side, device, workers, bar=None, eps=2 / 255):
     """Accuracy in percent under 10 steps of PGD of eps/8 each from a random start (Chen E.5), on
     softmax cross-entropy whatever the training's loss. An image counts only if it is right at every
     iterate, where Table 5 may take the last alone. NaN where outputs are not finite."""
-    sums = under_attack(model, dataset, side, device, range(len(dataset)), 0, workers, bar, eps=eps,
-                        step_size=eps / 8, steps=10, early_stop=True)
+    sums = under_attack(
+        model,
+        dataset,
+        side,
+        device,
+        range(len(dataset)),
+        0,
+        workers,
+        bar,
+        eps=eps,
+        step_size=eps / 8,
+        steps=10,
+        early_stop=True,
+    )
     return adversarial.summary([sums])["robust"][-1]
 
 
@@ -1421,8 +2191,9 @@ def set_class_means(model, loader, device, autocast, temperature):
     the representations of each class in a loader, its logits cosine / temperature (of a network
     with unit_norm; else times the length of an image's representation, which leaves the ranks)."""
     (head,) = classifier(model).values()
-    sums = torch.zeros(head.weight.shape, dtype=torch.float64,
-                       device="cpu" if device.type == "mps" else device)
+    sums = torch.zeros(
+        head.weight.shape, dtype=torch.float64, device="cpu" if device.type == "mps" else device
+    )
     training = model.training
     model.eval()
     for x, y in data.batches(loader, tell=say):
@@ -1440,14 +2211,19 @@ def set_class_means(model, loader, device, autocast, temperature):
 
 def print_table(tell, results):
     attacked, width = any("pgd" in r for r in results.values()), max(12, *map(len, results))
-    tell(f"{'':{width}}{'images':>8}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>9}{'ECE %':>8}"
-         + f"{'PGD-10 %':>10}" * attacked)
+    tell(
+        f"{'':{width}}{'images':>8}{'top-1 %':>9}{'top-5 %':>9}{'NLL':>9}{'ECE %':>8}"
+        + f"{'PGD-10 %':>10}" * attacked
+    )
     for name, r in results.items():
-        tell(f"{name:{width}}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}"
-             f"{r['ece']:8.2f}" + (f"{r['pgd']:10.2f}" if "pgd" in r else ""))
+        tell(
+            f"{name:{width}}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}"
+            f"{r['ece']:8.2f}" + (f"{r['pgd']:10.2f}" if "pgd" in r else "")
+        )
 
 
 # -------------------------------------------------------------------------- checkpoints, run folder
+
 
 def read_checkpoint(path):
     """A file of torch.save as plain data: weights_only, nothing in it is run; and its checksums,
@@ -1461,8 +2237,9 @@ def read_checkpoint(path):
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:  # unpickling foreign bytes can raise anything
-        raise UserError(f"{path} is no checkpoint of plain tensors, or is damaged "
-                        f"({type(error).__name__})") from None
+        raise UserError(
+            f"{path} is no checkpoint of plain tensors, or is damaged ({type(error).__name__})"
+        ) from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint or state dict")
     return state
@@ -1486,9 +2263,14 @@ def write_file(path, write):
 def is_ours(state):
     """Whether a loaded file is a checkpoint of a run of this file."""
     settings = state.get("settings")
-    return (isinstance(settings, dict) and isinstance(settings.get("model"), str)
-            and {"dataset", "mean", "std"} <= settings.keys() and "ema" in state
-            and isinstance(state.get("model"), dict) and isinstance(state.get("classes"), list))
+    return (
+        isinstance(settings, dict)
+        and isinstance(settings.get("model"), str)
+        and {"dataset", "mean", "std"} <= settings.keys()
+        and "ema" in state
+        and isinstance(state.get("model"), dict)
+        and isinstance(state.get("classes"), list)
+    )
 
 
 def own_checkpoint(path):
@@ -1524,24 +2306,35 @@ def load_weights(network, path, weights="ema", reset_head=False):
     if reset_head:
         state |= {name: own[name] for name in of_head}
     old = state.get("pos_embed")
-    if (isinstance(network, (vit.ViT, vit.PiT)) and isinstance(old, torch.Tensor)
-            and old.ndim == own["pos_embed"].ndim):
+    if (
+        isinstance(network, (vit.ViT, vit.PiT))
+        and isinstance(old, torch.Tensor)
+        and old.ndim == own["pos_embed"].ndim
+    ):
         with as_user_error(path):
             state["pos_embed"] = vit.resize_pos_embed(old, network.grid, network.prefix_tokens)
     shape = {name: tuple(getattr(tensor, "shape", ["no tensor"])) for name, tensor in state.items()}
     other = [name for name in own if name in state and shape[name] != tuple(own[name].shape)]
-    wrong = {"it lacks": sorted(own.keys() - state.keys()),
-             "it has besides": sorted(state.keys() - own.keys(), key=str),
-             "of another shape": [f"{name} {shape[name]}, here {tuple(own[name].shape)}"
-                                  for name in other]}
+    wrong = {
+        "it lacks": sorted(own.keys() - state.keys()),
+        "it has besides": sorted(state.keys() - own.keys(), key=str),
+        "of another shape": [
+            f"{name} {shape[name]}, here {tuple(own[name].shape)}" for name in other
+        ],
+    }
     if any(wrong.values()):
-        parts = [f"{what}: {', '.join(map(str, names[:3]))}{' …' * (len(names) > 3)} "
-                 f"({len(names)} in all)" for what, names in wrong.items() if names]
+        parts = [
+            f"{what}: {', '.join(map(str, names[:3]))}{' …' * (len(names) > 3)} "
+            f"({len(names)} in all)"
+            for what, names in wrong.items()
+            if names
+        ]
         hint = ""
         if other and of_head.issuperset(other) and len(parts) == 1:
             hint = "; --reset-head starts with a new classifier"
-        raise UserError(f"{path} does not fit this network, nothing was loaded; "
-                        f"{'; '.join(parts)}{hint}")
+        raise UserError(
+            f"{path} does not fit this network, nothing was loaded; {'; '.join(parts)}{hint}"
+        )
     network.load_state_dict(state)
     if old is not None and old.shape != state["pos_embed"].shape:
         say(f"{path}: positions resized to {network.grid[0]}×{network.grid[1]}")
@@ -1557,8 +2350,19 @@ def to_json(value, indent=None):
 class RunFolder:
     """ckpt.pt, best.pt, log.jsonl and config.json of one run. One process writes; the log is locked
     meanwhile."""
-    PARTS = ("model", "ema", "projection", "optimizer", "scaler", "look", "windows", "step",
-             "evaluated", "best")  # of the last state
+
+    PARTS = (
+        "model",
+        "ema",
+        "projection",
+        "optimizer",
+        "scaler",
+        "look",
+        "windows",
+        "step",
+        "evaluated",
+        "best",
+    )  # of the last state
 
     def __init__(self, path):
         self.path = Path(path)
@@ -1575,25 +2379,32 @@ class RunFolder:
         try:
             fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{self.path} is being written by another process; choose another "
-                            "--out-dir") from None
+            raise UserError(
+                f"{self.path} is being written by another process; choose another --out-dir"
+            ) from None
         except OSError as error:  # some network file systems
-            say(f"{self.path} cannot be locked ({error.strerror}): nothing keeps a second process "
-                "from writing here")
+            say(
+                f"{self.path} cannot be locked ({error.strerror}): nothing keeps a second process "
+                "from writing here"
+            )
         # A data worker outlives a killed trainer by seconds and would hold the lock so long.
         held = weakref.ref(self.log_file)
         os.register_at_fork(after_in_child=lambda: held() and held().close())
         ckpt, saved = self.path / "ckpt.pt", self.path / "config.json"
         if saved.exists() or ckpt.exists():
             if not resume:
-                raise UserError(f"{self.path} holds a run already: add --resume to go on with it, "
-                                "or choose another --out-dir")
+                raise UserError(
+                    f"{self.path} holds a run already: add --resume to go on with it, "
+                    "or choose another --out-dir"
+                )
             self.compare(config["settings"], config["data"], config["versions"])
         state = read_checkpoint(ckpt) if ckpt.exists() else None
         lacks = [part for part in self.PARTS if state is not None and part not in state]
         if lacks:
-            raise UserError(f"{ckpt} is no last state of a run: it lacks {', '.join(lacks)}; start "
-                            "from its weights with --init-from, in another --out-dir")
+            raise UserError(
+                f"{ckpt} is no last state of a run: it lacks {', '.join(lacks)}; start "
+                "from its weights with --init-from, in another --out-dir"
+            )
         text = json.dumps(config, indent=1, ensure_ascii=False)
         try:
             write_file(saved, lambda file: file.write(text.encode()))
@@ -1607,26 +2418,44 @@ class RunFolder:
         try:
             then = json.loads((self.path / "config.json").read_text())
             free = FREE_FLAGS - ({"max_steps"} if settings["epochs"] == 0 else set())
-            differ = [f"{flag(k)} {then['settings'].get(k)} → {v}" for k, v in settings.items()
-                      if k not in free and then["settings"].get(k) != v]
-            moved = [(name, then["data"][name]["images"], now["images"])
-                     for name, now in data.items() if then["data"][name] != now]
-            others = [f"{name} {then['versions'][name]} → {now}" for name, now in versions.items()
-                      if then["versions"][name] != now]
+            differ = [
+                f"{flag(k)} {then['settings'].get(k)} → {v}"
+                for k, v in settings.items()
+                if k not in free and then["settings"].get(k) != v
+            ]
+            moved = [
+                (name, then["data"][name]["images"], now["images"])
+                for name, now in data.items()
+                if then["data"][name] != now
+            ]
+            others = [
+                f"{name} {then['versions'][name]} → {now}"
+                for name, now in versions.items()
+                if then["versions"][name] != now
+            ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{self.path}/config.json is missing or damaged, so the run's settings "
-                            "are unknown; choose another --out-dir") from None
+            raise UserError(
+                f"{self.path}/config.json is missing or damaged, so the run's settings "
+                "are unknown; choose another --out-dir"
+            ) from None
         if differ:
-            raise UserError(f"{self.path} was run with other settings ({', '.join(differ)}): give "
-                            "the same to resume it, or choose another --out-dir")
+            raise UserError(
+                f"{self.path} was run with other settings ({', '.join(differ)}): give "
+                "the same to resume it, or choose another --out-dir"
+            )
         if moved:
             name, images, here = moved[0]
-            raise UserError(f"{self.path} was run with other {name} images ({images} → {here}"
-                            + ", other labels" * (images == here) + "): give the same to resume "
-                            "it, or choose another --out-dir")
+            raise UserError(
+                f"{self.path} was run with other {name} images ({images} → {here}"
+                + ", other labels" * (images == here)
+                + "): give the same to resume "
+                "it, or choose another --out-dir"
+            )
         if others:
-            say(f"{self.path} was written by other versions ({', '.join(others)}): what follows "
-                "may differ from theirs in the last bits")
+            say(
+                f"{self.path} was written by other versions ({', '.join(others)}): what follows "
+                "may differ from theirs in the last bits"
+            )
 
     def cut_log(self, step, evaluated):
         """Leaves the records up to `step`, evaluations up to step `evaluated`: what a killed run
@@ -1666,6 +2495,7 @@ class RunFolder:
 
 # ---------------------------------------------------------------------------------------------- run
 
+
 def worker_count(args, dataset, on_machine):
     """--workers, or if that is not given what suits a data set and the machine."""
     if args.workers is not None:
@@ -1678,30 +2508,42 @@ def join(backend, **options):
     """Joins torchrun's processes, if it started this one. UserError if its variables or the
     connection are not as they should be."""
     numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    wrong = [f"{name}={os.environ[name]}" for name in numbers
-             if not os.environ.get(name, "0").isdecimal()]
+    wrong = [
+        f"{name}={os.environ[name]}"
+        for name in numbers
+        if not os.environ.get(name, "0").isdecimal()
+    ]
     if wrong:
-        raise UserError(f"{' '.join(wrong)}: no number, as torchrun sets it; unset it, or start "
-                        "with torchrun")
+        raise UserError(
+            f"{' '.join(wrong)}: no number, as torchrun sets it; unset it, or start with torchrun"
+        )
     if dist.is_initialized():
         return
     if "WORLD_SIZE" not in os.environ:
         alone = [f"{name}={os.environ[name]}" for name in numbers if name in os.environ]
         if alone:  # this process would take itself for another than the first, and save nothing
-            raise UserError(f"{' '.join(alone)} without WORLD_SIZE: unset it, or start with "
-                            "torchrun")
+            raise UserError(
+                f"{' '.join(alone)} without WORLD_SIZE: unset it, or start with torchrun"
+            )
         return
     try:
         # A store by attempt: in torchrun's own, processes that it restarts would find the addresses
         # of the dead ones (torch 2.14).
         store, own_rank, world = next(dist.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store),
-                                rank=own_rank, world_size=world, **options)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(f"attempt {attempt}", store),
+            rank=own_rank,
+            world_size=world,
+            **options,
+        )
     except (ValueError, RuntimeError) as error:  # the latter: a busy port, no connection
         said = " ".join(str(error).split("\n")[0].split())
-        raise UserError(f"the processes cannot join: {said}; start them with torchrun, which "
-                        "--standalone finds a free port for, or unset WORLD_SIZE") from None
+        raise UserError(
+            f"the processes cannot join: {said}; start them with torchrun, which "
+            "--standalone finds a free port for, or unset WORLD_SIZE"
+        ) from None
 
 
 def start_processes(device):
@@ -1709,13 +2551,17 @@ def start_processes(device):
     number of processes, number of them on this machine."""
     # gloo beside NCCL, so that what the host agrees on does not wait for the device
     join("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    world, local, on_machine = (int(os.environ.get(name, default)) for name, default in (
-        ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    world, local, on_machine = (
+        int(os.environ.get(name, default))
+        for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
     if device != "cuda":
         return torch.device(device), world, on_machine
     if on_machine > torch.cuda.device_count():
-        raise UserError(f"{on_machine} processes for {torch.cuda.device_count()} CUDA devices: "
-                        f"use --nproc_per_node={torch.cuda.device_count()}")
+        raise UserError(
+            f"{on_machine} processes for {torch.cuda.device_count()} CUDA devices: "
+            f"use --nproc_per_node={torch.cuda.device_count()}"
+        )
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
     return device, world, on_machine
@@ -1724,9 +2570,16 @@ def start_processes(device):
 def load_split(args, split, device, tell, **more):
     """A split of --dataset, its images on the device if they can live there."""
     try:
-        dataset = data.load(args.dataset, split, data_dir=args.data_dir, image_size=args.image_size,
-                            seed=args.seed, download=args.download,
-                            short_side=args.eval_short_side, **more)
+        dataset = data.load(
+            args.dataset,
+            split,
+            data_dir=args.data_dir,
+            image_size=args.image_size,
+            seed=args.seed,
+            download=args.download,
+            short_side=args.eval_short_side,
+            **more,
+        )
     except data.DataError as error:
         hint = "" if args.dataset == "shapes" else "; --dataset shapes needs no files"
         raise UserError(f"{error}{hint}") from None
@@ -1738,9 +2591,24 @@ def load_split(args, split, device, tell, **more):
 def load_training(args, device, tell):
     """The training set, augmented, the validation set, which may be held out of it, and a class-
     balanced sample of the first of the second's size: augmented, and as validation images are."""
-    train_set = load_split(args, "train", device, tell, **{name: getattr(args, name) for name in (
-        "augment", "autoaugment", "randaugment", "randaugment_prob", "randaugment_of", "erasing",
-        "flip")})
+    train_set = load_split(
+        args,
+        "train",
+        device,
+        tell,
+        **{
+            name: getattr(args, name)
+            for name in (
+                "augment",
+                "autoaugment",
+                "randaugment",
+                "randaugment_prob",
+                "randaugment_of",
+                "erasing",
+                "flip",
+            )
+        },
+    )
     val_set = load_split(args, "val", device, tell, classes=train_set.classes)
     with as_user_error(f"--train-fraction {args.train_fraction}"):
         train_set.restrict(data.subset(train_set.labels, args.train_fraction))
@@ -1758,8 +2626,11 @@ def load_training(args, device, tell):
 def mixing(args, num_classes):
     """A function of float images and labels that mixes them as --mixup and --cutmix say, one of
     both by a coin: then labels become shares (m, classes). Draws from the default generator."""
-    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in (
-        (v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    mixes = [
+        kind(alpha=alpha, num_classes=num_classes)
+        for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
+        if alpha
+    ]
     return v2.RandomChoice(mixes) if mixes else lambda *xy: xy
 
 
@@ -1777,9 +2648,13 @@ def too_narrow_for_channels_last(network):
     """Whether oneDNN writes past its memory in the backward pass of one of its convolutions: 1×1,
     strided, of fewer channels than a vector register holds, at most 16 (oneDNN issue 6035, in torch
     2.11 and 2.14): crashes, waits for ever or wrong gradients."""
-    return any(isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
-               and module.stride != (1, 1) and module.in_channels < 16
-               for module in network.modules())
+    return any(
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+        and module.in_channels < 16
+        for module in network.modules()
+    )
 
 
 def starting_network(args, origin, num_classes, device, tell):
@@ -1798,24 +2673,35 @@ def starting_network(args, origin, num_classes, device, tell):
             normalisation = args.mean, args.std
         if normalisation is None and family(args.model) in PUBLISHED_BY_TORCHVISION:
             normalisation = IMAGENET_PIXELS["mean"], IMAGENET_PIXELS["std"]
-            tell(f"{args.init_from} is taken for one of torchvision's: inputs are normalised by "
-                 "ImageNet's mean and standard deviation; --mean and --std set others")
+            tell(
+                f"{args.init_from} is taken for one of torchvision's: inputs are normalised by "
+                "ImageNet's mean and standard deviation; --mean and --std set others"
+            )
         if normalisation is None:
-            raise UserError(f"{args.init_from} does not say how its inputs were normalised: give "
-                            "--mean and --std (torchvision's: 0.485 0.456 0.406, "
-                            "0.229 0.224 0.225)")
-        if origin["mean"] not in ("default", "command line") and not args.eval_only and (
-                normalisation != (args.mean, args.std)):
-            tell(f"inputs are normalised as for {args.init_from}: mean {normalisation[0]}, std "
-                 f"{normalisation[1]}, not as in {args.recipe}")
+            raise UserError(
+                f"{args.init_from} does not say how its inputs were normalised: give "
+                "--mean and --std (torchvision's: 0.485 0.456 0.406, "
+                "0.229 0.224 0.225)"
+            )
+        if (
+            origin["mean"] not in ("default", "command line")
+            and not args.eval_only
+            and (normalisation != (args.mean, args.std))
+        ):
+            tell(
+                f"inputs are normalised as for {args.init_from}: mean {normalisation[0]}, std "
+                f"{normalisation[1]}, not as in {args.recipe}"
+            )
         args.mean, args.std = normalisation
     precision = torch.float64 if args.dtype == "float64" else torch.float32
     bare = assemble(network, args.mean, args.std).to(device, precision)
     if args.channels_last and device.type == "cpu" and too_narrow_for_channels_last(network):
         if origin["channels_last"] == "command line":
-            raise UserError("--channels-last: on the CPU strided 1×1 convolutions of fewer than 16 "
-                            "channels go wrong so (oneDNN issue 6035): leave it out, or take a "
-                            "wider network")
+            raise UserError(
+                "--channels-last: on the CPU strided 1×1 convolutions of fewer than 16 "
+                "channels go wrong so (oneDNN issue 6035): leave it out, or take a "
+                "wider network"
+            )
         args.channels_last = False
     if args.channels_last:
         bare = bare.to(memory_format=torch.channels_last)
@@ -1831,23 +2717,30 @@ def scope(network, pattern):
     with as_user_error(f"--sam-scope {pattern}"):
         found = [p for name, p in names.items() if p.requires_grad and re.search(pattern, name)]
         if not found:
-            raise ValueError(f"no parameter's name matches; there are {', '.join(list(names)[:2])},"
-                             f" …, {list(names)[-1]}")
+            raise ValueError(
+                f"no parameter's name matches; there are {', '.join(list(names)[:2])},"
+                f" …, {list(names)[-1]}"
+            )
     return found
 
 
 def make_optimizer(args, model, device):
     """--optimizer over the trained parameters; fused where there is such a kernel."""
-    groups = [dict(params=params, weight_decay=decay) for params, decay in zip(
-        decay_groups(model, args.decay), (args.weight_decay, 0.0)) if params]
+    groups = [
+        dict(params=params, weight_decay=decay)
+        for params, decay in zip(decay_groups(model, args.decay), (args.weight_decay, 0.0))
+        if params
+    ]
     betas, fused = (args.beta1, args.beta2), device.type in ("cpu", "cuda")
     kind, own = {
         "adamw": (torch.optim.AdamW, dict(betas=betas, eps=args.eps, fused=fused)),
         "lamb": (LAMB, dict(betas=betas, eps=args.eps)),
-        "rmsprop": (torch.optim.RMSprop, dict(
-            alpha=args.beta2, eps=args.eps, momentum=args.momentum)),
-        "sgd": (torch.optim.SGD, dict(
-            momentum=args.momentum, nesterov=args.nesterov, fused=fused))}[args.optimizer]
+        "rmsprop": (
+            torch.optim.RMSprop,
+            dict(alpha=args.beta2, eps=args.eps, momentum=args.momentum),
+        ),
+        "sgd": (torch.optim.SGD, dict(momentum=args.momentum, nesterov=args.nesterov, fused=fused)),
+    }[args.optimizer]
     optimizer = kind(groups, lr=args.lr, **own)
     if args.optimizer == "sgd" and args.momentum:
         # If the first step is skipped, the fused kernel would leave these uninitialised.
@@ -1865,8 +2758,11 @@ def averaging(model, device):
     with warnings.catch_warnings():  # 2.15 renames broadcast_buffers, 2.11 lacks the new name
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False, gradient_as_bucket_view=True)
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
 
 def quiet(model, sends):
@@ -1885,24 +2781,31 @@ def autocast_of(args, device):
 def measure(what, dataset, model, args, device, workers, attack=False, mix=None):
     """`evaluate` on a data set; attack: also "pgd", if --eval-adv is given; mix: a micro-batch's
     (x, y) -> (x, shares), drawn from the run's seed."""
+
     def seeded_mix(number, x, y):
         torch.manual_seed(data.key(args.seed, -1, rank() + number * world_size(), 2))
         return mix(x, y)
 
     if mix is None:
-        loader = own_share(dataset, device, workers, images_at_once(
-            model, args.image_size, device))
+        loader = own_share(dataset, device, workers, images_at_once(model, args.image_size, device))
     else:  # in micro-batches, which are the same on any number of processes
         pairs, m = [(0, i) for i in range(len(dataset))], args.micro_batch
-        micros = [pairs[i:i + m] for i in range(rank() * m, len(pairs), world_size() * m)]
+        micros = [pairs[i : i + m] for i in range(rank() * m, len(pairs), world_size() * m)]
         loader = data.loader(dataset, micros, workers, device.type == "cuda")
     with progress(len(loader), what, "batch") as bar:
-        result = evaluate(model, loader, device, autocast_of(args, device), progress=bar,
-                          mix=seeded_mix if mix else None)
+        result = evaluate(
+            model,
+            loader,
+            device,
+            autocast_of(args, device),
+            progress=bar,
+            mix=seeded_mix if mix else None,
+        )
     if attack and args.eval_adv:
         with progress(len(dataset), f"{what}, PGD-10") as bar:
-            result["pgd"] = pgd_10(model, dataset, args.image_size, device, workers, bar,
-                                   args.adv_eps or 2 / 255)
+            result["pgd"] = pgd_10(
+                model, dataset, args.image_size, device, workers, bar, args.adv_eps or 2 / 255
+            )
     return result
 
 
@@ -1913,8 +2816,15 @@ def evaluate_only(args, origin, device, on_machine, tell):
     model = starting_network(args, origin, len(dataset.classes), device, tell)
     tell(f"{args.model} from {args.init_from} on {args.dataset}")
     try:
-        result = measure("evaluation", dataset, model, args, device,
-                         worker_count(args, dataset, on_machine), attack=True)
+        result = measure(
+            "evaluation",
+            dataset,
+            model,
+            args,
+            device,
+            worker_count(args, dataset, on_machine),
+            attack=True,
+        )
     except data.DataError as error:
         raise UserError(str(error)) from None
     print_table(tell, {args.eval_split: result})
@@ -1926,25 +2836,34 @@ def run(args, origin):
     device, world, on_machine = start_processes(args.device)
     main_process = rank() == 0
     tell = say if main_process else lambda text="": None
-    chosen = "\n".join([f"recipe    {args.recipe}"] + [
-        f"  {name.replace('_', '-'):<16} {value!s:<14} ({origin[name]})"
-        for name, value in vars(args).items() if origin[name] != "default"])
+    chosen = "\n".join(
+        [f"recipe    {args.recipe}"]
+        + [
+            f"  {name.replace('_', '-'):<16} {value!s:<14} ({origin[name]})"
+            for name, value in vars(args).items()
+            if origin[name] != "default"
+        ]
+    )
     if args.dry_run:  # before anything can be missing
         tell(chosen)
     if any(args.expect):
         steps, seconds = expected(args, complexity_of(args)["macs"], *args.expect)
         if math.isnan(seconds):
             raise UserError(f"--expect: the arithmetic of {args.model} cannot be counted")
-        tell(f"expected  {in_hours(steps * seconds)} hours of {steps:,} steps, "
-             f"{args.batch_size / seconds:,.3g} images/s, on {args.expect[0]:g} devices that "
-             f"sustain {args.expect[1]:g} TFLOP/s each, without evaluations and waiting")
+        tell(
+            f"expected  {in_hours(steps * seconds)} hours of {steps:,} steps, "
+            f"{args.batch_size / seconds:,.3g} images/s, on {args.expect[0]:g} devices that "
+            f"sustain {args.expect[1]:g} TFLOP/s each, without evaluations and waiting"
+        )
     share = args.micro_batch * world
     if args.batch_size % share and not args.eval_only:
         near = max(args.batch_size // share, 1) * share
         fits = [m for m in range(1, args.micro_batch) if args.batch_size % (m * world) == 0]
-        raise UserError(f"batch size {args.batch_size} is not a multiple of micro-batch "
-                        f"{args.micro_batch} × {world} devices = {share}: use --batch-size {near}"
-                        + (f" or --micro-batch {fits[-1]}" if fits else ""))
+        raise UserError(
+            f"batch size {args.batch_size} is not a multiple of micro-batch "
+            f"{args.micro_batch} × {world} devices = {share}: use --batch-size {near}"
+            + (f" or --micro-batch {fits[-1]}" if fits else "")
+        )
     # One process of a machine fetches, the others find.
     if args.download and os.environ.get("LOCAL_RANK", "0") == "0":
         load_split(args, "train", device, tell)
@@ -1969,8 +2888,10 @@ def run(args, origin):
     head = next(iter(classifier(network).values()), None)
     supcon, projection = args.loss == "supcon", None
     if supcon and "pre_logits" not in getattr(network, "intermediates", ()):
-        raise UserError(f"--loss supcon: {args.model} does not tell its representation, "
-                        "pre_logits; ViT, PiT, Mixer, ResNet, AlterNet and Swin do")
+        raise UserError(
+            f"--loss supcon: {args.model} does not tell its representation, "
+            "pre_logits; ViT, PiT, Mixer, ResNet, AlterNet and Swin do"
+        )
     if args.train_only == "head":
         if head is None:
             raise UserError(f"--train-only head: {args.model} has no linear classifier")
@@ -1985,15 +2906,20 @@ def run(args, origin):
     # ---- optimization
     steps_per_epoch = len(train_set) // args.batch_size
     if steps_per_epoch == 0:
-        raise UserError(f"the training set has {len(train_set):,} images, fewer than one batch of "
-                        f"{args.batch_size:,}: use --batch-size "
-                        f"{len(train_set) // share * share or 1}")
+        raise UserError(
+            f"the training set has {len(train_set):,} images, fewer than one batch of "
+            f"{args.batch_size:,}: use --batch-size "
+            f"{len(train_set) // share * share or 1}"
+        )
     warmup_steps = args.warmup_steps + round(args.warmup_epochs * steps_per_epoch)
     total_steps = args.epochs * steps_per_epoch or args.max_steps
     last_step = min(args.max_steps or total_steps, total_steps)
-    kept = {("" if epoch == "warmup" else "epoch") + f"{epoch}.pt":
-            warmup_steps if epoch == "warmup" else int(epoch) * steps_per_epoch
-            for epoch in args.keep_epochs}
+    kept = {
+        ("" if epoch == "warmup" else "epoch") + f"{epoch}.pt": warmup_steps
+        if epoch == "warmup"
+        else int(epoch) * steps_per_epoch
+        for epoch in args.keep_epochs
+    }
     micro_batches = args.batch_size // args.micro_batch
     own_micros = range(rank() * micro_batches // world, (rank() + 1) * micro_batches // world)
 
@@ -2006,8 +2932,9 @@ def run(args, origin):
     sam = look = None
     if args.sam_rho:
         moved = scope(network, args.sam_scope) if args.sam_scope else params
-        sam = SAM(model, args.sam_rho, steps=args.sam_steps, adaptive=args.sam_adaptive,
-                  params=moved)
+        sam = SAM(
+            model, args.sam_rho, steps=args.sam_steps, adaptive=args.sam_adaptive, params=moved
+        )
         if args.sam_every > 1 and args.sam_reuse:
             look = LookSAM(moved, args.sam_reuse)
     adv_step_size = args.adv_step_size or 1.25 * args.adv_eps
@@ -2019,29 +2946,43 @@ def run(args, origin):
     where = ", held out of the training set" if args.hold_out != "0" else ""
     whole, used = len(train_set.labels), len(train_set) + len(val_set) * bool(where)
     part = f" (a fraction {args.train_fraction} of {whole:,})" if used < whole else ""
-    tell(f"data      {args.dataset}: {len(train_set):,} training{part} and {len(val_set):,} "
-         f"validation images{where}, {num_classes:,} classes, {args.image_size}×{args.image_size}, "
-         f"augmentation {args.augment}, {workers} workers per device")
+    tell(
+        f"data      {args.dataset}: {len(train_set):,} training{part} and {len(val_set):,} "
+        f"validation images{where}, {num_classes:,} classes, {args.image_size}×{args.image_size}, "
+        f"augmentation {args.augment}, {workers} workers per device"
+    )
     if args.dataset == "imagenet" and num_classes != 1000:
         tell(f"          {num_classes} classes, where ImageNet-1k has 1,000")
-    tell(f"model     {args.model}: {sum(p.numel() for p in params):,} parameters, {args.loss} loss"
-         + ", only of the classifier" * (args.train_only == "head"))
+    tell(
+        f"model     {args.model}: {sum(p.numel() for p in params):,} parameters, {args.loss} loss"
+        + ", only of the classifier" * (args.train_only == "head")
+    )
     if supcon:
-        tell("          accuracies are of the nearest class mean, not of a classifier that was "
-             "trained: --train-only head trains one")
+        tell(
+            "          accuracies are of the nearest class mean, not of a classifier that was "
+            "trained: --train-only head trains one"
+        )
     tell(f"device    {world} × {device.type}, {args.dtype}{', compiled' * args.compile}")
-    tell(f"step      {args.batch_size:,} images = {world} devices × {micro_batches // world} "
-         f"micro-batches × {args.micro_batch} images, " + "each in two views, " * supcon + (
-             f"SAM with ρ = {args.sam_rho:g} on "
-             f"{'the whole ' if args.sam_sync else 'each micro-'}batch"
-             + f" in one step of {args.sam_every}" * (args.sam_every > 1)
-             + f", moving {sum(p.numel() for p in sam.params):,} parameters" * bool(args.sam_scope)
-             if sam else "without SAM")
-         + f", images moved by at most {255 * args.adv_eps:.4g}/255" * (args.adv_eps > 0))
-    tell(f"schedule  {last_step:,} steps"
-         + f" of {total_steps:,}" * (last_step < total_steps)
-         + f", {steps_per_epoch:,} per epoch; {args.optimizer}, learning rate {args.lr:g} after "
-         f"{warmup_steps:,} steps, then {args.lr_schedule}")
+    tell(
+        f"step      {args.batch_size:,} images = {world} devices × {micro_batches // world} "
+        f"micro-batches × {args.micro_batch} images, "
+        + "each in two views, " * supcon
+        + (
+            f"SAM with ρ = {args.sam_rho:g} on "
+            f"{'the whole ' if args.sam_sync else 'each micro-'}batch"
+            + f" in one step of {args.sam_every}" * (args.sam_every > 1)
+            + f", moving {sum(p.numel() for p in sam.params):,} parameters" * bool(args.sam_scope)
+            if sam
+            else "without SAM"
+        )
+        + f", images moved by at most {255 * args.adv_eps:.4g}/255" * (args.adv_eps > 0)
+    )
+    tell(
+        f"schedule  {last_step:,} steps"
+        + f" of {total_steps:,}" * (last_step < total_steps)
+        + f", {steps_per_epoch:,} per epoch; {args.optimizer}, learning rate {args.lr:g} after "
+        f"{warmup_steps:,} steps, then {args.lr_schedule}"
+    )
     if warmup_steps >= last_step:
         tell("          the warm-up is as long as the run or longer")
     if args.dry_run:
@@ -2049,10 +2990,15 @@ def run(args, origin):
         return 0
 
     # ---- run folder, resume
-    versions = dict(torch=torch.__version__, torchvision=torchvision.__version__,
-                    python=sys.version.split()[0])
-    config = dict(settings=vars(args), command=sys.argv, versions=versions, data=dict(
-        training=train_set.fingerprint(), validation=val_set.fingerprint()))
+    versions = dict(
+        torch=torch.__version__, torchvision=torchvision.__version__, python=sys.version.split()[0]
+    )
+    config = dict(
+        settings=vars(args),
+        command=sys.argv,
+        versions=versions,
+        data=dict(training=train_set.fingerprint(), validation=val_set.fingerprint()),
+    )
     folder = RunFolder(args.out_dir)
     state = on_main(lambda: folder.open(config, args.resume))
     networks = dict(model=network, ema=ema and ema.network, projection=projection)
@@ -2087,9 +3033,18 @@ def run(args, origin):
     def checkpoint(name, **more):
         if main_process:
             weights = {part: one and one.state_dict() for part, one in networks.items()}
-            folder.save(name, weights | dict(
-                step=step, evaluated=evaluated, best=best, settings=vars(args),
-                classes=train_set.classes, **more))
+            folder.save(
+                name,
+                dict(
+                    weights,
+                    step=step,
+                    evaluated=evaluated,
+                    best=best,
+                    settings=vars(args),
+                    classes=train_set.classes,
+                    **more,
+                ),
+            )
 
     def save_checkpoint(**more):
         nonlocal saved
@@ -2097,8 +3052,14 @@ def run(args, origin):
         if windows[0, 5] and not more:  # weights that gave it are not worth the file's last ones
             return tell(f"step {step:6,}  not saved: its gradient was not finite")
         saved = step
-        checkpoint("ckpt.pt", windows=windows, optimizer=optimizer.state_dict(),
-                   scaler=scaler.state_dict(), look=look and look.state_dict(), **more)
+        checkpoint(
+            "ckpt.pt",
+            windows=windows,
+            optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict(),
+            look=look and look.state_dict(),
+            **more,
+        )
 
     def log(**record):
         if main_process:
@@ -2111,8 +3072,13 @@ def run(args, origin):
         """Contrastive training has none of its own: evaluations show the nearest class mean's."""
         for each in (bare, ema):
             if supcon and each is not None:
-                set_class_means(each, own_share(train_sample, device, workers, 256), device,
-                                autocast, args.temperature)
+                set_class_means(
+                    each,
+                    own_share(train_sample, device, workers, 256),
+                    device,
+                    autocast,
+                    args.temperature,
+                )
 
     def validate():
         nonlocal evaluated, best, result, since, started
@@ -2120,10 +3086,12 @@ def run(args, origin):
         prepare_classifier()
         result, evaluated = measured("validation", val_set, attack=True), step
         log(val=result)
-        tell(f"step {step:6,}  validation{', nearest class mean' * supcon}: "
-             f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
-             f"NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %"
-             + (f", PGD-10 {result['pgd']:.2f} %" if args.eval_adv else ""))
+        tell(
+            f"step {step:6,}  validation{', nearest class mean' * supcon}: "
+            f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+            f"NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %"
+            + (f", PGD-10 {result['pgd']:.2f} %" if args.eval_adv else "")
+        )
         if result["top1"] > best:
             best = result["top1"]
             checkpoint("best.pt", val=result)
@@ -2137,7 +3105,7 @@ def run(args, origin):
     # micro-batch -> its loss and, against the larger share of its labels, error in the first pass:
     # at w; with --adv-eps on the random start of δ
     clean = {}
-    pulls = {}     # micro-batch -> gradient of the whole batch's supcon loss by its projections
+    pulls = {}  # micro-batch -> gradient of the whole batch's supcon loss by its projections
     together = []  # micro-batches that share an ε: one, or with --sam-sync all; or a loss
 
     def contrast():
@@ -2173,12 +3141,26 @@ def run(args, origin):
         return scaler.scale(loss)
 
     # ---- the loop
-    order = data.TrainOrder(len(train_set), args.batch_size, args.micro_batch, args.seed, step,
-                            last_step, rank(), world, args.repeated_augment, 1 + supcon)
+    order = data.TrainOrder(
+        len(train_set),
+        args.batch_size,
+        args.micro_batch,
+        args.seed,
+        step,
+        last_step,
+        rank(),
+        world,
+        args.repeated_augment,
+        1 + supcon,
+    )
     stream = data.batches(data.loader(train_set, order, workers, args.device == "cuda"), tell=say)
     stop = StopSignal()
-    bar = tqdm(total=last_step, initial=step, unit="step",
-               disable=not (main_process and sys.stderr.isatty()))
+    bar = tqdm(
+        total=last_step,
+        initial=step,
+        unit="step",
+        disable=not (main_process and sys.stderr.isatty()),
+    )
     images = since_images = 0
     started = since = time.perf_counter()  # moved on by the time that evaluations take
     if evaluation_is_due():  # the run was stopped between a checkpoint and its evaluation
@@ -2189,8 +3171,10 @@ def run(args, origin):
             save_checkpoint()
             bar.close()
             what = "nothing saved" if saved is None else f"saved at step {saved:,}"
-            tell(f"stopped by {signal.Signals(stopped).name}, {what}; to go on, repeat the command "
-                 "with --resume")
+            tell(
+                f"stopped by {signal.Signals(stopped).name}, {what}; to go on, repeat the command "
+                "with --resume"
+            )
             return 128 + stopped
         lr = learning_rate(step, total_steps, warmup_steps, args.lr, args.lr_schedule, args.lr_end)
         for group in optimizer.param_groups:
@@ -2211,13 +3195,23 @@ def run(args, origin):
                 continue
             losses = [partial(loss_of, micro, start, y) for micro, _, y, start in together]
             starts = [start for *_, start in together if args.adv_eps]
-            with (sam.perturb(losses, inputs=starts, sync=args.sam_sync and world > 1,
-                              keep_grads=look is not None)
-                  if perturbed else nullcontext()) as first:  # at w + ε
+            with (
+                sam.perturb(
+                    losses,
+                    inputs=starts,
+                    sync=args.sam_sync and world > 1,
+                    keep_grads=look is not None,
+                )
+                if perturbed
+                else nullcontext()
+            ) as first:  # at w + ε
                 for i, (micro, x, y, start) in enumerate(together):
                     if args.adv_eps:  # at x + δ; ε and δ come from one pass at (w, start): Eq. 5
-                        grad = (first.input_grads[i] if perturbed else
-                                torch.autograd.grad(losses[i](), start)[0])
+                        grad = (
+                            first.input_grads[i]
+                            if perturbed
+                            else torch.autograd.grad(losses[i](), start)[0]
+                        )
                         x = adversarial.ascend(start, grad, x, args.adv_eps, adv_step_size)
                     sends = micro == own_micros[-1]
                     (loss_of(micro, x, y, sends) / len(own_micros)).backward()
@@ -2225,8 +3219,15 @@ def run(args, origin):
                 look.note(first.grads, len(together) / len(own_micros))
             together.clear()
 
-        norm, skip = update(optimizer, scaler, params, args.grad_clip, statistics, micro_batches,
-                            look and partial(look.step, perturbed))
+        norm, skip = update(
+            optimizer,
+            scaler,
+            params,
+            args.grad_clip,
+            statistics,
+            micro_batches,
+            look and partial(look.step, perturbed),
+        )
         if ema is not None and step % args.ema_every == 0:
             decay = min(args.ema_decay, (1 + step) / (10 + step))
             if args.ema_alpha:
@@ -2247,24 +3248,41 @@ def run(args, origin):
             now = time.perf_counter()
             speed, since, since_images = (images - since_images) / (now - since), now, images
             count = steps - skipped
-            loss, norm, error = ((value / count if count else math.nan)
-                                 for value in (total, norms, errors))
-            log(loss=loss, error=None if supcon else 100 * error, lr=lr, grad_norm=norm,
-                skipped=int(skipped), images_per_second=speed)
-            tell(f"step {step:6,}  epoch {step / steps_per_epoch:6.2f}  loss {loss:7.4f}  "
-                 f"lr {lr:.2e}  gradient norm {norm:7.3f}  {speed:7,.0f} images/s"
-                 + f"  {int(skipped)} steps skipped: their gradient was not finite" * (skipped > 0))
+            loss, norm, error = (
+                (value / count if count else math.nan) for value in (total, norms, errors)
+            )
+            log(
+                loss=loss,
+                error=None if supcon else 100 * error,
+                lr=lr,
+                grad_norm=norm,
+                skipped=int(skipped),
+                images_per_second=speed,
+            )
+            tell(
+                f"step {step:6,}  epoch {step / steps_per_epoch:6.2f}  loss {loss:7.4f}  "
+                f"lr {lr:.2e}  gradient norm {norm:7.3f}  {speed:7,.0f} images/s"
+                + f"  {int(skipped)} steps skipped: their gradient was not finite"
+                * (skipped > 0)
+            )
             if in_a_row >= MOST_SKIPPED:
                 log(diverged=True)
                 raise UserError(
                     f"the last {int(in_a_row)} gradients were not finite: stopped at step "
                     f"{step:,}, learning rate {lr:.3g}; "
-                    + ("nothing was saved before" if saved is None else
-                       f"{args.out_dir}/ckpt.pt is of step {saved:,}, with finite gradients"))
+                    + (
+                        "nothing was saved before"
+                        if saved is None
+                        else f"{args.out_dir}/ckpt.pt is of step {saved:,}, with finite gradients"
+                    )
+                )
         for name in (name for name, at in kept.items() if at == step):
             checkpoint(name)  # before the run's own, so that no kill comes between
-        if step == last_step or step % steps_per_epoch == 0 or (
-                args.save_every and step % args.save_every == 0):
+        if (
+            step == last_step
+            or step % steps_per_epoch == 0
+            or (args.save_every and step % args.save_every == 0)
+        ):
             save_checkpoint()  # before the evaluation, which may be long
         if evaluation_is_due():
             validate()
@@ -2285,12 +3303,19 @@ def run(args, origin):
     log(final=final, images_per_second=speed)
     save_checkpoint(final=final)
     print_table(tell, final)
-    tell(f"{speed:,.0f} images/s; checkpoint {args.out_dir}/ckpt.pt; best validation accuracy "
-         f"{best:.2f} % in best.pt")
+    tell(
+        f"{speed:,.0f} images/s; checkpoint {args.out_dir}/ckpt.pt; best validation accuracy "
+        f"{best:.2f} % in best.pt"
+    )
     other = 0 if sam else PAPER_RHO[kind_of_training(args)].get(args.model, 0.03)
-    same = [word for name, setter in origin.items() if setter == "command line"
-            and name not in ("sam_rho", "out_dir", "resume")
-            and not (sam and name.startswith("sam_")) for word in as_flag(name, args)]
+    same = [
+        word
+        for name, setter in origin.items()
+        if setter == "command line"
+        and name not in ("sam_rho", "out_dir", "resume")
+        and not (sam and name.startswith("sam_"))
+        for word in as_flag(name, args)
+    ]
     launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"
     tell(f"to compare: {launch} train.py {shlex.join([*same, '--sam-rho', f'{other:g}'])}")
     return 0
@@ -2303,8 +3328,9 @@ def one_line(error):
 
 def want_of_memory(error):
     """A sentence if this is what Python, torch or CUDA say where memory ends, else an empty one."""
-    if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-            or "allocate memory" in str(error)):
+    if not (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    ):
         return ""
     found = re.search(r"allocate ([\d.]+ \w+)", str(error))
     of = f" of {found[1]}" if found else ""
@@ -2349,10 +3375,16 @@ def answer(program, function, again):
 
 def main(argv=None):
     """-> exit status, of `answer`; 128 + signal for a run that was stopped by one and saved."""
+
     def command():
         args, origin = settings(argv)
-        return (list_models() if args.list_models else
-                list_recipes(args.expect) if args.list_recipes else run(args, origin))
+        return (
+            list_models()
+            if args.list_models
+            else list_recipes(args.expect)
+            if args.list_recipes
+            else run(args, origin)
+        )
 
     return answer("train.py", command, "then go on with --resume")
 

@@ -22,6 +22,7 @@ State-dict keys are timm's. load_npz reads Google's files; those models take ima
     logits = build("vit_s16")(images, out=maps)
 
 B batch, N tokens (class token first, then the map by rows), D dim, H heads, d head_dim, h w map."""
+
 import argparse
 import difflib
 import inspect
@@ -51,8 +52,19 @@ VIT_GF = {  # vit_{p,c}_{key}; Xiao et al., Table 1. depth is L: build() takes o
 }
 STEM_18GF = dict(stem_channels=(64, 128, 128, 256, 256, 512), stem_strides=(2, 2, 1, 2, 1, 2))
 STEM_GF = {"18gf": STEM_18GF, "36gf": STEM_18GF}  # §3; 1gf, 4gf: the default of stem_plan
-NAMES = ["vit_micro8", "vit_ti16", "vit_s32", "vit_s16", "vit_s14", "vit_s8", "vit_b32", "vit_b16",
-         "vit_l16", *(f"vit_{stem}_{size}" for stem in "pc" for size in VIT_GF), "pit_ti"]
+NAMES = [
+    "vit_micro8",
+    "vit_ti16",
+    "vit_s32",
+    "vit_s16",
+    "vit_s14",
+    "vit_s8",
+    "vit_b32",
+    "vit_b16",
+    "vit_l16",
+    *(f"vit_{stem}_{size}" for stem in "pc" for size in VIT_GF),
+    "pit_ti",
+]
 
 
 def record(out, name, value):
@@ -64,12 +76,16 @@ def record(out, name, value):
 
 def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
-    units = [name for name, (kind, _) in intermediates.items()
-             if kind in ("attention", "token mlp", "mlp", "conv")]
+    units = [
+        name
+        for name, (kind, _) in intermediates.items()
+        if kind in ("attention", "token mlp", "mlp", "conv")
+    ]
     for name in out or ():
         if name not in intermediates:
-            raise ValueError(f"unknown intermediate {name!r}; this model has "
-                             f"{', '.join(intermediates)}")
+            raise ValueError(
+                f"unknown intermediate {name!r}; this model has {', '.join(intermediates)}"
+            )
     if skip is not None and skip not in units:
         raise ValueError(f"unknown unit {skip!r} to skip; this model has {', '.join(units)}")
 
@@ -111,8 +127,10 @@ class Attention(nn.Module):
         self.drop = nn.Dropout(dropout)  # Google drops none of the attention weights
 
     def forward(self, x, mask=None, out=None, name="attn"):
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, d) each
-                   for part in self.qkv(x).chunk(3, dim=-1))
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, N, d) each
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )
         if out is not None and f"{name}.weights" in out:  # SDPA never forms them: a second softmax
             scores = q @ k.mT / math.sqrt(q.shape[-1])  # (B, H, N, N)
             scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
@@ -125,8 +143,9 @@ class Block(nn.Module):
     def __init__(self, *, dim, heads, head_dim, mlp_dim, qkv_bias, gelu, dropout, drop_path):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim=dim, heads=heads, head_dim=head_dim, qkv_bias=qkv_bias,
-                              dropout=dropout)
+        self.attn = Attention(
+            dim=dim, heads=heads, head_dim=head_dim, qkv_bias=qkv_bias, dropout=dropout
+        )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim=dim, mlp_dim=mlp_dim, gelu=gelu, dropout=dropout)
         self.drop_path = DropPath(drop_path)
@@ -141,8 +160,11 @@ class Block(nn.Module):
 
 
 def block_intermediates(name, stage):
-    return {f"{name}.attn.weights": ("weights", stage), f"{name}.attn": ("attention", stage),
-            f"{name}.mlp": ("mlp", stage)}
+    return {
+        f"{name}.attn.weights": ("weights", stage),
+        f"{name}.attn": ("attention", stage),
+        f"{name}.mlp": ("mlp", stage),
+    }
 
 
 def stem_plan(dim, patch_size, channels=None, strides=None):
@@ -153,9 +175,11 @@ def stem_plan(dim, patch_size, channels=None, strides=None):
         channels = [2 * dim * 2**i // patch_size for i in range(patch_size.bit_length() - 1)]
     strides = strides or [2] * len(channels or ())
     if not channels or len(channels) != len(strides) or math.prod(strides) != patch_size:
-        raise ValueError(f"a convolutional stem with patch_size {patch_size} needs as many "
-                         f"stem_channels as stem_strides, whose product is {patch_size}; "
-                         f"got {channels} and {strides}")
+        raise ValueError(
+            f"a convolutional stem with patch_size {patch_size} needs as many "
+            f"stem_channels as stem_strides, whose product is {patch_size}; "
+            f"got {channels} and {strides}"
+        )
     return channels, strides
 
 
@@ -165,11 +189,18 @@ class PatchEmbed(nn.Module):
     def __init__(self, *, dim, patch_size, channels=(), strides=()):
         super().__init__()
         widths = [3, *channels]
-        self.stem = nn.Sequential(*(
-            nn.Sequential(OrderedDict(
-                conv=nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
-                bn=nn.BatchNorm2d(after), relu=nn.ReLU()))
-            for before, after, stride in zip(widths, channels, strides)))
+        self.stem = nn.Sequential(
+            *(
+                nn.Sequential(
+                    OrderedDict(
+                        conv=nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
+                        bn=nn.BatchNorm2d(after),
+                        relu=nn.ReLU(),
+                    )
+                )
+                for before, after, stride in zip(widths, channels, strides)
+            )
+        )
         patch = 1 if channels else patch_size
         self.proj = nn.Conv2d(widths[-1], dim, patch, stride=patch)
 
@@ -201,9 +232,11 @@ def check_rates(**rates):
 
 def check_images(x, image_size):
     if x.shape[1:] != (3, image_size, image_size):
-        raise ValueError(f"built for images (3, {image_size}, {image_size}), got "
-                         f"{tuple(x.shape[1:])}; for square RGB images of another size build with "
-                         "image_size and use resize_pos_embed")
+        raise ValueError(
+            f"built for images (3, {image_size}, {image_size}), got "
+            f"{tuple(x.shape[1:])}; for square RGB images of another size build with "
+            "image_size and use resize_pos_embed"
+        )
 
 
 def lecun_normal_(weight):
@@ -229,21 +262,47 @@ class ViT(nn.Module):
     init         "google" (Chen et al.), "pycls" (Xiao et al.), "timm" (Park & Kim): init_weights
     """
 
-    def __init__(self, *, image_size=224, patch_size=16, num_classes=1000, dim=768, depth=12,
-                 heads=12, head_dim=None, mlp_dim=None, pool="cls", stem="patchify",
-                 stem_channels=None, stem_strides=None, qkv_bias=True, gelu="tanh", dropout=0.0,
-                 drop_path=0.0, kernel_size=None, representation_size=None, head_bias=0.0,
-                 unit_norm=False, init="google"):
+    def __init__(
+        self,
+        *,
+        image_size=224,
+        patch_size=16,
+        num_classes=1000,
+        dim=768,
+        depth=12,
+        heads=12,
+        head_dim=None,
+        mlp_dim=None,
+        pool="cls",
+        stem="patchify",
+        stem_channels=None,
+        stem_strides=None,
+        qkv_bias=True,
+        gelu="tanh",
+        dropout=0.0,
+        drop_path=0.0,
+        kernel_size=None,
+        representation_size=None,
+        head_bias=0.0,
+        unit_norm=False,
+        init="google",
+    ):
         super().__init__()
-        check_choices(pool=(pool, "cls", "gap"), stem=(stem, "patchify", "conv"),
-                      gelu=(gelu, "exact", "tanh"), init=(init, "google", "pycls", "timm"))
+        check_choices(
+            pool=(pool, "cls", "gap"),
+            stem=(stem, "patchify", "conv"),
+            gelu=(gelu, "exact", "tanh"),
+            init=(init, "google", "pycls", "timm"),
+        )
         check_rates(dropout=dropout, drop_path=drop_path)
         if min(image_size, patch_size) < 1 or image_size % patch_size:
-            raise ValueError(f"image_size must be a multiple of patch_size, got {image_size} and "
-                             f"{patch_size}")
+            raise ValueError(
+                f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}"
+            )
         if min(dim, depth, heads) < 1:
-            raise ValueError("dim, depth and heads must be at least 1, got "
-                             f"{dim}, {depth}, {heads}")
+            raise ValueError(
+                f"dim, depth and heads must be at least 1, got {dim}, {depth}, {heads}"
+            )
         if head_dim is None and dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}; or give head_dim")
         head_dim = dim // heads if head_dim is None else head_dim
@@ -253,8 +312,10 @@ class ViT(nn.Module):
         if kernel_size == image_size // patch_size and kernel_size % 2 == 0:
             kernel_size = None  # as Park & Kim call global attention in Fig. 7: 8×8 of 8×8 tokens
         if kernel_size is not None and (kernel_size < 1 or kernel_size % 2 == 0):
-            raise ValueError(f"kernel_size must be odd, centred on a token, got {kernel_size}; "
-                             "None is global attention")
+            raise ValueError(
+                f"kernel_size must be odd, centred on a token, got {kernel_size}; "
+                "None is global attention"
+            )
         if stem == "patchify" and (stem_channels or stem_strides):
             raise ValueError('stem_channels and stem_strides need stem="conv", got "patchify"')
         self.image_size, self.pool, self.unit_norm = image_size, pool, unit_norm
@@ -264,8 +325,9 @@ class ViT(nn.Module):
         channels, strides = (), ()
         if stem == "conv":
             channels, strides = stem_plan(dim, patch_size, stem_channels, stem_strides)
-        self.patch_embed = PatchEmbed(dim=dim, patch_size=patch_size, channels=channels,
-                                      strides=strides)
+        self.patch_embed = PatchEmbed(
+            dim=dim, patch_size=patch_size, channels=channels, strides=strides
+        )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if pool == "cls" else None
         tokens = self.prefix_tokens + math.prod(self.grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
@@ -275,12 +337,24 @@ class ViT(nn.Module):
             window = neighbourhood(self.grid, kernel_size, self.prefix_tokens)
         self.register_buffer("window", window, persistent=False)
         self.blocks = nn.ModuleList(
-            Block(dim=dim, heads=heads, head_dim=head_dim, mlp_dim=mlp_dim, qkv_bias=qkv_bias,
-                  gelu=gelu, dropout=dropout, drop_path=drop_path * i / max(depth - 1, 1))
-            for i in range(depth))
+            Block(
+                dim=dim,
+                heads=heads,
+                head_dim=head_dim,
+                mlp_dim=mlp_dim,
+                qkv_bias=qkv_bias,
+                gelu=gelu,
+                dropout=dropout,
+                drop_path=drop_path * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pre_logits = nn.Identity() if not representation_size else nn.Sequential(
-            OrderedDict(fc=nn.Linear(dim, representation_size), tanh=nn.Tanh()))
+        self.pre_logits = (
+            nn.Identity()
+            if not representation_size
+            else nn.Sequential(OrderedDict(fc=nn.Linear(dim, representation_size), tanh=nn.Tanh()))
+        )
         self.head = nn.Linear(representation_size or dim, num_classes)
         self.init_weights(init, head_bias)
 
@@ -395,36 +469,70 @@ class PiT(nn.Module):
     arguments are ViT's. Initialisation is torch's, but class token and position embedding are
     truncated N(0, 0.02²), as in timm; head_bias is added to the head's."""
 
-    def __init__(self, *, image_size=224, patch_size=16, stride=8, num_classes=1000,
-                 depth=(2, 6, 4), heads=(2, 4, 8), head_dim=32, qkv_bias=True, gelu="exact",
-                 dropout=0.0, drop_path=0.0, head_bias=0.0):
+    def __init__(
+        self,
+        *,
+        image_size=224,
+        patch_size=16,
+        stride=8,
+        num_classes=1000,
+        depth=(2, 6, 4),
+        heads=(2, 4, 8),
+        head_dim=32,
+        qkv_bias=True,
+        gelu="exact",
+        dropout=0.0,
+        drop_path=0.0,
+        head_bias=0.0,
+    ):
         super().__init__()
         check_choices(gelu=(gelu, "exact", "tanh"))
         check_rates(dropout=dropout, drop_path=drop_path)
         if min(*depth, *heads, patch_size, stride, head_dim) < 1:
-            raise ValueError("depth, heads, patch_size, stride and head_dim must be at least 1; "
-                             f"got {depth}, {heads}, {patch_size}, {stride}, {head_dim}")
+            raise ValueError(
+                "depth, heads, patch_size, stride and head_dim must be at least 1; "
+                f"got {depth}, {heads}, {patch_size}, {stride}, {head_dim}"
+            )
         if image_size < patch_size or (image_size - patch_size) % stride:
-            raise ValueError(f"image_size must be patch_size {patch_size} plus a multiple of "
-                             f"stride {stride}, got {image_size}")
+            raise ValueError(
+                f"image_size must be patch_size {patch_size} plus a multiple of "
+                f"stride {stride}, got {image_size}"
+            )
         if len(depth) != len(heads) or any(b % a for a, b in zip(heads, heads[1:])):
-            raise ValueError("depth and heads need one entry per stage, heads each a multiple of "
-                             f"the one before; got {depth} and {heads}")
+            raise ValueError(
+                "depth and heads need one entry per stage, heads each a multiple of "
+                f"the one before; got {depth} and {heads}"
+            )
         self.image_size = image_size
         self.grid = ((image_size - patch_size) // stride + 1,) * 2
         self.prefix_tokens = 1
         dims = [head_dim * h for h in heads]
         self.patch_embed = nn.Sequential(
-            OrderedDict(conv=nn.Conv2d(3, dims[0], patch_size, stride=stride)))
+            OrderedDict(conv=nn.Conv2d(3, dims[0], patch_size, stride=stride))
+        )
         self.pos_embed = nn.Parameter(torch.zeros(1, dims[0], *self.grid))  # class token: none
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[0]))
         self.pos_drop = nn.Dropout(dropout)
         rates = iter([drop_path * i / max(sum(depth) - 1, 1) for i in range(sum(depth))])
         self.transformers = nn.ModuleList(
-            Stage(Pooling(dims[i - 1], dims[i]) if i else None,
-                  [Block(dim=dims[i], heads=heads[i], head_dim=head_dim, mlp_dim=4 * dims[i],
-                         qkv_bias=qkv_bias, gelu=gelu, dropout=dropout, drop_path=next(rates))
-                   for _ in range(depth[i])]) for i in range(len(depth)))
+            Stage(
+                Pooling(dims[i - 1], dims[i]) if i else None,
+                [
+                    Block(
+                        dim=dims[i],
+                        heads=heads[i],
+                        head_dim=head_dim,
+                        mlp_dim=4 * dims[i],
+                        qkv_bias=qkv_bias,
+                        gelu=gelu,
+                        dropout=dropout,
+                        drop_path=next(rates),
+                    )
+                    for _ in range(depth[i])
+                ],
+            )
+            for i in range(len(depth))
+        )
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head = nn.Linear(dims[-1], num_classes)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -475,8 +583,13 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
     elif name == "pit_ti":
         network, row = PiT, dict(patch_size=2, stride=1) if image_size <= 64 else {}
     else:
-        raise unknown("model", name, NAMES, f"vit_{{{','.join(VIT)}}}P with any patch size P, "
-                      f"vit_{{p,c}}_{{{','.join(VIT_GF)}}}, pit_ti")
+        raise unknown(
+            "model",
+            name,
+            NAMES,
+            f"vit_{{{','.join(VIT)}}}P with any patch size P, "
+            f"vit_{{p,c}}_{{{','.join(VIT_GF)}}}, pit_ti",
+        )
     arguments = list(inspect.signature(network).parameters)
     for override in overrides:
         if override not in arguments:
@@ -490,8 +603,9 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
     return network(num_classes=num_classes, image_size=image_size, **row)
 
 
-def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int],
-                     prefix_tokens: int = 1) -> torch.Tensor:
+def resize_pos_embed(
+    pos_embed: torch.Tensor, grid: tuple[int, int], prefix_tokens: int = 1
+) -> torch.Tensor:
     """ViT's position embedding (1, prefix_tokens + n², D), or PiT's (1, D, n, n), for another grid:
     bicubic with antialias, as timm (Google's fine-tuning: linear). Prefix rows are kept.
     ValueError if the other rows form no square."""
@@ -501,8 +615,10 @@ def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int],
         prefix, tokens = pos_embed[:, :prefix_tokens], pos_embed[:, prefix_tokens:]
         side = math.isqrt(tokens.shape[1])
         if side == 0 or side**2 != tokens.shape[1]:
-            raise ValueError(f"position embedding has {tokens.shape[1]} rows besides "
-                             f"{prefix_tokens} for the class token, which form no square grid")
+            raise ValueError(
+                f"position embedding has {tokens.shape[1]} rows besides "
+                f"{prefix_tokens} for the class token, which form no square grid"
+            )
         tokens = tokens.mT.unflatten(2, (side, side))  # (1, D, n, n)
     if tokens.shape[2:] == tuple(grid):
         return pos_embed
@@ -519,6 +635,7 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
     ValueError, and the model is as before, if the file is damaged or does not fit, OSError if it
     cannot be opened."""
     import numpy as np
+
     if not isinstance(model, ViT):
         raise ValueError(f"load_npz fills a ViT, got {type(model).__name__}")
     try:
@@ -531,15 +648,19 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
     prefixes = ("", "opt/target/", "params/", "params/img/")
     prefix = next((p for p in prefixes if f"{p}embedding/kernel" in arrays), None)
     if prefix is None:
-        raise ValueError(f"{path} is no ViT: no 'embedding/kernel' behind any of {prefixes}, among "
-                         f"{len(arrays)} arrays such as {', '.join(sorted(arrays)[:3])}")
+        raise ValueError(
+            f"{path} is no ViT: no 'embedding/kernel' behind any of {prefixes}, among "
+            f"{len(arrays)} arrays such as {', '.join(sorted(arrays)[:3])}"
+        )
     arrays = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
     weights = {}
 
     def agree(part, key, in_model, argument):
         if (key in arrays) != in_model:
-            raise ValueError(f"{path} has {'no' if in_model else 'a'} {part}, the model has "
-                             f"{'one' if in_model else 'none'}: build it with another {argument}")
+            raise ValueError(
+                f"{path} has {'no' if in_model else 'a'} {part}, the model has "
+                f"{'one' if in_model else 'none'}: build it with another {argument}"
+            )
 
     def take(key, *shape):
         if key not in arrays:
@@ -548,8 +669,10 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
         while array.ndim > len(shape) and array.shape[0] == 1:  # old files store biases so
             array = array[0]
         if array.shape != shape or array.dtype.kind != "f":
-            raise ValueError(f"{path}: {prefix + key!r} has shape {arrays[key].shape} of "
-                             f"{array.dtype}, the model needs {shape} of floats")
+            raise ValueError(
+                f"{path}: {prefix + key!r} has shape {arrays[key].shape} of "
+                f"{array.dtype}, the model needs {shape} of floats"
+            )
         return torch.from_numpy(array)
 
     def norm(name, key):
@@ -571,8 +694,9 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
     names = (key.split("/") for key in arrays if key.startswith("Transformer/encoderblock_"))
     blocks = len({name for _, name, *_ in names})
     if blocks != depth:
-        raise ValueError(f"{path} has depth {blocks}, the model {depth}: build it with "
-                         f"depth={blocks}")
+        raise ValueError(
+            f"{path} has depth {blocks}, the model {depth}: build it with depth={blocks}"
+        )
     weights["patch_embed.proj.bias"] = take("embedding/bias", dim)
     kernel = take("embedding/kernel", *patch.kernel_size, 3, dim)
     weights["patch_embed.proj.weight"] = kernel.permute(3, 2, 0, 1)  # HWIO to OIHW
@@ -604,8 +728,10 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
             dense("pre_logits.fc", ["pre_logits"], (dim,), (width,))
         classes = arrays["head/bias"].size if "head/bias" in arrays else model.head.out_features
         if classes != model.head.out_features:
-            raise ValueError(f"{path} has {classes} classes, the model {model.head.out_features}: "
-                             f"build it with num_classes={classes} or load with head=False")
+            raise ValueError(
+                f"{path} has {classes} classes, the model {model.head.out_features}: "
+                f"build it with num_classes={classes} or load with head=False"
+            )
         dense("head", ["head"], (width,), (classes,))
     model.load_state_dict(model.state_dict() | weights)
 
@@ -648,13 +774,17 @@ def complexity(model: nn.Module, image_size: int = 224) -> dict[str, int]:
     Runs on the meta device: instant, and the model is left alone."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    images = torch.empty(2, 3, image_size, image_size, device="meta",  # BatchNorm may refuse one
-                         dtype=next(model.parameters()).dtype)
+    shape = (2, 3, image_size, image_size)  # BatchNorm may refuse one image
+    images = torch.empty(shape, device="meta", dtype=next(model.parameters()).dtype)
     with torch.no_grad(), Counter() as count:
         torch.func.functional_call(model, tensors, (images,))
     params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return dict(params=params, macs=count.macs // 2, acts=count.acts // 2,
-                macs_with_bias=(count.macs + count.biases) // 2)
+    return dict(
+        params=params,
+        macs=count.macs // 2,
+        acts=count.acts // 2,
+        macs_with_bias=(count.macs + count.biases) // 2,
+    )
 
 
 def main(argv=None):
@@ -674,8 +804,10 @@ def main(argv=None):
             print(f"{name:12}  {error}")
             continue
         cost = complexity(model, args.image_size)
-        print(f"{name:12}{cost['params']:14,}{cost['macs'] / 1e9:9.3f}"
-              f"{cost['macs_with_bias'] / 1e9:11.3f}{cost['acts'] / 1e6:15.3f}")
+        print(
+            f"{name:12}{cost['params']:14,}{cost['macs'] / 1e9:9.3f}"
+            f"{cost['macs_with_bias'] / 1e9:11.3f}{cost['acts'] / 1e6:15.3f}"
+        )
 
 
 if __name__ == "__main__":
