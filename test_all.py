@@ -6847,6 +6847,29 @@ def test_flops_of_swin_count_its_attention():
         vit.complexity(train.build_model("torchvision:vit_b_16", 10, 32), 32)
 
 
+def test_products_that_the_counter_does_not_count_are_refused_not_free():
+    class Products(nn.Module):
+        def __init__(self, product):
+            super().__init__()
+            self.weight, self.product = nn.Parameter(torch.zeros(4, 4)), product
+
+        def forward(self, x):
+            return self.product(x[:, 0, :4, :4], self.weight)
+
+    assert vit.complexity(Products(lambda x, w: x @ w), 4)["macs"] == 4**3
+    for name, product in {
+        "mm": lambda x, w: x[0].mm(w),
+        "addmm": lambda x, w: torch.addmm(w, x[0], w),
+        "baddbmm": lambda x, w: torch.baddbmm(x, x, x),
+        "einsum": lambda x, w: torch.einsum("bij,jk->bik", x, w),
+        "tensordot": lambda x, w: torch.tensordot(x, w, 1),
+        "conv1d": lambda x, w: F.conv1d(x, w[..., None]),
+        "conv_transpose2d": lambda x, w: F.conv_transpose2d(x[:, :, None], w[..., None, None]),
+    }.items():
+        with pytest.raises(NotImplementedError, match=f"cannot count {name}$"):
+            vit.complexity(Products(product), 4)
+
+
 def test_torchvisions_resnet_has_the_intermediates_and_units_of_ours():
     torch.manual_seed(0)
     theirs = train.build_model("torchvision:resnet18", 10).double().eval()
