@@ -179,37 +179,37 @@ def check(model, x, y, eps, step_size, steps, norm, start):
         raise ValueError(f"norm is {norm!r}; it is one of {' '.join(NORMS)}")
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(
-            f"images are {x.dtype} {tuple(x.shape)}; an attack takes floating-point "
-            "(B, C, H, W) in [0, 1], as x.float() / 255 makes of bytes"
+            f"images are {x.dtype} {tuple(x.shape)}; an attack takes floating-point (B, C, H, W) "
+            "in [0, 1], as x.float() / 255 makes of bytes"
         )
     if y.shape != x.shape[:1] or y.is_floating_point() or y.dtype == torch.bool:
         raise ValueError(
-            f"labels are {y.dtype} {tuple(y.shape)} for {len(x)} images; an attack "
-            f"takes their classes as integers, ({len(x)},)"
+            f"labels are {y.dtype} {tuple(y.shape)} for {len(x)} images; an attack takes their "
+            f"classes as integers, ({len(x)},)"
         )
     if not (0 <= eps <= 1 or norm == "l2" and 0 <= eps < float("inf")):
         raise ValueError(
-            f"eps is {eps}; pixels are in [0, 1], so it is from 0 to 1, "
-            "such as 2/255 (for l2: at least 0)"
+            f"eps is {eps}; pixels are in [0, 1], so it is from 0 to 1, such as 2/255 (for l2: at "
+            "least 0)"
         )
     if not 0 <= step_size < float("inf"):
         raise ValueError(
-            f"step_size is {step_size}; it is a length in pixels of [0, 1], at least "
-            "0, such as 0.25/255"
+            f"step_size is {step_size}; it is a length in pixels of [0, 1], at least 0, such as "
+            "0.25/255"
         )
     if steps < 0:
         raise ValueError(f"steps is {steps}; it is at least 0")
     if start is not None and (start.shape != x.shape or not start.isfinite().all()):
         raise ValueError(
-            f"start is {tuple(start.shape)} for images {tuple(x.shape)}, or not "
-            "finite; it is a point for each image"
+            f"start is {tuple(start.shape)} for images {tuple(x.shape)}, or not finite; it is a "
+            "point for each image"
         )
     if len(x):
         low, high = torch.stack(x.aminmax()).tolist()
         if not (low >= 0 and high <= 1):  # NaN is in no range
             raise ValueError(
-                f"images reach from {low:.4g} to {high:.4g}; an attack takes [0, 1]: "
-                "put mean and standard deviation into the model"
+                f"images reach from {low:.4g} to {high:.4g}; an attack takes [0, 1]: put mean and "
+                "standard deviation into the model"
             )
 
 
@@ -222,8 +222,8 @@ def check_labels(logits, y):
     low, high = torch.stack(y.aminmax()).tolist()
     if low < 0 or high >= logits.shape[1]:
         raise ValueError(
-            f"labels reach from {low} to {high}; the model has {logits.shape[1]} "
-            f"classes, 0 to {logits.shape[1] - 1}"
+            f"labels reach from {low} to {high}; the model has {logits.shape[1]} classes, 0 to "
+            f"{logits.shape[1] - 1}"
         )
 
 
@@ -314,9 +314,8 @@ def pgd(
         points[going] = now.detach()
     if broken.any():
         raise FloatingPointError(
-            f"the loss of {int(broken.sum())} of {len(x)} images, or its "
-            "gradient, is not finite: an attack finds no direction there; "
-            "look at the model's output for these images"
+            f"the loss of {int(broken.sum())} of {len(x)} images, or its gradient, is not finite: "
+            "an attack finds no direction there; look at the model's output for these images"
         )
     return points
 
@@ -562,10 +561,14 @@ class Parser(argparse.ArgumentParser):
 def make_parser():
     parser = Parser(
         allow_abbrev=False,
-        description="Attacks a trained network: accuracy under FGSM or PGD, "
-        "and whether the attack is as strong as it should be. Without flags, a toy.",
-        epilog="Further flags are train.py's, such as --data-dir, --device, --dtype, --weights; "
-        "--model NAME --init-from FILE instead of --checkpoint is a foreign network.",
+        description=(
+            "Attacks a trained network: accuracy under FGSM or PGD, and whether the attack is as "
+            "strong as it should be. Without flags, a toy."
+        ),
+        epilog=(
+            "Further flags are train.py's, such as --data-dir, --device, --dtype, --weights; "
+            "--model NAME --init-from FILE instead of --checkpoint is a foreign network."
+        ),
     )
     add = parser.add_argument
     add("--checkpoint", default="", metavar="FILE", help="of a run of train.py")
@@ -580,8 +583,10 @@ def make_parser():
     add(
         "--step-size",
         type=fraction,
-        help="default: pgd: eps/8, which is E.5's 0.25/255; fgsm: "
-        "1.25·eps, without a random start eps",
+        help=(
+            "default: pgd: eps/8, which is E.5's 0.25/255; fgsm: 1.25·eps, without a random start "
+            "eps"
+        ),
     )
     add("--norm", choices=NORMS, default="linf", help="of the ball (default: linf, E.5)")
     add(
@@ -595,8 +600,10 @@ def make_parser():
     add(
         "--early-stop",
         action="store_true",
-        help="spares images that are misclassified already: "
-        "the same accuracy, sooner, without loss curves",
+        help=(
+            "spares images that are misclassified already: the same accuracy, sooner, without "
+            "loss curves"
+        ),
     )
     add("--attack-seed", type=int, default=0, help="of the random starts")
     add("--images", type=int, default=0, help="only so many, spread evenly (0: all)")
@@ -604,22 +611,28 @@ def make_parser():
         "--batch-size",
         type=int,
         default=0,
-        help="images per pass and device; 0: on CUDA as many "
-        "as fit in its memory, elsewhere 128 (default: 0)",
+        help=(
+            "images per pass and device; 0: on CUDA as many as fit in its memory, elsewhere 128 "
+            "(default: 0)"
+        ),
     )
     add(
         "--strength-images",
         type=int,
         default=256,
-        help="for the check of the attack's strength, "
-        "over ε and 5 times as many steps (0: no check; default: 256)",
+        help=(
+            "for the check of the attack's strength, over ε and 5 times as many steps (0: no "
+            "check; default: 256)"
+        ),
     )
     add(
         "--transfer-from",
         default="",
         metavar="FILE",
-        help="also attack those images through this "
-        "checkpoint's gradients: a white box must be stronger, or gradients are masked",
+        help=(
+            "also attack those images through this checkpoint's gradients: a white box must be "
+            "stronger, or gradients are masked"
+        ),
     )
     add(
         "--save-images",
@@ -640,8 +653,10 @@ def make_parser():
         type=int,
         default=0,
         metavar="ROUNDS",
-        help="instead of all this, measure what "
-        "adversarial training and SAM cost, on batches of 16 images",
+        help=(
+            "instead of all this, measure what adversarial training and SAM cost, on batches of "
+            "16 images"
+        ),
     )
     return parser
 
@@ -659,8 +674,8 @@ def check_flags(args, error):
             )
     if args.norm == "linf" and not 0 < args.eps <= 1 or args.norm == "l2" and not args.eps > 0:
         raise error(
-            f"--eps is {args.eps:g}; pixels are in [0, 1], so it is above 0 and at most 1, "
-            "such as 2/255 (for l2: above 0)"
+            f"--eps is {args.eps:g}; pixels are in [0, 1], so it is above 0 and at most 1, such as "
+            "2/255 (for l2: above 0)"
         )
     if args.step_size is not None and not args.step_size > 0:
         raise error(f"--step-size is {args.step_size:g}; it must be above 0, such as 0.25/255")
@@ -727,8 +742,8 @@ def attack_checkpoint(args, rest):
         if settings.dtype in ("bfloat16", "float16"):
             if origin["dtype"] == "command line":
                 raise train.UserError(
-                    f"--dtype {settings.dtype}: attacks are computed in float32 "
-                    "or float64, where rounding hides no gradient"
+                    f"--dtype {settings.dtype}: attacks are computed in float32 or float64, where "
+                    "rounding hides no gradient"
                 )
             settings.dtype = "float32"
         return settings, origin
@@ -746,8 +761,8 @@ def attack_checkpoint(args, rest):
         source, images = analyze.network_and_images(*other, device)
         if images.classes != dataset.classes or other[0].image_size != settings.image_size:
             raise train.UserError(
-                f"--transfer-from {args.transfer_from}: it has other classes, or "
-                f"another image size, than {settings.init_from}"
+                f"--transfer-from {args.transfer_from}: it has other classes, or another image "
+                f"size, than {settings.init_from}"
             )
     workers = train.worker_count(settings, dataset, on_machine)
 
@@ -783,16 +798,16 @@ def attack_checkpoint(args, rest):
                     settings.image_size,
                     device,
                     chunk,
-                    args.batch_size,
                     workers,
-                    bar,
+                    batch_size=args.batch_size,
+                    bar=bar,
                     source=through,
                     **now,
                 )
                 if sums["robust"][-1] != sums["robust"][-1]:
                     raise train.UserError(
-                        f"{settings.init_from}: its loss or its gradient by the "
-                        "image is not finite for some images: nothing to attack"
+                        f"{settings.init_from}: its loss or its gradient by the image is not "
+                        "finite for some images: nothing to attack"
                     )
                 results.put(name, f"{key}, chunk {i}", sums)
         if key not in done:
@@ -881,8 +896,8 @@ def attack_checkpoint(args, rest):
             settings.image_size,
             device,
             drawn,
-            args.batch_size,
             workers,
+            batch_size=args.batch_size,
             **how | dict(early_stop=False, restarts=1, examples=examples),
         )
     if train.rank() == 0:
@@ -918,8 +933,8 @@ def main(argv=None):
     if not (args.checkpoint or any(word.split("=")[0] == "--init-from" for word in rest)):
         if given:
             parser.error(
-                "an attack needs --checkpoint RUN/ckpt.pt, or --model NAME --init-from "
-                "FILE; --cost ROUNDS stands alone, and without any flag a toy runs"
+                "an attack needs --checkpoint RUN/ckpt.pt, or --model NAME --init-from FILE; "
+                "--cost ROUNDS stands alone, and without any flag a toy runs"
             )
         return toy()
     import analyze

@@ -223,9 +223,8 @@ def check_widths(depth, bottleneck, width, groups, width_per_group):
         raise ValueError(f"depth needs the number of blocks of four stages, got {depth}")
     if min(width, groups, width_per_group) < 1 or width * width_per_group % 64:
         raise ValueError(
-            "width, groups and width_per_group must be at least 1, width times "
-            f"width_per_group a multiple of 64; got {width}, {groups}, "
-            f"{width_per_group}"
+            "width, groups and width_per_group must be at least 1, width times width_per_group a "
+            f"multiple of 64; got {width}, {groups}, {width_per_group}"
         )
     if not bottleneck and (groups, width_per_group) != (1, 64):
         raise ValueError("groups and width_per_group are for bottlenecks (ResNet-50 and deeper)")
@@ -254,11 +253,10 @@ def check_windows(image_size, stem, msa_blocks, window_size):
     above = [size for size in multiples if size > image_size and fits(size, window_size)][:1]
     windows = [str(size) for size in range(1, max(sides) + 1) if fits(image_size, size)]
     raise ValueError(
-        f"windows of {window_size} do not divide the maps of images of {image_size} "
-        f"pixels a side, {', '.join(map(str, sides))}, with attention in "
-        f"{' '.join(map(str, msa_blocks))} of their blocks; image sizes that work: "
-        f"{' and '.join(map(str, below + above))}; window sizes that work: "
-        f"{', '.join(windows)}"
+        f"windows of {window_size} do not divide the maps of images of {image_size} pixels a side, "
+        f"{', '.join(map(str, sides))}, with attention in {' '.join(map(str, msa_blocks))} of "
+        f"their blocks; image sizes that work: {' and '.join(map(str, below + above))}; window "
+        f"sizes that work: {', '.join(windows)}"
     )
 
 
@@ -302,14 +300,13 @@ class AlterNet(nn.Module):
         check_widths(depth, bottleneck, width, groups, width_per_group)
         if len(msa_blocks) != 4 or any(not 0 <= m <= n // 2 for m, n in zip(msa_blocks, depth)):
             raise ValueError(
-                "msa_blocks needs four numbers, each at most half of its stage's "
-                f"blocks {tuple(depth)}; got {tuple(msa_blocks)}"
+                "msa_blocks needs four numbers, each at most half of its stage's blocks "
+                f"{tuple(depth)}; got {tuple(msa_blocks)}"
             )
         if len(heads) != 4 or min(*heads, head_dim, window_size, image_size) < 1:
             raise ValueError(
-                "heads needs four numbers, and they, head_dim, window_size and "
-                "image_size must be at least 1; got "
-                f"{heads}, {head_dim}, {window_size}, {image_size}"
+                "heads needs four numbers, and they, head_dim, window_size and image_size must be "
+                f"at least 1; got {heads}, {head_dim}, {window_size}, {image_size}"
             )
         check_windows(image_size, stem, msa_blocks, window_size)
         self.stem, self.pre_activation = stem, pre_activation

@@ -497,8 +497,8 @@ def batches(loader, tell=print):
                 if not str(error).startswith("DataLoader worker"):
                     raise
                 item = DataError(
-                    "a process that loads images was killed, as the system does where "
-                    "memory is short: use fewer --workers"
+                    "a process that loads images was killed, as the system does where memory is "
+                    "short: use fewer --workers"
                 )
             if item is None:
                 return
@@ -910,8 +910,8 @@ class ImageFolder(ImageFiles):
         for folder in folders:
             if folder not in number:
                 raise DataError(
-                    f"{show(root / folder)} is a class that the training folder "
-                    "does not have: add it there, or remove it here"
+                    f"{show(root / folder)} is a class that the training folder does not have: add "
+                    "it there, or remove it here"
                 )
             found = len(names)
             for where, below, files in os.walk(root / folder, followlinks=True):
@@ -931,8 +931,8 @@ class ImageFolder(ImageFiles):
                         odd.append(os.path.join(where, file))
             if len(names) == found:
                 raise DataError(
-                    f"{show(root / folder)} holds no image "
-                    f"({' '.join(self.EXTENSIONS)}): fill the folder or remove it"
+                    f"{show(root / folder)} holds no image ({' '.join(self.EXTENSIONS)}): fill the "
+                    "folder or remove it"
                 )
         if odd:
             self.notice = f"left out, no image: {show(odd[0])}" + (
@@ -1050,8 +1050,8 @@ def write_pack(file, data_dir, short_side, workers):
     for split in ("train", "val") if "train" in there else there or ("",):
         if not (data_dir / split).is_dir():
             raise DataError(
-                f"{show(data_dir / split)} is no folder; --data-dir names the folder "
-                "that holds train/ and val/, or class folders"
+                f"{show(data_dir / split)} is no folder; --data-dir names the folder that holds "
+                "train/ and val/, or class folders"
             )
         folder = folders[split] = EncodedFolder(data_dir / split, None, classes=classes)
         folder.short_side, classes = short_side, folder.classes
@@ -1133,8 +1133,8 @@ def read_index(path):
     start, n, version, magic = PACK_END.unpack(end)
     if magic != PACK_MAGIC or zlib.crc32(content[start:-16]) != version:
         raise DataError(
-            f"{show(path)} is no packed file of images, or a damaged one: copy it "
-            "again, or make it again by python data.py pack"
+            f"{show(path)} is no packed file of images, or a damaged one: copy it again, or make "
+            "it again by python data.py pack"
         )
     index = dict(file=file, size=len(content), version=version)
     for name, kind, count in (
@@ -1184,8 +1184,8 @@ class Pack(Dataset):
         number = {name: i for i, name in enumerate(own if classes is None else classes)}
         for name in sorted(set(own) - number.keys()):
             raise DataError(
-                f"{show(path)}: {show(os.path.join(self.split, name))} is a class that "
-                "the training images do not have: pack a folder without it"
+                f"{show(path)}: {show(os.path.join(self.split, name))} is a class that the "
+                "training images do not have: pack a folder without it"
             )
         labels = index["labels"][self.first : self.first + splits[self.split]["images"]]
         labels = torch.tensor([number[name] for name in own])[labels.astype(np.int64)]
@@ -1218,8 +1218,8 @@ class Pack(Dataset):
             raise DataError(f"{name} cannot be read: {error.strerror}") from None
         if zlib.crc32(content) != index["checksums"][i]:
             raise DataError(
-                f"{name} is damaged, its checksum is wrong: copy the file again, or "
-                "make it again by python data.py pack"
+                f"{name} is damaged, its checksum is wrong: copy the file again, or make it again "
+                "by python data.py pack"
             )
         return read_image(content, name, self.notes, box)
 
@@ -1283,15 +1283,15 @@ def load(
         val = Path(data_dir) / "val"  # 21k's is asked for before the millions of train/ are listed
         if name == "imagenet21k" and (Path(data_dir) / "train").is_dir() and not val.is_dir():
             raise DataError(
-                f"imagenet21k: {show(val)} is no folder, and the release has no "
-                "validation images: link ImageNet's val/ there, or move a few images "
-                "of each class from train/ into it"
+                f"imagenet21k: {show(val)} is no folder, and the release has no validation images: "
+                "link ImageNet's val/ there, or move a few images of each class from train/ into "
+                "it"
             )
         if not root.is_dir():
             raise DataError(
-                f"{name}: {show(root)} is no folder; --data-dir names the folder that "
-                "holds train/ and val/, each with one folder of images for each class, "
-                "or a file that python data.py pack made of it"
+                f"{name}: {show(root)} is no folder; --data-dir names the folder that holds train/ "
+                "and val/, each with one folder of images for each class, or a file that python "
+                "data.py pack made of it"
             )
         return ImageFolder(root, transforms(augment, image_size, **more), seed, classes)
     if name in ("cifar10", "cifar100"):
@@ -1300,9 +1300,8 @@ def load(
             source = source(data_dir, train=split == "train", download=download)
         except RuntimeError:  # torchvision's word for missing files and for wrong checksums
             raise DataError(
-                f"{name}: {show(Path(data_dir) / source.base_folder)} is missing or "
-                f"incomplete; unpack {source.filename} there, "
-                "or let --download fetch it"
+                f"{name}: {show(Path(data_dir) / source.base_folder)} is missing or incomplete; "
+                f"unpack {source.filename} there, or let --download fetch it"
             ) from None
         except OSError as error:
             raise DataError(f"{name}: download of {source.url} failed ({error})") from None
@@ -1345,14 +1344,15 @@ def subset(labels, fraction, seed=0):
     until the size is reached.
     Raises ValueError for a fraction outside (0, 1] or one that leaves no image.
     """
-    fraction = Fraction(fraction).limit_denominator(10**6)
+    exact = Fraction(fraction)
+    fraction = exact.limit_denominator(10**6) if isinstance(fraction, float) else exact
     size = len(labels) * fraction.numerator // fraction.denominator
     if not 0 < fraction <= 1 or size == 0:
         raise ValueError(
-            f"a fraction of {fraction} of {len(labels):,} images; allowed: above 0, "
-            "at most 1, and at least one image"
+            f"a fraction of {fraction} of {len(labels):,} images; allowed: above 0, at most 1, and "
+            "at least one image"
         )
-    counts = np.bincount(labels.numpy())
+    counts = np.bincount(labels.numpy()).astype(object)  # Python's integers never overflow
     take = counts * fraction.numerator // fraction.denominator
     remainder = counts * fraction.numerator % fraction.denominator
     take[np.argsort(-remainder, kind="stable")[: size - take.sum()]] += 1
@@ -1406,8 +1406,8 @@ BENCHMARKS = {  # looked for in data_dir, or else beside it; images; what it sho
     "real": (
         "real.json",
         50_000,
-        "50,000 lists of labels, from google-research/reassessed-imagenet"
-        ", for the images of val/, ILSVRC2012_val_00000001.JPEG to …50000",
+        "50,000 lists of labels, from google-research/reassessed-imagenet, for the images of "
+        "val/, ILSVRC2012_val_00000001.JPEG to …50000",
     ),
     "v2": (
         "imagenetv2-matched-frequency-format-val",
@@ -1418,8 +1418,8 @@ BENCHMARKS = {  # looked for in data_dir, or else beside it; images; what it sho
     "c": (
         "imagenet-c",
         50_000,
-        "CORRUPTION/SEVERITY/CLASS/*.JPEG, from noise.tar, blur.tar, "
-        "weather.tar, digital.tar and extra.tar, unpacked there",
+        "CORRUPTION/SEVERITY/CLASS/*.JPEG, from noise.tar, blur.tar, weather.tar, digital.tar and "
+        "extra.tar, unpacked there",
     ),
     "cifar10-c": ("CIFAR-10-C", 10_000, "CORRUPTION.npy and labels.npy, from CIFAR-10-C.tar"),
     "cifar100-c": ("CIFAR-100-C", 10_000, "CORRUPTION.npy and labels.npy, from CIFAR-100-C.tar"),
@@ -1497,9 +1497,8 @@ def _cifar_c(path, severity, classes, transform):
         or not 0 <= labels.min() <= labels.max() < len(classes)
     ):
         raise DataError(
-            f"{show(path)} has {pixels.dtype} {pixels.shape}, its labels.npy "
-            f"{labels.shape} up to {labels.max()}; needed are uint8 (5·n, 32, 32, 3) "
-            f"and (5·n,) below {len(classes)}"
+            f"{show(path)} has {pixels.dtype} {pixels.shape}, its labels.npy {labels.shape} up to "
+            f"{labels.max()}; needed are uint8 (5·n, 32, 32, 3) and (5·n,) below {len(classes)}"
         )
     block = slice((severity - 1) * n, severity * n)
     pixels = np.ascontiguousarray(pixels[block].transpose(0, 3, 1, 2))
@@ -1534,9 +1533,9 @@ def benchmark(name, corruption=None, severity=None, *, data_dir, image_size, cla
         and all(re.fullmatch(r"n\d{8}", wnid) for wnid in classes)
     ):
         raise DataError(
-            f"{name} needs a model of ImageNet's 1,000 classes, with the names of its "
-            "training folders, n01440764 to n15075141; this one's "
-            f"{len(classes):,} classes begin with {classes[0]}"
+            f"{name} needs a model of ImageNet's 1,000 classes, with the names of its training "
+            f"folders, n01440764 to n15075141; this one's {len(classes):,} classes begin with "
+            f"{classes[0]}"
         )
     try:
         if name == "real":
@@ -1698,8 +1697,8 @@ def bench(folder=None, rounds=30, tell=print):
             low, speed, high = np.quantile(n / own, (0.25, 0.5, 0.75))
             least, ratio, most = np.quantile(seconds[slowest][1:] / own, (0.25, 0.5, 0.75))
             tell(
-                f"  {name:12}{speed:7,.0f} images/s ({low:,.0f} to {high:,.0f}), "
-                f"ratio {ratio:.2f} ({least:.2f} to {most:.2f})"
+                f"  {name:12}{speed:7,.0f} images/s ({low:,.0f} to {high:,.0f}), ratio {ratio:.2f} "
+                f"({least:.2f} to {most:.2f})"
             )
         if spent:
             tell(
@@ -1803,8 +1802,10 @@ def make_parser():
     )
     parser.add_argument(
         "--images",
-        help="bench: folder with a folder of images for each class "
-        "(default: made images of ImageNet's typical size)",
+        help=(
+            "bench: folder with a folder of images for each class (default: made images of "
+            "ImageNet's typical size)"
+        ),
     )
     parser.add_argument("--rounds", type=int, default=30, help="bench: batches of each pipeline")
     parser.error = lambda message: parser.exit(2, f"data.py: {message}; see --help\n")
@@ -1851,8 +1852,8 @@ def main(argv=None):
     ):
         if not least <= getattr(args, name) <= 10**4:
             parser.error(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at "
-                f"least {least} and at most 10000"
+                f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least} "
+                "and at most 10000"
             )
     if args.what == "pack":
         if not args.data_dir or not args.out:

@@ -138,9 +138,9 @@ def check_rates(**rates):
 def check_images(x, image_size):
     if x.shape[1:] != (3, image_size, image_size):
         raise ValueError(
-            f"built for images (3, {image_size}, {image_size}), got "
-            f"{tuple(x.shape[1:])}; a Mixer takes square RGB images of one size: "
-            "resize them, or build with image_size and train anew"
+            f"built for images (3, {image_size}, {image_size}), got {tuple(x.shape[1:])}; a Mixer "
+            "takes square RGB images of one size: resize them, or build with image_size and train "
+            "anew"
         )
 
 
@@ -186,8 +186,8 @@ class Mixer(nn.Module):
             )
         if min(dim, depth, token_mlp_dim, mlp_dim) < 1:
             raise ValueError(
-                "dim, depth, token_mlp_dim and mlp_dim must be at least 1, got "
-                f"{dim}, {depth}, {token_mlp_dim}, {mlp_dim}"
+                f"dim, depth, token_mlp_dim and mlp_dim must be at least 1, got {dim}, {depth}, "
+                f"{token_mlp_dim}, {mlp_dim}"
             )
         self.image_size = image_size
         self.grid = (image_size // patch_size,) * 2
@@ -270,8 +270,10 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
     """Variant name with any constructor argument overridden: mixer_{micro,ti,s,b,l}P for each patch
     size P. ValueError for what is unknown or does not fit."""
     match = re.fullmatch(rf"mixer_({'|'.join(MIXER)})([1-9]\d*)", name)
-    if not match:
-        raise unknown("model", name, NAMES, f"mixer_{{{','.join(MIXER)}}}P with any patch size P")
+    given = name in NAMES or "patch_size" in overrides
+    if not match or not given and image_size % int(match[2]):
+        listing = f"mixer_{{{','.join(MIXER)}}}P with any patch size P that divides the image"
+        raise unknown("model", name, NAMES, listing)
     arguments = list(inspect.signature(Mixer).parameters)
     for override in overrides:
         if override not in arguments:
@@ -301,8 +303,8 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
     prefix = next((p for p in prefixes if p + first in arrays), None)
     if prefix is None:
         raise ValueError(
-            f"{path} is no Mixer: no {first!r} behind any of {prefixes}, among "
-            f"{len(arrays)} arrays such as {', '.join(sorted(arrays)[:3])}"
+            f"{path} is no Mixer: no {first!r} behind any of {prefixes}, among {len(arrays)} "
+            f"arrays such as {', '.join(sorted(arrays)[:3])}"
         )
     arrays = {key.removeprefix(prefix): a for key, a in arrays.items() if key.startswith(prefix)}
     weights = {}
@@ -315,8 +317,8 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
             array = array[0]
         if array.shape != shape or array.dtype.kind != "f":
             raise ValueError(
-                f"{path}: {prefix + key!r} has shape {arrays[key].shape} of "
-                f"{array.dtype}, the model needs {shape} of floats"
+                f"{path}: {prefix + key!r} has shape {arrays[key].shape} of {array.dtype}, the "
+                f"model needs {shape} of floats"
             )
         return torch.from_numpy(array)
 
@@ -344,8 +346,8 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
     side = math.isqrt(in_file)
     if side**2 == in_file != tokens:
         raise ValueError(
-            f"{path} is for {in_file} tokens, the model for {tokens}, and token MLPs "
-            f"cannot be resized: build it with image_size={side * patch[0]}"
+            f"{path} is for {in_file} tokens, the model for {tokens}, and token MLPs cannot be "
+            f"resized: build it with image_size={side * patch[0]}"
         )
     for i in range(depth):
         ours, theirs = f"blocks.{i}", f"MixerBlock_{i}"
@@ -360,8 +362,8 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
         classes = arrays["head/bias"].size if "head/bias" in arrays else model.head.out_features
         if classes != model.head.out_features:
             raise ValueError(
-                f"{path} has {classes} classes, the model {model.head.out_features}: "
-                f"build it with num_classes={classes} or load with head=False"
+                f"{path} has {classes} classes, the model {model.head.out_features}: build it with "
+                f"num_classes={classes} or load with head=False"
             )
         dense("head", "head", dim, classes)
     model.load_state_dict(model.state_dict() | weights)

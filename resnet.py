@@ -184,9 +184,8 @@ def check_widths(depth, bottleneck, width, groups, width_per_group):
         raise ValueError(f"depth needs the number of blocks of four stages, got {depth}")
     if min(width, groups, width_per_group) < 1 or width * width_per_group % 64:
         raise ValueError(
-            "width, groups and width_per_group must be at least 1, width times "
-            f"width_per_group a multiple of 64; got {width}, {groups}, "
-            f"{width_per_group}"
+            "width, groups and width_per_group must be at least 1, width times width_per_group a "
+            f"multiple of 64; got {width}, {groups}, {width_per_group}"
         )
     if not bottleneck and (groups, width_per_group) != (1, 64):
         raise ValueError("groups and width_per_group are for bottlenecks (ResNet-50 and deeper)")

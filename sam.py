@@ -134,8 +134,8 @@ class SAM:
         for module in model.modules():
             if isinstance(module, nn.parallel.DistributedDataParallel) and module.static_graph:
                 raise ValueError(
-                    "DistributedDataParallel(static_graph=True) lets replicas diverge "
-                    "under SAM; build it without static_graph"
+                    "DistributedDataParallel(static_graph=True) lets replicas diverge under SAM; "
+                    "build it without static_graph"
                 )
         self.model, self.rho, self.steps, self.adaptive, self.eta = model, rho, steps, adaptive, eta
         self.params = list(model.parameters() if params is None else params)
@@ -271,8 +271,8 @@ class LookSAM:
     def __init__(self, params, alpha: float = 0.7):
         if not alpha >= 0:
             raise ValueError(
-                f"alpha is {alpha}; it is the length of what is added, beside the "
-                "gradient's, so at least 0 (LookSAM: 0.7)"
+                f"alpha is {alpha}; it is the length of what is added, beside the gradient's, so "
+                "at least 0 (LookSAM: 0.7)"
             )
         self.params, self.alpha = [p for p in params if p.requires_grad], alpha
         self.at_w, self.direction = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
@@ -425,12 +425,12 @@ def main(argv=None):
         plain, perturbed, own = times.median(0).values.tolist()
         ratios = times[:, 1] / times[:, 0]
         print(
-            f"plain step {plain:.3f} s, SAM step {perturbed:.3f} s (medians of {args.cost}), "
-            f"ratio {ratios.median():.3f} ({ratios.min():.3f} to {ratios.max():.3f})"
+            f"plain step {plain:.3f} s, SAM step {perturbed:.3f} s (medians of {args.cost}), ratio "
+            f"{ratios.median():.3f} ({ratios.min():.3f} to {ratios.max():.3f})"
         )
         print(
-            f"SAM's arithmetic (norm, copy, move, restore) {own:.4f} s, "
-            f"{100 * own / plain:.1f} % of a plain step; the optimizer runs once in both"
+            f"SAM's arithmetic (norm, copy, move, restore) {own:.4f} s, {100 * own / plain:.1f} % "
+            "of a plain step; the optimizer runs once in both"
         )
         return
     print("  rho  train loss  train accuracy  clean test accuracy (mean ± sd over seeds)")

@@ -1,7 +1,8 @@
 """Tests of the whole repository: python -m pytest -q test_all.py (2 cores: about 13 minutes).
 
-Sections follow the files. A test's oracle is a slow exact computation or a number of a paper, never
-the code under test; what must hold between processes runs under torchrun with gloo on the CPU.
+Sections follow the files. A test's oracle is a slow exact computation, a number of a paper, or a
+function that has such an oracle of its own; digests and some counts keep what was once checked by
+hand. What must hold between processes runs under torchrun with gloo on the CPU.
 
     python test_all.py --stress          kill, damage and mistype by the hundred: what was lost
     python test_all.py --device cuda     numbers on an accelerator beside the CPU's
@@ -115,15 +116,15 @@ def tiny_vit(**overrides):
     return model
 
 
-def tiny_images(count=2, size=16, seed=1):
-    generator = torch.Generator().manual_seed(seed)
+def tiny_images(count=2, size=16):
+    generator = torch.Generator().manual_seed(1)
     return torch.randn(count, 3, size, size, dtype=torch.float64, generator=generator)
 
 
-def google_arrays(*, layout="released", cls=True, representation=None, grid=4, seed=0):
+def google_arrays(*, layout="released", cls=True, representation=None, grid=4):
     """A random ViT with VIT_TINY's sizes under the names and in the shapes
     of Google's .npz files."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(0, 0.3, shape).astype(np.float32)
     second, attn, mlp = dict(released=(2, 1, 3), linen=(1, 0, 0))[layout]
     arrays = {"embedding/kernel": draw(4, 4, 3, 12), "embedding/bias": draw(12)}
@@ -231,6 +232,12 @@ def test_vit_parameters_macs_and_activations_are_the_counted_ones(
         assert abs(cost["macs_with_bias"] / 1e9 - gflops) < 0.11, f"{name}: Table 1 has {gflops} GF"
         assert round(params / 1e6, 1) == millions, f"{name}: Table 1 has {millions} M parameters"
         assert abs(acts / 1e6 - acts_printed) < 0.2, f"{name}: Table 1 has {acts_printed} M acts"
+
+
+def test_every_row_of_the_papers_tables_is_compared():
+    assert XIAO_TABLE_1.keys() <= {row[0] for row in VIT_COST}
+    assert CHEN_TABLE_7.keys() <= {row[0] for row in MIXER_COST}
+    assert CHEN_TABLE_2.keys() | XIAO_TABLE_2.keys() <= {row[0] for row in RESNET_COST}
 
 
 def test_complexity_counts_a_small_network_as_by_hand_and_leaves_it_alone():
@@ -505,6 +512,15 @@ INIT_STD = {  # of the tensors of vit_ti16; those not named are zero or one
 }
 
 
+def assert_centred(name, weight, std):
+    """Zero on average; without a spread one in the scales of norms, zero elsewhere."""
+    if std == 0:
+        constant = "norm" in name and name.endswith("weight")
+        assert (weight == constant).all(), f"{name} is not {int(constant)}"
+    else:
+        assert abs(weight.mean()) < 5 * std / weight.numel() ** 0.5, f"{name}: {weight.mean():.2e}"
+
+
 @pytest.mark.parametrize("init", INIT_STD)
 def test_initial_weights_have_the_authors_spread(init):
     torch.manual_seed(0)
@@ -517,6 +533,7 @@ def test_initial_weights_have_the_authors_spread(init):
         std = INIT_STD[init].get(name, 0)
         few = 0.2 if weight.numel() < 1000 else 0.02  # 192 values: a standard error of 5 %
         assert abs(weight.std() - std) <= few * std, f"{name}: {weight.std():.2e}, not {std:.2e}"
+        assert_centred(name, weight, std)
     if init == "google":
         largest = weights["patch_embed.proj.weight"].abs().max()
         assert 0.080 < largest < 0.0821, f"lecun-normal reaches {largest:.4f}, cut at 0.0820"
@@ -695,6 +712,35 @@ def test_skipping_a_unit_of_a_vit_equals_one_whose_last_layer_is_zero(name, unit
         model(images, skip="stem")
 
 
+def test_pits_map_token_and_pooling_are_as_by_hand():
+    """Tokens in the order of the map's rows; a depthwise convolution pools the map, a linear layer
+    the class token (2103.16302, Fig. 4). The blocks have an oracle of their own."""
+    torch.manual_seed(0)
+    model = vit.build(
+        "pit_ti", 5, 16, patch_size=4, stride=2, depth=(1, 1, 1), heads=(1, 2, 2), head_dim=4
+    )
+    model.double().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    w, x = model.state_dict(), tiny_images()
+    m = F.conv2d(x, w["patch_embed.conv.weight"], w["patch_embed.conv.bias"], stride=2)
+    m = m + w["pos_embed"]
+    cls = w["cls_token"].expand(2, -1, -1)
+    for i, stage in enumerate(model.transformers):
+        if i:
+            p = f"transformers.{i}.pool."
+            m = F.conv2d(m, w[p + "conv.weight"], w[p + "conv.bias"], 2, 1, groups=m.shape[1])
+            cls = cls @ w[p + "fc.weight"].T + w[p + "fc.bias"]
+        rows, columns = m.shape[2:]
+        pixels = [m[:, :, r, c][:, None] for r in range(rows) for c in range(columns)]
+        tokens = stage.blocks[0](torch.cat([cls, *pixels], 1))
+        cls, m = tokens[:, :1], tokens[:, 1:].reshape(2, rows, columns, -1).permute(0, 3, 1, 2)
+    z = F.layer_norm(cls[:, 0], (8,), w["norm.weight"], w["norm.bias"], 1e-6)
+    expected = z @ w["head.weight"].T + w["head.bias"]
+    difference = (model(x) - expected).abs().max()
+    assert difference < 1e-12 and expected.std() > 0.1, f"differs by {difference:.1e}"
+
+
 @pytest.mark.parametrize(
     "name, overrides",
     [
@@ -706,6 +752,7 @@ def test_vit_compiles_into_one_graph(name, overrides):
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = vit.build(name, 10, 32, **overrides)
+    nn.init.normal_(model.head.weight, std=0.02)  # zero, it would hide all that is before it
     images = torch.randn(2, 3, 32, 32)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(images).sum().backward()
@@ -888,7 +935,14 @@ def test_load_npz_resizes_positions_and_can_leave_the_head(tmp_path):
 def test_vit_main_prints_variants_and_refuses_an_unknown_one(capsys):
     vit.main(["vit_s16", "vit_b16", "--image-size", "384", "--num-classes", "10"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and lines[1].split()[:2] == ["vit_s16", f"{21_815_434:,}"], lines
+    assert [line.split() for line in lines[1:]] == [
+        [name, f"{cost['params']:,}"]
+        + [f"{cost[key] / 1e9:.3f}" for key in ("macs", "macs_with_bias")]
+        + [f"{cost['acts'] / 1e6:.3f}"]
+        for name in ("vit_s16", "vit_b16")
+        for cost in [vit.complexity(vit.build(name, 10, 384), 384)]
+    ]
+    assert lines[1].split()[:2] == ["vit_s16", f"{21_815_434:,}"], lines
     with pytest.raises(SystemExit):
         vit.main(["vit_x16"])
     assert "unknown model 'vit_x16'" in capsys.readouterr().err
@@ -935,9 +989,9 @@ def tiny_mixer(**overrides):
     return model
 
 
-def google_mixer_arrays(seed=0):
+def google_mixer_arrays():
     """A random Mixer with MIXER_TINY's sizes under the names and in the shapes of Google's .npz."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(0, 0.3, shape).astype(np.float32)
     norm = lambda key: {f"{key}/scale": 1 + draw(12), f"{key}/bias": draw(12)}
     dense = lambda key, *shape: {f"{key}/kernel": draw(*shape), f"{key}/bias": draw(shape[-1])}
@@ -1169,6 +1223,7 @@ def test_initial_mixer_weights_have_the_authors_spread(init):
         std = MIXER_INIT_STD[init].get(name, 0)
         few = 0.2 if weight.numel() < 3000 else 0.02  # 196 values: a standard error of 5 %
         assert abs(weight.std() - std) <= few * std, f"{name}: {weight.std():.2e}, not {std:.2e}"
+        assert_centred(name, weight, std)
     weight = weights["blocks.0.mlp_channels.fc1.weight"]
     largest, normal = weight.abs().max() / weight.std(), 2 / 0.8796  # cut at 2 of the uncut's std
     limit = dict(google=normal, timm=3**0.5)[init]
@@ -1289,7 +1344,8 @@ def test_a_mixer_compiles_into_one_graph():
             dict(heads=8),
             "unknown argument of mixer_s16 'heads'.* known: image_size, pat",
         ),
-        ("mixer_s14", dict(image_size=225), "must be a multiple of patch_size, got 225 and 14"),
+        ("mixer_s14", dict(image_size=225), "mixer_s16'.* any patch size P that divides the image"),
+        ("mixer_s16", dict(image_size=225), "must be a multiple of patch_size, got 225 and 16"),
         ("mixer_s16", dict(image_size=0), "must be a multiple of patch_size, got 0 and 16"),
         (
             "mixer_s16",
@@ -1416,7 +1472,14 @@ def test_mixer_main_prints_variants_and_refuses_an_unknown_one(capsys):
     lines = capsys.readouterr().out.splitlines()
     # 576 instead of 196 tokens: 380·(2·256 + 1) more in each of 8 blocks; 990·513 fewer in the head
     params = 18_528_264 + 8 * 380 * 513 - 990 * 513
-    assert len(lines) == 3 and lines[1].split()[:2] == ["mixer_s16", f"{params:,}"], lines
+    assert [line.split() for line in lines[1:]] == [
+        [name, f"{cost['params']:,}"]
+        + [f"{cost[key] / 1e9:.3f}" for key in ("macs", "macs_with_bias")]
+        + [f"{cost['acts'] / 1e6:.3f}"]
+        for name in ("mixer_s16", "mixer_b16")
+        for cost in [mixer.complexity(mixer.build(name, 10, 384), 384)]
+    ]
+    assert lines[1].split()[:2] == ["mixer_s16", f"{params:,}"], lines
     with pytest.raises(SystemExit):
         mixer.main(["mixer_x16"])
     assert "unknown model 'mixer_x16'" in capsys.readouterr().err
@@ -1441,7 +1504,7 @@ RESNET_COST = [  # name, arguments, parameters, MACs, MACs + bias additions, act
     ("resnext50_32x4d", CIFAR, 23_177_124, 1_344_151_552, 1_344_151_652, 4_505_700),
     ("preresnet50", CIFAR, 23_697_572, 1_298_014_208, 1_298_014_308, 3_432_548),
 ]
-CHEN_TABLE_7_RESNETS = {  # M parameters, truncated, not rounded
+CHEN_TABLE_2 = {  # M parameters, truncated, not rounded
     "resnet50": 25,
     "resnet101": 44,
     "resnet152": 60,
@@ -1619,8 +1682,8 @@ def test_resnet_parameters_macs_and_activations_are_the_counted_ones(
     expected = dict(params=params, macs=macs, macs_with_bias=macs_with_bias, acts=acts)
     for what, number in expected.items():
         assert number in (cost[what], None), f"{name}: {what} {cost[what]:,} instead of {number:,}"
-    if name in CHEN_TABLE_7_RESNETS and not arguments:
-        millions = CHEN_TABLE_7_RESNETS[name]
+    if name in CHEN_TABLE_2 and not arguments:
+        millions = CHEN_TABLE_2[name]
         assert params // 10**6 == millions, f"{name}: {params:,}, Table 2 has {millions} M"
     if name in XIAO_TABLE_2 and not arguments:
         gflops, millions, acts_printed = XIAO_TABLE_2[name]
@@ -1794,7 +1857,7 @@ def test_initial_resnet_weights_have_the_named_spread(form, init):
             std = (2 / (out * pixels)) ** 0.5 if torchvisions else UNIFORM * fan_in**-0.5
             assert abs(weight.std() / std - 1) < few, f"{key}: {weight.std():.4f}, not {std:.4f}"
             reach = weight.abs().max() / weight.std()
-            assert (reach > 3) == torchvisions, f"{key}: normal or uniform? Reaches {reach:.2f} std"
+            assert (reach > 2.3) == torchvisions, f"{key}: a uniform ends at 1.73, not {reach:.2f}"
             seen += 1
         elif key.startswith("fc."):
             std = UNIFORM * model.fc.in_features**-0.5  # torch's default for both
@@ -2262,9 +2325,7 @@ def test_every_alternet_parameter_gets_a_finite_gradient(form):
 
 def test_what_the_model_files_repeat_is_word_for_word_the_same():
     for name in ("random_state", "set_random_state"):
-        of_sam, of_attacks = (
-            inspect.getsource(getattr(file, name)) for file in (sys.modules["sam"], adversarial)
-        )
+        of_sam, of_attacks = (inspect.getsource(getattr(file, name)) for file in (sam, adversarial))
         assert of_sam == of_attacks, f"{name} of adversarial.py is not that of sam.py"
     differ = {"Block", "build", "check_images", "load_npz", "main"}  # each file's own
     sources = {}
@@ -2367,6 +2428,7 @@ def test_a_window_error_names_the_nearest_sizes_that_work_and_they_do(
 
 
 def test_an_alternet_takes_images_of_other_sizes_that_windows_divide():
+    torch.manual_seed(0)
     model = alternet.build("alter_resnet18", 10, 32, width=4).double().eval()
     out = {"layer2.1": None, "layer4.1": None}
     assert model(tiny_images(2, 64)[..., :32], out=out).shape == (2, 10)
@@ -2378,11 +2440,12 @@ def test_an_alternet_takes_images_of_other_sizes_that_windows_divide():
     assert odd.double()(tiny_images(2, 225)).shape == (2, 10), "8×8 at the end: sides round up"
     free = alternet.build("alter_resnet18", 10, 33, width=4, msa_blocks=(0, 0, 0, 0)).double()
     assert free(tiny_images(2, 37)).shape == (2, 10), "nothing to divide without attention"
-    single = model.float()(tiny_images(2, 32).float())
+    model = tiny_alternet().float()
+    single = model(tiny_images().float())
     with torch.autocast("cpu", torch.bfloat16):
-        half = model(tiny_images(2, 32).float())
-    difference = (half - single).abs().max()
-    assert half.dtype == torch.bfloat16 and difference < 0.05, f"differs by {difference:.1e}"
+        half = model(tiny_images().float())
+    difference, apart = (half - single).abs().max(), (single[0] - single[1]).abs().max()
+    assert half.dtype == torch.bfloat16 and difference < 0.05 * apart, (difference, apart)
 
 
 @pytest.mark.parametrize("form", ["pre-activation bottleneck", "post-activation basic"])
@@ -2859,6 +2922,7 @@ def test_sam_with_a_grad_scaler_moves_alike_at_any_scale_and_skips_after_an_over
 
 
 def test_sam_takes_parameters_of_several_dtypes():
+    torch.manual_seed(0)
     net = nn.Sequential(
         nn.Linear(5, 8).to(torch.bfloat16), nn.Linear(8, 3).double(), nn.Linear(3, 3)
     )
@@ -3117,7 +3181,8 @@ def test_an_attack_computes_no_gradient_of_parameters_and_one_pass_a_step():
 
 def test_an_attack_is_computed_in_the_images_own_precision():
     model, (x, y) = small_cnn(torch.float32), images_to_attack(dtype=torch.float32)
-    precision = torch.backends.cuda.matmul.fp32_precision
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    precisions = [backend.fp32_precision for backend in backends]
     seen = []
     model.register_forward_hook(
         lambda *_: seen.append(
@@ -3133,7 +3198,7 @@ def test_an_attack_is_computed_in_the_images_own_precision():
         assert torch.equal(adversarial.pgd(model, x, y, random_start=False), want)
         assert torch.is_autocast_enabled("cpu")
     assert set(seen) == {(False, "ieee", "ieee")}
-    assert torch.backends.cuda.matmul.fp32_precision == precision
+    assert [backend.fp32_precision for backend in backends] == precisions
 
 
 @pytest.mark.parametrize(
@@ -3258,8 +3323,13 @@ def test_robustness_counts_what_withstands_every_iterate_of_every_restart():
     assert result["images"] == 40 and result["clean"] == 100 * whole["clean"] / 40
     assert np.allclose(result["robust"], np.array(whole["robust"]) / 0.4)
     assert np.allclose(result["loss"], np.array(whole["loss"]) / 40)
-    aimed = adversarial.robustness(model, batches(40), targeted=True, **how)
-    assert aimed["robust"][-1] > whole["robust"][-1], "one class is harder to reach than any"
+    how = dict(eps=0.3, step_size=0.05, steps=5)
+    aimed = adversarial.robustness(model, batches(7), targeted=True, seed=3, **how)
+    start, trace = adversarial.keyed_start(x, range(40), 0.3, "linf", 3), []
+    aim = (y + 1 + torch.arange(40) % 4) % 5  # image i's target
+    adversarial.pgd(model, x, aim, start=start, targeted=True, trace=trace, **how)
+    holds = torch.stack([predicted == y for _, predicted in trace]).cumprod(0).bool() & clean
+    assert aimed["robust"] == holds.sum(1).tolist() and aimed["robust"][-1] < 10, aimed
 
 
 def test_attacks_take_labels_of_any_integer_type_gradients_of_any_scale_and_half_precision():
@@ -3283,6 +3353,13 @@ def test_robustness_shows_examples_and_is_nan_where_the_model_is():
     examples = []
     adversarial.robustness(
         model, batches, eps=0.2, step_size=0.05, early_stop=True, restarts=2, examples=examples
+    )
+    for clean, y, shown, before, after in examples:
+        with torch.no_grad():
+            assert torch.equal(before, model(clean).argmax(1))
+            assert torch.equal(after, model(shown).argmax(1))
+    assert torch.equal(
+        torch.cat([y for _, y, *_ in examples]), torch.cat([y for _, y, _ in batches])
     )
     moved = torch.cat(
         [(shown - clean).abs().flatten(1).amax(1) for clean, _, shown, *_ in examples]
@@ -3355,7 +3432,6 @@ def test_a_robust_models_gradients_are_its_best_attack():
         attack(networks[True]),
         attack(networks[True], networks[False]),
     )
-    print(f"PGD-10: plain {plain:.1f} %, robust {robust:.1f} %, by transfer {transfer:.1f} %")
     assert plain + 2 < robust and robust + 1 < transfer, (plain, robust, transfer)
 
 
@@ -3368,8 +3444,6 @@ def test_fractions_are_read():
         1e-3,
         0.25 / 255,
     ]
-    flag, text = train.as_flag("adv_eps", argparse.Namespace(adv_eps=0.03))
-    assert flag == "--adv-eps" and abs(adversarial.fraction(text) - 0.03) < 1e-12
     for text in ("2/0", "two", "", "nan", "2//255", "2/", "/255"):
         with pytest.raises(argparse.ArgumentTypeError, match="is no number; give one as 0.0078"):
             adversarial.fraction(text)
@@ -3431,7 +3505,7 @@ def test_shapes_at_twice_the_size_are_the_same_pictures():
     shrunk = F.avg_pool2d(large, 2)
     unlike = F.avg_pool2d(large.roll(12, 0), 2)
     assert (shrunk - small).abs().mean() < 0.5 * (unlike - small).abs().mean()
-    assert (shrunk - small).abs().mean() < 15, (shrunk - small).abs().mean()
+    assert (shrunk - small).abs().mean() < 9.5, "half a pixel aside: 11.4"
 
 
 def test_a_linear_model_on_shapes_stays_under_25_percent():
@@ -3625,6 +3699,12 @@ def test_odd_image_files_are_read_upright_and_in_rgb(tmp_path):
             assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - truth).max() <= 1, name
         else:
             assert image[0].max() > 240 and image[0].min() == 0
+    for turn in range(10):  # 0 and 9 are no orientations
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[0x0112] = turn
+        base.save(file, "PNG", exif=exif)
+        truth = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
+        assert np.array_equal(data.decode(file.getvalue()).permute(1, 2, 0), truth), turn
 
 
 def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
@@ -3647,7 +3727,9 @@ def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
         )
     ]
     assert len(told) == 1 and "ant_0.JPEG is truncated" in told[0], told
-    assert not torch.equal(images[0], images[1])
+    cut, intact = load().read(0), data.decode(whole)
+    assert cut.shape == intact.shape and torch.equal(cut[:, :16], intact[:, :16])
+    assert (cut[:, -1] == 128).all() and torch.equal(images[0], images[2]), "JPEG's grey"
 
     for content in (b"", b"hello", b"\xff\xd8\xff"):  # nothing to decode
         (tmp_path / "train/ant/ant_0.JPEG").write_bytes(content)
@@ -3795,12 +3877,13 @@ def test_a_pack_cut_anywhere_or_with_any_byte_changed_is_refused_or_right(tmp_pa
         return count
 
     start = int.from_bytes(whole[-32:-24], "little")
+    training = np.frombuffer(whole[start : start + 40], "<u8").tolist()[3]  # where these end
     for place in range(len(whole)):
         assert damaged(whole[:place]) is damaged(whole[place + 1 :]) is None, place
         count = damaged(
             whole[:place] + bytes([whole[place] ^ 1 << rng.integers(8)]) + whole[place + 1 :]
         )
-        assert count is None if place >= start else count in (0, 1), (place, count)
+        assert count == (None if place >= start else int(place < training)), (place, count)
     assert damaged(b"hello" * 99) is damaged(whole + b"\n") is None and damaged(whole) == 0
     assert len(said) == 1 and "tiny.pack is no packed file of images, or a damaged" in said.pop()
     cut, replaced = data.Pack(out, "train", None), data.Pack(out, "train", None)
@@ -3848,14 +3931,18 @@ def test_what_cannot_be_packed_is_one_line_and_leaves_no_file(tmp_path, capsys, 
         return line
 
     assert "no/where is no folder; --data-dir names the" in refused("--data-dir", "no/where")
-    assert "/proc/nothing.partial: No such file" in refused("--out", "/proc/nothing")
+    nowhere = str(tmp_path / "no/where")
+    assert f"{nowhere}.partial: No such file" in refused("--out", nowhere)
     (root / "train/empty").mkdir()
     assert "train/empty holds no image" in refused()
     (root / "train/empty").rmdir()
     (root / "val/cat/dead.jpg").symlink_to("nowhere")
     assert "val/cat/dead.jpg cannot be read: No such file" in refused()
     (root / "val/cat/dead.jpg").unlink()
-    full = lambda number: os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     for event, words in (
         (full, "file: No space left on device"),
         (lambda number: signal.raise_signal(signal.SIGINT), "is not written; the"),
@@ -3896,9 +3983,18 @@ def test_a_process_killed_while_packing_leaves_no_file_and_the_next_one_makes_it
             "0",
         ]
     )
-    writer = os.open(pipe, os.O_WRONLY)  # waits for the reader
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    try:
+        while True:
+            try:
+                writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+                break
+            except OSError:  # nobody reads yet
+                assert process.poll() is None, "it ended before the image"
+                time.sleep(0.01)
+    finally:
+        process.kill()
+        ended = process.wait()
+    assert ended == -signal.SIGKILL
     os.close(writer)
     pipe.unlink()
     assert not out.exists() and Path(f"{out}.partial").exists()
@@ -4030,7 +4126,7 @@ def test_cifar_is_read_from_its_published_files(tmp_path, monkeypatch):
             data.load(name, "train", data_dir=tmp_path, image_size=32)
 
 
-def test_inception_crops_cover_5_to_100_percent_at_aspects_between_3_4_and_4_3(tmp_path):
+def test_inception_crops_cover_5_to_100_percent_at_aspects_between_3_4_and_4_3():
     """Read off the pixels: each holds its own position."""
     size = 200
     y, x = np.mgrid[:size, :size]
@@ -4047,11 +4143,6 @@ def test_inception_crops_cover_5_to_100_percent_at_aspects_between_3_4_and_4_3(t
     assert 0.04 < min(areas) < 0.08 and 0.9 < max(areas) < 1.05, (min(areas), max(areas))
     assert 0.7 < min(aspects) < 0.8 and 1.25 < max(aspects) < 1.4, (min(aspects), max(aspects))
     assert 150 < flips < 250, flips
-    assert data.transforms("none", 224)(torch.zeros(3, 500, 375, dtype=torch.uint8)).shape == (
-        3,
-        224,
-        224,
-    )
 
 
 def test_a_box_of_an_image_is_decoded_to_the_pixels_it_has_in_the_whole():
@@ -4205,7 +4296,9 @@ def test_randaugment_and_random_erasing_act_as_often_and_as_much_as_asked():
         steps = data.transforms("none", 65, 65, randaugment=(1, magnitude))
         outputs = torch.stack([steps(line) for _ in range(800)]).float()
         lit = ((outputs > 128) & (outputs == outputs.amax((1, 2, 3), keepdim=True))).all(1)
-        same = lit.flatten(1).sum(1) == 49  # turned by nearest neighbours: as many pixels, or so
+        same = lit.flatten(1).sum(1) == 49
+        # Rotations and shears, by nearest neighbours, keep about as many pixels of the line; of the
+        # two a rotation makes it span the most rows.
         turned = lit.flatten(1).sum(1).sub(49).abs().lt(8) & ~lit[:, 32, 8:57].all(1)
         rows = lit[turned].any(2).sum(1)  # rows that the turned line spans
         turns[magnitude] = math.degrees(math.asin((rows.max().item() - 1) / 49))
@@ -4630,7 +4723,7 @@ def test_c_lite_is_a_function_of_image_corruption_severity_seed_and_index():
             data.Corrupted(dataset, *wrong)
 
 
-def test_googles_randaugment_does_at_15_what_its_ranges_say():
+def test_googles_randaugment_does_at_15_what_its_ranges_say(monkeypatch):
     """Chen et al. E.3: 15 on a scale of 10: 45°, shear 0.45, 150 pixels, factors of 2.8."""
     torch.manual_seed(0)
     x = torch.randint(0, 256, (3, 401, 401), dtype=torch.uint8)
@@ -4664,8 +4757,27 @@ def test_googles_randaugment_does_at_15_what_its_ranges_say():
         assert abs(abs(found) - slope) < 0.02, f"{name}: a slope of {found:.3f}, not {slope}"
     steps = data.transforms("none", 401, 401, randaugment=(2, 15), randaugment_of="google")
     assert sum(torch.equal(steps(x), x) for _ in range(20)) <= 3, "all operations are applied"
-    chosen = data.transforms("none", 401, 401, autoaugment="imagenet")
-    assert sum(torch.equal(chosen(x), x) for _ in range(20)) <= 10
+    asked = []
+    for name in data.GOOGLE_OPERATIONS:
+        monkeypatch.setitem(
+            data.GOOGLE_OPERATIONS,
+            name,
+            lambda x, m, sign, name=name: asked.append((name, m, sign)) or x,
+        )
+    for _ in range(400):
+        steps(x[:, :8, :8])
+    assert {m for _, m, _ in asked} == {1.5} and len(asked) == 800, "two of each image, at 15"
+    every = set(itertools.product(data.GOOGLE_OPERATIONS, (1, -1)))
+    assert {(name, sign) for name, _, sign in asked} == every
+
+
+def test_autoaugment_is_torchvisions_with_imagenets_policy():
+    policies = [
+        step
+        for step in data.transforms("none", 32, 32, autoaugment="imagenet").transforms
+        if isinstance(step, v2.AutoAugment)
+    ]
+    assert [step.policy for step in policies] == [v2.AutoAugmentPolicy.IMAGENET]
 
 
 def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):
@@ -5386,16 +5498,15 @@ PARK_VIT, PARK_HALF = "vit_ti2 --no-qkv-bias", "vit_ti2 --no-qkv-bias --depth 6"
 @pytest.mark.parametrize(
     "flags, tokens, heads, head_dim, depth",
     [
-        *(
-            (f"{PARK_VIT} --patch-size {p}", (32 // p) ** 2 + 1, 3, 64, 12) for p in (2, 4, 8)
-        ),  # C.2
-        *((f"vit_ti4 --no-qkv-bias --kernel-size {k}", 65, 3, 64, 12) for k in (3, 5, 8)),  # Fig. 7
-        (f"{PARK_VIT} --pool gap", 256, 3, 64, 12),  # Fig. 6
-        *((f"{PARK_HALF} --heads {h} --head-dim 64", 257, h, 64, 6) for h in range(1, 10)),  # C.5
-        *((f"{PARK_HALF} --head-dim {d}", 257, 3, d, 6) for d in (22, 66, 110, 198)),  # C.6
+        # Fig. C.2; 7; 6; C.5; C.6; C.3
+        *((f"{PARK_VIT} --patch-size {p}", (32 // p) ** 2 + 1, 3, 64, 12) for p in (2, 4, 8)),
+        *((f"vit_ti4 --no-qkv-bias --kernel-size {k}", 65, 3, 64, 12) for k in (3, 5, 8)),
+        (f"{PARK_VIT} --pool gap", 256, 3, 64, 12),
+        *((f"{PARK_HALF} --heads {h} --head-dim 64", 257, h, 64, 6) for h in range(1, 10)),
+        *((f"{PARK_HALF} --head-dim {d}", 257, 3, d, 6) for d in (22, 66, 110, 198)),
         *((f"{PARK_VIT} --epochs {n}", 257, 3, 64, 12) for n in (75, 150, 300, 600, 1200)),
     ],
-)  # C.3
+)
 def test_the_second_papers_vits_are_built_from_flags(flags, tokens, heads, head_dim, depth):
     args = train.settings(["--dataset", "cifar100", "--model", *flags.split()])[0]
     train.check_network(args)
@@ -5404,8 +5515,9 @@ def test_the_second_papers_vits_are_built_from_flags(flags, tokens, heads, head_
     qkv = network.blocks[0].attn.qkv
     assert network.pos_embed.shape == (1, tokens, 192) and len(network.blocks) == depth
     assert qkv.weight.shape == (3 * heads * head_dim, 192) and qkv.bias is None
-    assert (network.window is None) == (args.kernel_size in (None, 8))
-    assert f"--epochs {args.epochs}" in flags or args.epochs == 305
+    assert (network.window is not None) == bool(re.search("--kernel-size [35]", flags))
+    asked = re.search(r"--epochs (\d+)", flags)
+    assert args.epochs == (int(asked[1]) if asked else 305)
 
 
 @pytest.mark.parametrize("fraction", ["1/50", "1/10", "3/10", "1/2", "1"])
@@ -5509,6 +5621,10 @@ PASSES = {  # flags: forward passes of the network that a step of 32 images take
     "--sam-rho 0.1 --sam-every 2 --adv-eps 2/255": 5.5,
     "--sam-rho 0 --loss supcon --augment crop": 8,
     "--sam-rho 0.1 --loss supcon --augment crop": 16,
+    # Of the head alone a gradient costs nothing; δ's goes back to the images.
+    "--sam-rho 0.1 --train-only head --init-from FILE": 2,
+    "--sam-rho 0.1 --train-only head --init-from FILE --adv-eps 2/255": 3,
+    "--sam-rho 0.1 --train-only head --init-from FILE --adv-eps 2/255 --sam-every 2": 3,
 }
 
 
@@ -5533,9 +5649,14 @@ def test_the_passes_of_a_step_are_what_it_computes(tmp_path, monkeypatch, small_
     argv = (
         "--device cpu --model mixer_micro8 --dim 128 --depth 6 --token-mlp-dim 64 "
         "--mlp-dim 512 --dataset shapes --batch-size 32 --micro-batch 8 --warmup-steps 0 "
-        f"--max-steps 2 --projection-dim 4 --out-dir {tmp_path} {flags}"
+        f"--max-steps 2 --projection-dim 4 --out-dir {tmp_path / 'run'} {flags}"
     ).split()
     args, _ = train.settings(argv)
+    file = tmp_path / "file.pt"
+    network = train.build_model(args.model, 12, 32, **train.knobs(args))
+    torch.save(network.state_dict(), file)
+    argv = [word.replace("FILE", str(file)) for word in argv]
+    argv += ["--mean", "0.5", "--std", "0.5"] * ("FILE" in flags)
     assert train.forward_passes(args) == PASSES[flags]
     monkeypatch.setattr(
         train,
@@ -5547,6 +5668,57 @@ def test_the_passes_of_a_step_are_what_it_computes(tmp_path, monkeypatch, small_
         assert train.main(argv) == 0
     expected = 2 * train.complexity_of(args)["macs"] * PASSES[flags] * 2 * 32
     assert abs(count.total / expected - 1) < 0.03, count.total / expected
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_of_what_corrects_the_gradient_skips_the_step_under_a_loss_scaler(fused):
+    """After the scaler has looked at it."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(net.parameters(), 0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    before = copy.deepcopy(net.state_dict())
+    for correct, skipped in ((lambda: net[0].weight.grad.fill_(math.inf), 1), (None, 0)):
+        scaler.scale(net(torch.arange(6.0).view(2, 3))[0].sum()).backward()
+        statistics = train.RunningStatistics(net)
+        statistics.begin_step()
+        _, skip = train.update(optimizer, scaler, [*net.parameters()], 0, statistics, 1, correct)
+        assert skip == skipped
+        same = same_tensors(
+            dict(net.named_parameters()), {k: before[k] for k, _ in net.named_parameters()}
+        )
+        assert same == bool(skipped)
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_a_signal_after_the_last_step_does_what_it_did_before():
+    """Nobody asks for it any more: the final evaluations would go on."""
+    before = signal.getsignal(signal.SIGINT)
+    stop = train.StopSignal()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.agreed() == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        stop.end()
+    assert signal.getsignal(signal.SIGINT) is before
+    train.StopSignal().end()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_what_one_of_two_processes_meets_alone_is_told_and_ends_both(tmp_path, capsys):
+    root = write_image_folder(tmp_path / "images", train=4, val=2)
+    flags = f"--dataset folder --data-dir {root} --image-size 32 --batch-size 8 --micro-batch 4"
+    train_ok(tiny(tmp_path / "run", "--max-steps 1 --epochs 1", dataset=flags))
+    argv = ["--eval-only", "--init-from", str(tmp_path / "run/ckpt.pt"), "--device", "cpu"]
+    assert "--hold-out is for training" in refusal(capsys, *argv, "--hold-out", "1/2")
+    (root / "val/bee/bee_1.JPEG").write_bytes(b"no image")  # the fourth: of the second process
+    run = start(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *argv]
+    )
+    said, _ = run.communicate(timeout=120)
+    (line,) = [line for line in said.splitlines() if line.startswith("train.py: ")]
+    assert "bee_1.JPEG is not an image" in line and line.endswith("; then repeat the command"), said
+    assert run.returncode == 1
 
 
 def test_recipes_are_known_by_name_in_their_tables_only():
@@ -5648,7 +5820,8 @@ def test_a_recipe_takes_three_steps_on_data_in_the_published_format(
     }
     assert state["final"].keys() == measured, state["final"].keys()
     text = capsys.readouterr().out
-    assert all(f"{field.replace('_', '-')} " in text for field in row), text
+    for field in row:
+        assert re.search(rf"^  {field.replace('_', '-')} ", text, re.M), (field, text)
     if "reset_head" in row:
         again = ["--eval-only", "--init-from", str(tmp_path / "run/ckpt.pt"), "--device", "cpu"]
         assert train.main(again) == 0, "a fine-tuned network is evaluated like any other"
@@ -5691,15 +5864,14 @@ def test_the_average_moves_when_and_as_much_as_the_third_papers_code_has_it(tmp_
     argv = tiny(tmp_path, "--ema-alpha 0.01 --ema-every 2 --save-every 1 --eval-every 9")
     assert train.main(argv) == 0  # 10 steps, of which 3 of warm-up; batch 32, 2 epochs
     decay = 1 - 0.01 * 32 / 2 * 2
-    (_, mean), moved = saved[1], 0
+    assert same_tensors(*saved[1]), "a copy until the warm-up is over"
+    _, mean = saved[1]
     for step in range(2, 11):  # the number of steps taken; the average moves after 1, 3, 5, …
         weights, after = saved[step]
         if step % 2:
             keep = decay if step > 3 else 0.0
             mean = {name: keep * mean[name] + (1 - keep) * weights[name] for name in mean}
-            moved += 1
         assert all(torch.allclose(after[name], mean[name], atol=1e-7) for name in mean), step
-    assert moved == 4
 
 
 def test_sam_rho_paper_is_table_9():
@@ -5766,7 +5938,7 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
         (["--sam-roh", "0.1"], "unknown flag --sam-roh; did you mean --sam-rho"),
         (["--batch_size", "64"], "did you mean --batch-size"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-        (["--optimizer", "adam"], "choose from"),
+        (["--optimizer", "adam"], "--optimizer: invalid choice: 'adam' (choose from"),
         (["--sam-rho", "big"], "--sam-rho big: give a number"),
         (["--sam-rho", "-1"], "--sam-rho is -1.0; it must be at least 0"),
         (["--sam-rho", "paper"], "Table 9 has no row for vit_micro8"),
@@ -5775,7 +5947,9 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
         (["--sam-reuse", "0.5"], "--sam-reuse is for the steps between SAM's: add --sam-every"),
         (["--sam-scope", "nrom"], "--sam-scope nrom: no parameter's name matches; there are"),
         (["--sam-scope", "blocks.["], "--sam-scope blocks.[: unterminated character set"),
-        (["--model", "vit_x16", "--dataset", "shapes"], "vit_x16"),
+        (["--model", "vit_x16"], "unknown model 'vit_x16', did you mean 'vit_s16'?"),
+        (["--model", "vit_b61"], "unknown model 'vit_b61', did you mean 'vit_b16'?"),
+        (["--model", "mixer_b61"], "unknown model 'mixer_b61', did you mean 'mixer_b16'?"),
         (
             ["--model", "resnet_50", "--dataset", "shapes"],
             "unknown model 'resnet_50', did you mean 'resnet50'? known: (pre)resnet{18,",
@@ -5821,7 +5995,7 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
         (["--lr-schedule", "exponential"], "to --lr-end, 0, which must be above 0"),
         (["--model", "mixer_s16", "--dataset", "shapes", "--unit-norm"], "'unit_norm'; known"),
         (["--reset-head"], "--reset-head is for training from the weights of --init-from"),
-        (["--patch-size", "5"], "5"),
+        (["--patch-size", "5"], "image_size must be a multiple of patch_size, got 32 and 5"),
         (
             ["--batch-size", "100"],
             "batch size 100 is not a multiple of micro-batch 32 × 1 devices = 32: use "
@@ -6035,7 +6209,7 @@ def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
         set(seen["train"]),
         (set(seen["plain"][:32]), set(seen["plain"][32:])),
     )
-    assert len(trained) == 128 and len(validated) == 32 and sample <= trained
+    assert len(trained) == 128 and len(validated) == len(sample) == 32 and sample <= trained
     whole = data.subset(torch.arange(8000) % 12, "1/50").tolist()
     assert sorted(trained | validated) == whole
     for fraction, words in (("2", "at most 1"), ("some", "Invalid literal"), ("1", "leaves none")):
@@ -6204,7 +6378,9 @@ def test_a_contrastive_run_is_evaluated_by_the_nearest_class_mean(tmp_path, caps
     assert torch.load(out / "best.pt", weights_only=True)["val"]["top1"] == best
     capsys.readouterr()
     assert train.main(["--eval-only", "--init-from", str(out / "ckpt.pt"), "--device", "cpu"]) == 0
-    assert f"{top1:.2f}" in capsys.readouterr().out, "a checkpoint has this classifier"
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = [row[2] for row in rows if row[:1] == ["val"]]
+    assert shown[-1:] == [f"{top1:.2f}"], "a checkpoint has this classifier"
     file = tmp_path / "squeezenet.pt"
     torch.save(train.build_model("torchvision:squeezenet1_0", 12, 32).state_dict(), file)
     for argv, words in [
@@ -6353,7 +6529,7 @@ def test_accuracy_under_attack_is_measured_in_training_and_evaluation(
     text = capsys.readouterr().out
     assert "images moved by at most 8/255" in text and "--adv-eps 8/255" in text
     assert "PGD-10 %" in text and re.search(r"validation: top-1 .*, PGD-10 \d+\.\d\d %", text)
-    model = train.assemble(
+    model = train.Normalised(
         train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
     )
     model.network.load_state_dict(state["model"])
@@ -6540,6 +6716,15 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
     assert all(v.isfinite().all() and v.abs().max() < 100 for s in moments for v in s.values())
     if optimizer == "adamw":
         assert {float(s["step"]) for s in moments} == {9.0}
+    if optimizer == "lamb":
+        assert [group["step"] for group in state["optimizer"]["param_groups"]] == [9, 9]
+    calls.clear()
+    first = train_ok(tiny(tmp_path / "first", flags, "--max-steps 1"))
+    torch.manual_seed(0)
+    untouched = train.build_model(
+        "vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48, stem="conv"
+    )
+    assert same_tensors(first["model"], untouched.state_dict())
     monkeypatch.setattr(
         train, "softmax_loss", lambda logits, y, smoothing=0.0: good(logits, y) * math.nan
     )
@@ -6554,11 +6739,11 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
     assert not (tmp_path / "always/ckpt.pt").exists()
 
 
-@pytest.mark.parametrize("overflowing", [2, 3], ids=["the first pass", "the second pass"])
+@pytest.mark.parametrize("overflowing", [2, 3], ids=["the second pass", "the first pass"])
 def test_an_overflow_of_float16_in_either_pass_of_sam_skips_the_step(
     tmp_path, monkeypatch, overflowing
 ):
-    """Calls of the loss: each of two micro-batches at w, then each at w + ε."""
+    """Calls of the loss: the first micro-batch at w and at w + ε, then the second likewise."""
     calls, good = [], train.softmax_loss
 
     def sometimes_huge(logits, y, smoothing=0.0):
@@ -6787,10 +6972,11 @@ def test_every_family_runs_in_the_forms_that_users_need(family):
     for form, logits in forms.items():
         error = ((logits - plain).norm() / plain.norm()).item()
         assert error < (0.1 if form == "bfloat16" else 1e-5), f"{form}: {error:.1e}"
-    try:
+    if re.match("vit|pit|mixer|alternet", family):
+        with pytest.raises(ValueError, match="built for images|windows of . do not divide"):
+            model(torch.randn(1, 3, 40, 40))
+    else:
         assert model(torch.randn(1, 3, 40, 40)).shape == (1, 7)
-    except ValueError as error:
-        assert re.search("built for images|windows of . do not divide", str(error)), error
 
 
 def test_list_models_prints_every_row_of_the_papers(capsys, monkeypatch):
@@ -7040,10 +7226,11 @@ def test_an_original_npz_is_evaluated_and_fine_tuned(tmp_path, capsys):
     "flags, graphs",
     [
         ("--stem conv --ema-decay 0.9 --sam-steps 2", 1),
-        ("--adv-eps 2/255 --dtype float64", 2),  # of images with and without a gradient
+        # of images with a gradient and without; of weights likewise
+        ("--adv-eps 2/255 --dtype float64", 2),
         ("--loss supcon --augment crop", 2),
     ],
-)  # likewise of the weights
+)
 def test_a_compiled_run_compiles_once_and_trains_as_the_uncompiled(
     tmp_path, monkeypatch, flags, graphs
 ):
@@ -7057,7 +7244,11 @@ def test_a_compiled_run_compiles_once_and_trains_as_the_uncompiled(
         for i, more in enumerate(((), ("--compile",)))
     )
     assert counter.frame_count == graphs, counter.frame_count
-    assert largest_difference(plain["model"], compiled["model"]) < 1e-3
+    limit = 1e-9 if "float64" in flags else 1e-3
+    for part in ("model", "ema", "projection"):
+        assert (plain[part] is None) == (compiled[part] is None)
+        if plain[part] is not None:
+            assert largest_difference(plain[part], compiled[part]) < limit, part
     assert abs(plain["final"]["training"]["nll"] - compiled["final"]["training"]["nll"]) < 1e-4
 
 
@@ -7185,7 +7376,7 @@ def test_a_training_waits_for_the_device_at_log_lines_only(
 
 def test_evaluation_and_attacks_wait_once_whatever_the_batches_and_steps(monkeypatch):
     network, (x, y) = small_cnn(torch.float32), images_to_attack(dtype=torch.float32)
-    model, counts = train.assemble(network, [0.5], [0.5]).eval(), []
+    model, counts = train.Normalised(network, [0.5], [0.5]).eval(), []
     pixels = (255 * x).to(torch.uint8)
     monkeypatch.setattr(data, "batches", unwatched(data.batches))
     for batch in (12, 2):
@@ -7217,14 +7408,14 @@ ANALYSES = {
 
 @pytest.mark.parametrize("name", ANALYSES)
 def test_an_analysis_waits_as_often_for_many_batches_as_for_few(name):
-    model, counts = train.assemble(tiny_vit().float(), [0.5], [0.5]).eval(), []
+    model, counts = train.Normalised(tiny_vit().float(), [0.5], [0.5]).eval(), []
     x, y = tiny_images(24).float(), torch.arange(24) % 5
     for n in (2, 6):
         batches = list(zip(x[: 4 * n].split(4), y[: 4 * n].split(4)))
         with HostReads() as reads:
             ANALYSES[name](model, batches)
         counts.append(len(reads.seen))
-    assert counts[0] == counts[1], counts
+    assert counts[0] == counts[1] > 0, counts
 
 
 def test_a_thousand_steps_leave_no_memory_behind(tmp_path, monkeypatch, small_shapes):
@@ -7517,20 +7708,14 @@ def test_a_signal_saves_a_checkpoint_and_says_how_to_go_on(tmp_path, processes, 
     for line in run.stdout:
         lines.append(line)
         if line.startswith("step ") and "loss" in line:
-            pids = (
-                [run.pid]
-                if processes == 1
-                else [
-                    int(p)
-                    for p in subprocess.run(
-                        ["pgrep", "-P", str(run.pid)], capture_output=True, text=True
-                    ).stdout.split()
-                ]
-            )
+            pids = [run.pid] if processes == 1 else children(run.pid)
             os.kill(pids[0], number)  # one process is told, all stop
             break
-    text = "".join(lines) + run.stdout.read()
-    status = run.wait(timeout=60)
+    try:
+        rest, _ = run.communicate(timeout=120)
+    finally:
+        run.kill()
+    text, status = "".join(lines) + rest, run.returncode
     assert status == (128 + number if processes == 1 else 1), (status, text)
     assert (
         f"stopped by {number.name}, saved at step" in text
@@ -7600,7 +7785,7 @@ def test_a_want_of_memory_is_one_line(capsys):
             f"train.py: memory is short{' of 2.50 GiB' * bool(error.args)}: smaller "
             "batches, or less of what was asked for, take less\n"
         )
-    assert train.answer("train.py", lambda: torch.empty(10**13), "again") == 2
+    assert train.answer("train.py", lambda: torch.empty(10**17), "again") == 2
     assert "memory is short" in capsys.readouterr().err
 
     def other():
@@ -7619,8 +7804,11 @@ def test_a_run_ends_quietly_when_nobody_reads_its_output(tmp_path):
     )
     run.stdout.readline()
     run.stdout.close()
-    errors = run.stderr.read().decode()
-    assert (run.wait(), errors) == (128 + signal.SIGPIPE, "")
+    try:
+        run.wait(timeout=120)
+    finally:
+        run.kill()
+    assert (run.wait(), run.stderr.read().decode()) == (128 + signal.SIGPIPE, "")
 
 
 class Deadly(data.InMemory):
@@ -7659,11 +7847,13 @@ def test_workers_that_hang_as_they_are_forked_are_started_again(monkeypatch):
         torch.arange(8),
         list(range(8)),
     )
-    monkeypatch.setattr(data, "PATIENCE", 0.5)
-    labels = torch.cat(
-        [y for _, y in data.batches(data.evaluation_loader(dataset, 2, workers=2), told.append)]
-    )
-    assert labels.tolist() == list(range(8)) and len(told) == 1 and not hangs
+    monkeypatch.setattr(data, "PATIENCE", 5)
+    try:
+        loader = data.evaluation_loader(dataset, 2, workers=2)
+        labels = torch.cat([y for _, y in data.batches(loader, told.append)])
+    finally:
+        hangs.clear()  # what was registered stays: no later worker may hang
+    assert labels.tolist() == list(range(8)) and len(told) == 1
     assert told[0].startswith("1 of 2 data workers did not begin"), told
     assert not torch.multiprocessing.active_children()
 
@@ -7740,12 +7930,27 @@ def test_a_training_ends_when_the_study_that_started_it_is_killed(tmp_path):
         ]
     )
     output = tmp_path / "run/output.txt"
-    wait_until(lambda: output.exists() and "step " in output.read_text().split("run  ")[-1])
-    study.kill()
-    study.communicate()
-    wait_until(lambda: "stopped by SIGTERM, saved at step" in output.read_text())
+    try:
+        wait_until(
+            lambda: output.exists() and re.search("^step .* loss ", output.read_text(), re.M)
+        )
+        (child,) = children(study.pid)
+    finally:
+        study.kill()
+        study.communicate()
+    try:
+        wait_until(lambda: "stopped by SIGTERM, saved at step" in output.read_text())
+    except AssertionError:
+        os.kill(child, signal.SIGKILL)  # or it would train on for ever
+        raise
     with open(tmp_path / "run/log.jsonl") as log:  # nobody else has it
         wait_until(lambda: not is_locked(log))
+
+
+def children(pid):
+    """Of a process, their numbers (Linux)."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def is_locked(file):
@@ -7855,7 +8060,8 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
         )
         for i, (name, flags) in enumerate(VARIANTS.items())
     }
-    begun = [a.replace("4-2", "4-cut-2") for a in runs["sam, all"]] + ["--max-steps", "7"]
+    at = list(VARIANTS).index("sam, all")
+    begun = [a.replace(f"{at}-2", f"{at}-cut-2") for a in runs["sam, all"]] + ["--max-steps", "7"]
     (tmp_path / "runs.json").write_text(json.dumps({**runs, "begun": begun}))
     (tmp_path / "worker.py").write_text(WORKER)
     result = subprocess.run(
@@ -7897,9 +8103,9 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
             for n in (1, 2)
         ]
         assert np.allclose(*logs, rtol=1e-5), logs
-    cut = [a.replace("4-2", "4-cut") for a in runs["sam, all"]]
-    shutil.copytree(tmp_path / "4-cut-2", tmp_path / "4-cut")
-    one = torch.load(tmp_path / "4-1/ckpt.pt", weights_only=True)
+    cut = [a.replace(f"{at}-2", f"{at}-cut") for a in runs["sam, all"]]
+    shutil.copytree(tmp_path / f"{at}-cut-2", tmp_path / f"{at}-cut")
+    one = torch.load(tmp_path / f"{at}-1/ckpt.pt", weights_only=True)
     resumed = train_ok([*cut, "--resume"])  # begun by two processes, ended by one
     assert largest_difference(one["model"], resumed["model"]) < 1e-9
     assert sent["plain"] == sent["sam"]
@@ -7939,7 +8145,7 @@ def test_evaluation_takes_several_right_answers_and_a_choice_of_classes():
     x = torch.randint(0, 256, (40, 3, 2, 2), dtype=torch.uint8)
     answers = torch.tensor([[i % 6, (i + 1) % 6 if i % 3 else -1] for i in range(40)])
     dataset = data.InMemory(x, answers, list(range(6)))
-    chosen = torch.tensor([0, 2, 3])
+    chosen = torch.tensor([0, 2, 3, 5])
     for restrict in (None, chosen):
         got = train.evaluate(
             model, data.evaluation_loader(dataset, 7), torch.device("cpu"), restrict_logits=restrict
@@ -7952,10 +8158,10 @@ def test_evaluation_takes_several_right_answers_and_a_choice_of_classes():
             right += order[0] in row
             top5 += bool(set(order[:5]) & set(row))
             p = sum(math.exp(v) for k, v in z.items() if k in row)
-            nll -= math.log(p / sum(map(math.exp, z.values()))) if p else -math.inf
+            nll -= math.log(p / sum(map(math.exp, z.values())))
         assert got["top1"] == 2.5 * right, (restrict, got, right)
-        assert restrict is not None or got["top5"] == 2.5 * top5
-        assert got["nll"] == nll / 40 or abs(got["nll"] - nll / 40) < 1e-12, (got, nll / 40)
+        assert got["top5"] == 2.5 * top5
+        assert abs(got["nll"] - nll / 40) < 1e-12, (got, nll / 40)
 
 
 def test_mean_corruption_accuracy_and_mce_follow_their_formulas():
@@ -8014,7 +8220,7 @@ def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
     saved = json.loads((tmp_path / "out/robustness.json").read_text())
     ((name, parts),) = saved["results"].items()
     assert name.startswith(f"{one} (") and len(parts) == 11
-    model = train.assemble(
+    model = train.Normalised(
         train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
     )
     train.load_weights(model.network, one)
@@ -8158,7 +8364,7 @@ def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
         "norm linf, targeted False, early_stop False, restarts 1, seed 0"
     )
     result = parts[key]
-    model = train.assemble(
+    model = train.Normalised(
         train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
     )
     train.load_weights(model.network, one)
@@ -8718,7 +8924,7 @@ def test_mistakes_in_a_study_get_one_line_before_any_training(tmp_path, capsys, 
         ([*length, "vit_micro8", "--epochs", "3"], "--epochs is what the study varies"),
         ([*length, "vit_micro8", "--lr", "3"], "--lr is the optimal one in this study"),
         ([*length, "vit_micro8", "--resume"], "--resume is for train.py"),
-        ([*length, "vit_micro8", "--model", "x"], "--model: a study has --models"),
+        ([*length, "vit_micro8", "--model", "x"], "--model: stability has --models"),
         ([*length, "vit_micro8", "--vary", "lr", "1"], "length varies optimizer and epochs"),
         ([*length, "vit_micro8", "--vary", "epochs"], "give one of these and its values"),
         ([*length, "vit_micro8", "--vary", "epochs", "ten"], "invalid int value: 'ten'"),
@@ -8837,10 +9043,7 @@ def test_ctrl_c_in_a_study_saves_the_run_and_the_study_goes_on(tmp_path, capsys,
         text=True,
     )
     output = folder / "output.txt"
-    for _ in range(600):
-        if output.exists() and "step      8" in output.read_text():
-            break
-        time.sleep(0.05)
+    wait_until(lambda: output.exists() and "step      8" in output.read_text(), 180)
     study.send_signal(signal.SIGINT)
     _, errors = study.communicate(timeout=60)
     assert study.returncode == 130 and errors == (
@@ -9013,11 +9216,11 @@ def test_hessian_eigenvalues_are_those_of_the_dense_hessian(make, block, soft, d
         assert len(calls) == 3 * (again["products"] + 1), "no graph is kept"
         assert again["products"] == kept["products"]
         assert np.allclose(again["eigenvalues"], want, rtol=1e-7)
-    assert model.training and model[0].training if make is small_conv else True
+    assert all(module.training for module in model.modules())
     if make is small_conv:
         assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 7
-        H = dense_hessian(model.train(), batches, names, decay)
     density = analyze.hessian_density(model, loss, batches, 20, 2, params, decay=decay)
+    assert all(module.training for module in model.modules())
     scale = H.square().sum().sqrt().item()
     assert abs(density["trace"] - H.trace()) < 4 * density["trace_error"] + 1e-9, density["trace"]
     assert 0 < density["trace_error"] < 2 * scale / 20**0.5, density["trace_error"]
@@ -9251,7 +9454,7 @@ import sys
 import torch.distributed as dist
 import analyze
 import train
-analyze.UNIT = 64
+analyze.IMAGES_PER_PIECE = 64
 analyze.data.SHAPES_SPLITS.update(train=(0, 160), val=(2**30, 150))
 train.start_processes("cpu")
 for argv in json.load(open(sys.argv[1])):
@@ -9290,7 +9493,7 @@ def numbers_in(value):
 
 
 def test_analyses_on_two_processes_give_the_numbers_of_one(tmp_path, monkeypatch, small_shapes):
-    monkeypatch.setattr(analyze, "UNIT", 64)
+    monkeypatch.setattr(analyze, "IMAGES_PER_PIECE", 64)
     monkeypatch.setitem(data.SHAPES_SPLITS, "val", (2**30, 150))
     train_ok(tiny(tmp_path / "run", "--train-fraction 1 --max-steps 3"))
     of_checkpoint = (
@@ -9383,7 +9586,7 @@ def test_a_spectrum_is_of_the_augmented_mixed_regularised_mini_batches(
     results = json.loads((tmp_path / "run/spectrum.json").read_text())["results"]
     ((name, parts),) = results.items()
     assert len(parts) == 4, "three whole mini-batches and their summary"
-    model = train.assemble(
+    model = train.Normalised(
         train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
     ).double()
     train.load_weights(model.network, file)
@@ -9420,7 +9623,7 @@ def test_a_spectrum_is_of_the_augmented_mixed_regularised_mini_batches(
     assert analyze.main(command) == 0
     again = json.loads((tmp_path / "run/spectrum.json").read_text())["results"][name]
     summary = next(v for v in again.values() if "batches" in v)
-    assert summary["nep"] >= 1 / 3
+    assert summary["nep"] == np.mean(np.array([*eigenvalues[:-2], -500, -500]) < 0)
     assert analyze.main([*command, "--weight-decay", "0"]) == 0
     parts = json.loads((tmp_path / "run/spectrum.json").read_text())["results"][name]
     assert len(parts) == 8, list(parts)
@@ -9457,7 +9660,7 @@ def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, sm
     text = capsys.readouterr().out
     results = json.loads((tmp_path / "0/hessian.json").read_text())["results"]
     assert len(results) == 2 and all(len(parts) == 6 for parts in results.values()), results
-    model = train.assemble(
+    model = train.Normalised(
         train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
     )
     train.load_weights(model.network, files[1])
@@ -9662,10 +9865,9 @@ def test_a_landscape_equals_one_of_copies_and_leaves_weights_and_statistics_alon
     model.train()
 
     def broken(logits, y):
-        assert not torch.equal(next(model.parameters()), before[next(iter(before))]) or not moved
+        assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
         raise RuntimeError("in the middle")
 
-    moved = make is tiny_resnet  # whose first parameter is a filter
     for call in (
         lambda: analyze.landscape(model, broken, batches, vectors, [0.5], [0.5]),
         lambda: analyze.noisy_loss(model, broken, batches, 0.5),
@@ -9793,7 +9995,7 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
         if len(stopped) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(analyze, "PIECE", 2)
+    monkeypatch.setattr(analyze, "POINTS_PER_PIECE", 2)
     out = ["--out-dir", str(tmp_path / "b"), "--checkpoint", one]
     with monkeypatch.context() as patch:
         patch.setattr(analyze.Results, "put", kill)
@@ -9970,22 +10172,24 @@ class Odd(nn.Module):
 
 
 def kernel_networks():
+    """{name: what makes a network small enough for its whole Jacobian}."""
     tiny = dict(num_classes=3, image_size=8)
     block = dict(dim=8, depth=2, mlp_dim=12)
+    small_vit = partial(vit.build, "vit_micro4", **tiny, **block, heads=2)
     return {
-        "vit": vit.build("vit_micro4", **tiny, **block, heads=2),
-        "vit conv stem": vit.build("vit_micro4", **tiny, **block, heads=2, stem="conv", pool="gap"),
-        "mixer": mixer.build("mixer_micro4", **tiny, **block, token_mlp_dim=5),
-        "resnet": resnet.build("resnet18", **tiny, width=2, depth=(1, 1, 1, 1)),
-        "preresnet": resnet.build("preresnet18", **tiny, width=2, depth=(1, 1, 1, 1)),
-        "odd": Odd(),
+        "vit": small_vit,
+        "vit conv stem": partial(small_vit, stem="conv", pool="gap"),
+        "mixer": partial(mixer.build, "mixer_micro4", **tiny, **block, token_mlp_dim=5),
+        "resnet": partial(resnet.build, "resnet18", **tiny, width=2, depth=(1, 1, 1, 1)),
+        "preresnet": partial(resnet.build, "preresnet18", **tiny, width=2, depth=(1, 1, 1, 1)),
+        "odd": Odd,
     }
 
 
 @pytest.mark.parametrize("name", kernel_networks())
 def test_the_tangent_kernel_is_that_of_the_full_jacobian(name, monkeypatch):
     torch.manual_seed(0)
-    model = train.assemble(kernel_networks()[name], [0.4], [0.3]).double()
+    model = train.Normalised(kernel_networks()[name](), [0.4], [0.3]).double()
     for p in (*model.parameters(), *(b for n, b in model.named_buffers() if "running" in n)):
         p.data += 0.3 * torch.rand_like(p)
     x = torch.rand(5, 3, 8, 8, dtype=torch.float64)
@@ -10217,7 +10421,7 @@ def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
     tmp_path, capsys, monkeypatch, small_shapes
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(analyze, "UNIT", 60)
+    monkeypatch.setattr(analyze, "IMAGES_PER_PIECE", 60)
     run = str(tmp_path / "run/ckpt.pt")
     train_ok(tiny(tmp_path / "run", "--max-steps 3 --train-fraction 1"))
     common = ["--device", "cpu", "--workers", "0", "--dtype", "float64"]
@@ -10311,6 +10515,10 @@ def analyze_again(command, folder, capsys):
 
 def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch, small_shapes):
     monkeypatch.setattr(data, "SEVERITIES", (5,))
+
+    def results_of(what):
+        return json.loads((tmp_path / f"out/compare/{what}.json").read_text())["results"]
+
     runs = []
     for words in ("", "--sam-rho 0.1"):
         runs.append(str(tmp_path / f"run{words[-3:]}/ckpt.pt"))
@@ -10364,10 +10572,18 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
             assert abs(float(three[name]) - value) <= 0.011 * abs(value), (name, three[name], value)
         weights = sum(p.double().square().sum() for p in model.parameters()).sqrt().item()
         assert abs(float(three["‖w‖"]) - weights) < 1e-3 * weights
-        assert 1 <= float(one["NTK κ"]) and 0 <= float(one["c-lite %"]) <= 100, one
-        accuracy = json.loads((tmp_path / "out/compare/robustness.json").read_text())["results"]
-        (top1,) = (parts["val"]["top1"] for name, parts in accuracy.items() if name.startswith(run))
-        assert abs(float(one["top-1 %"]) - top1) < 0.01
+        of = {
+            what: next(parts for name, parts in results_of(what).items() if name.startswith(run))
+            for what in ("ntk", "robustness", "norms")
+        }
+        kappa = np.mean([part["condition"] for part in of["ntk"].values()])
+        assert abs(float(one["NTK κ"]) / kappa - 1) < 1e-3, (one, kappa)
+        corrupted = [v["top1"] for part, v in of["robustness"].items() if "c-lite/" in part]
+        assert abs(float(one["c-lite %"]) - np.mean(corrupted)) < 0.011
+        begin, end = of["norms"]["60 images"]["activation"].values()
+        for which, value in (("1", begin), ("mid", begin), ("last", end)):
+            assert abs(float(three[f"‖a_{which}‖"]) / value - 1) < 1e-3
+        assert abs(float(one["top-1 %"]) - of["robustness"]["val"]["top1"]) < 0.01
 
     monkeypatch.setattr(analyze, "lanczos", None)  # nothing is computed again
     monkeypatch.setattr(analyze, "loss_and_accuracy", None)
@@ -10501,15 +10717,15 @@ def test_maps_of_every_family_are_channels_by_rows_by_columns():
         ("regnety_1gf", {}, None, None),
         ("torchvision:swin_v2_t", {}, None, None),
     ):
-        model = train.assemble(train.build_model(name, 5, 32, **options), [0.5], [0.5]).eval()
+        model = train.Normalised(train.build_model(name, 5, 32, **options), [0.5], [0.5]).eval()
         with torch.no_grad():
-            maps = analyze.feature_maps(model, torch.rand(2, 3, 32, 32), analyze.units(model))
+            maps = analyze.feature_maps(model, torch.rand(2, 3, 32, 32), analyze.units_of(model))
         shapes = [tuple(y.shape) for y in maps.values()]
         assert all(len(shape) == 4 and shape[2] == shape[3] for shape in shapes), (name, shapes)
         assert sides is None or [s[2] for s in shapes] == sides, (name, shapes)
         assert channels is None or [s[1] for s in shapes] == channels, (name, shapes)
-        stages = [stage for _, stage in analyze.units(model).values()]
-        assert stages == sorted(stages) and list(maps) == list(analyze.units(model)), name
+        stages = [stage for _, stage in analyze.units_of(model).values()]
+        assert stages == sorted(stages) and list(maps) == list(analyze.units_of(model)), name
 
     model, x, out = tiny_vit(), tiny_images(), dict.fromkeys(["stem", "blocks.1.mlp"])
     with torch.no_grad():
@@ -10518,7 +10734,7 @@ def test_maps_of_every_family_are_channels_by_rows_by_columns():
     for name, tokens in out.items():  # token 1 + 4·row + column
         assert first[name][1, 7, 2, 3] == tokens[1, 1 + 4 * 2 + 3, 7], name
     with pytest.raises(train.UserError, match="VGG neither names its units nor has blocks"):
-        analyze.units(train.build_model("torchvision:vgg11", 5, 32))
+        analyze.units_of(train.build_model("torchvision:vgg11", 5, 32))
 
 
 def hsic_by_hand(x, y):
@@ -10620,7 +10836,7 @@ def test_without_a_unit_is_as_if_it_were_the_identity():
         batches = [(x[:100], y[:100]), (x[100:], y[100:])]
         found = analyze.lesion(model, batches)
         assert found["whole"] == 100 and found["units"].keys() == found["without"].keys() == {
-            unit for unit, (kind, _) in analyze.units(model).items() if kind != "stem"
+            unit for unit, (kind, _) in analyze.units_of(model).items() if kind != "stem"
         }
         identity = copy.deepcopy(model)
         layer = identity.get_submodule(weight)
@@ -10635,16 +10851,8 @@ def test_without_a_unit_is_as_if_it_were_the_identity():
         analyze.lesion(train.build_model("regnety_1gf", 3, 32), [])
 
 
-FEATURES = {
-    "fourier": ["--images", "140"],
-    "variance": [],
-    "cka": ["--batch", "8"],
-    "lesion": ["--images", "1/2"],
-}
-
-
 def test_analyses_of_maps_go_on_where_they_were(tmp_path, capsys, monkeypatch, small_shapes):
-    monkeypatch.setattr(analyze, "UNIT", 64)
+    monkeypatch.setattr(analyze, "IMAGES_PER_PIECE", 64)
     monkeypatch.setitem(data.SHAPES_SPLITS, "val", (2**30, 150))
     runs = [str(tmp_path / name / "ckpt.pt") for name in ("a", "b")]
     for run, words in zip(runs, ("", "--depth 1 --pool gap")):
@@ -10652,8 +10860,9 @@ def test_analyses_of_maps_go_on_where_they_were(tmp_path, capsys, monkeypatch, s
     common = ["--checkpoint", *runs, "--device", "cpu", "--workers", "0"]
     monkeypatch.setattr(analyze, "figure", lambda *_: None)
     broken = dict(fourier="fourier", variance="variance", cka="hsic", lesion="accuracy")
-    for what, flags in FEATURES.items():
-        command, whole, cut = [what, *common, *flags], tmp_path / "whole", tmp_path / "cut"
+    for what in broken:
+        command = [what, *common, *DISTRIBUTED[what].split()]
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
         assert analyze.main([*command, "--out-dir", str(whole)]) == 0
         printed = capsys.readouterr().out
         results = json.loads((whole / f"{what}.json").read_text())["results"]
@@ -10910,7 +11119,7 @@ def test_attention_maps_are_the_softmax_and_sum_to_one(name, flags):
     network = vit.build(name, num_classes=3, image_size=32, **flags).double()
     for p in network.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    model, x = train.assemble(network, [0.5], [0.5]).eval(), torch.rand(1, 3, 32, 32).double()
+    model, x = train.Normalised(network, [0.5], [0.5]).eval(), torch.rand(1, 3, 32, 32).double()
     by_hand = attention_by_hand(model, x)
     found = analyze.attention(model, x[0])
     side, prefix = (8 if name == "pit_ti" else 4), flags.get("pool") != "gap"
@@ -11033,6 +11242,7 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
     Image.new("RGB", (40, 50), "red").save(tmp_path / "red.png")
     first, out = two_runs[0], ["--device", "cpu", "--workers", "0", "--out-dir", tmp_path / "out"]
     commands = {
+        "nll": [],
         "noise": ["--frequencies", "0", "0.5"],
         "calibration": [],
         "attention": [
@@ -11050,7 +11260,8 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
         argv = [str(a) for a in (name, "--checkpoint", *two_runs, *flags, *out)]
         before = analyze_again(argv[:-2], argv[-1], capsys)
         with monkeypatch.context() as patch:
-            patch.setattr(analyze, name, lambda *_: 1 / 0)  # nothing is computed again
+            for function in (name, "attention_distance"):  # nothing is computed again
+                patch.setattr(analyze, function, lambda *_: 1 / 0)
             assert analyze_again(argv[:-2], argv[-1], capsys) == before
     text = "\n".join(before)
     assert "ResNet shows no map of global attention" in text and "image 59" in text, text
@@ -11211,7 +11422,7 @@ def test_complexity_is_beside_the_papers_and_within_its_rounding(tmp_path, capsy
         assert abs(flops - xiao_flops) < 0.06 and abs(acts - xiao_acts) < 0.06, rows[name]
         assert abs(params - xiao_params) < 0.06 and side == {"regnety_1gf": 232}.get(name, 224)
     for name in ("vit_s16", "mixer_b32", "resnet50"):
-        assert 0 <= abs(rows[name][3] - rows[name][5]) < 1, rows[name]
+        assert -0.5 <= rows[name][3] - rows[name][5] < 1, "rounded, or cut"
     assert "torchvision:vit_b_16: cannot count multi_head_attention_forward" in printed
     results = json.loads((tmp_path / "complexity.json").read_text())["results"]
     assert results["torchvision:vit_b_16"] == dict(params=86_567_656, macs=None, acts=None)
@@ -11418,11 +11629,29 @@ def test_all_networks_of_throughput_take_the_step_of_the_first(tmp_path, monkeyp
     ], steps
 
 
-def simulated_step(devices, before, backward, sent, bandwidth, buckets=100):
+def test_seconds_of_a_call_are_a_mean_over_as_many_as_fit_after_the_first(monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(analyze.time, "perf_counter", lambda: now[0])
+
+    def call():
+        calls.append(1)
+        now[0] += took[min(len(calls), len(took)) - 1]
+
+    for took, seconds, expected, number in (
+        ([9.0, 1.0, 2.0], 10, 2.0, 12),  # the first compiles, the second tells how many: 10
+        ([9.0, 50.0], 10, 50.0, 2),  # that one was long enough
+        ([9.0, 4.0, 3.0], 10, 3.0, 5),
+    ):
+        calls.clear()
+        found = analyze.seconds_of(call, seconds, torch.device("cpu"))
+        assert abs(found - expected) < 1e-9 and len(calls) == number, (found, len(calls))
+
+
+def simulated_step(devices, before, backward, sent, bandwidth):
     """Seconds of a step, event by event: the buckets of the gradient become ready one after the
     other in the backward pass; each then goes around the ring in 2 (n - 1) turns, in each of which
     every device sends an n-th of it to the next."""
-    free = 0.0
+    free, buckets = 0.0, 100
     for i in range(1, buckets + 1):
         free = max(free, before + backward * i / buckets)
         for _ in range(2 * (devices - 1)):
@@ -11430,14 +11659,15 @@ def simulated_step(devices, before, backward, sent, bandwidth, buckets=100):
     return max(free, before + backward)
 
 
+@pytest.mark.parametrize("decode", [30, 1000])
 @pytest.mark.parametrize("bandwidth", [0.2, 2, 50])
 @pytest.mark.parametrize("devices", [1, 2, 8, 128, 1024])
-def test_a_step_on_paper_is_the_one_simulated(devices, bandwidth):
+def test_a_step_on_paper_is_the_one_simulated(devices, bandwidth, decode):
     """The paper's batch; with 1,024 devices in micro-batches of 4."""
     settings, _ = train.settings(["--model", "vit_b16", "--sam-rho", "0.2", "--device", "cpu"])
     cost = dict(macs=17.5e9, params=86_567_656)
     of = analyze.step_on_paper(
-        settings, cost, devices, tflops=100, bandwidth=bandwidth, cores=8, decode=1000
+        settings, cost, devices, tflops=100, bandwidth=bandwidth, cores=8, decode=decode
     )
     assert (of["micro_batch"], of["micro_batches"]) == (
         (4, 1) if devices == 1024 else (32, 4096 / 32 / devices)
@@ -11445,12 +11675,10 @@ def test_a_step_on_paper_is_the_one_simulated(devices, bandwidth):
     forward = 2 * 17.5e9 / 100e12
     compute, last = 6 * 4096 / devices * forward, 2 * of["micro_batch"] * forward
     step = simulated_step(devices, compute - last, last, 4 * cost["params"], bandwidth * 1e9)
-    decode = 4096 / devices / 8000
-    assert abs(of["step"] / max(step, decode) - 1) < 0.01, (of, step, decode)
-    waits = of["step"] - compute
-    assert of["bound"] == (
-        "decode" if decode > step else "all-reduce" if waits > compute else "compute"
-    ), (of, waits, compute)
+    decoding = 4096 / devices / (8 * decode)
+    assert abs(of["step"] / max(step, decoding) - 1) < 0.01, (of, step, decoding)
+    bound = "all-reduce" if step - compute > compute else "compute"
+    assert of["bound"] == ("decode" if decoding > step else bound), (of, step, compute)
 
 
 @pytest.mark.parametrize(
@@ -11761,7 +11989,10 @@ def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
 
 
 def test_the_stress_of_arguments_knows_every_subcommand():
-    assert analyze.make_parser().commands.keys() == QUICK.keys()
+    parser = analyze.make_parser()
+    assert parser.commands.keys() == QUICK.keys()
+    for name, flags in QUICK.items():  # and each of its flags
+        parser.parse_known_args([name, *flags.format(run="run").split()])
 
 
 def test_every_claim_is_about_trainings_and_numbers_that_reproduce_makes():
@@ -11798,14 +12029,197 @@ def test_every_claim_is_about_trainings_and_numbers_that_reproduce_makes():
     }, unused
     rows, lacking = analyze.judged(analyze.Numbers(Path("runs"), [0], {}))
     assert not rows and len(lacking) == len(claims) > 60
-    spent = [
-        (other, names)
-        for _, _, other, flags, _ in analyze.TRAININGS
-        for names in [
-            train.settings(["--dataset", "shapes", *shlex.split(flags.format(twice=2, each="1"))])
-        ]
-    ]
-    assert spent, "and their flags are train.py's"
+    for *_, flags, _ in analyze.TRAININGS:  # they are train.py's
+        train.settings(["--dataset", "shapes", *shlex.split(flags.format(twice=2, each="1"))])
+
+
+class World(analyze.Numbers):
+    """Numbers of one paper: {what: {of what: number}}, in place of those that were measured. Those
+    that it shows in figures or words only are ours, in the order in which it has them."""
+
+    def __init__(self, **facts):
+        super().__init__(Path("runs"), [0], {})
+        self.facts = facts
+
+    def known(self, what, *of):
+        numbers = self.facts.get(what, {})
+        key = next((key for key in (of, of[0]) if key in numbers), None)
+        return self.none(f"{what} {of}") if key is None else np.array([float(numbers[key])])
+
+    def test(self, name):
+        return self.known("top1", name)
+
+    def top1(self, name):
+        return self.known("top1", name)
+
+    def accuracy(self, benchmark, name):
+        return self.known("top1" if benchmark == "val" else benchmark, name)
+
+    def active(self, name):
+        return self.known("active", name)
+
+    def eigenvalue(self, name, block="whole", which=0, file="ckpt.pt"):
+        if callable(file):
+            return self.none("a control")
+        return self.known("λmax", name, block, which)
+
+    def spectrum(self, name, key):
+        return self.known(key, name)
+
+    def noise(self, name):
+        return self.known("noise", name)
+
+    def change(self, command, name, kind):
+        return self.known(command, name, kind)
+
+    def vulnerability(self, name, low, high, energy="in proportion"):
+        return self.known("vulnerability", name, low)
+
+    def similarity(self, name, within):
+        return self.known("cka", name, within)
+
+    def lesion(self, name, pattern):
+        return self.known("lesion", pattern)
+
+    def of(self, command, name, pick, file="ckpt.pt"):  # ntk
+        found = self.known(command, name)
+        return (
+            found
+            if self.missing
+            else np.array([pick({"": dict(condition=found[0], eigenvalues=[1])})])
+        )
+
+    def only(self, command, name, pick):
+        found = self.facts.get(command, {}).get(name)
+        return self.none(f"{command} {name}") if found is None else np.array([float(pick(found))])
+
+    def study(self, study, name, pick):
+        found = self.facts.get(study)
+        return self.none(study) if found is None else np.array([float(pick(found[name]))])
+
+
+def chens_world():
+    """Tables 1 to 5 (ResNet of Table 4: the 152), §5.3; Fig. 1 and 2 in words."""
+    top1 = {"ViT": 74.6, "Mixer": 66.4, "ResNet": 76.0}
+    top1 |= {"ViT + SAM": 79.9, "Mixer + SAM": 77.4, "ResNet + SAM": 76.7}
+    top1 |= {f"{name}, twice the epochs": top1[name] for name in ("ViT", "Mixer")}
+    for name, rows in (
+        ("ViT", ((64.9, 52.4, 32.8), (75.4, 66.8, 46.1))),
+        ("Mixer", ((53.9, 37.2, 21.0), (71.0, 62.8, 43.5))),
+        ("ResNet", ((74.2, 68.0, 54.6), (75.6, 70.3, 57.1))),
+    ):
+        for way, row in zip(("", " + SAM"), rows):
+            top1 |= {f"{name}, {part}{way}": n for part, n in zip(("1/2", "1/4", "1/10"), row)}
+    for name, numbers in (("ViT", (79.6, 81.5, 38.5, 45.7)), ("Mixer", (76.5, 78.1, 43.0, 51.0))):
+        ways = ("augmented", "augmented + SAM", "augmented, 1/10", "augmented, 1/10 + SAM")
+        top1 |= {f"{name}, {way}": n for way, n in zip(ways, numbers)}
+    top1 |= {"ViT, contrastive, head": 77.4, "ViT, contrastive + SAM, head": 80.0}
+    pgd = {}
+    for name, clean, attacked in (
+        ("ViT", (72.8, 76.7), (54.3, 62.0)),
+        ("Mixer", (62.8, 73.9), (42.5, 59.8)),
+        ("ResNet", (70.8, 70.1), (53.2, 54.1)),
+    ):
+        for way, before, under in zip(("", " + SAM"), clean, attacked):
+            top1[f"{name}, adversarial{way}"], pgd[f"{name}, adversarial{way}"] = before, under
+    corrupted = {"ViT": 46.6, "Mixer": 33.8, "ResNet": 44.6}
+    corrupted |= {"ViT + SAM": 56.5, "Mixer + SAM": 48.8, "ResNet + SAM": 46.0}
+    largest = {
+        "ViT": 738.8,
+        "ViT + SAM": 20.9,
+        "Mixer": 1644.4,
+        "Mixer + SAM": 22.5,
+        "ResNet": 122.9,
+    }
+    largest = {(name, "whole", 0): n for name, n in largest.items()}
+    for name, blocks in (
+        ("ViT", (300.4, 179.8, 281.4, 44.4, 26.9)),
+        ("Mixer", (1042.3, 95.8, 417.9, 239.3, 5.1)),
+    ):
+        places = (("embedding", 0), ("MSAs", 0), ("MLPs", 0), ("block ", 0), ("block ", -1))
+        largest |= {(name, *place): n for place, n in zip(places, blocks)}
+    lengths = {
+        name: dict(weights=weights, activation={"first": first})
+        for name, weights, first in (
+            ("ViT", 269.3, 104.9),
+            ("ViT + SAM", 353.8, 117.0),
+            ("Mixer", 197.6, 96.7),
+            ("Mixer + SAM", 389.9, 110.9),
+        )
+    }
+    return dict(
+        top1=top1,
+        pgd=pgd,
+        ntk={"ViT": 4205.3, "Mixer": 14468, "ResNet": 2801.6},
+        norms=lengths,
+        nll={"ViT": dict(nll=0.9), "Mixer": dict(nll=0.5), "ViT + SAM": dict(nll=1.2)},
+        noise={"ViT": 2, "ViT + SAM": 1, "Mixer": 3, "Mixer + SAM": 1},
+        active={"ResNet": 45, "ViT": 20, "ViT + SAM": 5, "Mixer": 20, "Mixer + SAM": 10},
+    ) | {"c-lite": corrupted, "λmax": largest}
+
+
+def parks_world():
+    """In words and as the figures show it."""
+    negative = {"ViT, 1/10": 30, "ViT, patch 4": 25, "ViT, augmented": 40, "ViT": 20, "PiT": 15}
+    negative |= {"ViT, GAP": 10, "ResNet": 1, "ViT, patch 4, kernel 3": 20}
+    negative |= {"ViT, patch 4, kernel 5": 15, "ViT, 1 head": 40, "ViT, 9 heads": 30}
+    positive = {"ResNet": 9, "AlterNet": 8, "ViT": 7, "Swin": 5, "ViT, patch 4": 6}
+    positive |= {"ViT, augmented": 3, "ViT, 1 head": 8, "ViT, 9 heads": 6, "ViT, heads of 8": 9}
+    loss = {"Mixer": 2.9, "ViT": 2.5, "PiT": 2.2, "Swin": 2.0, "ResNet": 1.9}
+    loss |= {"ViT, patch 4": 2.4, "ViT, patch 4, kernel 3": 2.3, "ViT, patch 4, kernel 5": 2.1}
+    loss |= {"ViT, augmented": 2.2, "ViT, augmented, 1/10": 4, "ViT, twice the epochs": 1.5}
+    top1 = {"Mixer": 65, "ViT": 70, "PiT": 76, "Swin": 77, "ResNet": 78, "ResNet, blur": 79}
+    top1 |= {"ViT, GAP": 71, "ViT, patch 4": 72, "ViT, patch 16": 60, "ViT, twice the epochs": 73}
+    top1 |= {"ViT, patch 4, kernel 3": 74, "ViT, patch 4, kernel 5": 75}
+    top1 |= {f"AlterNet, {n} attention block{'s' * (n != 1)}": 78 + n for n in range(3)}
+    units = {("ViT", "attention"): -1, ("PiT", "attention"): -1, ("Swin", "attention"): -1}
+    units |= {("ViT", "mlp"): 1, ("ResNet", "conv"): 1}
+    by_depth = dict(variance={"stem": 1, "first": 2, "middle": 3, "last": 4})
+    return dict(
+        nep={name: n / 100 for name, n in (negative | {"ViT, heads of 8": 30}).items()},
+        ape=positive,
+        nll={name: dict(nll=n) for name, n in loss.items()},
+        top1=top1 | {"AlterNet": 81},
+        fourier=units,
+        variance=units | {"ViT": by_depth, "ResNet": by_depth},
+        vulnerability={("ResNet", 0.5): 60, ("ViT", 0.5): 10, ("ViT", 0): 20, ("ResNet", 0): 10},
+        cka={
+            (name, within): within for name in ("ResNet", "Swin", "PiT") for within in (True, False)
+        },
+        lesion={r"\.0$": 20, r"\.1$": 1, "layer1": 20, "layer4": 1},
+        calibration={
+            "ViT": dict(confidence=90, top1=70),
+            "ViT, augmented": dict(confidence=60, top1=70),
+        },
+    ) | {"c-lite": {"AlterNet": 50, "ResNet": 45}}
+
+
+def xiaos_world():
+    """Table 2 for 4 GF, 400 epochs; Fig. 2 to 5 in words."""
+    runs = [dict(epochs=e, optimizer=o, delta=9.0) for o in ("adamw", "sgd") for e in (50, 400)]
+    better = [run | dict(delta=2.0) for run in runs]
+    pairs = [dict(random=True, optimizer=o, delta=d) for o in ("adamw", "sgd") for d in (1, 9)]
+    return dict(
+        top1={"ViT": 80.4, "ViT_C": 81.4, "ResNet": 81.0}
+        | {"ViT, twice the epochs": 82.4, "ViT_C, twice the epochs": 82.0},
+        length={"ViT": runs, "ViT_C": better},
+        optimizer={"ViT": runs, "ViT_C": better},
+    ) | {"lr-wd": {"ViT": pairs, "ViT_C": [pair | dict(delta=2) for pair in pairs]}}
+
+
+@pytest.mark.parametrize(
+    "paper, world", [("Chen", chens_world), ("Park", parks_world), ("Xiao", xiaos_world)]
+)
+def test_every_claim_shows_in_the_world_that_its_paper_describes(paper, world):
+    n, unlike, seen = World(**world()), [], 0
+    for where, claim, values, ratio in analyze.claims(n):
+        if where.startswith(paper):
+            assert not n.missing, (where, claim, n.missing)
+            seen += 1
+            if analyze.verdict(values, ratio)[1] != "shows, one seed":
+                unlike.append((where, claim, values))
+        n.missing.clear()
+    assert seen > 7 and not unlike, unlike
 
 
 def test_networks_that_reproduce_compares_cost_about_the_same():
@@ -12092,7 +12506,7 @@ def test_head_ends_a_table_without_a_traceback():
 
 def test_the_readmes_examples_run_as_they_stand():
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    made = {}
+    made, trained = {}, []
     for block in blocks:
         torch.manual_seed(0)
         model = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).eval()
@@ -12112,10 +12526,10 @@ def test_the_readmes_examples_run_as_they_stand():
         made |= {
             name: given[name] for name in ("block", "found", "fooling", "maps") if name in given
         }
-        if "SAM" in block:
-            assert not same_tensors(before, model.state_dict()), "it trains"
+        trained.append("SAM(" in block and not same_tensors(before, model.state_dict()))
         if "fooling" in given:
             assert 0 < (given["fooling"] - given["x"]).abs().max() <= 2 / 255 + 1e-6
+    assert trained.count(True) == 1, "SAM's example trains"
     assert len(blocks) > 5 and made.keys() == {"block", "found", "fooling", "maps"}
     assert len(made["found"]["eigenvalues"]) == 2 and made["found"]["converged"]
     assert all(value is not None for value in made["maps"].values())
@@ -12183,8 +12597,12 @@ def trained(folder, *flags):
 
 
 def check_gradients(device, folder):
-    """Of each family, beside float64 on the CPU; without TF32."""
-    torch.backends.cudnn.allow_tf32 = False
+    """Of each family, beside float64 on the CPU."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield from without_tf32(device)
+
+
+def without_tf32(device):
     for name, overrides, compiles in (
         ("vit_micro8", dict(stem="conv"), True),
         ("mixer_micro8", {}, False),
@@ -12324,15 +12742,16 @@ def check_waiting(device, folder):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.set_sync_debug_mode("warn")
-            with warnings.catch_warnings(record=True) as seen:
-                warnings.simplefilter("always")
-                trained(
-                    folder / f"{steps}{flags.replace('/', '')}",
-                    f"--device {device}",
-                    flags,
-                    f"--train-fraction 1 --max-steps {steps} --log-every 1000 --eval-every 1000",
-                )
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                with warnings.catch_warnings(record=True) as seen:
+                    warnings.simplefilter("always")
+                    trained(
+                        folder / f"{steps}{flags.replace('/', '')}",
+                        f"--device {device} --train-fraction 1 --max-steps {steps}",
+                        f"--log-every 1000 --eval-every 1000 {flags}",
+                    )
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
             counts.append(
                 (
                     sum("synchronizing" in str(one.message) for one in seen),
@@ -12359,7 +12778,7 @@ ANALYSES_ON_A_DEVICE = [
 
 
 def check_analyses(device, folder):
-    """All numbers of `analyze.py all` in float64, beside the CPU's."""
+    """The numbers of many figures of `analyze.py all` in float64, beside the CPU's."""
     trained(folder / "run", "--device cpu --max-steps 60")
     numbers = {}
     for at in ("cpu", device):
@@ -12388,22 +12807,18 @@ def check_analyses(device, folder):
                 == 0
             )
         numbers[at] = {
-            path.stem: list(leaves(json.loads(path.read_text())["results"]))
+            path.stem: numbers_in(json.loads(path.read_text())["results"])
             for path in sorted(out.glob("*.json"))
         }
     assert numbers["cpu"].keys() == numbers[device].keys() == set(ANALYSES_ON_A_DEVICE)
     for what, exact in numbers["cpu"].items():
-        a, b = np.array(numbers[device][what]), np.array(exact)
-        yield f"numbers of {what}, float64", np.linalg.norm(a - b) / np.linalg.norm(b), 1e-4
-
-
-def leaves(numbers):
-    """Finite numbers of a JSON, in order."""
-    if isinstance(numbers, (list, dict)):
-        for one in numbers.values() if isinstance(numbers, dict) else numbers:
-            yield from leaves(one)
-    elif isinstance(numbers, (int, float)) and math.isfinite(numbers):
-        yield float(numbers)
+        worst = 0.0  # of each number alone: a large one would hide a small one
+        for a, b in zip(numbers[device][what], exact, strict=True):
+            if isinstance(b, (int, float)):
+                worst = max(worst, abs(a - b) / (abs(b) + 1e-6))
+            else:
+                assert a == b, (what, a, b)
+        yield f"numbers of {what}, float64", worst, 1e-4
 
 
 CHECKS = dict(
@@ -12490,8 +12905,7 @@ def stress_training(folder, share):
     ckpt, dead = again / "ckpt.pt", set()
 
     def ranks():
-        found = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True)
-        return set(map(int, found.stdout.split()))
+        return set(children(run.pid))
 
     for _ in range(kills):
         wait_until(lambda: ranks() and not ranks() & dead)  # else the survivor saves once more
@@ -12637,7 +13051,8 @@ def damages(content, count, rng):
 
 
 def stress_files(folder, share):
-    """Damaged files: an error of one line, or what the whole file holds."""
+    """Damaged files: an error of one line, or, of weights and packs, what the whole file holds; of
+    JPEGs an image, of config.json and log.jsonl an end as documented."""
     rng, n = np.random.default_rng(0), round(2000 * share)
     with redirect_stdout(io.StringIO()):
         state = train_ok(tiny(folder / "run", "--sam-rho 0.1 --ema-decay 0.9"))
@@ -12750,7 +13165,7 @@ QUICK = {  # flags with which a subcommand takes a second; {run}: a run's folder
     "curves": "--runs {run}",
     "peak": "--runs {run}",
     "complexity": "--models vit_micro8",
-    "throughput": "--models vit_micro8 --modes forward --batch-sizes 2 "
+    "throughput": "--models vit_micro8 --modes inference --batch-sizes 2 "
     "--seconds 0.01 --rounds 1 --compile no",
     "scale": "--tflops 100 --devices 1 8 --dataset imagenet",
     "datasize": "--models vit_s16 --dry-run",
@@ -12807,7 +13222,9 @@ def stress_arguments(folder, share):
             argv += ["--device", "cpu", "--checkpoint", str(folder / "run")]
         programs.append((f"analyze.py {name}", analyze.main, parsers[name], argv))
     for name, main, parser, argv in programs:
-        count = lost = 0
+        with chdir(folder), redirect_stdout(io.StringIO()):
+            assert (main(argv) or 0) == 0, f"{name} fails with all flags right"
+        count = lost = late = 0
         for action in parser._actions:
             flag = action.option_strings[-1] if action.option_strings else None
             if flag in (None, "--help", "--device", "--dry-run", "--download", "--cost"):
@@ -12819,9 +13236,10 @@ def stress_arguments(folder, share):
                     else [f"{flag}={value}"]
                 )
                 with chdir(folder):  # some are names of folders
-                    lost += not one_line_or_right(main, [*argv, *given])
-                count += 1
-        yield f"flags of {name} with strange values", count, lost
+                    right = one_line_or_right(main, [*argv, *given])
+                lost, late, count = lost + (not right), late + (right == "late"), count + 1
+        what = f"flags of {name} with strange values"
+        yield what + f" ({late} stopped after 5 s)" * (late > 0), count, lost
     data.SHAPES_SPLITS.update(splits)
 
 
@@ -12830,6 +13248,8 @@ class LongEnough(BaseException):
 
 
 def one_line_or_right(main, argv):
+    """Whether a command is carried out or refused in one line; "late" if that takes too long."""
+
     def enough(*_):
         raise LongEnough
 
@@ -12839,7 +13259,7 @@ def one_line_or_right(main, argv):
             signal.alarm(5)
             status = main(argv) or 0
         except LongEnough:
-            return True
+            return "late"
         except SystemExit as end:
             status = end.code
         except BaseException:

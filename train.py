@@ -502,60 +502,33 @@ DEFAULT_MODEL = dict.fromkeys(data.DATASETS, "vit_s16") | {
     "cifar10": "vit_ti2",
     "cifar100": "vit_ti2",
 }
+# Arguments of the networks' constructors; without, a variant's own.
 MODEL_FLAGS = (
-    "patch_size",
-    "stride",
-    "dim",
-    "depth",
-    "heads",
-    "head_dim",
-    "mlp_dim",
-    "token_mlp_dim",
-    "pool",
-    "stem",
-    "kernel_size",
-    "qkv_bias",
-    "gelu",
-    "width",
-    "groups",
-    "width_per_group",
-    "pre_activation",
-    "blur",
-    "msa_blocks",
-    "window_size",
-    "dropout",
-    "drop_path",
-    "head_bias",
-    "unit_norm",
-    "init",
-    "zero_init",
-)
+    "patch_size stride dim depth heads head_dim mlp_dim token_mlp_dim pool stem kernel_size "
+    "qkv_bias gelu width groups width_per_group pre_activation blur msa_blocks window_size "
+    "dropout drop_path head_bias unit_norm init zero_init"
+).split()
+# Data sets that live on the device as a whole: no files are decoded in training.
 IN_MEMORY = ("shapes", "cifar10", "cifar100")
 # Where a run computes and what becomes of it: may differ when it is resumed, all else may not.
-FREE_FLAGS = {
-    "data_dir",
-    "download",
-    "workers",
-    "device",
-    "compile",
-    "channels_last",
-    "out_dir",
-    "resume",
-    "dry_run",
-    "expect",
-    "list_models",
-    "list_recipes",
-    "eval_only",
-    "eval_split",
-    "max_steps",
-    "save_every",
-    "keep_epochs",
-}
-MOST_SKIPPED = 25  # steps in a row; a float16 loss scaler skips some at its start, by design
+FREE_FLAGS = set(
+    (
+        "data_dir download workers device compile channels_last out_dir resume dry_run expect "
+        "list_models list_recipes eval_only eval_split max_steps save_every keep_epochs"
+    ).split()
+)
+# So many steps in a row without a finite gradient: the run has diverged and stops. A few the loss
+# scaler of float16 skips at its start, by design.
+MOST_SKIPPED = 25
 
 
 class UserError(Exception):
     """What only the user can set right; its text is one line."""
+
+
+class LoneError(UserError):
+    """One that a process may meet alone, as want of memory on its device: it tells, whatever its
+    rank, and ends without waiting for the others."""
 
 
 class WriteError(Exception):
@@ -596,8 +569,8 @@ def make_parser():
         allow_abbrev=False,
         description=__doc__.split("\n\n")[0],
         epilog=(
-            "Without --model, --recipe, --dataset and --data-dir the built-in data set is trained. "
-            "A rate, norm, ρ or interval of 0 means off."
+            "Without --model, --recipe, --dataset and --data-dir the built-in data set is "
+            "trained. A rate, norm, ρ or interval of 0 means off."
         ),
     )
     on_off = argparse.BooleanOptionalAction
@@ -607,22 +580,28 @@ def make_parser():
     add(
         "--recipe",
         choices=RECIPES,
-        help="row of a paper's table, see --list-recipes; "
-        "default: the one that fits model and data set, if there is one",
+        help=(
+            "row of a paper's table, see --list-recipes; default: the one that fits model and "
+            "data set, if there is one"
+        ),
     )
     add("--model", help="a name that --list-models prints, or torchvision:NAME, timm:NAME")
     add(
         "--init-from",
         default="",
         metavar="FILE",
-        help="start from these weights: a checkpoint of "
-        "ours, a timm or torchvision state dict, an original .npz",
+        help=(
+            "start from these weights: a checkpoint of ours, a timm or torchvision state dict, an "
+            "original .npz"
+        ),
     )
     add(
         "--reset-head",
         **off,
-        help="the classifier stays as initialised, "
-        "whatever the file holds: for another number of classes",
+        help=(
+            "the classifier stays as initialised, whatever the file holds: for another number of "
+            "classes"
+        ),
     )
     add(
         "--weights",
@@ -636,8 +615,10 @@ def make_parser():
     add(
         "--data-dir",
         default="",
-        help="a folder, or a file of python data.py pack; default: "
-        "$IMAGENET_DIR, else data/imagenet; data/imagenet21k; for CIFAR, Flowers and Pets data",
+        help=(
+            "a folder, or a file of python data.py pack; default: $IMAGENET_DIR, else "
+            "data/imagenet; data/imagenet21k; for CIFAR, Flowers and Pets data"
+        ),
     )
     add("--download", **off, help="fetch CIFAR, Flowers or Pets if it is missing")
     add("--image-size", type=int, default=0, help="0: 32 for shapes and CIFAR, else 224 (Table 8)")
@@ -656,30 +637,38 @@ def make_parser():
         "--eval-short-side",
         type=int,
         default=0,
-        help="images of files, to be evaluated: their "
-        "short side before the centre crop; 0: 256/224 of --image-size (Xiao §6: RegNetY 262 …)",
+        help=(
+            "images of files, to be evaluated: their short side before the centre crop; 0: "
+            "256/224 of --image-size (Xiao §6: RegNetY 262 …)"
+        ),
     )
     add("--train-fraction", default="1", help="class-balanced part, as 1/10 or 0.1 (§5.1)")
     add(
         "--hold-out",
         default="0",
         metavar="FRACTION",
-        help="class-balanced part of the training "
-        "set, as 1/10, that is not trained on and takes the validation set's place (Chen E.6)",
+        help=(
+            "class-balanced part of the training set, as 1/10, that is not trained on and takes "
+            "the validation set's place (Chen E.6)"
+        ),
     )
     add(
         "--repeated-augment",
         type=int,
         default=1,
-        help="times that an image comes in a batch, "
-        "augmented anew; an epoch is as long, of fewer images (DeiT: 3; Xiao §5.4)",
+        help=(
+            "times that an image comes in a batch, augmented anew; an epoch is as long, of fewer "
+            "images (DeiT: 3; Xiao §5.4)"
+        ),
     )
     add(
         "--autoaugment",
         choices=data.AUTOAUGMENTS,
         default="none",
-        help="torchvision's policy of "
-        "that name, after it (Xiao §5.4: imagenet; theirs has a few other entries)",
+        help=(
+            "torchvision's policy of that name, after it (Xiao §5.4: imagenet; theirs has a few "
+            "other entries)"
+        ),
     )
     add(
         "--randaugment",
@@ -693,8 +682,10 @@ def make_parser():
         "--randaugment-of",
         choices=("torchvision", "google"),
         default="torchvision",
-        help="whose "
-        "operations: magnitudes 0 to 10; or those of Chen et al.'s group, which go on beyond 10",
+        help=(
+            "whose operations: magnitudes 0 to 10; or those of Chen et al.'s group, which go on "
+            "beyond 10"
+        ),
     )
     add("--randaugment-prob", type=float, default=1.0, help="of each operation (Park: 0.5)")
     add("--erasing", type=float, default=0.0, help="probability of random erasing (Park A.1: 0.25)")
@@ -702,15 +693,19 @@ def make_parser():
         "--mixup",
         type=float,
         default=0.0,
-        help="α of Beta(α, α); one λ for a micro-batch, each "
-        "image with the one before it (Chen E.3: 0.5; Park A.1: 1; Xiao §5.4: 0.8)",
+        help=(
+            "α of Beta(α, α); one λ for a micro-batch, each image with the one before it (Chen "
+            "E.3: 0.5; Park A.1: 1; Xiao §5.4: 0.8)"
+        ),
     )
     add(
         "--cutmix",
         type=float,
         default=0.0,
-        help="α likewise (Park: 0.8; Xiao: 1); with mixup, "
-        "each micro-batch takes one of the two, at even odds",
+        help=(
+            "α likewise (Park: 0.8; Xiao: 1); with mixup, each micro-batch takes one of the two, "
+            "at even odds"
+        ),
     )
     add("--mean", type=float, nargs="+", default=[0.5], help="of pixels in [0, 1]: 1 number or 3")
     add("--std", type=float, nargs="+", default=[0.5], help="likewise")
@@ -728,8 +723,10 @@ def make_parser():
     add(
         "--stem",
         choices=("patchify", "conv", "imagenet", "cifar"),
-        help="ViT: patches or "
-        "convolutions (Xiao §3); ResNet, AlterNet: 7×7 and pooling or 3×3 (cifar up to 64 pixels)",
+        help=(
+            "ViT: patches or convolutions (Xiao §3); ResNet, AlterNet: 7×7 and pooling or 3×3 "
+            "(cifar up to 64 pixels)"
+        ),
     )
     add("--kernel-size", type=int, help="ViT: k, self-attention within k×k tokens (Park Fig. 7)")
     add("--qkv-bias", action=on_off, help="biases of queries, keys and values")
@@ -753,14 +750,18 @@ def make_parser():
     add(
         "--unit-norm",
         action=on_off,
-        help="ViT: the head sees the representation divided by its "
-        "length, as SupCon's heads do (Chen E.4)",
+        help=(
+            "ViT: the head sees the representation divided by its length, as SupCon's heads do "
+            "(Chen E.4)"
+        ),
     )
     add(
         "--init",
         choices=("google", "pycls", "timm", "torchvision", "torch"),
-        help="whose initial "
-        "weights; ViT has the first three, Mixer google and timm, ResNet the last two",
+        help=(
+            "whose initial weights; ViT has the first three, Mixer google and timm, ResNet the "
+            "last two"
+        ),
     )
     add("--zero-init", action=on_off, help="ResNet: last scale of each branch starts at 0")
 
@@ -803,8 +804,10 @@ def make_parser():
         "--eps",
         type=float,
         default=1e-8,
-        help="beside the root of AdamW's, LAMB's and RMSProp's "
-        "second moment (LAMB's code: 1e-6; SupCon's, for RMSProp: 1)",
+        help=(
+            "beside the root of AdamW's, LAMB's and RMSProp's second moment (LAMB's code: 1e-6; "
+            "SupCon's, for RMSProp: 1)"
+        ),
     )
     add(
         "--weight-decay",
@@ -816,50 +819,59 @@ def make_parser():
         "--decay",
         choices=("kernels", "no-norm-bias", "all"),
         default="kernels",
-        help="what "
-        "decays: matrices and convolutions; also class token and positions (Xiao §5.4); everything",
+        help=(
+            "what decays: matrices and convolutions; also class token and positions (Xiao §5.4); "
+            "everything"
+        ),
     )
     add("--grad-clip", type=float, default=0.0, help="norm of the final gradient (Table 8: 1)")
     add(
         "--loss",
         choices=("softmax", "sigmoid", "supcon"),
         default="softmax",
-        help="(B.1: "
-        "sigmoid). supcon: each image in two views, the representations of a class together, the "
-        "classifier untrained; the whole batch's loss in a micro-batch's memory, for one more "
-        "forward pass (Chen E.4)",
+        help=(
+            "(B.1: sigmoid). supcon: each image in two views, the representations of a class "
+            "together, the classifier untrained; the whole batch's loss in a micro-batch's "
+            "memory, for one more forward pass (Chen E.4)"
+        ),
     )
     add("--temperature", type=float, default=0.1, help="of supcon (Chen E.4)")
     add(
         "--projection-dim",
         type=int,
         default=128,
-        help="outputs of supcon's projection head, an "
-        "MLP as wide as the representation (Khosla et al. §3.1)",
+        help=(
+            "outputs of supcon's projection head, an MLP as wide as the representation (Khosla et "
+            "al. §3.1)"
+        ),
     )
     add(
         "--train-only",
         choices=("all", "head"),
         default="all",
-        help="head: the classifier; the "
-        "rest stays as in --init-from, in evaluation mode (Chen E.4, second stage)",
+        help=(
+            "head: the classifier; the rest stays as in --init-from, in evaluation mode (Chen "
+            "E.4, second stage)"
+        ),
     )
     add("--label-smoothing", type=float, default=0.0, help="share of the uniform distribution")
     add(
         "--ema-decay",
         type=float,
         default=0.0,
-        help="of an average of the weights, at each of "
-        "its moves: min(decay, (1+t)/(10+t)) at step t",
+        help=(
+            "of an average of the weights, at each of its moves: min(decay, (1+t)/(10+t)) at step t"
+        ),
     )
     add("--ema-every", type=int, default=1, help="steps between its moves (Xiao's code: 32)")
     add(
         "--ema-alpha",
         type=float,
         default=0.0,
-        help="α: if --ema-decay is not given it is 1 - α · "
-        "--batch-size / --epochs · --ema-every, without that minimum, and 0 in the warm-up (Xiao's "
-        "code: 1e-5)",
+        help=(
+            "α: if --ema-decay is not given it is 1 - α · --batch-size / --epochs · --ema-every, "
+            "without that minimum, and 0 in the warm-up (Xiao's code: 1e-5)"
+        ),
     )
     add("--seed", type=int, default=0, help="of weights, order, augmentation and masks")
 
@@ -880,10 +892,11 @@ def make_parser():
         type=float,
         default=0.7,
         metavar="ALPHA",
-        help="with --sam-every: in "
-        "the steps without SAM, add to the gradient the part of SAM's last gradient orthogonal to "
-        "the plain one, at most ALPHA times the gradient's length, which is for large batches; 0: "
-        "off (LookSAM, Liu et al. 2022: 0.7)",
+        help=(
+            "with --sam-every: in the steps without SAM, add to the gradient the part of SAM's "
+            "last gradient orthogonal to the plain one, at most ALPHA times the gradient's "
+            "length, which is for large batches; 0: off (LookSAM, Liu et al. 2022: 0.7)"
+        ),
     )
     add(
         "--sam-scope",
@@ -898,8 +911,10 @@ def make_parser():
         "--adv-eps",
         type=adversarial.fraction,
         default=0.0,
-        help="fast adversarial training: one "
-        "FGSM step from a random start, of at most this in each pixel of [0, 1] (Chen E.5: 2/255)",
+        help=(
+            "fast adversarial training: one FGSM step from a random start, of at most this in "
+            "each pixel of [0, 1] (Chen E.5: 2/255)"
+        ),
     )
     add(
         "--adv-step-size",
@@ -910,8 +925,10 @@ def make_parser():
     add(
         "--eval-adv",
         **off,
-        help="evaluations also measure accuracy under "
-        "PGD with 10 steps of 1/8 of --adv-eps, or of 2/255 without it (E.5)",
+        help=(
+            "evaluations also measure accuracy under PGD with 10 steps of 1/8 of --adv-eps, or of "
+            "2/255 without it (E.5)"
+        ),
     )
 
     add = parser.add_argument_group("machine").add_argument
@@ -925,9 +942,11 @@ def make_parser():
     add(
         "--channels-last",
         action=on_off,
-        help="convolutions' weights, and so the maps between, "
-        "with channels innermost in memory, which is faster; default: yes, but for our ViT, "
-        "Mixer, PiT, for Swin, on MPS, and on the CPU for ResNets of width below 16",
+        help=(
+            "convolutions' weights, and so the maps between, with channels innermost in memory, "
+            "which is faster; default: yes, but for our ViT, Mixer, PiT, for Swin, on MPS, and on "
+            "the CPU for ResNets of width below 16"
+        ),
     )
     add(
         "--workers",
@@ -953,9 +972,10 @@ def make_parser():
         nargs="+",
         default=[],
         metavar="EPOCH",
-        help="keep the weights at the end "
-        "of these epochs, as epoch100.pt, and for warmup at the end of the warm-up, as warmup.pt "
-        "(Park Fig. 1b: warmup 100 200 300)",
+        help=(
+            "keep the weights at the end of these epochs, as epoch100.pt, and for warmup at the "
+            "end of the warm-up, as warmup.pt (Park Fig. 1b: warmup 100 200 300)"
+        ),
     )
     add("--dry-run", **off, help="print what would happen and stop")
     add(
@@ -964,9 +984,10 @@ def make_parser():
         nargs=2,
         default=[0, 0],
         metavar=("DEVICES", "TFLOPS"),
-        help="with "
-        "--dry-run or --list-recipes: hours on so many devices that sustain so many TFLOP/s each, "
-        "as analyze.py throughput measures them",
+        help=(
+            "with --dry-run or --list-recipes: hours on so many devices that sustain so many "
+            "TFLOP/s each, as analyze.py throughput measures them"
+        ),
     )
     add(
         "--list-models",
@@ -976,95 +997,18 @@ def make_parser():
     add(
         "--list-recipes",
         **off,
-        help="print them with steps, the paper's "
-        "table and its accuracy, with --expect also the hours, and stop",
+        help=(
+            "print them with steps, the paper's table and its accuracy, with --expect also the "
+            "hours, and stop"
+        ),
     )
     return parser
 
 
-def settings(argv=None, also=()):
-    """Command line -> (settings, {flag: who set it}). Flags override the recipe, the recipe the
-    defaults; to evaluate a checkpoint of ours, its run's settings take the recipe's place. also:
-    flags of the caller's own, among which an unknown one may have been meant."""
-    parser = make_parser()
-    parser.also = also
-    args, unset = vars(parser.parse_args([])), object()
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(args, unset)))
-    given = {name: value for name, value in vars(given).items() if value is not unset}
-
-    name, file = given.get("recipe"), given.get("init_from", "")
-    saved = own_checkpoint(file) if given.get("eval_only") and file else {}
-    if saved:
-        not_saved = FREE_FLAGS - {"data_dir"} | {"init_from", "dtype", "recipe", "reset_head"}
-        name, base = (
-            file,
-            {
-                name: value
-                for name, value in saved["settings"].items()
-                if name in args and name not in not_saved
-            },
-        )
-    elif name is not None:
-        base = RECIPES[name]
-    else:
-        built_in = not {"model", "dataset", "data_dir"} & given.keys()
-        dataset = given.get("dataset", "shapes" if built_in else "imagenet")
-        model = given.get("model", DEFAULT_MODEL[dataset])
-        fits = RECIPE_FOR.get(dataset, {})
-        name = fits.get(model) or fits.get(family(model), fits.get(""))
-        base = {**RECIPES.get(name, {}), "dataset": dataset, "model": model}
-    if base.keys() - args.keys():
-        raise UserError(f"{name} sets {' '.join(sorted(base.keys() - args.keys()))}: no such flag")
-    origin = {
-        **dict.fromkeys(args, "default"),
-        **dict.fromkeys(base, name or "data set"),
-        **dict.fromkeys(given, "command line"),
-    }
-    args = argparse.Namespace(**{**args, **base, **given})
-    args.recipe = name or "none"
-
-    args.image_size = image_size_of(args)
-    args.augment = args.augment or (
-        "none" if args.dataset == "shapes" else "crop" if args.dataset in IN_MEMORY else "inception"
-    )
-    imagenet = os.environ.get("IMAGENET_DIR") or "data/imagenet"
-    args.data_dir = args.data_dir or {
-        "imagenet": imagenet,
-        "folder": imagenet,
-        "imagenet21k": "data/imagenet21k",
-    }.get(args.dataset, "data")
-    args.sam_rho = resolve_rho(args)
-    if args.ema_alpha and "ema_decay" in given:
-        args.ema_alpha, origin["ema_alpha"] = 0.0, "--ema-decay"
-    elif args.ema_alpha and args.epochs > 0:
-        step = args.ema_alpha * args.batch_size / args.epochs * args.ema_every
-        args.ema_decay, origin["ema_decay"] = 1 - min(step, 1.0), "--ema-alpha"
-    args.device = args.device or (
-        "cuda"
-        if torch.cuda.is_available()
-        else "mps"
-        if torch.backends.mps.is_available()
-        else "cpu"
-    )
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    args.compile = args.device == "cuda" if args.compile is None else args.compile
-    if args.channels_last is None:  # of those with patches 2 to 5 % faster, of others 10 to 20 %
-        args.channels_last = args.device != "mps" and family(args.model) not in (
-            "vit",
-            "mixer",
-            "pit",
-            "swin",
-        )
-    adv = f"-adv{255 * args.adv_eps:.3g}" if args.adv_eps else ""  # in 1/255
-    stage = "-supcon" * (args.loss == "supcon") + "-head" * (args.train_only == "head")
-    args.out_dir = args.out_dir or "out/{}-{}{}{}-rho{:g}-seed{}".format(
-        args.dataset, args.model.replace(":", "_"), adv, stage, args.sam_rho, args.seed
-    )
-    # A core's own ε (App. E) would need a loss of its own; this one is the whole batch's.
-    if args.loss == "supcon" and args.sam_rho and "sam_sync" not in given:
-        args.sam_sync, origin["sam_sync"] = True, "--loss supcon"
-    check(args, origin)
-    return args, origin
+def first_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def image_size_of(args):
@@ -1073,16 +1017,11 @@ def image_size_of(args):
 
 def kind_of_training(args):
     """Which rows of PAPER_RHO it has."""
-    strong = args.mixup and args.randaugment[0]
-    return (
-        "adversarial"
-        if args.adv_eps
-        else "strong augmentation"
-        if strong
-        else "supervised contrastive"
-        if args.loss == "supcon"
-        else "supervised"
-    )
+    if args.adv_eps:
+        return "adversarial"
+    if args.mixup and args.randaugment[0]:
+        return "strong augmentation"
+    return "supervised contrastive" if args.loss == "supcon" else "supervised"
 
 
 def resolve_rho(args):
@@ -1091,9 +1030,8 @@ def resolve_rho(args):
         return PAPER_RHO[kind][args.model] if args.sam_rho == "paper" else float(args.sam_rho)
     except KeyError:
         raise UserError(
-            f"--sam-rho paper: Table 9 has no row for {args.model} and {kind} "
-            f"training; it has {' '.join(PAPER_RHO[kind])}. Give a number, such as "
-            "0.1"
+            f"--sam-rho paper: Table 9 has no row for {args.model} and {kind} training; it has "
+            f"{' '.join(PAPER_RHO[kind])}. Give a number, such as 0.1"
         ) from None
     except ValueError:
         raise UserError(
@@ -1120,6 +1058,14 @@ def augments(args):
     return {args.augment, args.autoaugment, args.randaugment[0], args.erasing} != {"none", 0}
 
 
+def family(name):
+    """The kind of a model of this name: a key of FILES, regnety, swin, torchvision, timm."""
+    source, _, inner = name.partition(":")
+    if inner:
+        return "swin" if source == "torchvision" and inner in SWIN else source
+    return re.match("[a-z]*", name)[0]
+
+
 def check(args, origin):
     """What cannot be right stops here, in one line."""
 
@@ -1127,33 +1073,15 @@ def check(args, origin):
         if wrong:
             raise UserError(what)
 
-    at_least = dict(
-        epochs=0,
-        max_steps=0,
-        batch_size=1,
-        micro_batch=1,
-        warmup_steps=0,
-        eval_every=1,
-        log_every=1,
-        save_every=0,
-        sam_rho=0,
-        sam_steps=1,
-        lr=0,
-        lr_end=0,
-        weight_decay=0,
-        grad_clip=0,
-        mixup=0,
-        cutmix=0,
-        warmup_epochs=0,
-        image_size=1,
-        seed=0,
-        ema_alpha=0,
-        ema_every=1,
-        repeated_augment=1,
-        eval_short_side=0,
-        eps=0,
-        projection_dim=1,
-    )
+    at_least_0 = (
+        "epochs max_steps warmup_steps save_every sam_rho lr lr_end weight_decay grad_clip mixup "
+        "cutmix warmup_epochs seed ema_alpha eval_short_side eps"
+    ).split()
+    at_least_1 = (
+        "batch_size micro_batch eval_every log_every sam_steps image_size ema_every "
+        "repeated_augment projection_dim"
+    ).split()
+    at_least = dict.fromkeys(at_least_0, 0) | dict.fromkeys(at_least_1, 1)
     for name, low in at_least.items():
         value = getattr(args, name)
         refuse(
@@ -1212,9 +1140,8 @@ def check(args, origin):
         any(args.expect) and args.dataset == "folder" and not args.list_recipes,
         f"--expect knows the sizes of {' '.join(TRAINING_IMAGES)}, not of a folder",
     )
-    given = {origin["mean"] == "command line", origin["std"] == "command line"}
     refuse(
-        args.init_from and len(given) == 2,
+        args.init_from and (origin["mean"] == "command line") != (origin["std"] == "command line"),
         "--mean and --std go together: with --init-from give both or neither",
     )
     refuse(
@@ -1226,8 +1153,8 @@ def check(args, origin):
     refuse(
         args.eval_short_side
         and (args.eval_short_side < args.image_size or args.dataset in IN_MEMORY),
-        f"--eval-short-side {args.eval_short_side}: at least --image-size, {args.image_size}, "
-        f"and for images in files, not {' '.join(IN_MEMORY)}; 0 turns it off",
+        f"--eval-short-side {args.eval_short_side}: at least --image-size, {args.image_size}, and "
+        f"for images in files, not {' '.join(IN_MEMORY)}; 0 turns it off",
     )
     kind = family(args.model)
     stages = dict(resnet=4, preresnet=4, resnext=4, alter=4, swin=4, pit=3).get(kind, 1)
@@ -1274,8 +1201,8 @@ def check(args, origin):
         for name in ("mixup", "cutmix", "label_smoothing", "adv_eps"):
             refuse(
                 getattr(args, name),
-                f"--loss supcon has no {flag(name)}: it compares whole "
-                "images of known classes; set it to 0",
+                f"--loss supcon has no {flag(name)}: it compares whole images of known classes; "
+                "set it to 0",
             )
         refuse(
             not 0 < args.temperature < math.inf,
@@ -1283,8 +1210,8 @@ def check(args, origin):
         )
         refuse(
             not augments(args),
-            "--loss supcon takes two views of each image, which without "
-            "augmentation are the same: add --augment crop or another",
+            "--loss supcon takes two views of each image, which without augmentation are the "
+            "same: add --augment crop or another",
         )
         refuse(
             args.sam_rho and not args.sam_sync,
@@ -1320,6 +1247,114 @@ def check(args, origin):
     )
 
 
+def read_checkpoint(path):
+    """A file of torch.save as plain data: weights_only, nothing in it is run; and its checksums,
+    which torch.load passes over, are right. Else UserError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):  # all but those of torch before 1.6
+            with zipfile.ZipFile(path) as file:
+                if file.testzip() is not None:
+                    raise zipfile.BadZipFile
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except Exception as error:  # unpickling foreign bytes can raise anything
+        raise UserError(
+            f"{path} is no checkpoint of plain tensors, or is damaged ({type(error).__name__})"
+        ) from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint or state dict")
+    return state
+
+
+def is_ours(state):
+    """Whether a loaded file is a checkpoint of a run of this file."""
+    settings = state.get("settings")
+    return (
+        isinstance(settings, dict)
+        and isinstance(settings.get("model"), str)
+        and {"dataset", "mean", "std"} <= settings.keys()
+        and "ema" in state
+        and isinstance(state.get("model"), dict)
+        and isinstance(state.get("classes"), list)
+    )
+
+
+def own_checkpoint(path):
+    """A checkpoint of a run of this file; {} if the file holds other weights."""
+    state = {} if path.endswith(".npz") else read_checkpoint(path)
+    return state if is_ours(state) else {}
+
+
+def settings(argv=None, also=()):
+    """Command line -> (settings, {flag: who set it}). Flags override the recipe, the recipe the
+    defaults; to evaluate a checkpoint of ours, its run's settings take the recipe's place. also:
+    flags of the caller's own, among which an unknown one may have been meant."""
+    parser = make_parser()
+    parser.also = also
+    args, unset = vars(parser.parse_args([])), object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(args, unset)))
+    given = {name: value for name, value in vars(given).items() if value is not unset}
+
+    name, file = given.get("recipe"), given.get("init_from", "")
+    saved = own_checkpoint(file) if given.get("eval_only") and file else {}
+    if saved:
+        not_saved = FREE_FLAGS - {"data_dir"} | {"init_from", "dtype", "recipe", "reset_head"}
+        inherited = args.keys() - not_saved
+        name, base = file, {k: v for k, v in saved["settings"].items() if k in inherited}
+    elif name is not None:
+        base = RECIPES[name]
+    else:
+        built_in = not {"model", "dataset", "data_dir"} & given.keys()
+        dataset = given.get("dataset", "shapes" if built_in else "imagenet")
+        model = given.get("model", DEFAULT_MODEL[dataset])
+        fits = RECIPE_FOR.get(dataset, {})
+        name = fits.get(model) or fits.get(family(model), fits.get(""))
+        base = {**RECIPES.get(name, {}), "dataset": dataset, "model": model}
+    if base.keys() - args.keys():
+        raise UserError(f"{name} sets {' '.join(sorted(base.keys() - args.keys()))}: no such flag")
+    origin = {
+        **dict.fromkeys(args, "default"),
+        **dict.fromkeys(base, name or "data set"),
+        **dict.fromkeys(given, "command line"),
+    }
+    args = argparse.Namespace(**{**args, **base, **given})
+    args.recipe = name or "none"
+
+    args.image_size = image_size_of(args)
+    args.augment = args.augment or (
+        "none" if args.dataset == "shapes" else "crop" if args.dataset in IN_MEMORY else "inception"
+    )
+    imagenet = os.environ.get("IMAGENET_DIR") or "data/imagenet"
+    args.data_dir = args.data_dir or {
+        "imagenet": imagenet,
+        "folder": imagenet,
+        "imagenet21k": "data/imagenet21k",
+    }.get(args.dataset, "data")
+    args.sam_rho = resolve_rho(args)
+    if args.ema_alpha and "ema_decay" in given:
+        args.ema_alpha, origin["ema_alpha"] = 0.0, "--ema-decay"
+    elif args.ema_alpha and args.epochs > 0:
+        step = args.ema_alpha * args.batch_size / args.epochs * args.ema_every
+        args.ema_decay, origin["ema_decay"] = 1 - min(step, 1.0), "--ema-alpha"
+    args.device = args.device or first_device()
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.compile = args.device == "cuda" if args.compile is None else args.compile
+    if args.channels_last is None:  # of those with patches 2 to 5 % faster, of others 10 to 20 %
+        gains = family(args.model) not in ("vit", "mixer", "pit", "swin")
+        args.channels_last = gains and args.device != "mps"
+    adv = f"-adv{255 * args.adv_eps:.3g}" if args.adv_eps else ""  # in 1/255
+    stage = "-supcon" * (args.loss == "supcon") + "-head" * (args.train_only == "head")
+    args.out_dir = args.out_dir or "out/{}-{}{}{}-rho{:g}-seed{}".format(
+        args.dataset, args.model.replace(":", "_"), adv, stage, args.sam_rho, args.seed
+    )
+    # A core's own ε (App. E) would need a loss of its own; this one is the whole batch's.
+    if args.loss == "supcon" and args.sam_rho and "sam_sync" not in given:
+        args.sam_sync, origin["sam_sync"] = True, "--loss supcon"
+    check(args, origin)
+    return args, origin
+
+
 # ------------------------------------------------------------------------------------------- models
 
 # Xiao Table 2: blocks and channels of the four stages and channels of a group (Dollár et al. 2021,
@@ -1348,14 +1383,6 @@ FILES = {
     "resnext": resnet,
     "alter": alternet,
 }
-
-
-def family(name):
-    """The kind of a model of this name: a key of FILES, regnety, swin, torchvision, timm."""
-    source, _, inner = name.partition(":")
-    if inner:
-        return "swin" if source == "torchvision" and inner in SWIN else source
-    return re.match("[a-z]*", name)[0]
 
 
 class ResNetWithUnits(torchvision.models.ResNet):
@@ -1581,6 +1608,16 @@ LISTED = [
 ]
 
 
+def knobs(args):
+    """The constructor arguments among the settings; one number where a list has one."""
+    given = {name: getattr(args, name) for name in MODEL_FLAGS}
+    return {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for name, value in given.items()
+        if value is not None
+    }
+
+
 def list_models():
     """What --list-models prints; counted on the meta device, at the size of the table's images."""
     print(
@@ -1604,43 +1641,6 @@ def list_models():
         "the outputs of these and of\nmax-pooling (Xiao Table 1). PATCH in vit_sizePATCH and "
         "mixer_sizePATCH is any patch size that divides the image."
     )
-    return 0
-
-
-def list_recipes(expect):
-    """What --list-recipes prints, with --expect the hours of plain training and of SAM's too."""
-    print(
-        "python train.py --recipe\n"
-        f"{'':27}{'model':19}{'data set':12}{'epochs':>6}{'batch':>7}{'steps':>10}{'top-1 %':>9}"
-        f"{'SAM':>6}" + f"{'hours':>10}{'SAM':>10}" * any(expect)
-    )
-    macs = {}  # of networks; many recipes have the same
-    for name, row in RECIPES.items():
-        args = make_parser().parse_args([], argparse.Namespace(**row))
-        args.image_size = image_size_of(args)
-        where, *accuracies = (*PUBLISHED[name], None, None)[:3]
-        plain, with_sam = ("-" if top1 is None else f"{top1:.1f}" for top1 in accuracies)
-        hours = ""
-        if any(expect):
-            network = str((args.model, args.dataset, args.image_size, knobs(args)))
-            macs[network] = macs.get(network) or complexity_of(args)["macs"]
-            for args.sam_rho in (0.0, 0.1):
-                steps, seconds = expected(args, macs[network], *expect)
-                hours += f"{in_hours(steps * seconds):>10}"
-        print(
-            f"{name:27}{args.model:19}{args.dataset:12}{args.epochs or '-':>6}"
-            f"{args.batch_size:7,}{steps_of(args):10,}{plain:>9}{with_sam:>6}{hours}  {where}"
-        )
-    print(
-        "Steps are for the data set as published. Accuracies are the paper's, of this model, "
-        "after plain training and with SAM\n(--sam-rho paper; of a transfer: in pre-training). "
-        "Each setting of a recipe: --recipe NAME --dry-run."
-    )
-    if any(expect):
-        print(
-            f"Hours: of {expect[0]:g} devices that sustain {expect[1]:g} TFLOP/s each, without "
-            "evaluations and waiting."
-        )
     return 0
 
 
@@ -1672,22 +1672,23 @@ def complexity_of(args, tell=lambda text: None):
         )
 
 
+def in_hours(seconds):
+    return f"{seconds / 3600:,.0f}" if seconds >= 360_000 else f"{seconds / 3600:.3g}"
+
+
 def forward_passes(args):
     """What a step computes for each image of the batch, in forward passes. A backward pass is two
     of them, one for images and one for weights; of --sam-scope more is counted than there is."""
     perturbed = args.sam_steps / args.sam_every if args.sam_rho else 0.0
     passes = (1 if args.train_only == "head" else 3) * (1 + perturbed)
-    if args.adv_eps and not perturbed:  # SAM's first pass has the gradient by the images too
-        passes += 2
-    elif args.adv_eps:
-        passes += 2 * (1 - 1 / args.sam_every)
+    if args.adv_eps:
+        # δ costs a pass of its own, forward and back to the images; in steps with SAM it comes from
+        # SAM's first: free there, if that goes back through the whole network anyway
+        with_sam = 1 / args.sam_every if args.sam_rho else 0.0
+        passes += 2 * (1 - with_sam) + with_sam * (args.train_only == "head")
     if args.loss == "supcon":  # two views, and one more forward pass before each other one
         passes = 2 * (passes + 1 + perturbed)
     return passes
-
-
-def in_hours(seconds):
-    return f"{seconds / 3600:,.0f}" if seconds >= 360_000 else f"{seconds / 3600:.3g}"
 
 
 def expected(args, macs, devices, tflops):
@@ -1697,17 +1698,48 @@ def expected(args, macs, devices, tflops):
     return steps_of(args), flops / (devices * tflops * 1e12)
 
 
-def knobs(args):
-    """The constructor arguments among the settings; one number where a list has one."""
-    given = {name: getattr(args, name) for name in MODEL_FLAGS}
-    return {
-        name: value[0] if isinstance(value, list) and len(value) == 1 else value
-        for name, value in given.items()
-        if value is not None
-    }
+def list_recipes(expect):
+    """What --list-recipes prints, with --expect the hours of plain training and of SAM's too."""
+    print(
+        "python train.py --recipe\n"
+        f"{'':27}{'model':19}{'data set':12}{'epochs':>6}{'batch':>7}{'steps':>10}{'top-1 %':>9}"
+        f"{'SAM':>6}" + f"{'hours':>10}{'SAM':>10}" * any(expect)
+    )
+    macs = {}  # of networks; many recipes have the same
+    for name, row in RECIPES.items():
+        args = make_parser().parse_args([], argparse.Namespace(**row))
+        args.image_size = image_size_of(args)
+        where, *accuracies = (*PUBLISHED[name], None, None)[:3]
+        plain, with_sam = ("-" if top1 is None else f"{top1:.1f}" for top1 in accuracies)
+        hours = ""
+        if any(expect):
+            network = str((args.model, args.dataset, args.image_size, knobs(args)))
+            macs[network] = macs.get(network) or complexity_of(args)["macs"]
+            for rho in (0.0, 0.1):  # any above 0 costs the same
+                args.sam_rho = rho
+                steps, seconds = expected(args, macs[network], *expect)
+                hours += f"{in_hours(steps * seconds):>10}"
+        print(
+            f"{name:27}{args.model:19}{args.dataset:12}{args.epochs or '-':>6}"
+            f"{args.batch_size:7,}{steps_of(args):10,}{plain:>9}{with_sam:>6}{hours}  {where}"
+        )
+    print(
+        "Steps are for the data set as published. Accuracies are the paper's, of this model, "
+        "after plain training and with SAM\n(--sam-rho paper; of a transfer: in pre-training). "
+        "Each setting of a recipe: --recipe NAME --dry-run."
+    )
+    if any(expect):
+        print(
+            f"Hours: of {expect[0]:g} devices that sustain {expect[1]:g} TFLOP/s each, without "
+            "evaluations and waiting."
+        )
+    return 0
 
 
 class Normalised(nn.Module):
+    """What is trained, attacked and analysed: `network` behind (x - mean) / std, for float input
+    (B, 3, H, W) in [0, 1]. mean, std: lists of 1 or 3 numbers."""
+
     def __init__(self, network, mean, std):
         super().__init__()
         self.network = network
@@ -1718,10 +1750,9 @@ class Normalised(nn.Module):
         return self.network((x - self.mean) / self.std, *args, **kwargs)
 
 
-def assemble(network, mean, std):
-    """What is trained, attacked and analysed: `network` behind (x - mean) / std, for float input
-    (B, 3, H, W) in [0, 1]. mean, std: lists of 1 or 3 numbers."""
-    return Normalised(network, mean, std)
+def at_least_float32(x):
+    """For losses and means: bfloat16 and float16 are too coarse to add up."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_float(x, model):
@@ -1780,8 +1811,7 @@ class StopSignal:
 
     def __init__(self):
         self.received, self.flag, self.work = 0, torch.zeros(1, dtype=torch.int32), None
-        for number in self.SIGNALS:
-            signal.signal(number, self.receive)
+        self.before = {number: signal.signal(number, self.receive) for number in self.SIGNALS}
 
     def receive(self, number, frame):
         self.received = number
@@ -1792,17 +1822,26 @@ class StopSignal:
         """Number of the signal that some process has received, or 0; the same on every process."""
         if not dist.is_initialized():
             return self.received
-        self.close()
+        self.wait()
         if not self.flag.item():
             self.flag.fill_(self.received)
             self.work = dist.all_reduce(self.flag, op=dist.ReduceOp.MAX, async_op=True)
             return 0
         return self.flag.item()
 
-    def close(self):
+    def wait(self):
         if self.work is not None:
             self.work.wait()
             self.work = None
+
+    def end(self):
+        """After the last step nobody asks any more: signals do again what they did before, and one
+        that came since the last answer does it now."""
+        self.wait()
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.received:
+            signal.raise_signal(self.received)
 
 
 # --------------------------------------------------------------------- losses, schedule, statistics
@@ -1848,7 +1887,7 @@ def supcon_of_all(z, y, temperature):
 
 
 class Contrastive(nn.Module):
-    """A network of `assemble` under the projection head of Khosla et al. (§3.1; their code): what
+    """A Normalised network under the projection head of Khosla et al. (§3.1; their code): what
     --loss supcon trains, on the representation divided by its length. The classifier computes
     nothing that counts and is not trained."""
 
@@ -1998,13 +2037,16 @@ def update(optimizer, scaler, params, grad_clip, statistics, micro_batches, corr
     if fused:
         optimizer.found_inf = skip  # where it is 1, fused optimizers leave everything as it is
     if fused or not skip:  # on MPS, and for LAMB and RMSProp, this waits for the device
-        scaler.step(optimizer)
+        optimizer.step()  # scaler.step would set found_inf to what unscale_ found, before correct()
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm, skip
 
 
 # --------------------------------------------------------------------------------------- evaluation
+
+
+BINS = 10  # of the calibration error that evaluations show
 
 
 def bin_sums(confidence, right, bins):
@@ -2027,16 +2069,14 @@ def calibration_error(sums):
     return 100 * (right - confidence).abs().sum(1) / count.sum(1)
 
 
+def exactest(device):
+    """Where sums of a whole data set are kept: in float64, which MPS does not have."""
+    return dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+
+
 @torch.inference_mode()
 def evaluate(
-    model,
-    loader,
-    device,
-    autocast=nullcontext(),
-    bins=10,
-    progress=None,
-    restrict_logits=None,
-    mix=None,
+    model, loader, device, autocast=nullcontext(), bar=None, restrict_logits=None, mix=None
 ):
     """Accuracy and calibration over a loader, every image counted once over all processes. Labels
     are (m,), or (m, K) where any of a row is right and -1 fills it up; restrict_logits: indices of
@@ -2045,13 +2085,13 @@ def evaluate(
     the class with the largest.
 
     -> dict: images; top1, top5 in percent; nll, mean cross-entropy in nats; ece, the expected
-    calibration error in percent: over `bins` equal bins (lo, hi] of the top probability, the mean
+    calibration error in percent: over BINS equal bins (lo, hi] of the top probability, the mean
     of |accuracy - confidence| weighted by the bin's share (Guo et al. 2017; Park & Kim: 10 bins).
     """
     training = model.training
     model.eval()
-    exact = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)
-    sums, by_bin, others = torch.zeros(4, **exact), torch.zeros(3, 1, bins, **exact), None
+    exact, others = exactest(device), None
+    sums, by_bin = torch.zeros(4, **exact), torch.zeros(3, 1, BINS, **exact)
     for number, (x, y) in enumerate(data.batches(loader, tell=say)):
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         x, shares = to_float(x, model), None
@@ -2060,7 +2100,7 @@ def evaluate(
             y = shares.argmax(1)
         with autocast:
             logits = model(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits)
         if restrict_logits is not None:
             if others is None:
                 others = torch.ones(logits.shape[1], dtype=torch.bool)
@@ -2071,17 +2111,15 @@ def evaluate(
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (best[:, :, None] == y[:, None]).any(2)
         log_p = logits.log_softmax(1).gather(1, y.clamp(min=0)).masked_fill(y < 0, -math.inf)
-        nll = (
-            -log_p.logsumexp(1)
-            if shares is None
-            else F.cross_entropy(logits, shares, reduction="none")
-        )
+        nll = -log_p.logsumexp(1)
+        if shares is not None:
+            nll = F.cross_entropy(logits, shares, reduction="none")
         sums += torch.stack(
             [torch.ones_like(y[:, 0]).sum(), hits[:, 0].sum(), hits.any(1).sum(), nll.sum()]
         ).to(sums)
-        by_bin += bin_sums(logits.softmax(1).amax(1, keepdim=True).to(sums), hits[:, :1], bins)
-        if progress is not None:
-            progress.update()
+        by_bin += bin_sums(logits.softmax(1).amax(1, keepdim=True).to(sums), hits[:, :1], BINS)
+        if bar is not None:
+            bar.update()
     model.train(training)
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -2099,9 +2137,9 @@ def evaluate(
 _at_once = weakref.WeakKeyDictionary()  # model -> {what: images}
 
 
-def images_at_once(model, side, device, what="a forward pass", run=None, usual=256, most=0):
+def images_at_once(model, side, device, what="a forward pass", work=None, usual=256, most=0):
     """How many images (3, side, side) to take through a model together: on CUDA the largest of
-    most, most/2, … for which `run`, a function of images, by default the forward pass, fits in
+    most, most/2, … for which `work`, a function of images, by default the forward pass, fits in
     memory without autocast, tried once for a model and `what` it does; elsewhere `usual`, where
     more are not faster. most, if 0: 256, of small images 1,024; workers hold many batches ready in
     the host's shared memory, and 256 images of 224 pixels a side are 38 MB."""
@@ -2111,12 +2149,12 @@ def images_at_once(model, side, device, what="a forward pass", run=None, usual=2
     while what not in known:
         try:
             x = torch.zeros(n, 3, side, side, device=device, dtype=next(model.parameters()).dtype)
-            with adversarial.held_still(model, device), torch.set_grad_enabled(run is not None):
-                (run or model)(x)
+            with adversarial.held_still(model, device), torch.set_grad_enabled(work is not None):
+                (work or model)(x)
             known[what] = n
         except torch.OutOfMemoryError:
             if n == 1:
-                raise UserError(
+                raise LoneError(
                     f"{what}: one image of {side}×{side} does not fit in the device's memory"
                 ) from None
             n //= 2
@@ -2132,7 +2170,7 @@ def own_share(dataset, device, workers, batch_size):
 
 
 def under_attack(
-    model, dataset, side, device, positions, batch_size, workers, progress=None, **attack
+    model, dataset, side, device, positions, workers, *, batch_size=0, bar=None, **attack
 ):
     """adversarial.robustness on the images (3, side, side) at these positions of a data set, so
     many together or, if that is 0, images_at_once; in the model's own precision, without
@@ -2152,8 +2190,8 @@ def under_attack(
         for x, y in data.batches(loader, tell=say):
             yield to_float(x.to(device), model), y.to(device), own[: len(y)]
             own = own[len(y) :]
-            if progress is not None:
-                progress.update(len(y) * world_size())
+            if bar is not None:
+                bar.update(len(y) * world_size())
 
     return adversarial.robustness(model, batches(), **attack)
 
@@ -2162,19 +2200,9 @@ def pgd_10(model, dataset, side, device, workers, bar=None, eps=2 / 255):
     """Accuracy in percent under 10 steps of PGD of eps/8 each from a random start (Chen E.5), on
     softmax cross-entropy whatever the training's loss. An image counts only if it is right at every
     iterate, where Table 5 may take the last alone. NaN where outputs are not finite."""
+    attack = dict(eps=eps, step_size=eps / 8, steps=10, early_stop=True)
     sums = under_attack(
-        model,
-        dataset,
-        side,
-        device,
-        range(len(dataset)),
-        0,
-        workers,
-        bar,
-        eps=eps,
-        step_size=eps / 8,
-        steps=10,
-        early_stop=True,
+        model, dataset, side, device, range(len(dataset)), workers, bar=bar, **attack
     )
     return adversarial.summary([sums])["robust"][-1]
 
@@ -2191,16 +2219,14 @@ def set_class_means(model, loader, device, autocast, temperature):
     the representations of each class in a loader, its logits cosine / temperature (of a network
     with unit_norm; else times the length of an image's representation, which leaves the ranks)."""
     (head,) = classifier(model).values()
-    sums = torch.zeros(
-        head.weight.shape, dtype=torch.float64, device="cpu" if device.type == "mps" else device
-    )
+    sums = torch.zeros(head.weight.shape, **exactest(device))
     training = model.training
     model.eval()
     for x, y in data.batches(loader, tell=say):
         out = {"pre_logits": None}
         with autocast:
             model(to_float(x.to(device), model), out=out)
-        z = F.normalize(out["pre_logits"].to(torch.promote_types(head.weight.dtype, torch.float32)))
+        z = F.normalize(at_least_float32(out["pre_logits"]))
         sums.index_add_(0, y.to(sums.device), z.to(sums))
     model.train(training)
     if dist.is_initialized():
@@ -2217,32 +2243,12 @@ def print_table(tell, results):
     )
     for name, r in results.items():
         tell(
-            f"{name:{width}}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}"
-            f"{r['ece']:8.2f}" + (f"{r['pgd']:10.2f}" if "pgd" in r else "")
+            f"{name:{width}}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}{r['ece']:8.2f}"
+            + (f"{r['pgd']:10.2f}" if "pgd" in r else "")
         )
 
 
 # -------------------------------------------------------------------------- checkpoints, run folder
-
-
-def read_checkpoint(path):
-    """A file of torch.save as plain data: weights_only, nothing in it is run; and its checksums,
-    which torch.load passes over, are right. Else UserError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.is_zipfile(path):  # all but those of torch before 1.6
-            with zipfile.ZipFile(path) as file:
-                if file.testzip() is not None:
-                    raise zipfile.BadZipFile
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except Exception as error:  # unpickling foreign bytes can raise anything
-        raise UserError(
-            f"{path} is no checkpoint of plain tensors, or is damaged ({type(error).__name__})"
-        ) from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint or state dict")
-    return state
 
 
 def write_file(path, write):
@@ -2258,25 +2264,6 @@ def write_file(path, write):
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def is_ours(state):
-    """Whether a loaded file is a checkpoint of a run of this file."""
-    settings = state.get("settings")
-    return (
-        isinstance(settings, dict)
-        and isinstance(settings.get("model"), str)
-        and {"dataset", "mean", "std"} <= settings.keys()
-        and "ema" in state
-        and isinstance(state.get("model"), dict)
-        and isinstance(state.get("classes"), list)
-    )
-
-
-def own_checkpoint(path):
-    """A checkpoint of a run of this file; {} if the file holds other weights."""
-    state = {} if path.endswith(".npz") else read_checkpoint(path)
-    return state if is_ours(state) else {}
 
 
 def load_weights(network, path, weights="ema", reset_head=False):
@@ -2324,8 +2311,8 @@ def load_weights(network, path, weights="ema", reset_head=False):
     }
     if any(wrong.values()):
         parts = [
-            f"{what}: {', '.join(map(str, names[:3]))}{' …' * (len(names) > 3)} "
-            f"({len(names)} in all)"
+            f"{what}: {', '.join(map(str, names[:3]))}{' …' * (len(names) > 3)} ({len(names)} in "
+            "all)"
             for what, names in wrong.items()
             if names
         ]
@@ -2351,18 +2338,8 @@ class RunFolder:
     """ckpt.pt, best.pt, log.jsonl and config.json of one run. One process writes; the log is locked
     meanwhile."""
 
-    PARTS = (
-        "model",
-        "ema",
-        "projection",
-        "optimizer",
-        "scaler",
-        "look",
-        "windows",
-        "step",
-        "evaluated",
-        "best",
-    )  # of the last state
+    # What ckpt.pt has; best.pt and those of --keep-epochs lack some, so no run goes on from them.
+    PARTS = "model ema projection optimizer scaler look windows step evaluated best".split()
 
     def __init__(self, path):
         self.path = Path(path)
@@ -2394,16 +2371,16 @@ class RunFolder:
         if saved.exists() or ckpt.exists():
             if not resume:
                 raise UserError(
-                    f"{self.path} holds a run already: add --resume to go on with it, "
-                    "or choose another --out-dir"
+                    f"{self.path} holds a run already: add --resume to go on with it, or choose "
+                    "another --out-dir"
                 )
             self.compare(config["settings"], config["data"], config["versions"])
         state = read_checkpoint(ckpt) if ckpt.exists() else None
         lacks = [part for part in self.PARTS if state is not None and part not in state]
         if lacks:
             raise UserError(
-                f"{ckpt} is no last state of a run: it lacks {', '.join(lacks)}; start "
-                "from its weights with --init-from, in another --out-dir"
+                f"{ckpt} is no last state of a run: it lacks {', '.join(lacks)}; start from its "
+                "weights with --init-from, in another --out-dir"
             )
         text = json.dumps(config, indent=1, ensure_ascii=False)
         try:
@@ -2435,13 +2412,13 @@ class RunFolder:
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f"{self.path}/config.json is missing or damaged, so the run's settings "
-                "are unknown; choose another --out-dir"
+                f"{self.path}/config.json is missing or damaged, so the run's settings are "
+                "unknown; choose another --out-dir"
             ) from None
         if differ:
             raise UserError(
-                f"{self.path} was run with other settings ({', '.join(differ)}): give "
-                "the same to resume it, or choose another --out-dir"
+                f"{self.path} was run with other settings ({', '.join(differ)}): give the same to "
+                "resume it, or choose another --out-dir"
             )
         if moved:
             name, images, here = moved[0]
@@ -2541,8 +2518,8 @@ def join(backend, **options):
     except (ValueError, RuntimeError) as error:  # the latter: a busy port, no connection
         said = " ".join(str(error).split("\n")[0].split())
         raise UserError(
-            f"the processes cannot join: {said}; start them with torchrun, which "
-            "--standalone finds a free port for, or unset WORLD_SIZE"
+            f"the processes cannot join: {said}; start them with torchrun, which --standalone "
+            "finds a free port for, or unset WORLD_SIZE"
         ) from None
 
 
@@ -2559,8 +2536,8 @@ def start_processes(device):
         return torch.device(device), world, on_machine
     if on_machine > torch.cuda.device_count():
         raise UserError(
-            f"{on_machine} processes for {torch.cuda.device_count()} CUDA devices: "
-            f"use --nproc_per_node={torch.cuda.device_count()}"
+            f"{on_machine} processes for {torch.cuda.device_count()} CUDA devices: use "
+            f"--nproc_per_node={torch.cuda.device_count()}"
         )
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
@@ -2589,8 +2566,9 @@ def load_split(args, split, device, tell, **more):
 
 
 def load_training(args, device, tell):
-    """The training set, augmented, the validation set, which may be held out of it, and a class-
-    balanced sample of the first of the second's size: augmented, and as validation images are."""
+    """-> the training set, augmented; the validation set, with --hold-out a part of the training
+    set; and a class-balanced sample of the training set, as large as the validation set, twice:
+    augmented, and prepared as validation images are."""
     train_set = load_split(
         args,
         "train",
@@ -2679,9 +2657,8 @@ def starting_network(args, origin, num_classes, device, tell):
             )
         if normalisation is None:
             raise UserError(
-                f"{args.init_from} does not say how its inputs were normalised: give "
-                "--mean and --std (torchvision's: 0.485 0.456 0.406, "
-                "0.229 0.224 0.225)"
+                f"{args.init_from} does not say how its inputs were normalised: give --mean and "
+                "--std (torchvision's: 0.485 0.456 0.406, 0.229 0.224 0.225)"
             )
         if (
             origin["mean"] not in ("default", "command line")
@@ -2694,13 +2671,12 @@ def starting_network(args, origin, num_classes, device, tell):
             )
         args.mean, args.std = normalisation
     precision = torch.float64 if args.dtype == "float64" else torch.float32
-    bare = assemble(network, args.mean, args.std).to(device, precision)
+    bare = Normalised(network, args.mean, args.std).to(device, precision)
     if args.channels_last and device.type == "cpu" and too_narrow_for_channels_last(network):
         if origin["channels_last"] == "command line":
             raise UserError(
-                "--channels-last: on the CPU strided 1×1 convolutions of fewer than 16 "
-                "channels go wrong so (oneDNN issue 6035): leave it out, or take a "
-                "wider network"
+                "--channels-last: on the CPU strided 1×1 convolutions of fewer than 16 channels "
+                "go wrong so (oneDNN issue 6035): leave it out, or take a wider network"
             )
         args.channels_last = False
     if args.channels_last:
@@ -2718,8 +2694,8 @@ def scope(network, pattern):
         found = [p for name, p in names.items() if p.requires_grad and re.search(pattern, name)]
         if not found:
             raise ValueError(
-                f"no parameter's name matches; there are {', '.join(list(names)[:2])},"
-                f" …, {list(names)[-1]}"
+                f"no parameter's name matches; there are {', '.join(list(names)[:2])}, …, "
+                f"{list(names)[-1]}"
             )
     return found
 
@@ -2798,7 +2774,7 @@ def measure(what, dataset, model, args, device, workers, attack=False, mix=None)
             loader,
             device,
             autocast_of(args, device),
-            progress=bar,
+            bar,
             mix=seeded_mix if mix else None,
         )
     if attack and args.eval_adv:
@@ -2811,22 +2787,19 @@ def measure(what, dataset, model, args, device, workers, attack=False, mix=None)
 
 def evaluate_only(args, origin, device, on_machine, tell):
     """--eval-only."""
+    if origin["hold_out"] == "command line":
+        raise UserError("--hold-out is for training; --eval-only evaluates all of --eval-split")
     classes = own_checkpoint(args.init_from).get("classes")
     dataset = load_split(args, args.eval_split, device, tell, classes=classes)
     model = starting_network(args, origin, len(dataset.classes), device, tell)
     tell(f"{args.model} from {args.init_from} on {args.dataset}")
-    try:
-        result = measure(
-            "evaluation",
-            dataset,
-            model,
-            args,
-            device,
-            worker_count(args, dataset, on_machine),
-            attack=True,
+    if args.hold_out != "0" and args.eval_split == "val":
+        tell(
+            f"its run validated on {args.hold_out} of the training images (--hold-out); these are "
+            "the data set's own validation images"
         )
-    except data.DataError as error:
-        raise UserError(str(error)) from None
+    workers = worker_count(args, dataset, on_machine)
+    result = measure("evaluation", dataset, model, args, device, workers, attack=True)
     print_table(tell, {args.eval_split: result})
     return 0
 
@@ -2860,8 +2833,8 @@ def run(args, origin):
         near = max(args.batch_size // share, 1) * share
         fits = [m for m in range(1, args.micro_batch) if args.batch_size % (m * world) == 0]
         raise UserError(
-            f"batch size {args.batch_size} is not a multiple of micro-batch "
-            f"{args.micro_batch} × {world} devices = {share}: use --batch-size {near}"
+            f"batch size {args.batch_size} is not a multiple of micro-batch {args.micro_batch} × "
+            f"{world} devices = {share}: use --batch-size {near}"
             + (f" or --micro-batch {fits[-1]}" if fits else "")
         )
     # One process of a machine fetches, the others find.
@@ -2889,8 +2862,8 @@ def run(args, origin):
     supcon, projection = args.loss == "supcon", None
     if supcon and "pre_logits" not in getattr(network, "intermediates", ()):
         raise UserError(
-            f"--loss supcon: {args.model} does not tell its representation, "
-            "pre_logits; ViT, PiT, Mixer, ResNet, AlterNet and Swin do"
+            f"--loss supcon: {args.model} does not tell its representation, pre_logits; ViT, PiT, "
+            "Mixer, ResNet, AlterNet and Swin do"
         )
     if args.train_only == "head":
         if head is None:
@@ -2908,18 +2881,17 @@ def run(args, origin):
     if steps_per_epoch == 0:
         raise UserError(
             f"the training set has {len(train_set):,} images, fewer than one batch of "
-            f"{args.batch_size:,}: use --batch-size "
-            f"{len(train_set) // share * share or 1}"
+            f"{args.batch_size:,}: use --batch-size {len(train_set) // share * share or 1}"
         )
     warmup_steps = args.warmup_steps + round(args.warmup_epochs * steps_per_epoch)
     total_steps = args.epochs * steps_per_epoch or args.max_steps
     last_step = min(args.max_steps or total_steps, total_steps)
-    kept = {
-        ("" if epoch == "warmup" else "epoch") + f"{epoch}.pt": warmup_steps
-        if epoch == "warmup"
-        else int(epoch) * steps_per_epoch
-        for epoch in args.keep_epochs
-    }
+    kept = {}  # file -> step after which it is written
+    for epoch in args.keep_epochs:
+        if epoch == "warmup":
+            kept["warmup.pt"] = warmup_steps
+        else:
+            kept[f"epoch{epoch}.pt"] = int(epoch) * steps_per_epoch
     micro_batches = args.batch_size // args.micro_batch
     own_micros = range(rank() * micro_batches // world, (rank() + 1) * micro_batches // world)
 
@@ -2943,8 +2915,9 @@ def run(args, origin):
     # ---- what will happen
     if not args.dry_run:
         tell(chosen)
-    where = ", held out of the training set" if args.hold_out != "0" else ""
-    whole, used = len(train_set.labels), len(train_set) + len(val_set) * bool(where)
+    whole, used, where = len(train_set.labels), len(train_set), ""
+    if args.hold_out != "0":
+        used, where = used + len(val_set), ", held out of the training set"
     part = f" (a fraction {args.train_fraction} of {whole:,})" if used < whole else ""
     tell(
         f"data      {args.dataset}: {len(train_set):,} training{part} and {len(val_set):,} "
@@ -2963,18 +2936,19 @@ def run(args, origin):
             "trained: --train-only head trains one"
         )
     tell(f"device    {world} × {device.type}, {args.dtype}{', compiled' * args.compile}")
+    method = "without SAM"
+    if sam:
+        method = f"SAM with ρ = {args.sam_rho:g} on "
+        method += "the whole batch" if args.sam_sync else "each micro-batch"
+        if args.sam_every > 1:
+            method += f" in one step of {args.sam_every}"
+        if args.sam_scope:
+            method += f", moving {sum(p.numel() for p in moved):,} parameters"
     tell(
         f"step      {args.batch_size:,} images = {world} devices × {micro_batches // world} "
         f"micro-batches × {args.micro_batch} images, "
         + "each in two views, " * supcon
-        + (
-            f"SAM with ρ = {args.sam_rho:g} on "
-            f"{'the whole ' if args.sam_sync else 'each micro-'}batch"
-            + f" in one step of {args.sam_every}" * (args.sam_every > 1)
-            + f", moving {sum(p.numel() for p in sam.params):,} parameters" * bool(args.sam_scope)
-            if sam
-            else "without SAM"
-        )
+        + method
         + f", images moved by at most {255 * args.adv_eps:.4g}/255" * (args.adv_eps > 0)
     )
     tell(
@@ -3003,9 +2977,9 @@ def run(args, origin):
     state = on_main(lambda: folder.open(config, args.resume))
     networks = dict(model=network, ema=ema and ema.network, projection=projection)
     step, saved, evaluated, best, result = 0, None, 0, -1.0, None  # saved: step of ckpt.pt
-    # Sums over the log interval: clean loss, gradient norm and training error of the steps taken,
-    # steps skipped, all steps; and the steps skipped in a row. On the device, so that no step waits
-    # for it.
+    # Sums over the log interval: [0] loss of the first passes, [1] gradient norm and [2] training
+    # error of the steps taken, [3] steps skipped, [4] all steps; and [5] the steps skipped in a
+    # row. On the device, so that no step waits for it.
     window = torch.zeros(6, device=device)
     if state is not None and state["step"] >= last_step and "final" in state:
         tell(f"{args.out_dir} is finished")
@@ -3087,10 +3061,9 @@ def run(args, origin):
         result, evaluated = measured("validation", val_set, attack=True), step
         log(val=result)
         tell(
-            f"step {step:6,}  validation{', nearest class mean' * supcon}: "
-            f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
-            f"NLL {result['nll']:.4f}, ECE {result['ece']:.2f} %"
-            + (f", PGD-10 {result['pgd']:.2f} %" if args.eval_adv else "")
+            f"step {step:6,}  validation{', nearest class mean' * supcon}: top-1 "
+            f"{result['top1']:.2f} %, top-5 {result['top5']:.2f} %, NLL {result['nll']:.4f}, ECE "
+            f"{result['ece']:.2f} %" + (f", PGD-10 {result['pgd']:.2f} %" if args.eval_adv else "")
         )
         if result["top1"] > best:
             best = result["top1"]
@@ -3104,7 +3077,7 @@ def run(args, origin):
     # ---- the loss of a micro-batch
     # micro-batch -> its loss and, against the larger share of its labels, error in the first pass:
     # at w; with --adv-eps on the random start of δ
-    clean = {}
+    first_passes = {}
     pulls = {}  # micro-batch -> gradient of the whole batch's supcon loss by its projections
     together = []  # micro-batches that share an ε: one, or with --sam-sync all; or a loss
 
@@ -3116,8 +3089,7 @@ def run(args, origin):
             torch.manual_seed(data.key(args.seed, step, micro))
             with torch.no_grad(), autocast:
                 z.append(model(x))
-        z = torch.cat(z)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = at_least_float32(torch.cat(z))
         loss, grad = supcon_of_all(z, torch.cat([y for _, _, y, _ in together]), args.temperature)
         pulls.update(zip(own_micros, grad.chunk(len(own_micros))), loss=loss)
 
@@ -3128,30 +3100,33 @@ def run(args, origin):
         statistics.begin_pass()
         with quiet(model, sends), autocast:
             logits = model(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if supcon:  # the mean of this over the micro-batches has the loss's value and gradient
+        logits = at_least_float32(logits)
+        if supcon:  # the mean of this over the micro-batches has the loss's value and gradient:
+            # logits - logits.detach() is 0, and its product with pulls sends the gradient on
             along = ((logits - logits.detach()) * pulls[micro]).sum()
             loss = pulls["loss"] + micro_batches * along
         else:
             loss = criterion(logits, y, args.label_smoothing)
-        if micro not in clean:
+        if micro not in first_passes:
             wrong = logits.argmax(1) != (y.argmax(1) if y.is_floating_point() else y)
-            clean[micro] = torch.stack([loss.detach(), wrong.to(loss.dtype).mean()])
-            statistics.end_pass()
+            first_passes[micro] = torch.stack([loss.detach(), wrong.to(loss.dtype).mean()])
+            statistics.end_pass()  # later passes leave BatchNorm's statistics as they are
         return scaler.scale(loss)
 
     # ---- the loop
+    # Which images each step takes is a function of seed and step alone (see data.TrainOrder),
+    # so a resumed run goes on with the same ones. Here: this process's micro-batches.
     order = data.TrainOrder(
         len(train_set),
         args.batch_size,
         args.micro_batch,
         args.seed,
-        step,
-        last_step,
-        rank(),
-        world,
-        args.repeated_augment,
-        1 + supcon,
+        start=step,
+        stop=last_step,
+        rank=rank(),
+        world=world,
+        repeats=args.repeated_augment,
+        views=2 if supcon else 1,
     )
     stream = data.batches(data.loader(train_set, order, workers, args.device == "cuda"), tell=say)
     stop = StopSignal()
@@ -3180,12 +3155,14 @@ def run(args, origin):
         for group in optimizer.param_groups:
             group["lr"] = lr
         perturbed = sam is not None and step % args.sam_every == 0
-        clean.clear()
+        first_passes.clear()
+        # Every micro-batch starts from the same running statistics of BatchNorm and the step keeps
+        # their mean: else the result would depend on how many devices share the step.
         statistics.begin_step()
         for micro in own_micros:
             x, y = next(stream)
             x, y = to_float(x.to(device, non_blocking=True), model), y.to(device, non_blocking=True)
-            torch.manual_seed(data.key(args.seed, step, micro, 2))
+            torch.manual_seed(data.key(args.seed, step, micro, 2))  # 2: apart from the masks'
             x, y = mix(x, y)
             start = x
             if args.adv_eps:
@@ -3194,27 +3171,24 @@ def run(args, origin):
             if (args.sam_sync or supcon) and micro != own_micros[-1]:
                 continue
             losses = [partial(loss_of, micro, start, y) for micro, _, y, start in together]
-            starts = [start for *_, start in together if args.adv_eps]
-            with (
-                sam.perturb(
+            ascent = nullcontext()
+            if perturbed:  # its first pass runs `losses` at w, for ε = ρ·g/‖g‖ (SAM._epsilon)
+                ascent = sam.perturb(
                     losses,
-                    inputs=starts,
+                    inputs=[start for *_, start in together] if args.adv_eps else [],
                     sync=args.sam_sync and world > 1,
                     keep_grads=look is not None,
                 )
-                if perturbed
-                else nullcontext()
-            ) as first:  # at w + ε
-                for i, (micro, x, y, start) in enumerate(together):
+            with ascent as first:  # the weights are w + ε in here; without SAM, w
+                for i, (m, x, y, start) in enumerate(together):
                     if args.adv_eps:  # at x + δ; ε and δ come from one pass at (w, start): Eq. 5
-                        grad = (
-                            first.input_grads[i]
-                            if perturbed
-                            else torch.autograd.grad(losses[i](), start)[0]
-                        )
+                        if perturbed:
+                            grad = first.input_grads[i]
+                        else:
+                            (grad,) = torch.autograd.grad(losses[i](), start)
                         x = adversarial.ascend(start, grad, x, args.adv_eps, adv_step_size)
-                    sends = micro == own_micros[-1]
-                    (loss_of(micro, x, y, sends) / len(own_micros)).backward()
+                    loss = loss_of(m, x, y, sends=m == own_micros[-1])
+                    (loss / len(own_micros)).backward()
             if look is not None and perturbed:
                 look.note(first.grads, len(together) / len(own_micros))
             together.clear()
@@ -3229,11 +3203,12 @@ def run(args, origin):
             look and partial(look.step, perturbed),
         )
         if ema is not None and step % args.ema_every == 0:
-            decay = min(args.ema_decay, (1 + step) / (10 + step))
-            if args.ema_alpha:
+            if args.ema_alpha:  # Xiao's: a copy of the weights until the warm-up is over
                 decay = args.ema_decay if step >= warmup_steps else 0.0
+            else:
+                decay = min(args.ema_decay, (1 + step) / (10 + step))
             move_average(ema.network, network, decay)
-        loss, error = torch.stack(list(clean.values())).mean(0)
+        loss, error = torch.stack(list(first_passes.values())).mean(0)
         taken = [torch.where(skip > 0, 0.0, value.float()) for value in (loss, norm, error)]
         window[:5] += torch.stack([*taken, skip, torch.ones_like(skip)])
         window[5] = (window[5] + 1) * skip
@@ -3243,38 +3218,36 @@ def run(args, origin):
 
         if step == last_step or step % args.log_every == 0:
             # the one wait for the device
-            total, norms, errors, skipped, steps, in_a_row = all_windows().mean(0).tolist()
+            *sums, skipped, steps, in_a_row = all_windows().mean(0).tolist()
             window[:5].zero_()
             now = time.perf_counter()
             speed, since, since_images = (images - since_images) / (now - since), now, images
             count = steps - skipped
-            loss, norm, error = (
-                (value / count if count else math.nan) for value in (total, norms, errors)
-            )
+            mean_loss, mean_norm, mean_error = (v / count if count else math.nan for v in sums)
             log(
-                loss=loss,
-                error=None if supcon else 100 * error,
+                loss=mean_loss,
+                error=None if supcon else 100 * mean_error,
                 lr=lr,
-                grad_norm=norm,
+                grad_norm=mean_norm,
                 skipped=int(skipped),
                 images_per_second=speed,
             )
             tell(
-                f"step {step:6,}  epoch {step / steps_per_epoch:6.2f}  loss {loss:7.4f}  "
-                f"lr {lr:.2e}  gradient norm {norm:7.3f}  {speed:7,.0f} images/s"
+                f"step {step:6,}  epoch {step / steps_per_epoch:6.2f}  loss {mean_loss:7.4f}  lr "
+                f"{lr:.2e}  gradient norm {mean_norm:7.3f}  {speed:7,.0f} images/s"
                 + f"  {int(skipped)} steps skipped: their gradient was not finite"
                 * (skipped > 0)
             )
             if in_a_row >= MOST_SKIPPED:
                 log(diverged=True)
+                last_good = "nothing was saved before"
+                if saved is not None:
+                    last_good = (
+                        f"{args.out_dir}/ckpt.pt is of step {saved:,}, with finite gradients"
+                    )
                 raise UserError(
                     f"the last {int(in_a_row)} gradients were not finite: stopped at step "
-                    f"{step:,}, learning rate {lr:.3g}; "
-                    + (
-                        "nothing was saved before"
-                        if saved is None
-                        else f"{args.out_dir}/ckpt.pt is of step {saved:,}, with finite gradients"
-                    )
+                    f"{step:,}, learning rate {lr:.3g}; " + last_good
                 )
         for name in (name for name, at in kept.items() if at == step):
             checkpoint(name)  # before the run's own, so that no kill comes between
@@ -3286,12 +3259,13 @@ def run(args, origin):
             save_checkpoint()  # before the evaluation, which may be long
         if evaluation_is_due():
             validate()
-    stop.close()
     bar.close()
+    stop.end()  # ckpt.pt has the last step: --resume repeats the evaluations alone
 
     # ---- the end
-    speed = images / (time.perf_counter() - started)
-    prepare_classifier()
+    speed = images / (time.perf_counter() - started) if images else math.nan
+    if result is None:  # else it is as validate() left it
+        prepare_classifier()
     final = {"training": measured("training", train_sample, attack=True)}
     # Park & Kim's training NLL (A.2) is that of augmented images; as in their code, without dropout
     # and, where images are mixed, against the shares of their labels (not smoothed).
@@ -3304,8 +3278,8 @@ def run(args, origin):
     save_checkpoint(final=final)
     print_table(tell, final)
     tell(
-        f"{speed:,.0f} images/s; checkpoint {args.out_dir}/ckpt.pt; best validation accuracy "
-        f"{best:.2f} % in best.pt"
+        (f"{speed:,.0f} images/s; " if images else "")
+        + f"checkpoint {args.out_dir}/ckpt.pt; best validation accuracy {best:.2f} % in best.pt"
     )
     other = 0 if sam else PAPER_RHO[kind_of_training(args)].get(args.model, 0.03)
     same = [
@@ -3337,6 +3311,10 @@ def want_of_memory(error):
     return f"memory is short{of}: smaller batches, or less of what was asked for, take less"
 
 
+# What one process may meet alone, while the others are well and wait for it.
+LONE = (data.DataError, LoneError, WriteError, BrokenPipeError, MemoryError, RuntimeError)
+
+
 def answer(program, function, again):
     """Calls function -> exit status: what it returns or 0; 2 for what the user has to set right
     and for want of memory, 130 for Ctrl-C, 141 if nobody reads the output any more. again: how the
@@ -3345,11 +3323,7 @@ def answer(program, function, again):
     handlers = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
     try:
         status = function() or 0
-    except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
-            print(f"{program}: {one_line(error)}", file=sys.stderr)
-        status = 2
-    except (data.DataError, WriteError, BrokenPipeError, MemoryError, RuntimeError) as error:
+    except LONE as error:
         status = 2
         if isinstance(error, BrokenPipeError):  # | head: the end would flush into it again
             status = 128 + signal.SIGPIPE
@@ -3362,6 +3336,10 @@ def answer(program, function, again):
             print(f"{program}: {one_line(error)}; {again}", file=sys.stderr, flush=True)
         if dist.is_initialized():
             os._exit(status)  # perhaps the others are well, and wait for this one for ever
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+            print(f"{program}: {one_line(error)}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print(f"stopped; {again}", file=sys.stderr)
         status = 128 + signal.SIGINT
@@ -3378,15 +3356,15 @@ def main(argv=None):
 
     def command():
         args, origin = settings(argv)
-        return (
-            list_models()
-            if args.list_models
-            else list_recipes(args.expect)
-            if args.list_recipes
-            else run(args, origin)
-        )
+        if args.list_models:
+            return list_models()
+        if args.list_recipes:
+            return list_recipes(args.expect)
+        return run(args, origin)
 
-    return answer("train.py", command, "then go on with --resume")
+    evaluates = "--eval-only" in (sys.argv if argv is None else argv)
+    again = "then repeat the command" if evaluates else "then go on with --resume"
+    return answer("train.py", command, again)
 
 
 if __name__ == "__main__":

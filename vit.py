@@ -176,9 +176,8 @@ def stem_plan(dim, patch_size, channels=None, strides=None):
     strides = strides or [2] * len(channels or ())
     if not channels or len(channels) != len(strides) or math.prod(strides) != patch_size:
         raise ValueError(
-            f"a convolutional stem with patch_size {patch_size} needs as many "
-            f"stem_channels as stem_strides, whose product is {patch_size}; "
-            f"got {channels} and {strides}"
+            f"a convolutional stem with patch_size {patch_size} needs as many stem_channels as "
+            f"stem_strides, whose product is {patch_size}; got {channels} and {strides}"
         )
     return channels, strides
 
@@ -233,9 +232,8 @@ def check_rates(**rates):
 def check_images(x, image_size):
     if x.shape[1:] != (3, image_size, image_size):
         raise ValueError(
-            f"built for images (3, {image_size}, {image_size}), got "
-            f"{tuple(x.shape[1:])}; for square RGB images of another size build with "
-            "image_size and use resize_pos_embed"
+            f"built for images (3, {image_size}, {image_size}), got {tuple(x.shape[1:])}; for "
+            "square RGB images of another size build with image_size and use resize_pos_embed"
         )
 
 
@@ -313,8 +311,8 @@ class ViT(nn.Module):
             kernel_size = None  # as Park & Kim call global attention in Fig. 7: 8×8 of 8×8 tokens
         if kernel_size is not None and (kernel_size < 1 or kernel_size % 2 == 0):
             raise ValueError(
-                f"kernel_size must be odd, centred on a token, got {kernel_size}; "
-                "None is global attention"
+                f"kernel_size must be odd, centred on a token, got {kernel_size}; None is global "
+                "attention"
             )
         if stem == "patchify" and (stem_channels or stem_strides):
             raise ValueError('stem_channels and stem_strides need stem="conv", got "patchify"')
@@ -490,18 +488,18 @@ class PiT(nn.Module):
         check_rates(dropout=dropout, drop_path=drop_path)
         if min(*depth, *heads, patch_size, stride, head_dim) < 1:
             raise ValueError(
-                "depth, heads, patch_size, stride and head_dim must be at least 1; "
-                f"got {depth}, {heads}, {patch_size}, {stride}, {head_dim}"
+                f"depth, heads, patch_size, stride and head_dim must be at least 1; got {depth}, "
+                f"{heads}, {patch_size}, {stride}, {head_dim}"
             )
         if image_size < patch_size or (image_size - patch_size) % stride:
             raise ValueError(
-                f"image_size must be patch_size {patch_size} plus a multiple of "
-                f"stride {stride}, got {image_size}"
+                f"image_size must be patch_size {patch_size} plus a multiple of stride {stride}, "
+                f"got {image_size}"
             )
         if len(depth) != len(heads) or any(b % a for a, b in zip(heads, heads[1:])):
             raise ValueError(
-                "depth and heads need one entry per stage, heads each a multiple of "
-                f"the one before; got {depth} and {heads}"
+                "depth and heads need one entry per stage, heads each a multiple of the one "
+                f"before; got {depth} and {heads}"
             )
         self.image_size = image_size
         self.grid = ((image_size - patch_size) // stride + 1,) * 2
@@ -574,8 +572,10 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
     A convolutional stem, vit_c or stem="conv" asked for, replaces one block (the L - 1 rule of
     Xiao et al.) unless depth is given too. ValueError for what is unknown or does not fit."""
     google = re.fullmatch(rf"vit_({'|'.join(VIT)})([1-9]\d*)", name)
+    given = name in NAMES or "patch_size" in overrides
+    typo = google and not given and image_size % int(google[2])
     pycls = re.fullmatch(rf"vit_([pc])_({'|'.join(VIT_GF)})", name)
-    if google:
+    if google and not typo:
         network, row = ViT, VIT[google[1]] | dict(patch_size=int(google[2]))
     elif pycls:
         network, row = ViT, VIT_GF[pycls[2]] | dict(gelu="exact", init="pycls")
@@ -587,7 +587,7 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
             "model",
             name,
             NAMES,
-            f"vit_{{{','.join(VIT)}}}P with any patch size P, "
+            f"vit_{{{','.join(VIT)}}}P with any patch size P that divides the image, "
             f"vit_{{p,c}}_{{{','.join(VIT_GF)}}}, pit_ti",
         )
     arguments = list(inspect.signature(network).parameters)
@@ -616,8 +616,8 @@ def resize_pos_embed(
         side = math.isqrt(tokens.shape[1])
         if side == 0 or side**2 != tokens.shape[1]:
             raise ValueError(
-                f"position embedding has {tokens.shape[1]} rows besides "
-                f"{prefix_tokens} for the class token, which form no square grid"
+                f"position embedding has {tokens.shape[1]} rows besides {prefix_tokens} for the "
+                "class token, which form no square grid"
             )
         tokens = tokens.mT.unflatten(2, (side, side))  # (1, D, n, n)
     if tokens.shape[2:] == tuple(grid):
@@ -670,8 +670,8 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
             array = array[0]
         if array.shape != shape or array.dtype.kind != "f":
             raise ValueError(
-                f"{path}: {prefix + key!r} has shape {arrays[key].shape} of "
-                f"{array.dtype}, the model needs {shape} of floats"
+                f"{path}: {prefix + key!r} has shape {arrays[key].shape} of {array.dtype}, the "
+                f"model needs {shape} of floats"
             )
         return torch.from_numpy(array)
 
@@ -729,8 +729,8 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
         classes = arrays["head/bias"].size if "head/bias" in arrays else model.head.out_features
         if classes != model.head.out_features:
             raise ValueError(
-                f"{path} has {classes} classes, the model {model.head.out_features}: "
-                f"build it with num_classes={classes} or load with head=False"
+                f"{path} has {classes} classes, the model {model.head.out_features}: build it with "
+                f"num_classes={classes} or load with head=False"
             )
         dense("head", ["head"], (width,), (classes,))
     model.load_state_dict(model.state_dict() | weights)
