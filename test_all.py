@@ -5721,6 +5721,62 @@ def test_what_one_of_two_processes_meets_alone_is_told_and_ends_both(tmp_path, c
     assert run.returncode == 1
 
 
+def test_running_statistics_of_a_step_are_the_mean_over_its_first_passes():
+    """Of BatchNorm: each micro-batch from the same start; passes at w + ε do not count."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(3).double()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(1, 2)
+    mean, var = norm.running_mean.clone(), norm.running_var.clone()
+    micros = [torch.randn(8, 3).double() * (i + 1) + i for i in range(3)]
+    for skip in (1, 0):
+        statistics = train.RunningStatistics(norm)
+        statistics.begin_step()
+        for x in micros:
+            statistics.begin_pass()
+            norm(x)
+            statistics.end_pass()
+            statistics.begin_pass()
+            norm(9 - 5 * x)
+        statistics.end_step(len(micros), torch.tensor(float(skip)))
+        if skip:
+            assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, var)
+            assert norm.num_batches_tracked == 0
+    of_means = torch.stack([0.9 * mean + 0.1 * x.mean(0) for x in micros]).mean(0)
+    of_vars = torch.stack([0.9 * var + 0.1 * x.var(0) for x in micros]).mean(0)
+    assert torch.allclose(norm.running_mean, of_means, rtol=1e-12, atol=0)
+    assert torch.allclose(norm.running_var, of_vars, rtol=1e-12, atol=0)
+    assert norm.num_batches_tracked == 1
+
+
+def test_a_run_stopped_between_checkpoint_and_evaluation_evaluates_when_it_goes_on(
+    tmp_path, monkeypatch
+):
+    whole = train_ok(tiny(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", lambda *args, **more: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(train.StopSignal, "receive", signal.default_int_handler)
+        assert train.main(tiny(tmp_path / "cut")) == 130
+    step = torch.load(tmp_path / "cut/ckpt.pt", weights_only=True)["step"]
+    assert 0 < step < whole["step"] and not (tmp_path / "cut/best.pt").exists()
+    resumed = train_ok([*tiny(tmp_path / "cut"), "--resume"])
+    assert same_tensors(resumed["model"], whole["model"])
+    assert log_without_times(tmp_path / "cut") == log_without_times(tmp_path / "whole")
+    best = [torch.load(tmp_path / run / "best.pt", weights_only=True) for run in ("cut", "whole")]
+    assert best[0]["step"] == best[1]["step"] and same_tensors(*(b["model"] for b in best))
+
+
+@pytest.mark.parametrize("wrap", ["model", "state_dict"])
+def test_weights_that_a_file_wraps_are_taken(tmp_path, wrap):
+    """As DeiT's, timm's and MAE's files do."""
+    first, second = (
+        vit.build("vit_micro8", 12, 32, dim=24, depth=1, heads=2, mlp_dim=48) for _ in range(2)
+    )
+    torch.save({wrap: first.state_dict(), "epoch": 3}, tmp_path / "file.pth")
+    assert train.load_weights(second, tmp_path / "file.pth") is None
+    assert same_tensors(first.state_dict(), second.state_dict())
+
+
 def test_recipes_are_known_by_name_in_their_tables_only():
     source = (HERE / "train.py").read_text()
     rest = source[: source.index("RECIPES = {")] + source[source.index("TRAINING_IMAGES = ") :]
@@ -13204,7 +13260,7 @@ def stress_arguments(folder, share):
         ),
     ]
     write_image_folder(folder / "images", train=2, val=2)
-    for what in ("sizes", "sheet", "pack"):
+    for what, out in (("sizes", "unused"), ("sheet", "sheet.png"), ("pack", "images.pack")):
         programs.append(
             (
                 f"data.py {what}",
@@ -13212,7 +13268,7 @@ def stress_arguments(folder, share):
                 data.make_parser(),
                 (
                     f"{what} --size 8 --columns 1 --data-dir {folder / 'images'} --workers 0 --out "
-                    f"{folder / what}"
+                    f"{folder / out}"
                 ).split(),
             )
         )
@@ -13235,6 +13291,7 @@ def stress_arguments(folder, share):
                     if isinstance(action.nargs, int)
                     else [f"{flag}={value}"]
                 )
+                (folder / "images.pack").unlink(missing_ok=True)  # it is not written over
                 with chdir(folder):  # some are names of folders
                     right = one_line_or_right(main, [*argv, *given])
                 lost, late, count = lost + (not right), late + (right == "late"), count + 1
