@@ -860,15 +860,9 @@ def attack_checkpoint(args, rest):
             + ", ".join(f"{accuracy:.1f} % at ε = {shown(eps)}" for eps, accuracy in by_eps)
             + f"; with {len(curve) - 1} steps {curve[-1]:.1f} %"
         )
+        doubt = "NO: do not trust these numbers, gradients may be masked or steps too few"
         for sentence, holds in verdicts(by_eps, curve, longer["images"]):
-            say(
-                f"          {sentence}: "
-                + (
-                    "yes"
-                    if holds
-                    else "NO: do not trust these numbers, gradients may be masked or steps too few"
-                )
-            )
+            say(f"          {sentence}: {'yes' if holds else doubt}")
     if source is not None:
         some = few if args.strength_images else everything
         strong["early_stop"] = False  # stopping tells what the source takes for wrong
@@ -876,16 +870,12 @@ def attack_checkpoint(args, rest):
             attack(f"pgd through {of}", some, through, **strong)["robust"][-1]
             for of, through in ((analyze.label(other[0])[0], source), (name, model))
         )
+        found = "no difference" if white == black else "NO: its gradients may be masked"
+        if white < black:
+            found = "its own are the stronger attack, as it should be"
         say(
             f"transfer  of {len(some):,} images, by the gradients of {args.transfer_from} "
-            f"{black:.2f} %, by its own {white:.2f} %: "
-            + (
-                "its own are the stronger attack, as it should be"
-                if white < black
-                else "no difference"
-                if white == black
-                else "NO: its gradients may be masked"
-            )
+            f"{black:.2f} %, by its own {white:.2f} %: {found}"
         )
     examples = []
     if args.save_images:

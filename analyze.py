@@ -458,12 +458,13 @@ def group(runs, *names):
 
 
 def need(args, **least):
-    """UserError for a flag, or one of its values, below its least."""
+    """UserError for a flag, or one of its values, below its least or too large for float32."""
     for name, low in least.items():
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
-            if value is not None and not low <= value < math.inf:
-                raise UserError(f"--{name.replace('_', '-')} {value:g}: it is at least {low}")
+            if value is not None and not low <= value <= 1e30:
+                most = " and at most 1e30" * (value > 1e30)
+                raise UserError(f"--{name.replace('_', '-')} {value:g}: it is at least {low}{most}")
 
 
 def figure(path, draw, rows=1, columns=1):
@@ -1586,6 +1587,8 @@ def landscape_scale(planes, clip):
     known = [plane[np.isfinite(plane)] for plane in planes]
     high = min(clip or 3 * min(map(np.max, known)), max(map(np.max, known)))
     low = max(min(high, *map(np.min, known)), high / 1e6)
+    if low == high:  # planes are flat; a scale has two ends
+        high = max(1.001 * high, 1e-30)
     return low, high, sum((~(plane <= high)).sum() for plane in planes)
 
 
@@ -1688,6 +1691,9 @@ def landscape_command(args, rest):
                 train.say(f"{name}: its loss is finite nowhere, so it is not drawn")
                 del planes[name]
         print_rows(rows)
+        lowest = min((np.nanmin(plane) for plane in planes.values()), default=0)
+        if args.clip and args.clip <= lowest:
+            raise UserError(f"--clip {args.clip:g}: no loss is below, the lowest is {lowest:.4g}")
         if planes:
             what = TITLES[args.loss] + L2[args.l2]
             figure(
@@ -2472,10 +2478,11 @@ def markdown(rows):
 def compare_command(args, rest):
     """Tables 1 and 3 of Chen et al. for networks: NTK κ at initialisation, largest Hessian
     eigenvalues, accuracy, norms, by the subcommands hessian, ntk, norms (with --images) and
-    robustness, else with their defaults, whose files are in OUT/compare. The paper's corruptions
-    are ImageNet-C (--benchmarks val c). Beside these loss and accuracy on the training images,
-    because where the loss is near zero, the curvature of the cross-entropy vanishes with it,
-    whatever the network. Returns what the JSON holds under "results"."""
+    robustness, else with their defaults, whose files are in OUT/compare; of fewer than 48 images
+    the kernel has one smaller batch. The paper's corruptions are ImageNet-C (--benchmarks val c).
+    Beside these loss and accuracy on the training images, because where the loss is near zero, the
+    curvature of the cross-entropy vanishes with it, whatever the network. Returns what the JSON
+    holds under "results"."""
     results, device, named = started(args, rest, "compare")
     folder, images = results.path.parent / "compare", f"{args.images} images"
 
@@ -2492,8 +2499,10 @@ def compare_command(args, rest):
         parts = found[name].items()
         return {part: numbers for part, numbers in parts if all(word in part for word in words)}
 
+    few = ["--batch", args.images] if args.images in map(str, range(2, 48)) else []
     hessians, kernels, lengths = (
-        run(command, "--images", args.images) for command in ("hessian", "ntk", "norms")
+        run(command, "--images", args.images, *more)
+        for command, more in (("hessian", []), ("ntk", few), ("norms", []))
     )
     run("robustness", "--benchmarks", *args.benchmarks)
     accuracies = Results(folder, "robustness").parts
@@ -4342,7 +4351,8 @@ def scale(args, rest):
         for n in devices
         if n not in odd
     }
-    for of in results.parts[key].values():
+    numbers = results.parts[key]
+    for of in numbers.values():
         of |= dict(
             hours=of["step"] * train.steps_of(settings) / 3600,
             images_per_second=settings.batch_size / of["step"],
@@ -4357,12 +4367,12 @@ def scale(args, rest):
             f"multiply-adds; a device: {args.tflops:g} TFLOP/s, {args.bandwidth:g} GB/s, "
             f"{args.cores:g} cores of {args.decode:g} images/s"
         )
+        cut = {n: "*" * (of["micro_batch"] < settings.micro_batch) for n, of in numbers.items()}
         print_rows(
             [
                 {
                     "devices": str(of["devices"]),
-                    "micro-batches": f"{of['micro_batches']:g} × "
-                    f"{of['micro_batch']:g}" + "*" * (of["micro_batch"] < settings.micro_batch),
+                    "micro-batches": f"{of['micro_batches']:g} × {of['micro_batch']:g}" + cut[n],
                     "compute ms": 1e3 * of["compute"],
                     "all-reduce ms": 1e3 * of["all_reduce"],
                     "waits ms": 1e3 * of["waits"],
@@ -4375,12 +4385,10 @@ def scale(args, rest):
                     "hours": f"{of['hours']:,.4g}",
                     "listing min": of["listing"] / 60,
                 }
-                for of in results.parts[key].values()
+                for n, of in numbers.items()
             ]
         )
-        finished(
-            results, lambda axes: draw_scale(axes, list(results.parts[key].values())), columns=2
-        )
+        finished(results, lambda axes: draw_scale(axes, list(numbers.values())), columns=2)
     return results.parts
 
 
@@ -6115,54 +6123,34 @@ def claims(n):
         "ViT_C lacks less than ViT to its own result of twice the epochs (points)",
         {name: n.test(f"{name}, twice the epochs") - n.test(name) for name in ("ViT", "ViT_C")},
     )
+
+    def shortest(runs):
+        return min(runs, key=lambda run: run["epochs"])["delta"]
+
+    def by_sgd(runs):
+        return abs(longest([run for run in runs if run["optimizer"] == "sgd"])["delta"])
+
+    def near_the_best(optimizer, runs):
+        own = [run["delta"] for run in runs if run["random"] and run["optimizer"] == optimizer]
+        return 100 * np.mean([delta is not None and delta <= 4 for delta in own])
+
     yield Claim(
         "Xiao Fig. 2",
         "ViT_C lacks less after the shortest training (points, tuned)",
-        {
-            name: n.study(
-                "length", name, lambda runs: min(runs, key=lambda run: run["epochs"])["delta"]
-            )
-            for name in ("ViT", "ViT_C")
-        },
+        {name: n.study("length", name, shortest) for name in ("ViT", "ViT_C")},
     )
     yield Claim(
         "Xiao Fig. 3",
         "AdamW or SGD matters less to ViT_C (points apart, tuned)",
-        {
-            name: np.abs(
-                n.study(
-                    "optimizer",
-                    name,
-                    lambda runs: longest([run for run in runs if run["optimizer"] == "sgd"])[
-                        "delta"
-                    ],
-                )
-            )
-            for name in ("ViT", "ViT_C")
-        },
+        {name: n.study("optimizer", name, by_sgd) for name in ("ViT", "ViT_C")},
     )
     for optimizer in ("adamw", "sgd"):
+        suits = functools.partial(near_the_best, optimizer)
         yield Claim(
             "Xiao Fig. 4, 5",
             f"more learning rates and weight decays suit ViT_C, {optimizer} (% of them within 4 "
             "points of the best)",
-            {
-                name: n.study(
-                    "lr-wd",
-                    name,
-                    lambda runs: (
-                        100
-                        * np.mean(
-                            [
-                                run["delta"] is not None and run["delta"] <= 4
-                                for run in runs
-                                if run["random"] and run["optimizer"] == optimizer
-                            ]
-                        )
-                    ),
-                )
-                for name in ("ViT_C", "ViT")
-            },
+            {name: n.study("lr-wd", name, suits) for name in ("ViT_C", "ViT")},
         )
 
 
@@ -6259,39 +6247,32 @@ def analyses(names, how):
 
 def family_rows(n, rho):
     """What Tables 1 and 2 of Chen et al. have, of each family and of a linear model."""
-    rows = []
-    for family in FIVE:
-        cost = train.complexity_of(
-            train.settings(["--dataset", "shapes", "--model", *FAMILIES[family].split()])[0]
-        )
-        rows.append(
-            {
-                "network": family,
-                "model": FAMILIES[family],
-                "M multiply-adds": cost["macs"] / 1e6,
-                "parameters": f"{cost['params']:,}",
-                "ρ": rho[family],
-            }
-            | {
-                f"{what}{how}": over_seeds(measured(name))
-                for what, measured in (
-                    ("top-1 %", n.test),
-                    ("corrupted %", functools.partial(n.accuracy, "c-lite")),
-                    ("training loss", lambda name: n.only("nll", name, lambda of: of["nll"])),
-                    ("λmax", n.eigenvalue),
-                )
-                for how, name in (
-                    ("", family),
-                    (", SAM", f"{family} + SAM"),
-                    (", twice", f"{family}, twice the epochs"),
-                )
-            }
-        )
-    rows.append({"network": "linear model", "top-1 %": f"{linear_top1():.4g}"})
-    columns = dict.fromkeys(
-        column for row in rows for column, value in row.items() if value is not None
+    rows, measures = (
+        [],
+        {
+            "top-1 %": n.test,
+            "corrupted %": functools.partial(n.accuracy, "c-lite"),
+            "training loss": lambda name: n.only("nll", name, lambda of: of["nll"]),
+            "λmax": n.eigenvalue,
+        },
     )
-    return [{column: row.get(column) for column in columns} for row in rows]
+    ways = {"": "", ", SAM": " + SAM", ", twice": ", twice the epochs"}
+    for family in FIVE:
+        flags = ["--dataset", "shapes", "--model", *FAMILIES[family].split()]
+        cost = train.complexity_of(train.settings(flags)[0])
+        row = {
+            "network": family,
+            "model": FAMILIES[family],
+            "M multiply-adds": cost["macs"] / 1e6,
+            "parameters": f"{cost['params']:,}",
+            "ρ": rho[family],
+        }
+        for (what, measured), (how, way) in itertools.product(measures.items(), ways.items()):
+            row[what + how] = over_seeds(measured(family + way))
+        rows.append(row)
+    n.missing.clear()  # of what no claim is about
+    rows.append({"network": "linear model", "top-1 %": f"{linear_top1():.4g}"})
+    return without_empty(rows)
 
 
 def fraction_runs(n, name, paper):
@@ -6324,12 +6305,9 @@ def draw_trainings(grid, parts, n):
     for axes, (part, rows) in zip(np.ravel(grid), parts.items()):
         for row in reversed(rows):
             top1 = n.top1(row["name"])
-            axes.barh(
-                row["name"],
-                top1.mean(),
-                xerr=top1.std(ddof=1) if len(top1) > 1 else None,
-                color="C1" if "+ SAM" in row["name"] else "C0",
-            )
+            spread = top1.std(ddof=1) if len(top1) > 1 else None
+            color = "C1" if "+ SAM" in row["name"] else "C0"
+            axes.barh(row["name"], top1.mean(), xerr=spread, color=color)
         axes.set_title(part, fontsize=8)
         axes.tick_params(axis="y", labelsize=6)
         axes.set_xlabel("top-1 (%)")
@@ -6338,16 +6316,10 @@ def draw_trainings(grid, parts, n):
 
 
 def html_table(rows):
-    cells = [
-        [
-            html.escape("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v))
-            for v in row
-        ]
-        for row in (list(rows[0]), *(row.values() for row in rows))
-    ]
-    lines = [
-        "".join(f"<{'td' if i else 'th'}>{cell}" for cell in row) for i, row in enumerate(cells)
-    ]
+    """A table of dicts with the same keys."""
+    lines = ["".join(f"<th>{html.escape(column)}" for column in rows[0])]
+    for row in rows:
+        lines.append("".join(f"<td>{html.escape(four_digits(v))}" for v in row.values()))
     return "<table>\n" + "".join(f"<tr>{line}\n" for line in lines) + "</table>"
 
 
@@ -6364,27 +6336,15 @@ def write_report(folder, tables, left_out, n, shown, how):
         "part",
     )
     columns = min(len(parts), 4)
-    figure(
-        folder / "trainings.png",
-        lambda grid: draw_trainings(grid, parts, n),
-        -(-len(parts) // columns),
-        columns,
-    )
+    rows, path = -(-len(parts) // columns), folder / "trainings.png"
+    figure(path, lambda grid: draw_trainings(grid, parts, n), rows, columns)
     own = {"trainings": "Top-1 of the validation split, mean and deviation over seeds"}
     if "fractions" in parts:
-        paper = dict(zip(CHEN, ("vit_b16", "mixer_b16", "resnet152")))
-        figure(
-            folder / "datasize.png",
-            lambda axes: draw_datasize(
-                axes,
-                {
-                    label: with_gains(fraction_runs(n, name, of), "top1")
-                    for name, model in paper.items()
-                    for label, of in ((name, None), (f"Chen, {model}", CHEN_4[model]))
-                },
-            ),
-            columns=2,
-        )
+        paired = {}  # each family, and the paper's of it
+        for name, model in zip(CHEN, ("vit_b16", "mixer_b16", "resnet152")):
+            for title, table in ((name, None), (f"Chen, {model}", CHEN_4[model])):
+                paired[title] = with_gains(fraction_runs(n, name, table), "top1")
+        figure(folder / "datasize.png", lambda axes: draw_datasize(axes, paired), columns=2)
         own["datasize"] = "Accuracy and SAM's gain by the number of images (Chen Fig. 4)"
     rules = (
         "A claim shows if each number is below the one before it, as the claim says, on average "
@@ -6410,16 +6370,10 @@ def write_report(folder, tables, left_out, n, shown, how):
     ]
     page = PAGE.format(title="The papers in small", body="\n".join(body + figure_sections(shown)))
     train.write_file(folder / "index.html", lambda file: file.write(page.encode()))
-    print_rows(
-        [
-            {column: row[column] for column in ("claim", "paper", "measured", "verdict")}
-            for row in tables["Claims"]
-        ]
-    )
-    train.say(
-        f"{how}\nresults   {folder / 'index.html'}, {folder / 'claims.md'}, "
-        f"{folder / 'reproduce.json'}"
-    )
+    shown = ("claim", "paper", "measured", "verdict")
+    print_rows([{column: row[column] for column in shown} for row in tables["Claims"]])
+    files = ", ".join(str(folder / name) for name in ("index.html", "claims.md", "reproduce.json"))
+    train.say(f"{how}\nresults   {files}")
 
 
 def reproduce(args, rest):

@@ -335,7 +335,9 @@ def keys(*numbers):
 
     In use: (seed, epoch) for the order; (seed, epoch, i, 1) augmentation; (seed, class, 2) subsets;
     (seed, index, 3) c-lite; in train.py (seed, step, micro-batch) for masks and (seed, step,
-    micro-batch, 2) for mixup. Some coincide, and then feed unrelated draws."""
+    micro-batch, 2) for mixup; in analyze.py (seed, 3) for orders of images and heads, (seed, i, f,
+    4) noise on images, (seed, …, parameter's name) directions in weight space, and (seed, k) what
+    is drawn k-th. Some coincide, and then feed unrelated draws."""
     state = np.zeros(1, dtype=np.uint64)
     for number in numbers:
         if isinstance(number, int):

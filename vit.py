@@ -334,18 +334,10 @@ class ViT(nn.Module):
         if kernel_size is not None:
             window = neighbourhood(self.grid, kernel_size, self.prefix_tokens)
         self.register_buffer("window", window, persistent=False)
+        shape = dict(dim=dim, heads=heads, head_dim=head_dim, mlp_dim=mlp_dim, qkv_bias=qkv_bias)
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(
-                dim=dim,
-                heads=heads,
-                head_dim=head_dim,
-                mlp_dim=mlp_dim,
-                qkv_bias=qkv_bias,
-                gelu=gelu,
-                dropout=dropout,
-                drop_path=drop_path * i / max(depth - 1, 1),
-            )
-            for i in range(depth)
+            Block(**shape, gelu=gelu, dropout=dropout, drop_path=rate) for rate in rates
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pre_logits = (
@@ -512,25 +504,16 @@ class PiT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dims[0]))
         self.pos_drop = nn.Dropout(dropout)
         rates = iter([drop_path * i / max(sum(depth) - 1, 1) for i in range(sum(depth))])
-        self.transformers = nn.ModuleList(
-            Stage(
-                Pooling(dims[i - 1], dims[i]) if i else None,
-                [
-                    Block(
-                        dim=dims[i],
-                        heads=heads[i],
-                        head_dim=head_dim,
-                        mlp_dim=4 * dims[i],
-                        qkv_bias=qkv_bias,
-                        gelu=gelu,
-                        dropout=dropout,
-                        drop_path=next(rates),
-                    )
-                    for _ in range(depth[i])
-                ],
+        common = dict(head_dim=head_dim, qkv_bias=qkv_bias, gelu=gelu, dropout=dropout)
+        self.transformers = nn.ModuleList()
+        for i, blocks in enumerate(depth):
+            shape = dict(dim=dims[i], heads=heads[i], mlp_dim=4 * dims[i])
+            self.transformers.append(
+                Stage(
+                    Pooling(dims[i - 1], dims[i]) if i else None,
+                    [Block(**shape, **common, drop_path=next(rates)) for _ in range(blocks)],
+                )
             )
-            for i in range(len(depth))
-        )
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head = nn.Linear(dims[-1], num_classes)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
