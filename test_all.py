@@ -5801,29 +5801,28 @@ def papers_data(tmp_path_factory):
     lists.mkdir(parents=True)
     for file, numbers in (("trainval", range(60)), ("test", range(60, 64))):
         (lists / f"{file}.txt").write_text("".join(f"cat_{i} {i % 3 + 1} 1 1\n" for i in numbers))
-    with pytest.MonkeyPatch.context() as patch:
-        for cls, key, batches in (
-            (data.CIFAR10, "labels", ["data_batch_1", "test_batch"]),
-            (data.CIFAR100, "fine_labels", ["train", "test"]),
-        ):
-            folder = root / cls.base_folder
-            folder.mkdir()
-            files = {cls.meta["filename"]: {cls.meta["key"]: ["ant", "bee", "cat"]}}
-            for batch, n in zip(batches, (60, 8)):
-                pixels = np.random.default_rng(n).integers(0, 256, (n, 3072), dtype=np.uint8)
-                files[batch] = {"data": pixels, key: [i % 3 for i in range(n)]}
-            for file, content in files.items():
-                (folder / file).write_bytes(pickle.dumps(content))
-            md5 = {
-                file: hashlib.md5((folder / file).read_bytes()).hexdigest()
-                for file in os.listdir(folder)
-            }
-            patch.setattr(cls, "train_list", [[batches[0], md5[batches[0]]]])
-            patch.setattr(cls, "test_list", [[batches[1], md5[batches[1]]]])
-            patch.setitem(cls.meta, "md5", md5[cls.meta["filename"]])
-        network = train.build_model("vit_b16", 7, 32, dim=24, depth=1, heads=2, mlp_dim=48)
-        torch.save(network.state_dict(), root / "x.pt")
-        yield root
+    sums = {}  # what torchvision's classes compare their files with
+    for cls, key, batches in (
+        (data.CIFAR10, "labels", ["data_batch_1", "test_batch"]),
+        (data.CIFAR100, "fine_labels", ["train", "test"]),
+    ):
+        folder = root / cls.base_folder
+        folder.mkdir()
+        files = {cls.meta["filename"]: {cls.meta["key"]: ["ant", "bee", "cat"]}}
+        for batch, n in zip(batches, (60, 8)):
+            pixels = np.random.default_rng(n).integers(0, 256, (n, 3072), dtype=np.uint8)
+            files[batch] = {"data": pixels, key: [i % 3 for i in range(n)]}
+        for file, content in files.items():
+            (folder / file).write_bytes(pickle.dumps(content))
+        md5 = {
+            file: hashlib.md5((folder / file).read_bytes()).hexdigest()
+            for file in os.listdir(folder)
+        }
+        lists = [[[batch, md5[batch]]] for batch in batches]
+        sums[cls] = dict(zip(("train_list", "test_list"), lists)), md5[cls.meta["filename"]]
+    network = train.build_model("vit_b16", 7, 32, dim=24, depth=1, heads=2, mlp_dim=48)
+    torch.save(network.state_dict(), root / "x.pt")
+    return root, sums
 
 
 SMALL = {  # flags that make a network of a family small
@@ -5850,14 +5849,19 @@ def test_a_recipe_takes_three_steps_on_data_in_the_published_format(
         monkeypatch.setitem(train.REGNETY, size, ((1, 1, 1, 1), (8, 16, 24, 32), 8))
     row = train.RECIPES[name]
     dataset, small = row["dataset"], SMALL[train.family(row["model"])]
-    below = papers_data / "imagenet" if "imagenet" in dataset else papers_data
+    root, sums = papers_data
+    for cls, (lists, of_meta) in sums.items():
+        for name_of, files in lists.items():
+            monkeypatch.setattr(cls, name_of, files)
+        monkeypatch.setitem(cls.meta, "md5", of_meta)
+    below = root / "imagenet" if "imagenet" in dataset else root
     argv = (
         f"--recipe {name} {small} --image-size 32 --batch-size 4 --micro-batch 2 --max-steps 3 "
         f"--warmup-steps 2 --warmup-epochs 0 --log-every 1 --workers 0 --device cpu --data-dir "
         f"{below} --out-dir {tmp_path / 'run'}"
     ).split()
     if "reset_head" in row:
-        argv += ["--init-from", f"{papers_data / 'x.pt'}", "--mean", "0.5", "--std", "0.5"]
+        argv += ["--init-from", f"{root / 'x.pt'}", "--mean", "0.5", "--std", "0.5"]
     if dataset == "shapes":
         argv += ["--train-fraction", "1/500"]
     if row.get("eval_short_side"):
