@@ -12617,7 +12617,7 @@ def test_the_readmes_training_commands_run(tmp_path, small_shapes):
     """Each `python train.py` line that needs no data set, cut to one step; of those that differ in
     numbers, folder or memory layout, one."""
     text = README
-    for name, value in (("$S", "0"), ("$R", "0.03"), ("$K", "2")):
+    for name, value in (("$S", "0"), ("$R ", "0.03 "), ("$K", "2"), ("$HOW", "--sam-rho 0")):
         text = text.replace(name, value)
     text = re.sub(r" --(seed|out-dir) \S+| --no-channels-last", "", text)
     commands = sorted(
