@@ -9364,6 +9364,28 @@ def test_power_iteration_finds_the_largest_magnitude_only():
         analyze.hessian_eigenvalues(with_spectrum([1.0]), **QUADRATIC, k=2, method="power")
 
 
+def test_spectra_of_networks_that_differ_in_heads_have_an_exponent(tmp_path, capsys, small_shapes):
+    runs = []
+    for heads in (1, 2, 4):
+        runs.append(str(tmp_path / f"{heads}/ckpt.pt"))
+        train_ok(tiny(tmp_path / str(heads), f"--max-steps 2 --train-fraction 1 --heads {heads}"))
+    command = ["spectrum", "--images", "8", "--batch", "4", "--k", "2", "--device", "cpu"]
+    command += ["--workers", "0", "--against", "heads", "--out-dir", str(tmp_path)]
+    capsys.readouterr()
+    assert analyze.main([*command, "--checkpoint", *runs]) == 0
+    results = json.loads((tmp_path / "spectrum.json").read_text())["results"]
+    fit = results.pop("against heads")["APE = c n^a"]
+    sums = [next(of for of in parts.values() if "batches" in of) for parts in results.values()]
+    assert [of["heads"] for of in sums] == [1, 2, 4]
+    x, y = np.log([1, 2, 4]), np.log([of["ape"] for of in sums])
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    assert abs(fit["a"] - slope) < 1e-9 and abs(math.log(fit["c"]) - (y - slope * x).mean()) < 1e-9
+    printed = capsys.readouterr().out
+    assert f"· heads^{slope:.3f}; the paper's exponent: -0.562" in printed, printed
+    assert analyze.main([*command, "--checkpoint", *runs[:1]]) == 0
+    assert "no exponent: it takes two values of heads" in capsys.readouterr().out
+
+
 def test_trace_and_density_are_those_of_a_known_spectrum():
     values = torch.tensor([-3.0, -1, 0, 0, 0, 2, 2, 9], dtype=torch.float64)
     exact = analyze.hessian_density(Quadratic(values.diag()), **QUADRATIC, probes=3, steps=20)
@@ -12403,6 +12425,56 @@ def test_numbers_of_claims_are_taken_from_results_as_by_hand(tmp_path):
         np.concatenate(got), [70, 0.5, 0.5, (-0.25 + 2) / 2, -2, 35, 0.8, 0.3, 20, 9, 4, 1, 50]
     ), got
     assert np.isnan(n.spectrum("net", "nep")) and n.missing == ["spectrum of net"]
+
+
+def test_checkpoints_at_equal_loss_are_those_nearest_to_the_highest_final_one(tmp_path):
+    losses = {"ViT": (2.0, 1.0, 0.5), "Mixer": (1.5, 0.6, 0.1), "ResNet": (0.9, 0.2, 0.01)}
+    runs = {(name, 0): dict(run=name, diverged=False) for name in losses}
+    for name, values in losses.items():
+        (tmp_path / name).mkdir()
+        lines = [
+            json.dumps(dict(step=10 * e, epoch=float(e), loss=loss))
+            for e, loss in enumerate(values, 1)
+        ]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(lines) + "\n")
+    n = analyze.Numbers(tmp_path, [0], runs)
+    files = {name: n.at_equal_loss(name, 0) for name in losses}  # to 0.5, of logarithms
+    assert files == {"ViT": "ckpt.pt", "Mixer": "epoch2.pt", "ResNet": "epoch1.pt"}
+    runs["ViT", 0]["diverged"] = True  # to 0.1
+    files = {name: n.at_equal_loss(name, 0) for name in losses}
+    assert files == {"ViT": "ckpt.pt", "Mixer": "ckpt.pt", "ResNet": "epoch2.pt"}
+
+
+class Panel:
+    """Axes that take down their bars."""
+
+    def __init__(self):
+        self.bars = {}
+
+    def barh(self, name, width, xerr, color):
+        self.bars[name] = width, xerr, color
+
+    def say_nothing(self, *args, **kwargs):
+        pass
+
+    set_title = tick_params = set_xlabel = axis = say_nothing
+
+
+def test_the_figure_of_all_trainings_has_means_and_deviations_over_seeds():
+    tops = {"ViT": (70.0, 74.0), "ViT + SAM": (76.0, 76.0), "ViT, 1/2": (60.0, 62.0)}
+    runs = {
+        (name, seed): dict(top1=top1) for name, of in tops.items() for seed, top1 in enumerate(of)
+    }
+    parts = {
+        "core": [dict(name="ViT"), dict(name="ViT + SAM")],
+        "fractions": [dict(name="ViT, 1/2")],
+    }
+    grid = np.array([Panel() for _ in range(3)], object)
+    analyze.draw_trainings(grid, parts, analyze.Numbers(Path("runs"), [0, 1], runs))
+    core, fractions, empty = (panel.bars for panel in grid)
+    assert list(core) == ["ViT + SAM", "ViT"], "from below"
+    assert core == {"ViT": (72, pytest.approx(8**0.5), "C0"), "ViT + SAM": (76, 0, "C1")}
+    assert list(fractions) == ["ViT, 1/2"] and not empty
 
 
 def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
