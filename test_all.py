@@ -5692,17 +5692,19 @@ def test_an_overflow_of_what_corrects_the_gradient_skips_the_step_under_a_loss_s
 
 def test_a_signal_after_the_last_step_does_what_it_did_before():
     """Nobody asks for it any more: the final evaluations would go on."""
-    before = signal.getsignal(signal.SIGINT)
-    stop = train.StopSignal()
-    os.kill(os.getpid(), signal.SIGINT)
-    assert stop.agreed() == signal.SIGINT
-    with pytest.raises(KeyboardInterrupt):
-        stop.end()
-    assert signal.getsignal(signal.SIGINT) is before
-    train.StopSignal().end()
-    with pytest.raises(KeyboardInterrupt):
+    of_pytest = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        stop = train.StopSignal()
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+        assert stop.agreed() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            stop.end()
+        train.StopSignal().end()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, of_pytest)
 
 
 def test_what_one_of_two_processes_meets_alone_is_told_and_ends_both(tmp_path, capsys):
