@@ -6591,7 +6591,7 @@ def test_accuracy_under_attack_is_measured_in_training_and_evaluation(
     text = capsys.readouterr().out
     assert "images moved by at most 8/255" in text and "--adv-eps 8/255" in text
     assert "PGD-10 %" in text and re.search(r"validation: top-1 .*, PGD-10 \d+\.\d\d %", text)
-    model = train.Normalised(
+    model = train.assemble(
         train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
     )
     model.network.load_state_dict(state["model"])
@@ -7438,7 +7438,7 @@ def test_a_training_waits_for_the_device_at_log_lines_only(
 
 def test_evaluation_and_attacks_wait_once_whatever_the_batches_and_steps(monkeypatch):
     network, (x, y) = small_cnn(torch.float32), images_to_attack(dtype=torch.float32)
-    model, counts = train.Normalised(network, [0.5], [0.5]).eval(), []
+    model, counts = train.assemble(network, [0.5], [0.5]).eval(), []
     pixels = (255 * x).to(torch.uint8)
     monkeypatch.setattr(data, "batches", unwatched(data.batches))
     for batch in (12, 2):
@@ -7470,7 +7470,7 @@ ANALYSES = {
 
 @pytest.mark.parametrize("name", ANALYSES)
 def test_an_analysis_waits_as_often_for_many_batches_as_for_few(name):
-    model, counts = train.Normalised(tiny_vit().float(), [0.5], [0.5]).eval(), []
+    model, counts = train.assemble(tiny_vit().float(), [0.5], [0.5]).eval(), []
     x, y = tiny_images(24).float(), torch.arange(24) % 5
     for n in (2, 6):
         batches = list(zip(x[: 4 * n].split(4), y[: 4 * n].split(4)))
@@ -8282,7 +8282,7 @@ def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
     saved = json.loads((tmp_path / "out/robustness.json").read_text())
     ((name, parts),) = saved["results"].items()
     assert name.startswith(f"{one} (") and len(parts) == 11
-    model = train.Normalised(
+    model = train.assemble(
         train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
     )
     train.load_weights(model.network, one)
@@ -8426,7 +8426,7 @@ def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
         "norm linf, targeted False, early_stop False, restarts 1, seed 0"
     )
     result = parts[key]
-    model = train.Normalised(
+    model = train.assemble(
         train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
     )
     train.load_weights(model.network, one)
@@ -9670,7 +9670,7 @@ def test_a_spectrum_is_of_the_augmented_mixed_regularised_mini_batches(
     results = json.loads((tmp_path / "run/spectrum.json").read_text())["results"]
     ((name, parts),) = results.items()
     assert len(parts) == 4, "three whole mini-batches and their summary"
-    model = train.Normalised(
+    model = train.assemble(
         train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
     ).double()
     train.load_weights(model.network, file)
@@ -9744,7 +9744,7 @@ def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, sm
     text = capsys.readouterr().out
     results = json.loads((tmp_path / "0/hessian.json").read_text())["results"]
     assert len(results) == 2 and all(len(parts) == 6 for parts in results.values()), results
-    model = train.Normalised(
+    model = train.assemble(
         train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
     )
     train.load_weights(model.network, files[1])
@@ -10280,7 +10280,7 @@ def kernel_networks():
 @pytest.mark.parametrize("name", kernel_networks())
 def test_the_tangent_kernel_is_that_of_the_full_jacobian(name, monkeypatch):
     torch.manual_seed(0)
-    model = train.Normalised(kernel_networks()[name](), [0.4], [0.3]).double()
+    model = train.assemble(kernel_networks()[name](), [0.4], [0.3]).double()
     for p in (*model.parameters(), *(b for n, b in model.named_buffers() if "running" in n)):
         p.data += 0.3 * torch.rand_like(p)
     x = torch.rand(5, 3, 8, 8, dtype=torch.float64)
@@ -10808,7 +10808,7 @@ def test_maps_of_every_family_are_channels_by_rows_by_columns():
         ("regnety_1gf", {}, None, None),
         ("torchvision:swin_v2_t", {}, None, None),
     ):
-        model = train.Normalised(train.build_model(name, 5, 32, **options), [0.5], [0.5]).eval()
+        model = train.assemble(train.build_model(name, 5, 32, **options), [0.5], [0.5]).eval()
         with torch.no_grad():
             maps = analyze.feature_maps(model, torch.rand(2, 3, 32, 32), analyze.units_of(model))
         shapes = [tuple(y.shape) for y in maps.values()]
@@ -11210,7 +11210,7 @@ def test_attention_maps_are_the_softmax_and_sum_to_one(name, flags):
     network = vit.build(name, num_classes=3, image_size=32, **flags).double()
     for p in network.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    model, x = train.Normalised(network, [0.5], [0.5]).eval(), torch.rand(1, 3, 32, 32).double()
+    model, x = train.assemble(network, [0.5], [0.5]).eval(), torch.rand(1, 3, 32, 32).double()
     by_hand = attention_by_hand(model, x)
     found = analyze.attention(model, x[0])
     side, prefix = (8 if name == "pit_ti" else 4), flags.get("pool") != "gap"

@@ -1737,8 +1737,7 @@ def list_recipes(expect):
 
 
 class Normalised(nn.Module):
-    """What is trained, attacked and analysed: `network` behind (x - mean) / std, for float input
-    (B, 3, H, W) in [0, 1]. mean, std: lists of 1 or 3 numbers."""
+    """What `assemble` makes."""
 
     def __init__(self, network, mean, std):
         super().__init__()
@@ -1748,6 +1747,12 @@ class Normalised(nn.Module):
 
     def forward(self, x, *args, **kwargs):
         return self.network((x - self.mean) / self.std, *args, **kwargs)
+
+
+def assemble(network, mean, std):
+    """What is trained, attacked and analysed: `network` behind (x - mean) / std, for float input
+    (B, 3, H, W) in [0, 1]. mean, std: lists of 1 or 3 numbers."""
+    return Normalised(network, mean, std)
 
 
 def at_least_float32(x):
@@ -1887,7 +1892,7 @@ def supcon_of_all(z, y, temperature):
 
 
 class Contrastive(nn.Module):
-    """A Normalised network under the projection head of Khosla et al. (§3.1; their code): what
+    """A network of `assemble` under the projection head of Khosla et al. (§3.1; their code): what
     --loss supcon trains, on the representation divided by its length. The classifier computes
     nothing that counts and is not trained."""
 
@@ -2671,7 +2676,7 @@ def starting_network(args, origin, num_classes, device, tell):
             )
         args.mean, args.std = normalisation
     precision = torch.float64 if args.dtype == "float64" else torch.float32
-    bare = Normalised(network, args.mean, args.std).to(device, precision)
+    bare = assemble(network, args.mean, args.std).to(device, precision)
     if args.channels_last and device.type == "cpu" and too_narrow_for_channels_last(network):
         if origin["channels_last"] == "command line":
             raise UserError(
