@@ -3435,6 +3435,14 @@ def test_a_robust_models_gradients_are_its_best_attack():
     assert plain + 2 < robust and robust + 1 < transfer, (plain, robust, transfer)
 
 
+def test_a_number_of_images_is_that_number_of_a_large_data_set():
+    """As a fraction of 1,281,167 it has no smaller denominator."""
+    labels = torch.arange(1_281_167) % 1000
+    for n in (1, 2, 100, 50_000):
+        assert len(data.subset(labels, Fraction(n, len(labels)))) == n
+    assert len(data.subset(labels, 0.1)) == 128_116 == len(data.subset(labels, "1/10"))
+
+
 def test_fractions_are_read():
     texts = "2/255", "0.25", " 8 / 255", "1e-3", "0.25/255"
     assert [adversarial.fraction(text) for text in texts] == [
@@ -9364,6 +9372,41 @@ def test_power_iteration_finds_the_largest_magnitude_only():
     assert found["eigenvalues"] == [0] and found["converged"]
     with pytest.raises(ValueError, match="for power k = 1"):
         analyze.hessian_eigenvalues(with_spectrum([1.0]), **QUADRATIC, k=2, method="power")
+
+
+def test_a_table_of_uneven_rows_keeps_its_columns(capsys):
+    analyze.print_rows([])
+    assert capsys.readouterr().out == ""
+    analyze.print_rows([dict(name="a", x=1.0, y=2.0), dict(name="b", y=None, z="c")])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows == [["name", "x", "y", "z"], ["a", "1.00", "2.00", "-"], ["b", "-", "-", "c"]]
+
+
+def test_eigenvalues_of_a_network_that_is_not_finite_are_refused():
+    model, x = (
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double(),
+        torch.rand(4, 3, 2, 2).double(),
+    )
+    next(model.parameters()).data.fill_(math.nan)
+    for function in (analyze.hessian_eigenvalues, analyze.hessian_density):
+        with pytest.raises(train.UserError, match="H v is not finite: the network gives NaN"):
+            function(model, F.cross_entropy, [(x, torch.arange(4) % 3)])
+
+
+def test_what_others_finished_is_kept_when_one_process_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "world_size", lambda: 3)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+
+    def gather(found, own):
+        found[:] = [own, ("b", None, "b.png is damaged"), ("c", 3, None)]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(train, "on_main", lambda function: function())
+    results = analyze.Results(tmp_path, "x")
+    with pytest.raises(train.UserError, match="b.png is damaged"):
+        analyze.share_out(results, "net", {name: lambda: 1 for name in "abc"}, "parts")
+    saved = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert saved == {"net": {"a": 1, "c": 3}}
 
 
 def test_spectra_of_networks_that_differ_in_heads_have_an_exponent(tmp_path, capsys, small_shapes):
