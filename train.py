@@ -2248,8 +2248,8 @@ def print_table(tell, results):
     )
     for name, r in results.items():
         tell(
-            f"{name:{width}}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}{r['nll']:9.4f}{r['ece']:8.2f}"
-            + (f"{r['pgd']:10.2f}" if "pgd" in r else "")
+            f"{name:{width}}{r['images']:8,}{r['top1']:9.2f}{r['top5']:9.2f}"
+            f"{r['nll']:9.4f}{r['ece']:8.2f}" + (f"{r['pgd']:10.2f}" if "pgd" in r else "")
         )
 
 
