@@ -3639,7 +3639,7 @@ def draw_curves(axes, runs, against):
 
 def curves(args, rest):
     """Training error and loss and validation accuracy against step or epoch, of any number of runs,
-    those under way included (Chen et al. Fig. 2 left and middle; Xiao et al. Fig. 2). Returns what
+    those under way included (Chen et al. Fig. 2 left and middle). Returns what
     the JSON holds under "results"."""
     results = opened(args, rest, "curves")
     results.parts = {
@@ -5289,17 +5289,18 @@ def drawn(folder, what, began):
 
 
 def figure_sections(shown):
-    """HTML from {subcommand: dict of summary, drawn, the names of its figures, their folder beside
-    the page, answer, why there are none, or None, and argv, its command}."""
+    """HTML from {title: dict of summary, file, its JSON's name without the suffix, drawn, the names
+    of its figures, their folder beside the page, answer, why there are none, or None, and argv, its
+    command}."""
     body = []
     for what, of in shown.items():
 
         def beside(name):
             return quote(os.path.normpath(os.path.join(of["folder"], name)))
 
-        body.append(f"<h2 id={what}>{what}</h2>\n<p>{html.escape(of['summary'])}</p>")
+        body.append(f"<h2>{html.escape(what)}</h2>\n<p>{html.escape(of['summary'])}</p>")
         body += [f'<p><img src="{beside(name)}" alt="{html.escape(name)}">' for name in of["drawn"]]
-        made = f'<p><a href="{beside(f"{what}.json")}">{what}.json</a>'
+        made = f'<p><a href="{beside(of["file"] + ".json")}">{of["file"]}.json</a>'
         missing = f"<p>Not made: {html.escape(of['answer'] or '')}"
         body.append(made if of["answer"] is None else missing)
         command = shlex.join(["python", "analyze.py", *of["argv"]])
@@ -5336,6 +5337,7 @@ def all_command(args, rest):
         shown[what] = dict(
             argv=argv,
             answer=answer,
+            file=what,
             drawn=drawn(folder, what, began),
             summary=commands[what].summary,
             folder="",
@@ -5430,21 +5432,31 @@ SCALES = {
 }
 MAY_BE_GIVEN = ("device", "dtype", "compile", "channels_last", "workers")  # of train.py's flags
 LEFT_OUT = [  # what is not judged here, and why
-    ("Chen Table 2: ImageNet-ReaL, -V2, -R", "need ImageNet: `robustness --benchmarks real v2 r`"),
+    ("Chen Table 2, 5: ImageNet-ReaL, -V2, -R", "need ImageNet: `robustness --benchmarks`"),
+    ("Chen §4.2, §4.3, Table 9: larger models, longer sequences", "need networks of many sizes"),
+    ("Chen Table 2, §4.3, App. F: on par, no effect", "are equalities: no order, no verdict"),
     ("Chen Table 6, 11: transfer", "needs other data sets: `transfer`"),
     ("Chen §5.1: pre-training on ImageNet-21k", "needs it: recipes `chen_vit_21k` and its like"),
-    ("Chen Table 2, 7; Xiao §6: speed", "is of a machine, not of a training: `throughput`"),
-    ("Chen Fig. 3: attention maps", "judged by eye: the figure `attention` of index.html"),
+    ("Chen Table 2, 7; Park A.1, App. E; Xiao §6: speed", "is of a machine: `throughput`"),
+    ("Chen Table 9, 10: which ρ", "one seed: the table of ρ"),
+    ("Chen Fig. 2 middle, 3: curves, attention", "judged by eye: figures `curves`, `attention`"),
     (
-        "Chen Fig. 1, Park Fig. 1a: landscapes",
-        "judged by eye: the figure `landscape`; in numbers, the loss under noise",
+        "Chen Fig. 1, Park Fig. 1a, C.4a: landscapes",
+        "judged by eye: figures `landscape`, `landscape, Park`; in numbers, the loss under noise",
     ),
-    ("Park Fig. C.7: larger models", "needs networks of two sizes: `spectrum`"),
+    ("Chen B.1, App. D: sigmoid loss, activations", "`hessian --loss`, `ntk --activation`"),
     ("Chen App. E: the Mixer's grid", "`stability --study grid`"),
-    ("Park Fig. C.2: patches of 2", "cost 16 times as much as patches of 8"),
-    ("Park Fig. D.4: lesions of PiT and Swin", "are in the figure `lesion`"),
+    ("Park Fig. 1b, C.4b: later epochs", "`spectrum` of kept epochs"),
+    ("Park Fig. 7: robustness of kernels", "`robustness`"),
     ("Park Fig. 12b, E.1: AlterNet beside many networks", "needs CIFAR or ImageNet: `robustness`"),
+    ("Park Fig. C.1: CIFAR-10 and ImageNet", "need them: `nll`"),
+    ("Park Fig. C.2: patches of 2", "cost 16 times as much as patches of 8"),
+    ("Park Fig. C.5, C.6: exponents", "need more than two widths: `spectrum --against`"),
+    ("Park Fig. C.7: larger models", "needs networks of two sizes: `spectrum`"),
+    ("Park Fig. 10b, D.4: lesions of ViT, PiT and Swin", "are in the figure `lesion`"),
     ("Xiao Table 2, Fig. 6: peak performance, ImageNet-21k", "need ImageNet: `peak`"),
+    ("Xiao Fig. 2 to 5: RegNetY, several sizes", "need ImageNet: `stability`"),
+    ("Xiao §5.4: decay of norms, DeiT's recipe", "`--decay all`, recipe `xiao_deit`"),
 ]
 
 
@@ -5455,6 +5467,7 @@ class Numbers:
 
     def __init__(self, folder, seeds, runs):
         self.folder, self.seeds, self.runs, self.found, self.missing = folder, seeds, runs, {}, []
+        self.nothing = np.zeros(len(seeds))
 
     def none(self, what):
         """What there is no number of."""
@@ -5500,9 +5513,25 @@ class Numbers:
 
         return self.of("robustness", name, pick)
 
+    def clean(self, name):
+        """Top-1 of the validation split beside that of `corrupted` and `under_pgd`, in percent."""
+        return self.accuracy("val", name)
+
+    def corrupted(self, name):
+        """Top-1 of the validation split's images, corrupted, in percent."""
+        return self.accuracy("c-lite", name)
+
+    def under_pgd(self, name):
+        """Top-1 of the validation split's images under PGD-10, in percent."""
+        return self.accuracy("pgd", name)
+
+    def fit(self, name):
+        """The loss of training images."""
+        return self.only("nll", name, lambda of: of["nll"])
+
     def active(self, name):
-        """Active neurons of the first block, in percent."""
-        return self.only("sparsity", name, lambda of: 100 * next(iter(of["block"].values())))
+        """Active neurons of each block, in percent, (blocks, seeds)."""
+        return self.only("sparsity", name, lambda of: [100 * x for x in of["block"].values()]).T
 
     def eigenvalue(self, name, block="whole", which=0, file="ckpt.pt"):
         """The largest of the Hessian's diagonal block, or of the first (0) or last (-1) such."""
@@ -5539,6 +5568,14 @@ class Numbers:
 
         return self.of("spectrum", name, pick, "warmup.pt")
 
+    def negative(self, name):
+        """NEP at the end of the warm-up, in percent."""
+        return 100 * self.spectrum(name, "nep")
+
+    def positive(self, name):
+        """APE at the end of the warm-up."""
+        return self.spectrum(name, "ape")
+
     def only(self, command, name, pick):
         """Of a subcommand with one part."""
         return self.of(command, name, lambda parts: pick(*parts.values()))
@@ -5564,9 +5601,9 @@ class Numbers:
 
         return self.of("flatness", name, pick)
 
-    def change(self, command, name, kind):
-        """By how much units of a kind change, on average, the Δ log amplitude at the highest
-        frequency (fourier) or the variance."""
+    def change(self, command, name, kind, without=()):
+        """By how much units of a kind, but in the stages without, change, on average, the Δ log
+        amplitude at the highest frequency (fourier) or the variance."""
 
         def pick(of):
             values = (
@@ -5574,7 +5611,11 @@ class Numbers:
                 if command == "fourier"
                 else of["variance"]
             )
-            own = [e for unit, e in changes(of, values).items() if of["units"][unit][0] == kind]
+            own = [
+                change
+                for unit, change in changes(of, values).items()
+                if of["units"][unit][0] == kind and of["units"][unit][1] not in without
+            ]
             return np.mean(own) if own else math.nan
 
         return self.only(command, name, pick)
@@ -5637,47 +5678,42 @@ class Claim(NamedTuple):
     ratio: bool = False  # whether it is their ratio that counts
 
 
-def claims(n):
-    """Yields every Claim, its numbers from n, Numbers."""
-    sam, nothing = " + SAM", np.zeros(len(n.seeds))
-    blocks = [
-        "AlterNet, 0 attention blocks",
-        "AlterNet, 1 attention block",
-        "AlterNet, 2 attention blocks",
-        "AlterNet",
-    ]
+def with_and_without(measured, name, first="with SAM", then="plain"):
+    """A network with SAM and without."""
+    both = {"with SAM": measured(f"{name} + SAM"), "plain": measured(name)}
+    return {first: both[first], then: both[then]}
 
-    def beside(measured, name, first="with SAM", then="plain"):
-        """A network with SAM and without."""
-        both = {"with SAM": measured(name + sam), "plain": measured(name)}
-        return {first: both[first], then: both[then]}
 
-    def corrupted(name):
-        return n.accuracy("c-lite", name)
+def sams_gain(measured, name):
+    """By SAM."""
+    return measured(f"{name} + SAM") - measured(name)
 
-    def fit(name):
-        return n.only("nll", name, lambda of: of["nll"])
 
-    def negative(name):
-        return 100 * n.spectrum(name, "nep")
-
-    def positive(name):
-        return n.spectrum(name, "ape")
-
-    # ---- Chen et al.
+def claims_of_chen(n):
+    """Yields every Claim of Chen et al., its numbers from n, Numbers."""
+    sam = " + SAM"
+    both = ((n.test, "clean"), (n.corrupted, "corrupted"))  # images
     for name in CHEN:
-        yield Claim("Chen Table 2", f"SAM raises the accuracy of {name} (%)", beside(n.test, name))
+        yield Claim(
+            "Chen Table 2", f"SAM raises the accuracy of {name} (%)", with_and_without(n.test, name)
+        )
         yield Claim(
             "Chen Table 2",
             f"SAM raises {name}'s accuracy on corrupted images (%)",
-            beside(corrupted, name),
+            with_and_without(n.corrupted, name),
         )
     yield Claim(
         "Chen §4.2, Table 2",
         "SAM gains most for Mixer, then ViT, then ResNet (points)",
-        {name: n.test(name + sam) - n.test(name) for name in ("Mixer", "ViT", "ResNet")},
+        {name: sams_gain(n.test, name) for name in ("Mixer", "ViT", "ResNet")},
     )
-    for measured, images in ((n.test, "clean"), (corrupted, "corrupted")):
+    for measured, images in both:
+        for name in ("ViT", "Mixer"):
+            yield Claim(
+                "Chen §3, Table 1",
+                f"{name} without SAM is worse than ResNet, {images} images (%)",
+                {of: measured(of) for of in ("ResNet", name)},
+            )
         yield Claim(
             "Chen §4.3, Table 2",
             f"with SAM ViT is better than ResNet, {images} images (%)",
@@ -5687,17 +5723,11 @@ def claims(n):
         yield Claim(
             "Chen §4.2",
             f"SAM gains more on corrupted images than on clean ones, {name} (points)",
-            {
-                what: measured(name + sam) - measured(name)
-                for what, measured in (
-                    ("corrupted", corrupted),
-                    ("clean", lambda of: n.accuracy("val", of)),
-                )
-            },
+            {"corrupted": sams_gain(n.corrupted, name), "clean": sams_gain(n.clean, name)},
         )
         yield Claim(
             "Chen App. F",
-            f"twice the epochs do not bring {name} what SAM brings (%)",
+            f"SAM brings {name} more than twice the epochs, which bring the paper's nothing (%)",
             {"with SAM": n.test(name + sam), "twice": n.test(f"{name}, twice the epochs")},
         )
         yield Claim(
@@ -5718,31 +5748,36 @@ def claims(n):
             {of: n.eigenvalue(f"{of}, weight decay 1") for of in (name, "ResNet")},
             ratio=True,
         )
+        yield Claim(
+            "Chen Fig. 1, §3",
+            f"{name} is more sensitive than ResNet to noise on its weights (rise of the loss)",
+            {of: n.noise(of) for of in (name, "ResNet")},
+        )
     yield Claim(
         "Chen §3, Table 1",
-        "Mixer is the sharpest (λmax)",
-        {name: n.eigenvalue(name) for name in ("Mixer", "ViT")},
+        "Mixer is the sharpest of the three (λmax)",
+        {
+            "Mixer": n.eigenvalue("Mixer"),
+            "the sharper other": np.maximum(n.eigenvalue("ViT"), n.eigenvalue("ResNet")),
+        },
         ratio=True,
     )
     for name in CHEN:
         yield Claim(
             "control" if name == "ResNet" else "Chen Table 1",
             f"SAM lowers λmax of {name}",
-            beside(n.eigenvalue, name, "plain", "with SAM"),
+            with_and_without(n.eigenvalue, name, "plain", "with SAM"),
             ratio=True,
         )
         yield Claim(
             "control" if name == "ResNet" else "Chen Fig. 1",
             f"SAM makes {name} less sensitive to noise on its weights (rise of the loss)",
-            beside(n.noise, name, "plain", "with SAM"),
+            with_and_without(n.noise, name, "plain", "with SAM"),
         )
         yield Claim(
             "control",
             f"SAM lowers λmax of {name} with weight decay 1",
-            {
-                what: n.eigenvalue(f"{name}, weight decay 1{s}")
-                for what, s in (("plain", ""), ("with SAM", sam))
-            },
+            with_and_without(n.eigenvalue, f"{name}, weight decay 1", "plain", "with SAM"),
             ratio=True,
         )
     yield Claim(
@@ -5756,13 +5791,21 @@ def claims(n):
     )
     yield Claim(
         "Chen §3",
-        "Mixer fits its training images better than ViT (loss)",
-        {name: fit(name) for name in ("ViT", "Mixer")},
+        "Mixer fits its training images better than ViT (loss; the paper: error, and fewer "
+        "parameters)",
+        {name: n.fit(name) for name in ("ViT", "Mixer")},
         ratio=True,
     )
     yield Claim(
         "Chen §3", "… and is worse on others (%)", {name: n.test(name) for name in ("ViT", "Mixer")}
     )
+
+    def least_smoothed(name):
+        components = [("embedding", 0), ("MSAs", 0), ("MLPs", 0), ("block ", 0), ("block ", -1)]
+        return np.min(
+            [n.eigenvalue(name, *of) / n.eigenvalue(name + sam, *of) for of in components], axis=0
+        )
+
     for name in ("ViT", "Mixer"):
         yield Claim(
             "Chen Table 3, §4.4",
@@ -5781,14 +5824,20 @@ def claims(n):
         )
         yield Claim(
             "Chen Table 3, §4.4",
+            f"SAM smooths every component of {name} (how often smaller its λmax is)",
+            {"the least smoothed": least_smoothed(name), "1": n.nothing + 1},
+            ratio=True,
+        )
+        yield Claim(
+            "Chen Table 3, §4.4",
             f"SAM makes {name}'s weights longer (‖w‖)",
-            beside(lambda of: n.only("norms", of, lambda parts: parts["weights"]), name),
+            with_and_without(lambda of: n.only("norms", of, lambda parts: parts["weights"]), name),
             ratio=True,
         )
         yield Claim(
             "Chen Table 3, §4.4",
             f"SAM makes {name}'s first activations longer (‖a₁‖)",
-            beside(
+            with_and_without(
                 lambda of: n.only(
                     "norms", of, lambda parts: next(iter(parts["activation"].values()))
                 ),
@@ -5797,48 +5846,52 @@ def claims(n):
             ratio=True,
         )
         yield Claim(
-            "Chen Fig. 2, §4.4",
+            "Chen §4.4" if name == "ViT" else "Chen Fig. 2, §4.4",
             f"SAM makes {name}'s first block sparser (active, %)",
-            beside(n.active, name, "plain", "with SAM"),
+            with_and_without(lambda of: n.active(of)[0], name, "plain", "with SAM"),
+        )
+    for other in ("ResNet", "Mixer"):
+        yield Claim(
+            "Chen §4.4",
+            f"ViT's neurons are sparser than {other}'s (active, % over blocks)",
+            {name: n.active(name).mean(axis=0) for name in (other, "ViT")},
         )
     yield Claim(
-        "Chen §4.4",
-        "ViT's first block is sparser than ResNet's (active, %)",
-        {name: n.active(name) for name in ("ResNet", "ViT")},
-    )
-    yield Claim(
-        "Chen Fig. 2, §4.4", "SAM raises the training loss of ViT", beside(fit, "ViT"), ratio=True
+        "Chen Fig. 2, §4.4",
+        "SAM raises the training loss of ViT (the paper: error)",
+        with_and_without(n.fit, "ViT"),
+        ratio=True,
     )
     for name, part in itertools.product(CHEN, ("1/2", "1/4", "1/10")):
         yield Claim(
             "Chen Fig. 4, Table 4",
             f"SAM gains more with {part} of the images, {name} (points)",
-            {
-                part: n.top1(f"{name}, {part}{sam}") - n.top1(f"{name}, {part}"),
-                "all": n.top1(name + sam) - n.top1(name),
-            },
+            {part: sams_gain(n.top1, f"{name}, {part}"), "all": sams_gain(n.top1, name)},
         )
     for name in ("ViT", "Mixer"):
-        for part in ("1/2", "1/4"):
+        for part, where in (("1/2", "§5.1, Fig. 4"), ("1/4", "§5.1, Fig. 4"), ("1/10", "Table 4")):
             yield Claim(
-                "Chen §5.1, Fig. 4",
+                f"Chen {where}",
                 f"{name} loses more than ResNet with {part} of the images (points)",
                 {of: n.top1(of) - n.top1(f"{of}, {part}") for of in (name, "ResNet")},
             )
         for part, images in (("", "all images"), (", 1/10", "a tenth of the images")):
+            own, augmented = f"{name}{part}", f"{name}, augmented{part}"
             yield Claim(
                 "Chen §5.2, Table 4",
                 f"SAM helps {name} more than strong augmentation, {images} (%)",
-                {
-                    "with SAM": n.top1(f"{name}{part}{sam}"),
-                    "augmented": n.top1(f"{name}, augmented{part}"),
-                },
+                {"with SAM": n.top1(own + sam), "augmented": n.top1(augmented)},
             )
             yield Claim(
                 "Chen §5.2, Table 4",
                 f"SAM adds to strong augmentation, {name}, {images} (%)",
-                beside(n.top1, f"{name}, augmented{part}"),
+                with_and_without(n.top1, augmented),
             )
+        yield Claim(
+            "Chen §5.2, Table 4",
+            f"strong augmentation adds to SAM, {name}, all images (%)",
+            {"both": n.top1(f"{name}, augmented{sam}"), "SAM": n.top1(name + sam)},
+        )
     yield Claim(
         "Chen §5.3",
         "SAM helps ViT in contrastive training (%)",
@@ -5847,16 +5900,12 @@ def claims(n):
             "plain": n.top1("ViT, contrastive, head"),
         },
     )
-    for benchmark, images in (("val", "clean"), ("pgd", "under PGD-10")):
-
-        def attacked(name):
-            return n.accuracy(benchmark, name)
-
+    for attacked, images in ((n.clean, "clean"), (n.under_pgd, "under PGD-10")):
         for name in ("ViT", "Mixer"):
             yield Claim(
                 "Chen Table 5",
                 f"SAM helps {name} in adversarial training, {images} (%)",
-                beside(attacked, f"{name}, adversarial"),
+                with_and_without(attacked, f"{name}, adversarial"),
             )
         yield Claim(
             "Chen Table 5",
@@ -5866,41 +5915,49 @@ def claims(n):
     yield Claim(
         "Chen Table 5",
         "SAM costs ResNet a little in adversarial training, clean (%)",
-        beside(lambda of: n.accuracy("val", of), "ResNet, adversarial", "plain", "with SAM"),
+        with_and_without(n.clean, "ResNet, adversarial", "plain", "with SAM"),
+    )
+    yield Claim(
+        "Chen Table 5",
+        "… and helps it under PGD-10 (%)",
+        with_and_without(n.under_pgd, "ResNet, adversarial"),
     )
 
-    # ---- Park & Kim; eigenvalues at the end of the warm-up, as they speak of an early phase
+
+def claims_of_park(n):
+    """Yields every Claim of Park & Kim, its numbers from n, Numbers; eigenvalues at the end of the
+    warm-up, as they speak of an early phase."""
     yield Claim(
         "Park Fig. 1b, 4",
         "ViT has more negative eigenvalues than ResNet (NEP, %)",
-        {name: negative(name) for name in ("ViT", "ResNet")},
+        {name: n.negative(name) for name in ("ViT", "ResNet")},
     )
     yield Claim(
         "Park Fig. 1b, 4",
         "ViT's positive eigenvalues are smaller (APE)",
-        {name: positive(name) for name in ("ResNet", "ViT")},
+        {name: n.positive(name) for name in ("ResNet", "ViT")},
         ratio=True,
     )
     yield Claim(
         "Park Fig. 4",
-        "less data, more negative eigenvalues of ViT (NEP, %)",
-        {"1/10": negative("ViT, 1/10"), "all": negative("ViT")},
+        "less data (and batches as much smaller), more negative eigenvalues of ViT (NEP, %)",
+        {"1/10": n.negative("ViT, 1/10"), "all": n.negative("ViT")},
     )
     yield Claim(
-        "Park Fig. C.4",
+        "Park Fig. C.4b",
         "stages: fewer negative eigenvalues (NEP, %)",
-        {name: negative(name) for name in ("ViT", "PiT")},
+        {name: n.negative(name) for name in ("ViT", "PiT")},
     )
     yield Claim(
-        "Park Fig. C.4",
+        "Park Fig. C.4b",
         "stages and windows: smaller positive eigenvalues (APE)",
-        {name: positive(name) for name in ("ViT", "Swin")},
+        {name: n.positive(name) for name in ("ViT", "Swin")},
         ratio=True,
     )
     yield Claim(
         "Park Fig. 6",
         "GAP for the class token: fewer negative eigenvalues (NEP, %)",
-        {"class token": negative("ViT"), "GAP": negative("ViT, GAP")},
+        {"class token": n.negative("ViT"), "GAP": n.negative("ViT, GAP")},
     )
     yield Claim(
         "Park §2",
@@ -5915,7 +5972,7 @@ def claims(n):
     for worse, better in (("global", "5×5"), ("global", "3×3"), ("3×3", "5×5")):
         if worse == "global":
             yield Claim(
-                "Park Fig. 7a, §1.2",
+                f"Park Fig. 7a, {'§1.2' if better == '3×3' else '§2'}",
                 f"attention in {better} is better than global (%)",
                 {what: n.top1(kernels[what]) for what in (better, worse)},
             )
@@ -5923,21 +5980,21 @@ def claims(n):
             "Park Fig. 7a",
             f"{better} fits its training images better than {worse} (loss, here without "
             "augmentation)",
-            {what: fit(kernels[what]) for what in (worse, better)},
+            {what: n.fit(kernels[what]) for what in (worse, better)},
             ratio=True,
         )
         if better == "5×5":
             yield Claim(
                 "Park Fig. 7b",
                 f"5×5: fewer negative eigenvalues than {worse} (NEP, %)",
-                {what: negative(kernels[what]) for what in (worse, better)},
+                {what: n.negative(kernels[what]) for what in (worse, better)},
             )
     for worse, better in (("Mixer", "ViT"), ("ViT", "PiT"), ("PiT", "Swin"), ("ViT", "ResNet")):
         yield Claim(
             "Park Fig. 5a",
             f"the stronger inductive bias fits better: {better} than {worse} (loss, here without "
             "augmentation)",
-            {name: fit(name) for name in (worse, better)},
+            {name: n.fit(name) for name in (worse, better)},
             ratio=True,
         )
         yield Claim(
@@ -5947,14 +6004,14 @@ def claims(n):
         )
     yield Claim(
         "Park Fig. 5b",
-        "less data, higher training loss of ViT, augmented",
-        {"1/10": fit("ViT, augmented, 1/10"), "all": fit("ViT, augmented")},
+        "less data (and batches as much smaller), higher training loss of ViT, augmented",
+        {"1/10": n.fit("ViT, augmented, 1/10"), "all": n.fit("ViT, augmented")},
         ratio=True,
     )
     yield Claim(
         "Park Fig. C.3",
         "twice the epochs: lower training loss of ViT (without augmentation)",
-        {"once": fit("ViT"), "twice": fit("ViT, twice the epochs")},
+        {"once": n.fit("ViT"), "twice": n.fit("ViT, twice the epochs")},
         ratio=True,
     )
     yield Claim(
@@ -5969,49 +6026,71 @@ def claims(n):
         yield Claim(
             f"Park Fig. {where}",
             f"{what}: fewer negative eigenvalues (NEP, %)",
-            {name: negative(name) for name in (fewer, more)},
+            {name: n.negative(name) for name in (fewer, more)},
         )
         yield Claim(
             f"Park Fig. {where}",
             f"{what}: smaller positive ones (APE)",
-            {name: positive(name) for name in (fewer, more)},
+            {name: n.positive(name) for name in (fewer, more)},
             ratio=True,
         )
+    patches = {"4": "ViT, patch 4", "8": "ViT", "16": "ViT, patch 16"}
     yield Claim(
         "Park Fig. C.2a",
         "large patches harm ViT (%)",
-        {
-            side: n.top1(name)
-            for side, name in (("4", "ViT, patch 4"), ("8", "ViT"), ("16", "ViT, patch 16"))
-        },
+        {side: n.top1(name) for side, name in patches.items()},
+    )
+    yield Claim(
+        "Park Fig. C.2a",
+        "… and fit worse (loss, here without augmentation)",
+        {side: n.fit(patches[side]) for side in ("16", "8", "4")},
+        ratio=True,
     )
     yield Claim(
         "Park Fig. C.2b",
         "smaller patches: more negative eigenvalues (NEP, %)",
-        {"4": negative("ViT, patch 4"), "8": negative("ViT")},
+        {side: n.negative(patches[side]) for side in ("4", "8")},
     )
     yield Claim(
         "Park Fig. C.2b",
         "… and smaller positive ones (APE)",
-        {"8": positive("ViT"), "4": positive("ViT, patch 4")},
+        {side: n.positive(patches[side]) for side in ("8", "4")},
         ratio=True,
     )
-    for command, what, exact, others, of_resnet in (
-        ("fourier", "high frequencies (Δ log amplitude)", "8", "D.2", "2a"),
-        ("variance", "the variance", "9", "D.1", "9"),
+    for name in ("ViT", "PiT", "Swin"):
+        yield Claim(
+            f"Park Fig. {'8' if name == 'ViT' else 'D.2'}",
+            f"attention lowers high frequencies (Δ log amplitude), {name}, early ones included",
+            {"0": n.nothing, "attention": n.change("fourier", name, "attention")},
+        )
+        yield Claim(
+            f"Park Fig. {'8' if name == 'ViT' else 'D.2'}",
+            f"MLPs raise them, {name}",
+            {"MLP": n.change("fourier", name, "mlp"), "0": n.nothing},
+        )
+    yield Claim(
+        "Park Fig. 2a, D.2",
+        "convolutions raise them, ResNet, within a stage",
+        {"convolution": n.change("fourier", "ResNet", "conv"), "0": n.nothing},
+    )
+    for name, but, without in (
+        ("ViT", "", ()),
+        ("PiT", "", ()),
+        ("Swin", ", but in stage 3", (3,)),
     ):
-        for name in ("ViT", "PiT", "Swin"):
-            yield Claim(
-                f"Park Fig. {exact if name == 'ViT' else others}",
-                f"attention lowers {what}, {name}",
-                {"0": nothing, "attention": n.change(command, name, "attention")},
-            )
-        for name, kind, shown in (("ViT", "mlp", "MLP"), ("ResNet", "conv", "convolution")):
-            yield Claim(
-                f"Park Fig. {exact if name == 'ViT' else of_resnet}",
-                f"{shown}s raise {what}, {name}",
-                {shown: n.change(command, name, kind), "0": nothing},
-            )
+        yield Claim(
+            f"Park Fig. {'9' if name == 'ViT' else 'D.1'}",
+            f"attention lowers the variance, {name}{but}",
+            {"0": n.nothing, "attention": n.change("variance", name, "attention", without)},
+        )
+    for name, kind, shown in (("ViT", "mlp", "MLPs"), ("ResNet", "conv", "convolutions")):
+        yield Claim(
+            "Park Fig. 9",
+            f"{shown} raise it, {name}, within a stage"
+            if name == "ResNet"
+            else f"{shown} raise it",
+            {shown: n.change("variance", name, kind), "0": n.nothing},
+        )
     for name in ("ViT", "ResNet"):
         yield Claim(
             "Park Fig. 9",
@@ -6048,17 +6127,25 @@ def claims(n):
         "ResNet needs its first stage more than its last (points)",
         {"first": n.lesion("ResNet", "layer1"), "last": n.lesion("ResNet", "layer4")},
     )
-    for other in ("ResNet", "AlterNet, 0 attention blocks"):
+    convolutions = "AlterNet, 0 attention blocks"
+    for other, where in (("ResNet", "12b"), ("ViT", "12"), (convolutions, "12a")):
         yield Claim(
-            "Park Fig. 12b",
+            f"Park Fig. {where}",
             f"AlterNet is better than {other} (%)",
             {name: n.top1(name) for name in ("AlterNet", other)},
         )
-    yield Claim(
-        "Park Fig. 12b",
-        "… and on corrupted images (%)",
-        {name: corrupted(name) for name in ("AlterNet", "ResNet")},
-    )
+    for other in ("ResNet", "ViT"):
+        yield Claim(
+            "Park Fig. 12b" if other == "ResNet" else "Park Fig. 12",
+            f"… and than {other} on corrupted images (%)",
+            {name: n.corrupted(name) for name in ("AlterNet", other)},
+        )
+    blocks = [
+        convolutions,
+        "AlterNet, 1 attention block",
+        "AlterNet, 2 attention blocks",
+        "AlterNet",
+    ]
     for more, which in ((1, "4"), (3, "2")):
         yield Claim(
             "Park Fig. 12a",
@@ -6073,8 +6160,13 @@ def claims(n):
     yield Claim(
         "Park Fig. 12c",
         "AlterNet's eigenvalues are smaller than ResNet's (APE)",
-        {name: positive(name) for name in ("ResNet", "AlterNet")},
+        {name: n.positive(name) for name in ("ResNet", "AlterNet")},
         ratio=True,
+    )
+    yield Claim(
+        "Park Fig. 12c",
+        "… and fewer of them negative than ViT's (NEP, %)",
+        {name: n.negative(name) for name in ("ViT", "AlterNet")},
     )
     yield Claim(
         "Park App. B",
@@ -6088,21 +6180,23 @@ def claims(n):
     yield Claim(
         "Park Fig. F.1a",
         "ViT is overconfident, with augmentation underconfident (confidence less accuracy, points)",
-        {"plain": excess("ViT"), "0": nothing, "augmented": excess("ViT, augmented")},
+        {"plain": excess("ViT"), "0": n.nothing, "augmented": excess("ViT, augmented")},
     )
     yield Claim(
         "Park Fig. F.1b",
         "augmentation: more negative eigenvalues (NEP, %)",
-        {"augmented": negative("ViT, augmented"), "plain": negative("ViT")},
+        {"augmented": n.negative("ViT, augmented"), "plain": n.negative("ViT")},
     )
     yield Claim(
         "Park Fig. F.1b",
         "… and smaller positive ones (APE)",
-        {"plain": positive("ViT"), "augmented": positive("ViT, augmented")},
+        {"plain": n.positive("ViT"), "augmented": n.positive("ViT, augmented")},
         ratio=True,
     )
 
-    # ---- Xiao et al.
+
+def claims_of_xiao(n):
+    """Yields every Claim of Xiao et al., its numbers from n, Numbers."""
     yield Claim(
         "Xiao §6, Fig. 6",
         "ViT with patches is worse than ResNet (%)",
@@ -6127,8 +6221,8 @@ def claims(n):
     def shortest(runs):
         return min(runs, key=lambda run: run["epochs"])["delta"]
 
-    def by_sgd(runs):
-        return abs(longest([run for run in runs if run["optimizer"] == "sgd"])["delta"])
+    def by_sgd(runs):  # None, so NaN, where it diverged
+        return longest([run for run in runs if run["optimizer"] == "sgd"])["delta"]
 
     def near_the_best(optimizer, runs):
         own = [run["delta"] for run in runs if run["random"] and run["optimizer"] == optimizer]
@@ -6140,9 +6234,14 @@ def claims(n):
         {name: n.study("length", name, shortest) for name in ("ViT", "ViT_C")},
     )
     yield Claim(
-        "Xiao Fig. 3",
+        "Xiao Fig. 3, §5.2",
+        "ViT is worse with SGD than with AdamW (points, tuned)",
+        {"AdamW less SGD": n.study("optimizer", "ViT", by_sgd), "0": n.nothing},
+    )
+    yield Claim(
+        "Xiao Fig. 3, §5.2",
         "AdamW or SGD matters less to ViT_C (points apart, tuned)",
-        {name: n.study("optimizer", name, by_sgd) for name in ("ViT", "ViT_C")},
+        {name: abs(n.study("optimizer", name, by_sgd)) for name in ("ViT", "ViT_C")},
     )
     for optimizer in ("adamw", "sgd"):
         suits = functools.partial(near_the_best, optimizer)
@@ -6152,6 +6251,13 @@ def claims(n):
             "points of the best)",
             {name: n.study("lr-wd", name, suits) for name in ("ViT_C", "ViT")},
         )
+
+
+def claims(n):
+    """Yields every Claim of the three papers, its numbers from n, Numbers."""
+    yield from claims_of_chen(n)
+    yield from claims_of_park(n)
+    yield from claims_of_xiao(n)
 
 
 def verdict(values, ratio=False):
@@ -6251,8 +6357,8 @@ def family_rows(n, rho):
         [],
         {
             "top-1 %": n.test,
-            "corrupted %": functools.partial(n.accuracy, "c-lite"),
-            "training loss": lambda name: n.only("nll", name, lambda of: of["nll"]),
+            "corrupted %": n.corrupted,
+            "training loss": n.fit,
             "λmax": n.eigenvalue,
         },
     )
@@ -6351,8 +6457,9 @@ def write_report(folder, tables, left_out, n, shown, how):
         "over seeds by more than the standard deviation of that over seeds; it does not show if "
         "one is above by as much; else it is within the spread. Of ratios (×) it is their "
         "logarithms. Where nothing is true, of two numbers one claim in nine shows and one in "
-        "nine does not (of two seeds: one in five each). Top-1 of Chen Table 2, §3, §4 and App. F "
-        "and of Xiao §6 and Fig. 2 is of the test split, else of the validation split."
+        "nine does not (of two seeds: one in five each). Top-1 is of the validation split, but of "
+        "the test split for clean images in Chen Table 2, §3, App. F and SAM's gains by family, "
+        "and in Xiao §6 and Fig. 2 where not tuned."
     )
     sections = tables | {"Left out": [{"what": what, "why": why} for what, why in left_out]}
     text = f"# The papers in small\n\n{how}\n\n{rules}\n" + "".join(
@@ -6408,8 +6515,8 @@ def reproduce(args, rest):
 
     shown = {}  # as of figure_sections; the first seed, computed last, takes the others' place
 
-    def run(command, out, *argv):
-        """A subcommand, with its files in the folder out."""
+    def run(command, out, *argv, title=None):
+        """A subcommand, with its files in the folder out, under a title in the page."""
         tell(f"\n{command}")
         parser = make_parser()
         argv = [command, "--out-dir", str(out), *argv]
@@ -6419,9 +6526,10 @@ def reproduce(args, rest):
         passed = [] if runs else rest  # those know no flags of train.py
         answer = own.function(own, [*more, *passed])
         name = own.study if command == "stability" else command
-        shown[name] = dict(
+        shown[title or name] = dict(
             argv=[*argv, *passed],
             answer=None,
+            file=name,
             summary=subparser.summary,
             drawn=drawn(out, name, started),
             folder=os.path.relpath(out, folder),
@@ -6490,20 +6598,23 @@ def reproduce(args, rest):
                 where = ("robustness", folder / "test") if is_test else (command, folder)
                 answer = run(*where, *argv, "--checkpoint", *paths)
                 n.found.setdefault(command, {}).update(answer)
-    first = [name for name in names if name in FIVE and runs[name, seeds[0]]["top1"] is not None]
-    pairs = [name + sam for name in first if name in CHEN for sam in ("", " + SAM")]
-    of_first = {
-        "landscape": (pairs, ["--images", str(how["images"] // 2), "--points", str(how["points"])]),
-        "attention": ([name for name in pairs if name.startswith("ViT")], []),
-        "curves": (pairs, []),
-        "peak": (first, []),
-    }
-    for command, (wanted, argv) in of_first.items():
-        ended = [name for name in wanted if runs[name, seeds[0]]["top1"] is not None]
-        paths = [str(n.path(name, seeds[0])) for name in ended]
-        if paths:
+    done = [name for name in names if runs[name, seeds[0]]["top1"] is not None]
+    pairs = [name for name in done if name.removesuffix(" + SAM") in CHEN]
+    of_park = [name for name in done if name in ("ViT", "PiT", "Swin", "ResNet")]
+    plane = ["--images", str(how["images"] // 2), "--points", str(how["points"])]
+    regular = [*plane, "--augmented", "--l2", "half-square"]
+    for title, command, wanted, argv in (
+        ("landscape", "landscape", pairs, plane),
+        ("landscape, Park", "landscape", of_park, regular),
+        ("attention", "attention", [name for name in pairs if name.startswith("ViT")], []),
+        ("curves", "curves", pairs, []),
+        ("peak", "peak", [name for name in done if name in FIVE], []),
+    ):
+        if wanted:
             flag = "--runs" if command in ("curves", "peak") else "--checkpoint"
-            run(command, folder, *argv, flag, *paths)
+            out = folder / "park" if title == "landscape, Park" else folder
+            paths = [str(n.path(name, seeds[0])) for name in wanted]
+            run(command, out, *argv, flag, *paths, title=title)
     for study, seed in itertools.product(OF_XIAO * ("optimizability" in parts), reversed(seeds)):
         argv = ["--study", study, "--models", FAMILIES["ViT"], FAMILIES["ViT_C"]]
         argv += ["--vary", "epochs", *map(str, how["epochs_of"][study])]
@@ -6960,7 +7071,7 @@ def make_parser():
 
     add = of_runs(
         curves,
-        "training error and loss, validation accuracy of runs (Chen Fig. 2, Xiao Fig. 2)",
+        "training error and loss, validation accuracy of runs (Chen Fig. 2)",
         required=True,
     )
     add("--against", choices=("step", "epoch"), default="step", help="(default: step)")
