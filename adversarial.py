@@ -22,7 +22,8 @@ first order the loss is a sum of a term in ε and a term in δ. That pass, over 
 is the only one at w, so BatchNorm's running statistics are its.
 
     python adversarial.py                     a toy: what adversarial training unlearns (5 s)
-    python adversarial.py --cost 5            training steps: plain, adversarial, SAM, both (1 min)
+    python adversarial.py --cost 5            training steps: plain, adversarial, SAM, both (1 min;
+                                              this and what follows need the files beside it)
     python adversarial.py --checkpoint RUN/ckpt.pt --attack pgd --steps 10 --eps 2/255
     torchrun --nproc_per_node=8 adversarial.py --checkpoint …                  the same on 8 devices
 """
@@ -34,6 +35,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -64,9 +66,12 @@ def lengths(delta):
 
 
 def project(points, x, eps, norm="linf"):
-    """The points (B, C, H, W), brought into the ball of radius eps around x and into [0, 1]. Off
-    the ball by no more than the rounding of x + δ, in float32 6e-8; with eps = 0 it is x, bit for
-    bit."""
+    """The points (B, C, H, W), brought into the ball of radius eps around x, of the same shape, and
+    into [0, 1]. Off the ball by no more than the rounding of x + δ, in float32 6e-8; with eps = 0
+    it is x, bit for bit. That x is in [0, 1] is not checked, which would wait for the device:
+    normalised images are cut. Raises ValueError for another norm."""
+    if norm not in NORMS:
+        raise ValueError(f"norm is {norm!r}; it is one of {' '.join(NORMS)}")
     delta = points - x  # then in place: an attack's own cost is these passes over memory
     if norm == "linf":
         delta.clamp_(-eps, eps)
@@ -77,7 +82,8 @@ def project(points, x, eps, norm="linf"):
 
 
 def uniform_start(x, eps, norm="linf", generator=None):
-    """A point drawn uniformly from each image's ball, then clipped to [0, 1]."""
+    """A point drawn uniformly from each image's ball, then clipped to [0, 1]; of x's shape and
+    type. generator: on x's device."""
     draw = dict(generator=generator, dtype=x.dtype, device=x.device)
     if norm == "linf":
         return project(x + eps * (2 * torch.rand(x.shape, **draw) - 1), x, eps, norm)
@@ -87,9 +93,9 @@ def uniform_start(x, eps, norm="linf", generator=None):
 
 
 def ascend(points, grad, x, eps, step_size, norm="linf"):
-    """One step from the points along the loss's gradient there, back into the ball around x: by
-    step_size in every pixel, or of length step_size ("l2"; where the gradient is 0, none). The
-    gradient's scale does not matter. The result has no history."""
+    """One step from the points along the loss's gradient there, all (B, C, H, W), back into the
+    ball around x: by step_size in every pixel, or of length step_size ("l2"; where the gradient is
+    0, none). The gradient's scale does not matter. The result has no history."""
     with torch.no_grad():
         if norm == "linf":
             direction = grad.sign()
@@ -175,6 +181,10 @@ def check(model, x, y, eps, step_size, steps, norm, start):
         raise ValueError(
             f"the model is a {type(model).__name__}; an attack takes a torch.nn.Module"
         )
+    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+        raise ValueError(
+            f"images are a {type(x).__name__}, labels a {type(y).__name__}; an attack takes tensors"
+        )
     if norm not in NORMS:
         raise ValueError(f"norm is {norm!r}; it is one of {' '.join(NORMS)}")
     if x.ndim != 4 or not x.is_floating_point():
@@ -232,7 +242,7 @@ def pgd(
     x,
     y,
     eps=2 / 255,
-    step_size=0.25 / 255,
+    step_size=None,
     steps=10,
     random_start=True,
     *,
@@ -254,6 +264,8 @@ def pgd(
     x, y: images in [0, 1] of a floating type, and their classes (B,). The ball and the steps are in
         pixels; computed in x's type, without autocast and TF32.
     eps: radius, 0 to 1; norm "l2": of the whole image, ≥ 0. With 0 the result is x, bit for bit.
+    step_size: default eps/8, which is E.5's 0.25/255 of 2/255: 10 such steps cross the ball's
+        radius.
     random_start: from a uniform point of the ball. As the random state is put back, equal calls
         start at equal points; for others give `generator`, on x's device, or
         `start`, the points themselves.
@@ -267,6 +279,7 @@ def pgd(
     Raises ValueError for what cannot be attacked, by its type, shape, range or labels, and
     FloatingPointError if a loss or gradient is not finite.
     """
+    step_size = eps / 8 if step_size is None else step_size
     check(model, x, y, eps, step_size, steps, norm, start)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
@@ -295,6 +308,11 @@ def pgd(
                     if step == 0:
                         check_labels(logits, y)
                     each = loss(logits, y_now)
+                    if each.shape != y_now.shape:
+                        raise ValueError(
+                            f"the loss is {tuple(each.shape)} for {len(y_now)} images; it is one "
+                            "number for each, as reduction='none' gives"
+                        )
                 losses[going] = each.detach().to(losses)
                 predicted[going] = logits.argmax(1).to(y)
                 broken[going] |= ~each.detach().isfinite()
@@ -336,7 +354,7 @@ def keyed_start(x, positions, eps, norm, seed):
     seed s + r: for independent attacks take seeds further apart than restarts."""
     generator, points = torch.Generator(x.device), [x[:0]]
     for image, position in zip(x, positions):
-        generator.manual_seed((seed * 1_000_003 + position * 2_654_435_761) % 2**32)
+        generator.manual_seed((seed * 1_000_003 + int(position) * 2_654_435_761) % 2**32)
         points.append(uniform_start(image[None], eps, norm, generator))
     return torch.cat(points)
 
@@ -346,7 +364,7 @@ def robustness(
     batches,
     *,
     eps=2 / 255,
-    step_size=0.25 / 255,
+    step_size=None,
     steps=10,
     random_start=True,
     norm="linf",
@@ -369,8 +387,11 @@ def robustness(
     restart. Both are left out with early_stop, where iterates stand still, or with `source`, a
     network whose gradients are followed instead of the model's own (then robust has one value).
     targeted: at a class that the position chooses among the wrong ones. examples: a list that gets
-    (x, y, attacked x, classes predicted before and after), a tuple for each batch.
+    (x, y, attacked x, classes predicted before and after), a tuple for each batch. Raises
+    ValueError as `pgd`.
     """
+    if restarts < 1:
+        raise ValueError(f"restarts is {restarts}; it is at least 1")
     device = next(model.parameters()).device
     exact = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     counts = torch.zeros(2, **exact)
@@ -381,7 +402,7 @@ def robustness(
             check_labels(logits, y)
             right, aim = logits.argmax(1) == y, y
             if targeted:
-                offset = torch.tensor(positions, device=y.device) % (logits.shape[1] - 1)
+                offset = torch.as_tensor(positions, device=y.device) % (logits.shape[1] - 1)
                 aim = (y + 1 + offset) % logits.shape[1]
             robust = right.repeat(curves.shape[1], 1)
             last, shown = torch.ones_like(robust), x.clone()
@@ -498,7 +519,7 @@ def toy(steps=300):
             optimizer.step()
         model.eval()
         x, y = images(5000)
-        attacked = (x, fgsm(model, x, y, eps), pgd(model, x, y, eps, eps / 8))
+        attacked = (x, fgsm(model, x, y, eps), pgd(model, x, y, eps))
         clean, one, ten = ((model(a).argmax(1) == y).float().mean().item() for a in attacked)
         print(f"{name:22}{100 * clean:7.1f}{100 * one:9.1f}{100 * ten:11.1f}")
     return 0
@@ -576,8 +597,10 @@ def make_parser():
     add(
         "--eps",
         type=fraction,
-        default=2 / 255,
-        help="radius in pixels of [0, 1], as 2/255 (default: that, Chen E.5)",
+        help=(
+            "radius in pixels of [0, 1], as 2/255 (default: that, Chen E.5); for l2, which has no "
+            "default, a length over all of them, as 0.5"
+        ),
     )
     add("--steps", type=int, help="of pgd (default: 10, E.5)")
     add(
@@ -672,6 +695,9 @@ def check_flags(args, error):
             raise error(
                 f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}"
             )
+    if args.norm == "l2" and args.eps is None:
+        raise error("--norm l2 needs --eps, a length over all pixels of [0, 1], such as 0.5")
+    args.eps = 2 / 255 if args.eps is None else args.eps
     if args.norm == "linf" and not 0 < args.eps <= 1 or args.norm == "l2" and not args.eps > 0:
         raise error(
             f"--eps is {args.eps:g}; pixels are in [0, 1], so it is above 0 and at most 1, such as "
@@ -908,6 +934,10 @@ def main(argv=None):
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
     given = sys.argv[1:] if argv is None else argv
+    needed = [] if not given else ["sam", "vit"] if args.cost else ["analyze", "train"]
+    missing = [f"{name}.py" for name in needed if find_spec(name) is None]
+    if missing:
+        parser.error(f"this needs {' and '.join(missing)} of its repository beside it")
     if args.cost:
         if args.cost < 0 or any(w.startswith("--") and w.split("=")[0] != "--cost" for w in given):
             parser.error("--cost ROUNDS stands alone, and ROUNDS is at least 1")

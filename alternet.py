@@ -51,6 +51,8 @@ def record(out, name, value):
 
 def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
+    if out is not None and not isinstance(out, dict):
+        raise ValueError(f"out is a {type(out).__name__}; it is a dict such as {{'stem': None}}")
     units = [
         name
         for name, (kind, _) in intermediates.items()
@@ -153,7 +155,7 @@ class Bottleneck(nn.Module):
 
 class WindowAttention(nn.Module):
     """Multi-head self-attention among the w×w pixels of a window, with a learned bias for each
-    offset between two of them, the same for all heads."""
+    offset between two of them, the same for all heads: (B, dim, H, W) to (B, wider, H, W)."""
 
     def __init__(self, dim, wider, *, heads, head_dim, window_size):
         super().__init__()
@@ -167,6 +169,10 @@ class WindowAttention(nn.Module):
         self.register_buffer("index", offset[..., 0] * side + offset[..., 1], persistent=False)
 
     def forward(self, x):
+        if x.shape[2] % self.window_size or x.shape[3] % self.window_size:
+            raise ValueError(
+                f"windows of {self.window_size} do not divide maps (B, C, H, W) {tuple(x.shape)}"
+            )
         grid = (x.shape[2] // self.window_size, x.shape[3] // self.window_size)
         x = x.permute(0, 2, 3, 1).unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1))
         x = x.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B·n, N, C)
@@ -182,9 +188,10 @@ class WindowAttention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """A 1×1 convolution and window attention beside the shortcut. skip leaves both out. As in the
-    authors' code: GELU, no activation between the second norm and attention, and, post-activation,
-    no ReLU after the sum."""
+    """A 1×1 convolution, from dim to planes channels, and window attention, back to dim, beside the
+    shortcut: (B, dim, H, W) to the same. skip leaves both out. As in the authors' code: GELU, no
+    activation between the second norm and attention, and, post-activation, no ReLU after the
+    sum."""
 
     def __init__(self, dim, planes, *, heads, head_dim, window_size, pre_activation, drop_path):
         super().__init__()
@@ -228,6 +235,11 @@ def check_widths(depth, bottleneck, width, groups, width_per_group):
         )
     if not bottleneck and (groups, width_per_group) != (1, 64):
         raise ValueError("groups and width_per_group are for bottlenecks (ResNet-50 and deeper)")
+
+
+def check_images(x):
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"images are (B, 3, H, W), got {tuple(x.shape)}")
 
 
 def map_sides(image_size, stem):
@@ -295,6 +307,8 @@ class AlterNet(nn.Module):
         drop_path=0.0,
     ):
         super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         check_choices(stem=(stem, "imagenet", "cifar"))
         check_rates(drop_path=drop_path)
         check_widths(depth, bottleneck, width, groups, width_per_group)
@@ -361,6 +375,7 @@ class AlterNet(nn.Module):
         convolution (of two, the second), which becomes the identity."""
         if out is not None or skip is not None:
             check_names(self.intermediates, out, skip)
+        check_images(x)
         for side in x.shape[2:]:
             check_windows(side, self.stem, self.msa_blocks, self.window_size)
         x = self.conv1(x)
@@ -421,14 +436,15 @@ class Counter(TorchFunctionMode):
             return args[0]
         result = function(*args, **(kwargs or {}))
         if function in (F.conv2d, F.linear):
-            _, weight, bias = (*args, None)[:3]
-            self.macs += result.numel() * weight[0].numel()
-            self.biases += 0 if bias is None else result.numel()
+            given = dict(zip(("input", "weight", "bias"), args)) | (kwargs or {})
+            self.macs += result.numel() * given["weight"][0].numel()
+            self.biases += 0 if given.get("bias") is None else result.numel()
             self.acts += result.numel()
         elif function is F.scaled_dot_product_attention:
-            query, key, value = args[:3]
-            weights = query.shape[:-1].numel() * key.shape[-2]
-            self.macs += weights * (query.shape[-1] + value.shape[-1])
+            given = dict(zip(("query", "key", "value"), args)) | (kwargs or {})
+            query, key, value = (given[name].shape for name in ("query", "key", "value"))
+            weights = query[:-1].numel() * key[-2]
+            self.macs += weights * (query[-1] + value[-1])
             self.acts += weights + result.numel()
         elif function in (torch.Tensor.matmul, torch.matmul, torch.bmm):
             self.macs += result.numel() * args[0].shape[-1]

@@ -27,6 +27,7 @@ import inspect
 import math
 import re
 import signal
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def record(out, name, value):
 
 def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
+    if out is not None and not isinstance(out, dict):
+        raise ValueError(f"out is a {type(out).__name__}; it is a dict such as {{'stem': None}}")
     units = [
         name
         for name, (kind, _) in intermediates.items()
@@ -138,7 +141,7 @@ def check_rates(**rates):
 def check_images(x, image_size):
     if x.shape[1:] != (3, image_size, image_size):
         raise ValueError(
-            f"built for images (3, {image_size}, {image_size}), got {tuple(x.shape[1:])}; a Mixer "
+            f"built for images (B, 3, {image_size}, {image_size}), got {tuple(x.shape)}; a Mixer "
             "takes square RGB images of one size: resize them, or build with image_size and train "
             "anew"
         )
@@ -182,12 +185,13 @@ class Mixer(nn.Module):
         check_rates(dropout=dropout, drop_path=drop_path)
         if min(image_size, patch_size) < 1 or image_size % patch_size:
             raise ValueError(
-                f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}"
+                "image_size must be a positive multiple of patch_size, got "
+                f"{image_size} and {patch_size}"
             )
-        if min(dim, depth, token_mlp_dim, mlp_dim) < 1:
+        if min(dim, depth, token_mlp_dim, mlp_dim, num_classes) < 1:
             raise ValueError(
-                f"dim, depth, token_mlp_dim and mlp_dim must be at least 1, got {dim}, {depth}, "
-                f"{token_mlp_dim}, {mlp_dim}"
+                "dim, depth, token_mlp_dim, mlp_dim and num_classes must be at least 1, got "
+                f"{dim}, {depth}, {token_mlp_dim}, {mlp_dim}, {num_classes}"
             )
         self.image_size = image_size
         self.grid = (image_size // patch_size,) * 2
@@ -292,6 +296,9 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
     if not isinstance(model, Mixer):
         raise ValueError(f"load_npz fills a Mixer, got {type(model).__name__}")
     try:
+        if not zipfile.is_zipfile(path):  # which numpy would take for a pickle
+            open(path, "rb").close()
+            raise ValueError("it is no zip archive")
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (FileNotFoundError, IsADirectoryError, PermissionError):
@@ -335,9 +342,10 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
     dim, mlp_dim = block.mlp_channels.fc1.in_features, block.mlp_channels.fc1.out_features
     blocks = len({key.split("/")[0] for key in arrays if key.startswith("MixerBlock_")})
     if blocks != depth:
-        raise ValueError(
-            f"{path} has depth {blocks}, the model {depth}: build it with depth={blocks}"
+        advice = (
+            f"build it with depth={blocks}" if blocks else "blocks stacked by scan are not read"
         )
+        raise ValueError(f"{path} has depth {blocks}, the model {depth}: {advice}")
     kernel = take("stem/kernel", *patch, 3, dim)
     weights["stem.proj.weight"] = kernel.permute(3, 2, 0, 1)  # HWIO to OIHW
     weights["stem.proj.bias"] = take("stem/bias", dim)
@@ -388,14 +396,15 @@ class Counter(TorchFunctionMode):
             return args[0]
         result = function(*args, **(kwargs or {}))
         if function in (F.conv2d, F.linear):
-            _, weight, bias = (*args, None)[:3]
-            self.macs += result.numel() * weight[0].numel()
-            self.biases += 0 if bias is None else result.numel()
+            given = dict(zip(("input", "weight", "bias"), args)) | (kwargs or {})
+            self.macs += result.numel() * given["weight"][0].numel()
+            self.biases += 0 if given.get("bias") is None else result.numel()
             self.acts += result.numel()
         elif function is F.scaled_dot_product_attention:
-            query, key, value = args[:3]
-            weights = query.shape[:-1].numel() * key.shape[-2]
-            self.macs += weights * (query.shape[-1] + value.shape[-1])
+            given = dict(zip(("query", "key", "value"), args)) | (kwargs or {})
+            query, key, value = (given[name].shape for name in ("query", "key", "value"))
+            weights = query[:-1].numel() * key[-2]
+            self.macs += weights * (query[-1] + value[-1])
             self.acts += weights + result.numel()
         elif function in (torch.Tensor.matmul, torch.matmul, torch.bmm):
             self.macs += result.numel() * args[0].shape[-1]

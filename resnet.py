@@ -12,8 +12,9 @@ pre-activation ResNets (1603.05027), with 3×3 stems for CIFAR.
   & Kim hold attention to be a trainable form of (Fig. 3a, Appendix B). The map keeps its size: the
   last row and column are repeated.
 - init="torchvision": convolutions N(0, 2/fan_out); "torch": torch's default, as in Park & Kim's
-  code and here in preresnet. zero_init: the last scale of each branch starts at 0 (1706.02677),
-  of pre-activation the last convolution: no gradient would get past a scale of 0 before it.
+  code and here in preresnet. zero_init: the last scale of each branch starts at 0 (1706.02677), as
+  in Chen et al.'s code and train.py's recipes of it; of pre-activation the last convolution: no
+  gradient would get past a scale of 0 before it. The classifier is torch's (pycls': N(0, 0.01²)).
 State-dict keys are torchvision's; pre-activation ResNets have a final "norm" and no stem "bn1".
 
     python resnet.py                             parameters, MACs, activations of the variants (6 s)
@@ -61,6 +62,8 @@ def record(out, name, value):
 
 def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
+    if out is not None and not isinstance(out, dict):
+        raise ValueError(f"out is a {type(out).__name__}; it is a dict such as {{'stem': None}}")
     units = [
         name
         for name, (kind, _) in intermediates.items()
@@ -191,8 +194,13 @@ def check_widths(depth, bottleneck, width, groups, width_per_group):
         raise ValueError("groups and width_per_group are for bottlenecks (ResNet-50 and deeper)")
 
 
+def check_images(x):
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise ValueError(f"images are (B, 3, H, W), got {tuple(x.shape)}")
+
+
 def init_weights(model, init, zero_init):
-    """init and zero_init as in this file's header; the classifier is torch's default."""
+    """init and zero_init as in this file's header."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and init == "torchvision":
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -231,6 +239,8 @@ class ResNet(nn.Module):
         zero_init=False,
     ):
         super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         check_choices(stem=(stem, "imagenet", "cifar"), init=(init, "torchvision", "torch"))
         check_rates(drop_path=drop_path)
         check_widths(depth, bottleneck, width, groups, width_per_group)
@@ -281,6 +291,7 @@ class ResNet(nn.Module):
         skip: name of a block whose 3×3 convolution (of two, the second) becomes the identity."""
         if out is not None or skip is not None:
             check_names(self.intermediates, out, skip)
+        check_images(x)
         x = self.conv1(x)
         if not self.pre_activation:
             x = self.bn1(x).relu_()
@@ -326,6 +337,8 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
     for override in overrides:
         if override not in arguments:
             raise unknown(f"argument of {name}", override, arguments, ", ".join(arguments))
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
     row["stem"] = "cifar" if image_size <= 64 else "imagenet"
     return ResNet(num_classes=num_classes, **row | overrides)
 
@@ -349,14 +362,15 @@ class Counter(TorchFunctionMode):
             return args[0]
         result = function(*args, **(kwargs or {}))
         if function in (F.conv2d, F.linear):
-            _, weight, bias = (*args, None)[:3]
-            self.macs += result.numel() * weight[0].numel()
-            self.biases += 0 if bias is None else result.numel()
+            given = dict(zip(("input", "weight", "bias"), args)) | (kwargs or {})
+            self.macs += result.numel() * given["weight"][0].numel()
+            self.biases += 0 if given.get("bias") is None else result.numel()
             self.acts += result.numel()
         elif function is F.scaled_dot_product_attention:
-            query, key, value = args[:3]
-            weights = query.shape[:-1].numel() * key.shape[-2]
-            self.macs += weights * (query.shape[-1] + value.shape[-1])
+            given = dict(zip(("query", "key", "value"), args)) | (kwargs or {})
+            query, key, value = (given[name].shape for name in ("query", "key", "value"))
+            weights = query[:-1].numel() * key[-2]
+            self.macs += weights * (query[-1] + value[-1])
             self.acts += weights + result.numel()
         elif function in (torch.Tensor.matmul, torch.matmul, torch.bmm):
             self.macs += result.numel() * args[0].shape[-1]

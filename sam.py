@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 class First(NamedTuple):
@@ -42,7 +43,9 @@ class First(NamedTuple):
     scaled it). Tensors, detached; reading one as a number waits for the device."""
 
     loss: torch.Tensor  # () clean loss: mean over the micro-batches of this process
-    grad_norm: torch.Tensor  # () ‖g‖₂ of that loss; with adaptive=True ‖T·g‖₂
+    grad_norm: (
+        torch.Tensor
+    )  # () ‖g‖₂ over SAM.params; with adaptive=True ‖T·g‖₂; with sync averaged
     input_grads: tuple  # gradients of the clean loss by `inputs`, of the same backward pass
     grads: tuple  # with keep_grads, g by SAM.params that require one; None where there is none
 
@@ -93,6 +96,25 @@ def average(tensors):
     ]
 
 
+@contextmanager
+def no_optimizer_step(params):
+    """Context in which an optimizer that would step any of these parameters raises RuntimeError."""
+    own = {id(p) for p in params}
+
+    def refuse(optimizer, *_):
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise RuntimeError(
+                "optimizer.step() inside `with sam.perturb(…)` is lost, as the weights are put "
+                "back at the end of the block: call it after the block"
+            )
+
+    hook = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class SAM:
     """Moves a model's weights to w + ε for the length of a `with` block.
 
@@ -109,10 +131,13 @@ class SAM:
         then computes gradients of no other weights and goes back no further than to these: for the
         norms alone (Mueller et al. 2023, arXiv 2306.04226) about two thirds of the arithmetic.
 
+    Weights are best float32, with half precision by autocast: in bfloat16 weights ε is mostly less
+    than half a rounding step and is lost (ViT-S/16, ρ = 0.2: nine weights of ten do not move).
+
     Memory: one copy of the parameters beside plain training's weights and gradients, and where
-    gradients accumulate over micro-batches, the running sum in p.grad. (One or two copies more with
-    steps > 1 or adaptive, between the passes, when no activations are held.) Nothing in a step
-    waits for the device.
+    gradients accumulate over micro-batches, the running sum in p.grad. (With keep_grads a copy
+    more; one or two copies more with steps > 1 or adaptive, between the passes, when no activations
+    are held.) Nothing in a step waits for the device.
     """
 
     def __init__(
@@ -125,10 +150,12 @@ class SAM:
         eta: float = 0.01,
         params=None,
     ):
-        if not rho >= 0:
+        if not 0 <= rho < float("inf"):
             raise ValueError(
                 f"rho is {rho}; it is a radius, so at least 0 (the paper's are 0.02 to 0.6)"
             )
+        if not eta >= 0:
+            raise ValueError(f"eta is {eta}; it is added to |w|, so at least 0 (ASAM: 0.01)")
         if steps < 1:
             raise ValueError(f"steps is {steps}; SAM takes at least 1 ascent step")
         for module in model.modules():
@@ -139,6 +166,10 @@ class SAM:
                 )
         self.model, self.rho, self.steps, self.adaptive, self.eta = model, rho, steps, adaptive, eta
         self.params = list(model.parameters() if params is None else params)
+        if not any(isinstance(p, torch.Tensor) and p.requires_grad for p in self.params):
+            raise ValueError(
+                f"SAM: none of {len(self.params)} params is a parameter that requires a gradient"
+            )
 
     @contextmanager
     def perturb(self, loss, *, inputs=(), sync: bool = False, keep_grads: bool = False):
@@ -146,9 +177,9 @@ class SAM:
         when the body raises, and buffers (BatchNorm's running statistics) are as the first pass
         left them: statistics at w + ε are not those of w, and each image counts once.
 
-        loss: called without arguments, returns a scalar that depends on the model. Or a sequence of
-            such, one for each micro-batch: ε then belongs to the gradient of their mean. Each is
-            called `steps` times.
+        loss: called without arguments, returns a scalar that depends on the model. Or a list or
+            tuple of such, one for each micro-batch: ε then belongs to the gradient of their mean.
+            Each is called `steps` times.
         inputs: tensors that require a gradient, whose gradients at w come back
             in `First.input_grads`.
         sync: average the gradient over the processes of the default group before ε, one all-reduce
@@ -163,11 +194,19 @@ class SAM:
         the body sees the plain gradient. A gradient or norm that is not finite makes ε and so the
         body's gradient NaN, on purpose: what skips a step after an overflow (GradScaler,
         `found_inf`) then sees it.
-        Raises ValueError if the loss reaches no parameter at all.
+        Raises ValueError if the loss is no function, has no gradient or reaches no parameter, and
+        RuntimeError if an optimizer steps these parameters in the body: its step would be lost.
         """
-        losses = [loss] if callable(loss) else list(loss)
+        losses = [loss] if callable(loss) else loss
+        if not isinstance(losses, (list, tuple)) or not losses:
+            raise ValueError(
+                f"SAM: the loss is a {type(loss).__name__}; it is a function that computes it, as "
+                "lambda: criterion(model(x), y), or a list of such"
+            )
         params = [p for p in self.params if p.requires_grad]
         buffers, inputs = list(self.model.buffers()), list(inputs)
+        if not all(x.requires_grad for x in inputs):
+            raise ValueError("SAM: inputs must require a gradient, as x.requires_grad_() does")
         random = random_state({p.device for p in self.model.parameters()})
 
         grads, value = self._gradient(losses, params + inputs)
@@ -204,7 +243,8 @@ class SAM:
                 # of the weights would still be those of w, and ε would have no effect.
                 torch.clear_autocast_cache()
             set_random_state(random)
-            yield first
+            with no_optimizer_step(reached):
+                yield first
         finally:
             with torch.no_grad():
                 if saved is not None:
@@ -219,7 +259,10 @@ class SAM:
         do not fire."""
         total, value = [None] * len(wrt), 0
         for loss in losses:
-            out = loss() / len(losses)
+            out = loss()
+            if not isinstance(out, torch.Tensor) or not out.requires_grad:
+                raise ValueError("SAM: the loss has no gradient: no tensor, or under no_grad")
+            out = out / len(losses)
             for i, g in enumerate(torch.autograd.grad(out, wrt, allow_unused=True)):
                 if g is not None:
                     total[i] = g if total[i] is None else total[i] + g
@@ -265,7 +308,8 @@ class LookSAM:
     optimizer sees it: averaged, unscaled, not yet clipped. Averages g over the processes of the
     default group, so that a step with SAM sends twice plain training's bytes, others as much. A d
     that is not finite is not kept. Memory: two copies of the parameters. Never waits for the
-    device.
+    device. Raises ValueError for gradients that are not those of `params`, and for a step with SAM
+    that was not noted: it would learn the whole gradient.
     """
 
     def __init__(self, params, alpha: float = 0.7):
@@ -275,12 +319,21 @@ class LookSAM:
                 "at least 0 (LookSAM: 0.7)"
             )
         self.params, self.alpha = [p for p in params if p.requires_grad], alpha
+        if not self.params:
+            raise ValueError("LookSAM: there is no parameter that requires a gradient")
+        self.noted = False
         self.at_w, self.direction = ([torch.zeros_like(p) for p in self.params] for _ in range(2))
         self.length = global_norm(self.direction)  # min(α, ‖d‖/‖s‖)
 
     @torch.no_grad()
     def note(self, grads, share: float = 1.0):
         """Adds `share` times the gradient at w of a micro-batch (its share of the step)."""
+        if len(grads) != len(self.params):
+            raise ValueError(
+                f"LookSAM: {len(grads)} gradients for {len(self.params)} parameters; give it "
+                "first.grads of perturb(…, keep_grads=True)"
+            )
+        self.noted = True
         known = [(to, g) for to, g in zip(self.at_w, grads) if g is not None]
         if known:
             torch._foreach_add_(*zip(*known), alpha=share)
@@ -289,6 +342,9 @@ class LookSAM:
     def step(self, perturbed: bool):
         """After the backward passes of a step: learns d from it if it was one with SAM, or else
         adds d to p.grad."""
+        if perturbed and not self.noted:
+            raise ValueError("LookSAM: note(first.grads) belongs before step(True)")
+        self.noted = False
         known = [
             (p.grad, g, d)
             for p, g, d in zip(self.params, self.at_w, self.direction)
@@ -417,8 +473,10 @@ def main(argv=None):
     )
     parser.add_argument("--batch", type=int, default=32, help="images of 197 tokens, for --cost")
     args = parser.parse_args(argv)
-    if min([*args.rho, args.cost]) < 0 or min(args.seeds, args.steps, args.batch) < 1:
-        parser.error("--rho and --cost must be at least 0, --seeds, --steps and --batch at least 1")
+    if not all(0 <= rho < float("inf") for rho in args.rho) or args.cost < 0:
+        parser.error("--rho and --cost must be at least 0, and finite")
+    if min(args.seeds, args.steps, args.batch) < 1:
+        parser.error("--seeds, --steps and --batch must be at least 1")
 
     if args.cost:
         times = cost(args.cost, args.batch)

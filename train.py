@@ -132,6 +132,7 @@ RECIPES = {
         weight_decay=1e-3,
         decay="kernels",
         loss="softmax",
+        zero_init=True,
     ),
     "park_cifar": dict(
         PARK,

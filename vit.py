@@ -29,6 +29,7 @@ import inspect
 import math
 import re
 import signal
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def record(out, name, value):
 
 def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
+    if out is not None and not isinstance(out, dict):
+        raise ValueError(f"out is a {type(out).__name__}; it is a dict such as {{'stem': None}}")
     units = [
         name
         for name, (kind, _) in intermediates.items()
@@ -153,6 +156,8 @@ class Block(nn.Module):
     def forward(self, x, mask=None, out=None, skip=None, name="block"):
         if skip != f"{name}.attn":
             x = x + self.drop_path(self.attn(self.norm1(x), mask, out, f"{name}.attn"))
+        else:
+            record(out, f"{name}.attn.weights", None)  # those of an earlier call are not its
         record(out, f"{name}.attn", x)
         if skip != f"{name}.mlp":
             x = x + self.drop_path(self.mlp(self.norm2(x)))
@@ -232,7 +237,7 @@ def check_rates(**rates):
 def check_images(x, image_size):
     if x.shape[1:] != (3, image_size, image_size):
         raise ValueError(
-            f"built for images (3, {image_size}, {image_size}), got {tuple(x.shape[1:])}; for "
+            f"built for images (B, 3, {image_size}, {image_size}), got {tuple(x.shape)}; for "
             "square RGB images of another size build with image_size and use resize_pos_embed"
         )
 
@@ -295,11 +300,13 @@ class ViT(nn.Module):
         check_rates(dropout=dropout, drop_path=drop_path)
         if min(image_size, patch_size) < 1 or image_size % patch_size:
             raise ValueError(
-                f"image_size must be a multiple of patch_size, got {image_size} and {patch_size}"
+                "image_size must be a positive multiple of patch_size, got "
+                f"{image_size} and {patch_size}"
             )
-        if min(dim, depth, heads) < 1:
+        if min(dim, depth, heads, num_classes) < 1:
             raise ValueError(
-                f"dim, depth and heads must be at least 1, got {dim}, {depth}, {heads}"
+                f"dim, depth, heads and num_classes must be at least 1, got {dim}, {depth}, "
+                f"{heads}, {num_classes}"
             )
         if head_dim is None and dim % heads:
             raise ValueError(f"dim {dim} is not a multiple of heads {heads}; or give head_dim")
@@ -350,8 +357,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, init, head_bias):
-        """All: LayerNorm 1 and 0, biases of linear layers zero but for the MLPs', of the head
-        head_bias.
+        """All: LayerNorm 1 and 0; biases of linear layers zero, of the head head_bias.
         google  MLP, out, and each of q, k, v xavier-uniform; convolutions lecun-normal
         pycls   MLP and the stacked q, k, v (std √2 smaller) xavier-uniform, out torch's default;
                 patches N(0, 1/fan_in); 3×3 torch's default and 1×1 N(0, 2/D), until March 2022
@@ -478,10 +484,10 @@ class PiT(nn.Module):
         super().__init__()
         check_choices(gelu=(gelu, "exact", "tanh"))
         check_rates(dropout=dropout, drop_path=drop_path)
-        if min(*depth, *heads, patch_size, stride, head_dim) < 1:
+        if min(*depth, *heads, patch_size, stride, head_dim, num_classes) < 1:
             raise ValueError(
-                f"depth, heads, patch_size, stride and head_dim must be at least 1; got {depth}, "
-                f"{heads}, {patch_size}, {stride}, {head_dim}"
+                "depth, heads, patch_size, stride, head_dim and num_classes must be at least 1; "
+                f"got {depth}, {heads}, {patch_size}, {stride}, {head_dim}, {num_classes}"
             )
         if image_size < patch_size or (image_size - patch_size) % stride:
             raise ValueError(
@@ -622,6 +628,9 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
     if not isinstance(model, ViT):
         raise ValueError(f"load_npz fills a ViT, got {type(model).__name__}")
     try:
+        if not zipfile.is_zipfile(path):  # which numpy would take for a pickle
+            open(path, "rb").close()
+            raise ValueError("it is no zip archive")
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
     except (FileNotFoundError, IsADirectoryError, PermissionError):
@@ -677,9 +686,10 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
     names = (key.split("/") for key in arrays if key.startswith("Transformer/encoderblock_"))
     blocks = len({name for _, name, *_ in names})
     if blocks != depth:
-        raise ValueError(
-            f"{path} has depth {blocks}, the model {depth}: build it with depth={blocks}"
+        advice = (
+            f"build it with depth={blocks}" if blocks else "blocks stacked by scan are not read"
         )
+        raise ValueError(f"{path} has depth {blocks}, the model {depth}: {advice}")
     weights["patch_embed.proj.bias"] = take("embedding/bias", dim)
     kernel = take("embedding/kernel", *patch.kernel_size, 3, dim)
     weights["patch_embed.proj.weight"] = kernel.permute(3, 2, 0, 1)  # HWIO to OIHW
@@ -706,6 +716,11 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
     norm("norm", "Transformer/encoder_norm")
     if head:
         has_layer, width = isinstance(model.pre_logits, nn.Sequential), model.head.in_features
+        if any(key == "probe" or key.startswith("MAPHead_") for key in arrays):
+            raise ValueError(
+                f"{path} pools by attention (MAP head), for which there is no code here; "
+                "head=False loads the rest"
+            )
         agree("representation layer", "pre_logits/kernel", has_layer, "representation_size")
         if has_layer:
             dense("pre_logits.fc", ["pre_logits"], (dim,), (width,))
@@ -738,14 +753,15 @@ class Counter(TorchFunctionMode):
             return args[0]
         result = function(*args, **(kwargs or {}))
         if function in (F.conv2d, F.linear):
-            _, weight, bias = (*args, None)[:3]
-            self.macs += result.numel() * weight[0].numel()
-            self.biases += 0 if bias is None else result.numel()
+            given = dict(zip(("input", "weight", "bias"), args)) | (kwargs or {})
+            self.macs += result.numel() * given["weight"][0].numel()
+            self.biases += 0 if given.get("bias") is None else result.numel()
             self.acts += result.numel()
         elif function is F.scaled_dot_product_attention:
-            query, key, value = args[:3]
-            weights = query.shape[:-1].numel() * key.shape[-2]
-            self.macs += weights * (query.shape[-1] + value.shape[-1])
+            given = dict(zip(("query", "key", "value"), args)) | (kwargs or {})
+            query, key, value = (given[name].shape for name in ("query", "key", "value"))
+            weights = query[:-1].numel() * key[-2]
+            self.macs += weights * (query[-1] + value[-1])
             self.acts += weights + result.numel()
         elif function in (torch.Tensor.matmul, torch.matmul, torch.bmm):
             self.macs += result.numel() * args[0].shape[-1]
