@@ -5325,6 +5325,7 @@ CHEN_MIXER = CHEN | dict(
     head_bias=-6.9,
 )
 CHEN_RESNET = CHEN | dict(
+    zero_init=True,  # the authors' code
     model="resnet50",
     epochs=90,
     optimizer="sgd",
@@ -6117,6 +6118,10 @@ def test_flags_override_recipes_and_recipes_override_defaults(capsys):
     assert train.settings(["--dataset", "shapes"])[0].model == "vit_micro8"
     assert train.settings(["--data-dir", "x"])[0].dataset == "imagenet"
     assert train.settings(["--sam-rho", "0"])[0].out_dir == "out/shapes-vit_micro8-rho0-seed0"
+    for model in ("alter_resnet50", "torchvision:resnet50"):  # have no such argument
+        args, origin = train.settings(["--recipe", "chen_resnet", "--model", model])
+        assert (args.zero_init, origin["zero_init"]) == (None, "default")
+        train.check_network(args)
     assert train.main(["--dry-run", "--warmup-epochs", "2.5", "--device", "cpu"]) == 0
     assert "after 437 steps" in capsys.readouterr().out  # 125 of the recipe, 2.5 × 125
 

@@ -1322,6 +1322,8 @@ def settings(argv=None, also=()):
     args = argparse.Namespace(**{**args, **base, **given})
     args.recipe = name or "none"
 
+    if args.zero_init and "zero_init" not in given and FILES.get(family(args.model)) is not resnet:
+        args.zero_init, origin["zero_init"] = None, "default"  # others have no such argument
     args.image_size = image_size_of(args)
     args.augment = args.augment or (
         "none" if args.dataset == "shapes" else "crop" if args.dataset in IN_MEMORY else "inception"
