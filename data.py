@@ -87,99 +87,38 @@ def show(path):
 # or matrix product (their order varies): angles are rational points of the circle, waves are
 # polynomials, vertices are literals; and numpy, because torch may fuse a multiply and an add. (A
 # constant stands in np.float32() where NumPy 1, unlike NumPy 2, would go on in float64.)
-SHAPES_CLASSES = (
-    "disc",
-    "square",
-    "triangle",
-    "star",
-    "plus",
-    "crescent",
-    "heart",
-    "arrow",
-    "L",
-    "T",
-    "Z",
-    "bolt",
-)
+SHAPES_CLASSES = tuple("disc square triangle star plus crescent heart arrow L T Z bolt".split())
 SHAPES_SPLITS = {  # first index, images
     "train": (0, 8_000),
     "val": (2**30, 2_000),
     "test": (2**31, 10_000),
 }
-# Outlines in units of the half-size, x to the right and y up; the heart's is a square below two
-# discs, see _distance. All have about the area 1.75 and the centroid 0: with the outlines merely
-# drawn into a box, brightness and its centre gave a linear model 29 %.
+# Outlines: corners "x y" in units of the half-size, x to the right and y up; the heart's is a
+# square below two discs, see _distance. All have about the area 1.75 and the centroid 0: with the
+# outlines merely drawn into a box, brightness and its centre gave a linear model 29 %.
 _OUTLINES = {
-    "square": ((-0.66, -0.66), (0.66, -0.66), (0.66, 0.66), (-0.66, 0.66)),
-    "triangle": ((-1, -0.58), (1, -0.58), (0, 1.16)),
+    "square": "-0.66 -0.66, 0.66 -0.66, 0.66 0.66, -0.66 0.66",
+    "triangle": "-1 -0.58, 1 -0.58, 0 1.16",
     "star": (
-        (0, 1.15),
-        (-0.306, 0.421),
-        (-1.094, 0.355),
-        (-0.495, -0.161),
-        (-0.676, -0.93),
-        (0, -0.52),
-        (0.676, -0.93),
-        (0.495, -0.161),
-        (1.094, 0.355),
-        (0.306, 0.421),
+        "0 1.15, -0.306 0.421, -1.094 0.355, -0.495 -0.161, -0.676 -0.93, 0 -0.52, "
+        "0.676 -0.93, 0.495 -0.161, 1.094 0.355, 0.306 0.421"
     ),
     "plus": (
-        (-0.25, -1),
-        (0.25, -1),
-        (0.25, -0.25),
-        (1, -0.25),
-        (1, 0.25),
-        (0.25, 0.25),
-        (0.25, 1),
-        (-0.25, 1),
-        (-0.25, 0.25),
-        (-1, 0.25),
-        (-1, -0.25),
-        (-0.25, -0.25),
+        "-0.25 -1, 0.25 -1, 0.25 -0.25, 1 -0.25, 1 0.25, 0.25 0.25, 0.25 1, -0.25 1, "
+        "-0.25 0.25, -1 0.25, -1 -0.25, -0.25 -0.25"
     ),
-    "heart": ((0, -0.92), (0.7, -0.22), (0, 0.48), (-0.7, -0.22)),
-    "arrow": (
-        (-1.07, -0.33),
-        (0.03, -0.33),
-        (0.03, -0.95),
-        (1.08, 0),
-        (0.03, 0.95),
-        (0.03, 0.33),
-        (-1.07, 0.33),
-    ),
-    "L": ((-0.52, 1.21), (-0.52, -0.79), (0.98, -0.79), (0.98, -0.22), (0.07, -0.22), (0.07, 1.21)),
+    "heart": "0 -0.92, 0.7 -0.22, 0 0.48, -0.7 -0.22",
+    "arrow": "-1.07 -0.33, 0.03 -0.33, 0.03 -0.95, 1.08 0, 0.03 0.95, 0.03 0.33, -1.07 0.33",
+    "L": "-0.52 1.21, -0.52 -0.79, 0.98 -0.79, 0.98 -0.22, 0.07 -0.22, 0.07 1.21",
     "T": (
-        (-0.28, -1.26),
-        (0.28, -1.26),
-        (0.28, 0.19),
-        (0.88, 0.19),
-        (0.88, 0.73),
-        (-0.88, 0.73),
-        (-0.88, 0.19),
-        (-0.28, 0.19),
+        "-0.28 -1.26, 0.28 -1.26, 0.28 0.19, 0.88 0.19, 0.88 0.73, -0.88 0.73, -0.88 0.19, "
+        "-0.28 0.19"
     ),
     "Z": (
-        (-0.85, -0.95),
-        (0.85, -0.95),
-        (0.85, -0.6),
-        (-0.35, -0.6),
-        (0.85, 0.6),
-        (0.85, 0.95),
-        (-0.85, 0.95),
-        (-0.85, 0.6),
-        (0.35, 0.6),
-        (-0.85, -0.6),
+        "-0.85 -0.95, 0.85 -0.95, 0.85 -0.6, -0.35 -0.6, 0.85 0.6, 0.85 0.95, -0.85 0.95, "
+        "-0.85 0.6, 0.35 0.6, -0.85 -0.6"
     ),
-    "bolt": (
-        (-0.34, 0.88),
-        (0.66, 0.88),
-        (0.29, 0.12),
-        (0.89, 0.12),
-        (-0.4, -1.45),
-        (-0.07, -0.54),
-        (-0.75, -0.54),
-    ),
+    "bolt": "-0.34 0.88, 0.66 0.88, 0.29 0.12, 0.89 0.12, -0.4 -1.45, -0.07 -0.54, -0.75 -0.54",
 }
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment, 2^64 / golden ratio
@@ -210,7 +149,8 @@ def _distance(name, x, y):
         return np.maximum(disc(0.41, 0, 1.06), -disc(0.94, 0, 0.84))
 
     squared, inside = np.inf, False
-    corners = np.array(_OUTLINES[name], dtype=np.float32)
+    corners = [[float(v) for v in corner.split()] for corner in _OUTLINES[name].split(",")]
+    corners = np.array(corners, dtype=np.float32)
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0)):
         ex, ey, px, py = bx - ax, by - ay, x - ax, y - ay
         t = (px * ex + py * ey) * (np.float32(1) / (ex * ex + ey * ey))
@@ -498,10 +438,10 @@ def batches(loader, tell=print):
             except RuntimeError as error:
                 if not str(error).startswith("DataLoader worker"):
                     raise
-                item = DataError(
+                raise DataError(
                     "a process that loads images was killed, as the system does where memory is "
                     "short: use fewer --workers"
-                )
+                ) from None
             if item is None:
                 return
             if isinstance(item, DataError):
@@ -532,12 +472,16 @@ UPRIGHT = {  # what undoes an EXIF orientation
 def jpeg_height(encoded):
     """Where a JPEG's header states its height, two bytes before those of the width. None for other
     files, and where EXIF or XMP data may say that the image lies on its side."""
-    at = 2 if encoded.startswith(b"\xff\xd8\xff") else len(encoded)
+    at, found = 2 if encoded.startswith(b"\xff\xd8\xff") else len(encoded), None
     while at + 9 <= len(encoded) and encoded[at] == 0xFF:
         marker, length = struct.unpack_from(">xBH", encoded, at)
+        if marker == 0xDA:  # the first scan: the header ends
+            return found
         if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended, progressive (ITU-T T.81, B.2.2)
-            return at + 5 if encoded[at + 5 : at + 7] != b"\0\0" else None  # 0: stated at the end
-        if marker < 0xC4 or marker in (0xE1, 0xFF):
+            if found or encoded[at + 5 : at + 7] == b"\0\0":  # 0: stated at the end
+                return None
+            found = at + 5
+        elif marker < 0xC4 or marker in (0xE1, 0xFF):
             return None
         at += 2 + length
 
@@ -714,10 +658,8 @@ def transforms(
     elif augment == "crop":
         side = native or size
         steps = [] if native else [v2.Resize(side, antialias=True), v2.CenterCrop(side)]
-        steps += [
-            v2.RandomCrop(side, padding=side // 8),
-            *[v2.RandomHorizontalFlip()] * flip,
-        ] + resize * bool(native)
+        steps += [v2.RandomCrop(side, padding=side // 8)] + [v2.RandomHorizontalFlip()] * flip
+        steps += resize * bool(native)
     elif native:
         steps = resize
     else:
@@ -882,9 +824,10 @@ class ImageFolder(ImageFiles):
 
     classes: names that fix the numbering, for a validation folder; default:
         the folders' sorted names.
-    Folders and images may be links. Raises DataError for a missing or empty folder, a class that is
-    not in `classes`, or a link to a folder that it lies in. Files that are no images are left out
-    and named in `notice`, a line or None.
+    Folders and images may be links. Raises DataError for a missing, unreadable or empty folder, a
+    class that is not in `classes`, or a link to a folder that it lies in. What is no image in a
+    class folder is left out and named in `notice`, a line or None; names with a leading dot are
+    passed over.
     """
 
     EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif")
@@ -893,11 +836,17 @@ class ImageFolder(ImageFiles):
         root = Path(root)
         if not root.is_dir():
             raise DataError(f"{show(root)} is no folder")
-        folders = sorted(
-            e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".")
-        )
+
+        def unreadable(error):
+            raise DataError(f"{show(error.filename)} cannot be read: {error.strerror}") from None
+
+        try:
+            entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+        except OSError as error:
+            unreadable(error)
+        folders = sorted(entry.name for entry in entries if entry.is_dir())
         if not folders:
-            loose = sum(e.name.lower().endswith(self.EXTENSIONS) for e in os.scandir(root))
+            loose = sum(entry.name.lower().endswith(self.EXTENSIONS) for entry in entries)
             raise DataError(
                 f"{show(root)} has no class folders"
                 + (
@@ -908,7 +857,7 @@ class ImageFolder(ImageFiles):
             )
         classes = folders if classes is None else classes
         number = {name: i for i, name in enumerate(classes)}
-        names, labels, odd = [], [], []
+        names, labels, odd = [], [], sorted(e.path for e in entries if not e.is_dir())
         for folder in folders:
             if folder not in number:
                 raise DataError(
@@ -916,8 +865,8 @@ class ImageFolder(ImageFiles):
                     "it there, or remove it here"
                 )
             found = len(names)
-            for where, below, files in os.walk(root / folder, followlinks=True):
-                below.sort()
+            for where, below, files in os.walk(root / folder, onerror=unreadable, followlinks=True):
+                below[:] = sorted(name for name in below if not name.startswith("."))
                 inside = os.path.relpath(where, root)
                 if os.path.islink(where) and os.path.realpath(where) in map(
                     os.path.realpath, Path(where).absolute().parents
@@ -925,11 +874,11 @@ class ImageFolder(ImageFiles):
                     raise DataError(
                         f"{show(where)} is a link to a folder that it lies in: remove it"
                     )
-                for file in sorted(files):
+                for file in sorted(name for name in files if not name.startswith(".")):
                     if file.lower().endswith(self.EXTENSIONS):
                         names.append(os.fsencode(os.path.join(inside, file)))
                         labels.append(number[folder])
-                    elif not file.startswith("."):
+                    else:
                         odd.append(os.path.join(where, file))
             if len(names) == found:
                 raise DataError(
@@ -937,7 +886,7 @@ class ImageFolder(ImageFiles):
                     "folder or remove it"
                 )
         if odd:
-            self.notice = f"left out, no image: {show(odd[0])}" + (
+            self.notice = f"left out, no image of a class: {show(odd[0])}" + (
                 f" and {len(odd) - 1:,} more" if odd[1:] else ""
             )
         super().__init__(root, names, labels, classes, transform, seed)
@@ -1191,6 +1140,7 @@ class Pack(Dataset):
             )
         labels = index["labels"][self.first : self.first + splits[self.split]["images"]]
         labels = torch.tensor([number[name] for name in own])[labels.astype(np.int64)]
+        index["file"].close()  # read opens it anew
         super().__init__(labels, list(number), transform, seed)
 
     @property
@@ -1199,6 +1149,7 @@ class Pack(Dataset):
         index = read_index(self.path)
         starts = index["name_offsets"][self.first : self.first + len(self.labels) + 1].tolist()
         names = index["names"].tobytes()
+        index["file"].close()
         return np.array([names[a:b] for a, b in zip(starts, starts[1:])])
 
     def __getstate__(self):  # a worker that gets a copy opens the file itself
@@ -1306,7 +1257,12 @@ def load(
                 f"unpack {source.filename} there, or let --download fetch it"
             ) from None
         except OSError as error:
-            raise DataError(f"{name}: download of {source.url} failed ({error})") from None
+            what = (
+                f"download of {source.url} failed"
+                if download
+                else f"{show(data_dir)} is unreadable"
+            )
+            raise DataError(f"{name}: {what} ({show(str(error))})") from None
         pixels = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return in_memory(pixels, torch.tensor(source.targets), source.classes)
     if name in OXFORD:
@@ -1789,7 +1745,13 @@ def make_parser():
     parser.add_argument("--size", type=int, default=32, help="side of an image in pixels")
     parser.add_argument("--columns", type=int, default=10, help="images of each class on the sheet")
     parser.add_argument("--out", help="file to write; default: shapes.png for the sheet")
-    parser.add_argument("--data-dir", help="to pack: holds train/ and val/, or class folders")
+    parser.add_argument(
+        "--data-dir",
+        help=(
+            "pack: holds train/ and val/, or class folders; bench: class folders (default: made "
+            "images of ImageNet's typical size)"
+        ),
+    )
     parser.add_argument(
         "--short-side",
         type=int,
@@ -1801,13 +1763,6 @@ def make_parser():
         type=int,
         default=usable_cores(),
         help="processes that pack; default: one for each core",
-    )
-    parser.add_argument(
-        "--images",
-        help=(
-            "bench: folder with a folder of images for each class (default: made images of "
-            "ImageNet's typical size)"
-        ),
     )
     parser.add_argument("--rounds", type=int, default=30, help="bench: batches of each pipeline")
     parser.error = lambda message: parser.exit(2, f"data.py: {message}; see --help\n")
@@ -1845,13 +1800,7 @@ def pack_command(parser, args):
 def main(argv=None):
     parser = make_parser()
     args = parser.parse_args(argv)
-    for name, least in (
-        ("size", 1),
-        ("columns", 1),
-        ("short_side", 0),
-        ("workers", 0),
-        ("rounds", 1),
-    ):
+    for name, least in dict(size=1, columns=1, short_side=0, workers=0, rounds=1).items():
         if not least <= getattr(args, name) <= 10**4:
             parser.error(
                 f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least} "
@@ -1863,9 +1812,9 @@ def main(argv=None):
         return pack_command(parser, args)
     if args.what == "bench":
         try:
-            return bench(args.images, args.rounds)
+            return bench(args.data_dir, args.rounds)
         except (DataError, OSError) as error:
-            parser.error(f"--images: {error}")
+            parser.error(f"--data-dir: {error}")
     args.out = args.out or "shapes.png"
     if args.what == "sheet":
         first, n = SHAPES_SPLITS[args.split][0], len(SHAPES_CLASSES) * args.columns

@@ -4175,6 +4175,38 @@ def test_links_odd_names_and_bombs_of_images(tmp_path):
         link.unlink()
 
 
+def test_what_a_folder_holds_beside_images_of_classes_is_told_and_hidden_names_are_passed_over(
+    tmp_path, monkeypatch
+):
+    for name in ("a/x/1.png", "b/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.fromarray(np.zeros((3, 4, 3), np.uint8)).save(tmp_path / name)
+    whole = data.ImageFolder(tmp_path, None)
+    assert whole.notice is None
+    for name in ("a/._1.png", "a/.hidden/3.png", ".git/4.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    assert data.ImageFolder(tmp_path, None).notice is None
+    (tmp_path / "lost").symlink_to("nowhere")  # a class of which only the link is left
+    (tmp_path / "loose.png").write_bytes(b"")
+    (tmp_path / "a/x/notes.txt").write_text("")
+    found = data.ImageFolder(tmp_path, None)
+    assert found.notice == f"left out, no image of a class: {tmp_path}/loose.png and 2 more"
+    assert found.names.tolist() == whole.names.tolist() == [b"a/x/1.png", b"b/2.png"]
+    scandir = os.scandir
+    for locked in (tmp_path, tmp_path / "a/x"):
+
+        def refused(path, locked=locked):
+            if str(path) == str(locked):
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "scandir", refused)
+            with pytest.raises(data.DataError, match=f"{locked} cannot be read: Permission denied"):
+                data.ImageFolder(tmp_path, None)
+
+
 def test_validation_labels_follow_the_training_folders_numbers(tmp_path):
     write_image_folder(tmp_path)
     shutil.rmtree(tmp_path / "val/ant")
@@ -4301,6 +4333,14 @@ def test_a_box_of_an_image_is_decoded_to_the_pixels_it_has_in_the_whole():
                 lambda *size: size == whole.shape[1:] and (top, left, bottom - top, right - left),
             )
             assert torch.equal(part, whole[:, top:bottom, left:right]), (kind, mode, options)
+        if "exif" in options:  # the same image with its EXIF segment behind the frame header
+            start = encoded.index(b"\xff\xe1")
+            segment = encoded[start : start + 2 + struct.unpack_from(">H", encoded, start + 2)[0]]
+            rest = encoded.replace(segment, b"")
+            frame = rest.index(b"\xff\xc0")
+            frame += 2 + struct.unpack_from(">H", rest, frame + 2)[0]
+            moved = rest[:frame] + segment + rest[frame:]
+            assert torch.equal(data.decode(moved), whole) and data.jpeg_height(moved) is None
     for broken in (b"", b"\xff\xd8\xff", b"\xff\xd8\xff\xc0", b"\xff\xd8" * 9):
         assert data.jpeg_height(broken) is None
 
@@ -4410,7 +4450,7 @@ def test_the_bench_compares_the_pipelines(tmp_path, capsys):
     jpegs, pngs = data.photographs(tmp_path, 2)
     assert [Image.open(f).size for f in pngs.rglob("*.png")] == [(500, 375)] * 2
     assert 80e3 < (jpegs / "class/0.jpeg").stat().st_size < 130e3
-    data.main(["bench", "--rounds", "1", "--images", str(jpegs)])
+    data.main(["bench", "--rounds", "1", "--data-dir", str(jpegs)])
     out = capsys.readouterr().out
     assert out.count("ratio") >= 4 and "normalize" in out and "resize and flip" in out, out
 
@@ -6264,7 +6304,7 @@ def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets
     assert state["step"] == 6 and state["final"]["validation"]["images"] == 15
     assert state["settings"]["warmup_steps"] == 10_000
     text = capsys.readouterr().out
-    assert text.count("left out, no image:") == 1 and "val/cat/notes.txt" in text, text
+    assert text.count("left out, no image of a class:") == 1 and "val/cat/notes.txt" in text, text
     told = text.count("bee_7.JPEG is truncated: used as far as it can be decoded")
     assert told == 1, text
 
