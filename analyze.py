@@ -2128,7 +2128,7 @@ def ntk_command(args, rest):
             settings = argparse.Namespace(**vars(settings) | dict(init_from=""))
         model, dataset, _ = network_and_training_images(settings, origin, device, args.images)
         batches = shuffled_batches(dataset, model, args.batch)
-        (own,) = train.classifier(model).values() or [None]
+        _, own = train.classifier(model)
         if own is None and head != "own":
             raise UserError(f"{settings.model} has no linear head: add --head own")
         if own is not None and not own.weight.any():
@@ -4401,10 +4401,11 @@ def outcome(args):
     its folder holds a run with other settings."""
     folder = train.RunFolder(args.out_dir)
     config, log = folder.path / "config.json", folder.path / "log.jsonl"
-    if not config.exists():
+    if not config.exists() or log.exists() and log.stat().st_size == 0:
         return None
     # --init-from decides on mean and std, after the settings were read
-    folder.compare({k: v for k, v in vars(args).items() if k not in ("mean", "std")}, {}, {})
+    settings = {k: v for k, v in vars(args).items() if k not in ("mean", "std")}
+    folder.compare(dict(settings=settings, data={}, versions={}))
     try:
         records = [json.loads(line) for line in log.read_text().splitlines()]
     except (OSError, ValueError):  # half a line, cut by a kill

@@ -6157,6 +6157,8 @@ def test_flags_override_recipes_and_recipes_override_defaults(capsys):
     assert train.settings(["--dataset", "shapes", "--model", "mixer_s16"])[0].recipe == "shapes"
     assert train.settings(["--dataset", "shapes"])[0].model == "vit_micro8"
     assert train.settings(["--data-dir", "x"])[0].dataset == "imagenet"
+    for model, recipe in (("vit_b16", "chen_vit_21k"), ("vit_c_36gf", "xiao_vit_21k_36gf")):
+        assert train.settings(["--dataset", "imagenet21k", "--model", model])[0].recipe == recipe
     assert train.settings(["--sam-rho", "0"])[0].out_dir == "out/shapes-vit_micro8-rho0-seed0"
     for model in ("alter_resnet50", "torchvision:resnet50"):  # have no such argument
         args, origin = train.settings(["--recipe", "chen_resnet", "--model", model])
@@ -6230,7 +6232,10 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
         (["--lr-schedule", "exponential"], "to --lr-end, 0, which must be above 0"),
         (["--model", "mixer_s16", "--dataset", "shapes", "--unit-norm"], "'unit_norm'; known"),
         (["--reset-head"], "--reset-head is for training from the weights of --init-from"),
-        (["--patch-size", "5"], "image_size must be a multiple of patch_size, got 32 and 5"),
+        (
+            ["--patch-size", "5"],
+            "image_size must be a positive multiple of patch_size, got 32 and 5",
+        ),
         (
             ["--batch-size", "100"],
             "batch size 100 is not a multiple of micro-batch 32 × 1 devices = 32: use "
@@ -6307,6 +6312,141 @@ def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets
     assert text.count("left out, no image of a class:") == 1 and "val/cat/notes.txt" in text, text
     told = text.count("bee_7.JPEG is truncated: used as far as it can be decoded")
     assert told == 1, text
+
+
+def test_what_a_folder_has_of_a_run_is_not_overwritten_and_a_start_that_failed_is_no_run(
+    tmp_path, capsys, short_shapes
+):
+    for name in ("log.jsonl", "best.pt"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_bytes(b"of somebody else\n")
+        assert "holds a run already" in refusal(capsys, *tiny(out))
+        assert "config.json is missing" in refusal(capsys, *tiny(out, "--resume"))
+        assert (out / name).read_bytes() == b"of somebody else\n"
+    out = tmp_path / "failed"  # in its first step
+    out.mkdir()
+    (out / "config.json").write_text('{"settings": {"sam_rho": 0.5}}')
+    (out / "log.jsonl").touch()
+    train_ok(tiny(out, "--max-steps 1 --sam-rho 0"))
+    assert "holds a run already" in refusal(capsys, *tiny(out, "--max-steps 1 --sam-rho 0"))
+    assert train.main(tiny(out, "--max-steps 1 --sam-rho 0 --dry-run")) == 0
+    assert f"run       {out}, which holds a run already: a dry run" in capsys.readouterr().out
+
+
+def test_an_evaluation_is_of_the_split_and_the_classes_that_are_asked_for(
+    tmp_path, capsys, short_shapes
+):
+    state = train_ok(tiny(tmp_path / "run", "--max-steps 1"))
+    ours = str(tmp_path / "run/ckpt.pt")
+    evaluation = ["--eval-only", "--init-from", ours, "--device", "cpu"]
+    capsys.readouterr()
+    assert train.main([*evaluation, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "nothing is evaluated" in text and "top-1" not in text, text
+    state["classes"] = [f"animal {i}" for i in range(12)]
+    state["settings"]["data_dir"] = "elsewhere"
+    torch.save(state, tmp_path / "animals.pt")
+    evaluation[2] = str(tmp_path / "animals.pt")
+    assert "shapes has 12 classes from disc, the network was trained on 12 from animal 0" in (
+        refusal(capsys, *evaluation)
+    )
+    assert train.settings(evaluation)[0].data_dir == "elsewhere"
+    assert train.settings([*evaluation, "--dataset", "cifar10"])[0].data_dir == "data"
+    for dataset in ("folder", "imagenet", "imagenet21k"):
+        assert f"{dataset} has no test split; its val/ is --eval-split val" in refusal(
+            capsys, *evaluation, "--dataset", dataset, "--eval-split", "test"
+        )
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "foreign.pth")
+    foreign = ["--eval-only", "--recipe", "chen_to_cifar10", "--init-from"]
+    args, _ = train.settings([*foreign, str(tmp_path / "foreign.pth")])
+    assert args.reset_head is False, "a recipe's, for training"
+
+
+def test_the_training_sample_is_as_large_as_the_validation_set(monkeypatch):
+    def split(args, name, device, tell, **more):
+        n = 3_000_001 if name == "train" else 6
+        pixels = torch.zeros(1, 3, 1, 1, dtype=torch.uint8).expand(n, 3, 1, 1)
+        return data.InMemory(pixels, torch.zeros(n, dtype=torch.int64), ["a"])
+
+    monkeypatch.setattr(train, "load_split", split)
+    _, _, augmented, plain = train.load_training(train.settings([])[0], torch.device("cpu"), print)
+    assert len(augmented) == len(plain) == 6
+
+
+def test_held_out_images_need_no_validation_folder(tmp_path, capsys):
+    write_image_folder(tmp_path, val=0)
+    shutil.rmtree(tmp_path / "val")
+    argv = ["--dataset", "folder", "--data-dir", str(tmp_path), "--model", "vit_s16", "--dry-run"]
+    argv += ["--image-size", "32", "--batch-size", "6", "--micro-batch", "3", "--epochs", "1"]
+    argv += ["--device", "cpu"]
+    assert "val is no folder" in refusal(capsys, *argv)
+    assert train.main([*argv, "--hold-out", "1/3"]) == 0
+    text = capsys.readouterr().out
+    assert "24 training and 12 validation images, held out of the training set" in text, text
+    assert "--hold-out 0.0" not in refusal(capsys, *argv, "--hold-out", "0.0"), "0 is off"
+
+
+def test_flags_that_nothing_reads_and_epochs_that_are_not_reached_are_told(
+    tmp_path, capsys, short_shapes
+):
+    idle = "--eval-split test --temperature 0.2 --momentum 0.5 --ema-every 2 --flip"
+    more = "--keep-epochs warmup 2 --max-steps 2 --warmup-steps 3 --dry-run"
+    assert train.main(tiny(tmp_path / "run", idle, more)) == 0
+    text = capsys.readouterr().out
+    told = "without effect in this run: --eval-split --flip --temperature --momentum --ema-every\n"
+    assert told in text, text
+    assert "the run ends before warmup.pt epoch2.pt of --keep-epochs" in text, text
+    assert train.main(tiny(tmp_path / "run", "--lr 0.1 --dry-run")) == 0
+    assert "without effect" not in capsys.readouterr().out
+    train_ok(tiny(tmp_path / "run", "--max-steps 1"))
+    capsys.readouterr()
+    file = str(tmp_path / "run/ckpt.pt")
+    argv = ["--eval-only", "--init-from", file, "--lr", "1", "--device", "cpu", "--workers", "0"]
+    assert train.main(argv) == 0
+    assert "without effect in this run: --lr\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        ("--model torchvision:alexnet", "torchvision:alexnet, --micro-batch 8: "),
+        ("--model torchvision:googlenet", "in training it returns GoogLeNetOutputs"),
+        ("--device mps", "torch sees no MPS device here"),
+        ("--head-bias nan", "--head-bias is nan; it is finite"),
+        ("--model torchvision:swin_t --depth 1 1 -1 1", "--depth 1 1 -1 1: numbers are at least 1"),
+        ("--init-from {file}/ckpt.pt", "{file}/ckpt.pt: Not a directory"),
+        (
+            "--train-fraction 12/8000 --batch-size 32 --micro-batch 16",
+            "use --batch-size 12 --micro-batch 12",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_a_folder_is_made(
+    flags, line, tmp_path, capsys, short_shapes, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    file = tmp_path / "file"
+    file.touch()
+    argv = ["--dataset", "shapes", "--device", "cpu", "--workers", "0", "--batch-size", "32"]
+    argv += ["--micro-batch", "8", "--out-dir", str(tmp_path / "run")]
+    told = refusal(capsys, *argv, *flags.format(file=file).split())
+    assert line.format(file=file) in told and not (tmp_path / "run").exists(), told
+
+
+def test_a_compiler_that_fails_is_a_sentence(capsys):
+    def function():
+        raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nand a hundred lines")
+
+    assert train.answer("train.py", function, "again") == 2
+    error = capsys.readouterr().err
+    assert error == "train.py: torch.compile failed: no C++ compiler; --no-compile goes without\n"
+
+
+def test_a_run_folder_may_have_any_name(tmp_path, short_shapes):
+    out = tmp_path / os.fsdecode(b"\xff run")
+    train_ok(tiny(out, "--max-steps 1"))
+    assert json.loads((out / "config.json").read_text())["settings"]["out_dir"] == str(out)
 
 
 def test_a_run_folder_holds_what_it_should_and_is_never_overwritten(tmp_path, capsys):
@@ -12983,7 +13123,7 @@ def without_tf32(device):
     ):
         torch.manual_seed(0)
         model = train.build_model(name, 12, 32, **overrides)
-        nn.init.normal_(next(iter(train.classifier(model).values())).weight, std=0.02)
+        nn.init.normal_(train.classifier(model)[1].weight, std=0.02)
         x, y = torch.rand(32, 3, 32, 32), torch.arange(32) % 12
 
         def result(at, dtype, compiled=False, autocast=nullcontext(), **layout):

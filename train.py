@@ -35,7 +35,7 @@ import time
 import warnings
 import weakref
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -381,6 +381,13 @@ RECIPE_FOR = {
         **{f"regnety_{size}": f"xiao_regnety_{size}" for size in REGNETY_SIDES},
         **dict.fromkeys(("preresnet", "resnext", "alter", "pit", "swin"), "park_imagenet"),
     },
+    "imagenet21k": {
+        **{kind: f"chen_{kind}_21k" for kind in ("vit", "mixer", "resnet")},
+        **{
+            f"vit_{stem}_{size}": "xiao_vit_21k" for stem in "pc" for size in ("1gf", "4gf", "18gf")
+        },
+        **dict.fromkeys(("vit_p_36gf", "vit_c_36gf"), "xiao_vit_21k_36gf"),
+    },
     "cifar10": {
         "vit": "park_cifar_vit",
         "mixer": "park_cifar_mixer",
@@ -518,6 +525,15 @@ FREE_FLAGS = set(
         "list_models list_recipes eval_only eval_split max_steps save_every keep_epochs"
     ).split()
 )
+# What --eval-only reads, with MODEL_FLAGS.
+OF_EVALUATION = {
+    *MODEL_FLAGS,
+    *(
+        "dataset data_dir download model image_size init_from weights mean std eval_only "
+        "eval_split eval_short_side eval_adv adv_eps dtype device compile channels_last workers "
+        "seed dry_run"
+    ).split(),
+}
 # So many steps in a row without a finite gradient: the run has diverged and stops. A few the loss
 # scaler of float16 skips at its start, by design.
 MOST_SKIPPED = 25
@@ -952,11 +968,18 @@ def make_parser():
     add(
         "--workers",
         type=int,
-        help="data processes per device; default: up to 8, none for data in memory",
+        help=(
+            "data processes per device; default: up to 8, none where images are in memory and are "
+            "not augmented one by one"
+        ),
     )
 
     add = parser.add_argument_group("run").add_argument
-    add("--out-dir", default="", help="run folder; default: out/DATASET-MODEL-rhoRHO-seedSEED")
+    add(
+        "--out-dir",
+        default="",
+        help="run folder; default: out/DATASET-MODEL[-advEPS][-supcon][-head]-rhoRHO-seedSEED",
+    )
     add("--resume", **off, help="go on from its ckpt.pt, if there is one")
     add("--eval-every", type=int, default=1, help="epochs between evaluations")
     add("--eval-only", **off, help="evaluate --init-from and stop")
@@ -1166,6 +1189,12 @@ def check(args, origin):
             f"{' '.join(as_flag(name, args))}: {args.model} takes "
             + (f"{stages} numbers, one for each stage" if stages > 1 else "one number"),
         )
+    for name in ("depth", "heads"):
+        refuse(
+            any(n < 1 for n in getattr(args, name) or ()),
+            f"{' '.join(as_flag(name, args))}: numbers are at least 1",
+        )
+    refuse(not math.isfinite(args.head_bias or 0), f"--head-bias is {args.head_bias}; it is finite")
     refuse(
         args.reset_head and (args.eval_only or not args.init_from),
         "--reset-head is for training from the weights of --init-from"
@@ -1174,6 +1203,10 @@ def check(args, origin):
     refuse(
         args.eval_only and not args.init_from,
         "--eval-only needs --init-from: the weights, for instance RUN/best.pt",
+    )
+    refuse(
+        args.eval_split == "test" and args.dataset in ("imagenet", "imagenet21k", "folder"),
+        f"--eval-split test: {args.dataset} has no test split; its val/ is --eval-split val",
     )
     refuse(
         args.epochs == args.max_steps == 0 and not args.eval_only,
@@ -1243,6 +1276,10 @@ def check(args, origin):
         "--device cuda: torch sees no CUDA device here; try --device cpu",
     )
     refuse(
+        args.device == "mps" and not torch.backends.mps.is_available(),
+        "--device mps: torch sees no MPS device here; try --device cpu",
+    )
+    refuse(
         args.device == "mps" and (args.dtype in ("float16", "float64") or "RANK" in os.environ),
         "--device mps is for one process and for --dtype float32 or bfloat16",
     )
@@ -1257,7 +1294,9 @@ def read_checkpoint(path):
             with zipfile.ZipFile(path) as file:
                 if file.testzip() is not None:
                     raise zipfile.BadZipFile
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except MemoryError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:  # unpickling foreign bytes can raise anything
         raise UserError(
@@ -1303,6 +1342,8 @@ def settings(argv=None, also=()):
         not_saved = FREE_FLAGS - {"data_dir"} | {"init_from", "dtype", "recipe", "reset_head"}
         inherited = args.keys() - not_saved
         name, base = file, {k: v for k, v in saved["settings"].items() if k in inherited}
+        if given.get("dataset", base["dataset"]) != base["dataset"]:
+            base.pop("data_dir", None)  # another data set lies elsewhere
     elif name is not None:
         base = RECIPES[name]
     else:
@@ -1335,6 +1376,10 @@ def settings(argv=None, also=()):
         "imagenet21k": "data/imagenet21k",
     }.get(args.dataset, "data")
     args.sam_rho = resolve_rho(args)
+    if args.eval_only and origin["reset_head"] != "command line":
+        args.reset_head = False  # a recipe's, for training
+    with suppress(ValueError):
+        args.hold_out = args.hold_out if float(args.hold_out) else "0"
     if args.ema_alpha and "ema_decay" in given:
         args.ema_alpha, origin["ema_alpha"] = 0.0, "--ema-decay"
     elif args.ema_alpha and args.epochs > 0:
@@ -1560,16 +1605,8 @@ LISTED = [
         32,
         100,
         [
-            f"alter_resnet50 --msa-blocks {blocks}"
-            for blocks in (
-                "0 0 0 0",
-                "0 0 0 1",
-                "0 0 0 2",
-                "0 0 1 2",
-                "0 1 1 2",
-                "0 1 2 2",
-                "0 1 3 2",
-            )
+            f"alter_resnet50 --msa-blocks {' '.join(blocks)}"
+            for blocks in "0000 0001 0002 0012 0112 0122 0132".split()
         ],
     ),
     ("Park Fig. D.5, E.1", 224, 1000, ["alter_resnet50"]),
@@ -1784,13 +1821,14 @@ def say(text=""):
     tqdm.write(text)
 
 
-def progress(total, what="", unit="image"):
+def progress(total, what="", unit="image", leave=False, initial=0):
     """A bar on a terminal, of the first process."""
     return tqdm(
         total=total,
+        initial=initial,
         desc=what,
         unit=unit,
-        leave=False,
+        leave=leave,
         disable=rank() > 0 or not sys.stderr.isatty(),
     )
 
@@ -2216,9 +2254,9 @@ def pgd_10(model, dataset, side, device, workers, bar=None, eps=2 / 255):
 
 
 def classifier(network):
-    """{name: module} of a network's last linear layer; empty where there is none."""
+    """Name and module of a network's last linear layer, None twice where there is none."""
     linear = [item for item in network.named_modules() if isinstance(item[1], nn.Linear)]
-    return dict(linear[-1:])
+    return linear[-1] if linear else (None, None)
 
 
 @torch.no_grad()
@@ -2226,7 +2264,7 @@ def set_class_means(model, loader, device, autocast, temperature):
     """The classifier becomes that of the nearest class mean: its weights are the mean directions of
     the representations of each class in a loader, its logits cosine / temperature (of a network
     with unit_norm; else times the length of an image's representation, which leaves the ranks)."""
-    (head,) = classifier(model).values()
+    _, head = classifier(model)
     sums = torch.zeros(head.weight.shape, **exactest(device))
     training = model.training
     model.eval()
@@ -2296,8 +2334,8 @@ def load_weights(network, path, weights="ema", reset_head=False):
         inner = [state[k] for k in ("model", "state_dict") if isinstance(state.get(k), dict)]
         state = inner[0] if inner else state
     own, state = network.state_dict(), dict(state)
-    head = classifier(network)
-    of_head = {name for name in own if name.rpartition(".")[0] in head}
+    head, _ = classifier(network)
+    of_head = {name for name in own if name.rpartition(".")[0] == head}
     if reset_head:
         state |= {name: own[name] for name in of_head}
     old = state.get("pos_embed")
@@ -2358,6 +2396,7 @@ class RunFolder:
         a run, or if another process is writing."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            begun = (self.path / "log.jsonl").exists()
             self.log_file = open(self.path / "log.jsonl", "a+b")
         except OSError as error:
             raise UserError(f"--out-dir {self.path}: {error.strerror}") from None
@@ -2376,13 +2415,15 @@ class RunFolder:
         held = weakref.ref(self.log_file)
         os.register_at_fork(after_in_child=lambda: held() and held().close())
         ckpt, saved = self.path / "ckpt.pt", self.path / "config.json"
-        if saved.exists() or ckpt.exists():
+        # What ended before its first record left settings and an empty log: that is no run yet.
+        written = ckpt.exists() or (self.path / "best.pt").exists() or self.log_file.tell() > 0
+        if written or saved.exists() and not begun:
             if not resume:
                 raise UserError(
                     f"{self.path} holds a run already: add --resume to go on with it, or choose "
                     "another --out-dir"
                 )
-            self.compare(config["settings"], config["data"], config["versions"])
+            self.compare(config)
         state = read_checkpoint(ckpt) if ckpt.exists() else None
         lacks = [part for part in self.PARTS if state is not None and part not in state]
         if lacks:
@@ -2390,33 +2431,33 @@ class RunFolder:
                 f"{ckpt} is no last state of a run: it lacks {', '.join(lacks)}; start from its "
                 "weights with --init-from, in another --out-dir"
             )
-        text = json.dumps(config, indent=1, ensure_ascii=False)
+        text = json.dumps(config, indent=1)  # ASCII: a path may hold bytes that are no UTF-8
         try:
             write_file(saved, lambda file: file.write(text.encode()))
         except OSError as error:
             raise UserError(f"{saved} cannot be written: {error.strerror}") from None
         return state
 
-    def compare(self, settings, data, versions):
-        """With those of the run that is here: UserError for other settings or data; other versions
-        are told."""
+    def compare(self, now):
+        """The run's configuration with that of the run that is here: UserError for other settings
+        or data; other versions are told."""
         try:
             then = json.loads((self.path / "config.json").read_text())
-            free = FREE_FLAGS - ({"max_steps"} if settings["epochs"] == 0 else set())
+            free = FREE_FLAGS - ({"max_steps"} if now["settings"]["epochs"] == 0 else set())
             differ = [
                 f"{flag(k)} {then['settings'].get(k)} → {v}"
-                for k, v in settings.items()
+                for k, v in now["settings"].items()
                 if k not in free and then["settings"].get(k) != v
             ]
             moved = [
-                (name, then["data"][name]["images"], now["images"])
-                for name, now in data.items()
-                if then["data"][name] != now
+                (name, then["data"][name]["images"], own["images"])
+                for name, own in now["data"].items()
+                if then["data"][name] != own
             ]
             others = [
-                f"{name} {then['versions'][name]} → {now}"
-                for name, now in versions.items()
-                if then["versions"][name] != now
+                f"{name} {then['versions'][name]} → {own}"
+                for name, own in now["versions"].items()
+                if then["versions"][name] != own
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
@@ -2553,7 +2594,8 @@ def start_processes(device):
 
 
 def load_split(args, split, device, tell, **more):
-    """A split of --dataset, its images on the device if they can live there."""
+    """A split of --dataset, its images on the device if they can live there. classes: those of the
+    network or of the training images, which it has to have."""
     try:
         dataset = data.load(
             args.dataset,
@@ -2568,6 +2610,12 @@ def load_split(args, split, device, tell, **more):
     except data.DataError as error:
         hint = "" if args.dataset == "shapes" else "; --dataset shapes needs no files"
         raise UserError(f"{error}{hint}") from None
+    wanted = list(more.get("classes") or dataset.classes)
+    if wanted != list(dataset.classes):
+        raise UserError(
+            f"{args.dataset} has {len(dataset.classes):,} classes from {dataset.classes[0]}, the "
+            f"network was trained on {len(wanted):,} from {wanted[0]}: name its --dataset"
+        )
     if dataset.notice:
         tell(dataset.notice)
     return dataset.to(device)
@@ -2595,7 +2643,9 @@ def load_training(args, device, tell):
             )
         },
     )
-    val_set = load_split(args, "val", device, tell, classes=train_set.classes)
+    # Held-out images take the place of val/, which then need not be there.
+    validation = "val" if args.hold_out == "0" else "train"
+    val_set = load_split(args, validation, device, tell, classes=train_set.classes)
     with as_user_error(f"--train-fraction {args.train_fraction}"):
         train_set.restrict(data.subset(train_set.labels, args.train_fraction))
     labels = train_set.labels[train_set.indices]
@@ -2605,7 +2655,7 @@ def load_training(args, device, tell):
         val_set = train_set.part(held, like=val_set)
         train_set.restrict(rest)
         labels = labels[rest]
-    sample = data.subset(labels, min(1.0, len(val_set) / len(labels)))
+    sample = data.subset(labels, Fraction(min(len(val_set), len(labels)), len(labels)))
     return train_set, val_set, train_set.part(sample), train_set.part(sample, like=val_set)
 
 
@@ -2628,6 +2678,21 @@ def check_network(args):
     with as_user_error(args.model), torch.device("meta"), torch.no_grad():
         images = torch.empty(2, 3, args.image_size, args.image_size)
         build_model(args.model, 2, args.image_size, **knobs(args))(images)
+
+
+def check_training_pass(args, bare, num_classes, device):
+    """A pass in training mode of what check_network could not try: another's network, and one
+    image, of which BatchNorm may want two numbers or more."""
+    m = min(args.micro_batch, 2)
+    if m == 1 or family(args.model) in ("torchvision", "timm"):
+        with as_user_error(f"{args.model}, --micro-batch {args.micro_batch}"), torch.no_grad():
+            images = torch.zeros(m, 3, args.image_size, args.image_size, device=device)
+            logits = copy.deepcopy(bare).train()(images.to(next(bare.parameters()).dtype))
+            if getattr(logits, "shape", None) != (m, num_classes):
+                raise ValueError(
+                    f"in training it returns {type(logits).__name__} "
+                    f"{list(getattr(logits, 'shape', []))} for {m} images, not logits alone"
+                )
 
 
 def too_narrow_for_channels_last(network):
@@ -2806,10 +2871,50 @@ def evaluate_only(args, origin, device, on_machine, tell):
             f"its run validated on {args.hold_out} of the training images (--hold-out); these are "
             "the data set's own validation images"
         )
+    if args.dry_run:
+        tell("a dry run stops here, nothing is evaluated")
+        return 0
     workers = worker_count(args, dataset, on_machine)
     result = measure("evaluation", dataset, model, args, device, workers, attack=True)
     print_table(tell, {args.eval_split: result})
     return 0
+
+
+def comparison(args, origin, on_machine):
+    """The command of the same training with SAM, or without if this one had it."""
+    other = 0 if args.sam_rho else PAPER_RHO[kind_of_training(args)].get(args.model, 0.03)
+    same = [
+        word
+        for name, setter in origin.items()
+        if setter == "command line"
+        and name not in ("sam_rho", "out_dir", "resume")
+        and not (args.sam_rho and name.startswith("sam_"))
+        for word in as_flag(name, args)
+    ]
+    launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"
+    return f"{launch} train.py {shlex.join([*same, '--sam-rho', f'{other:g}'])}"
+
+
+def without_effect(args, origin):
+    """Flags of the command line that nothing of this run reads."""
+    unused = dict(
+        eval_split=True,
+        weights=not args.init_from,
+        flip=args.augment == "none",
+        temperature=args.loss != "supcon",
+        projection_dim=args.loss != "supcon",
+        momentum=args.optimizer not in ("sgd", "rmsprop"),
+        beta1=args.optimizer not in ("adamw", "lamb"),
+        beta2=args.optimizer == "sgd",
+        eps=args.optimizer == "sgd",
+        lr_end=args.lr_schedule == "constant",
+        randaugment_prob=not args.randaugment[0],
+        randaugment_of=not args.randaugment[0],
+        ema_every=not args.ema_decay,
+    )
+    if args.eval_only:
+        unused = {name: name not in OF_EVALUATION for name in origin}
+    return [flag(n) for n, idle in unused.items() if idle and origin[n] == "command line"]
 
 
 def run(args, origin):
@@ -2825,6 +2930,9 @@ def run(args, origin):
             if origin[name] != "default"
         ]
     )
+    idle = without_effect(args, origin)
+    if idle:
+        tell(f"without effect in this run: {' '.join(idle)}")
     if args.dry_run:  # before anything can be missing
         tell(chosen)
     if any(args.expect):
@@ -2845,11 +2953,12 @@ def run(args, origin):
             f"{world} devices = {share}: use --batch-size {near}"
             + (f" or --micro-batch {fits[-1]}" if fits else "")
         )
-    # One process of a machine fetches, the others find.
-    if args.download and os.environ.get("LOCAL_RANK", "0") == "0":
-        load_split(args, "train", device, tell)
-    if args.download and dist.is_initialized():
-        dist.barrier()
+    # One process fetches; then, where machines do not share the disk, one of each; the others find.
+    for fetches in (main_process, os.environ.get("LOCAL_RANK", "0") == "0"):
+        if args.download and fetches:
+            load_split(args, "train", device, tell)
+        if args.download and dist.is_initialized():
+            dist.barrier()
     if args.eval_only:
         return evaluate_only(args, origin, device, on_machine, tell)
 
@@ -2861,12 +2970,10 @@ def run(args, origin):
 
     # ---- model
     bare = starting_network(args, origin, num_classes, device, tell)
-    if args.micro_batch == 1 and args.train_only != "head":  # BatchNorm wants two numbers or more
-        with as_user_error("--micro-batch 1"), torch.no_grad():
-            images = torch.zeros(1, 3, args.image_size, args.image_size, device=device)
-            copy.deepcopy(bare).train()(images.to(next(bare.parameters()).dtype))
+    if args.train_only != "head":
+        check_training_pass(args, bare, num_classes, device)
     model, network = bare, bare.network
-    head = next(iter(classifier(network).values()), None)
+    _, head = classifier(network)
     supcon, projection = args.loss == "supcon", None
     if supcon and "pre_logits" not in getattr(network, "intermediates", ()):
         raise UserError(
@@ -2887,9 +2994,13 @@ def run(args, origin):
     # ---- optimization
     steps_per_epoch = len(train_set) // args.batch_size
     if steps_per_epoch == 0:
+        n = len(train_set)
+        fits = f"--batch-size {n // share * share}"
+        if n < share:
+            fits = f"--batch-size {n // world * world} --micro-batch {n // world}"
         raise UserError(
-            f"the training set has {len(train_set):,} images, fewer than one batch of "
-            f"{args.batch_size:,}: use --batch-size {len(train_set) // share * share or 1}"
+            f"the training set has {n:,} images, fewer than one batch of {args.batch_size:,}: use "
+            + (fits if n >= world else f"at most {n} processes")
         )
     warmup_steps = args.warmup_steps + round(args.warmup_epochs * steps_per_epoch)
     total_steps = args.epochs * steps_per_epoch or args.max_steps
@@ -2900,6 +3011,7 @@ def run(args, origin):
             kept["warmup.pt"] = warmup_steps
         else:
             kept[f"epoch{epoch}.pt"] = int(epoch) * steps_per_epoch
+    late = [name for name, at in kept.items() if at > last_step]
     micro_batches = args.batch_size // args.micro_batch
     own_micros = range(rank() * micro_batches // world, (rank() + 1) * micro_batches // world)
 
@@ -2967,8 +3079,11 @@ def run(args, origin):
     )
     if warmup_steps >= last_step:
         tell("          the warm-up is as long as the run or longer")
+    if late:
+        tell(f"          the run ends before {' '.join(late)} of --keep-epochs")
     if args.dry_run:
-        tell(f"run       {args.out_dir}: a dry run stops here, nothing is written")
+        holds = ", which holds a run already" * (Path(args.out_dir) / "ckpt.pt").exists()
+        tell(f"run       {args.out_dir}{holds}: a dry run stops here, nothing is written")
         return 0
 
     # ---- run folder, resume
@@ -3138,12 +3253,7 @@ def run(args, origin):
     )
     stream = data.batches(data.loader(train_set, order, workers, args.device == "cuda"), tell=say)
     stop = StopSignal()
-    bar = tqdm(
-        total=last_step,
-        initial=step,
-        unit="step",
-        disable=not (main_process and sys.stderr.isatty()),
-    )
+    bar = progress(last_step, unit="step", leave=True, initial=step)
     images = since_images = 0
     started = since = time.perf_counter()  # moved on by the time that evaluations take
     if evaluation_is_due():  # the run was stopped between a checkpoint and its evaluation
@@ -3257,8 +3367,9 @@ def run(args, origin):
                     f"the last {int(in_a_row)} gradients were not finite: stopped at step "
                     f"{step:,}, learning rate {lr:.3g}; " + last_good
                 )
-        for name in (name for name, at in kept.items() if at == step):
-            checkpoint(name)  # before the run's own, so that no kill comes between
+        for name, at in kept.items():
+            if at == step:
+                checkpoint(name)  # before the run's own, so that no kill comes between
         if (
             step == last_step
             or step % steps_per_epoch == 0
@@ -3289,17 +3400,7 @@ def run(args, origin):
         (f"{speed:,.0f} images/s; " if images else "")
         + f"checkpoint {args.out_dir}/ckpt.pt; best validation accuracy {best:.2f} % in best.pt"
     )
-    other = 0 if sam else PAPER_RHO[kind_of_training(args)].get(args.model, 0.03)
-    same = [
-        word
-        for name, setter in origin.items()
-        if setter == "command line"
-        and name not in ("sam_rho", "out_dir", "resume")
-        and not (sam and name.startswith("sam_"))
-        for word in as_flag(name, args)
-    ]
-    launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"
-    tell(f"to compare: {launch} train.py {shlex.join([*same, '--sam-rho', f'{other:g}'])}")
+    tell(f"to compare: {comparison(args, origin, on_machine)}")
     return 0
 
 
@@ -3317,6 +3418,13 @@ def want_of_memory(error):
     found = re.search(r"allocate ([\d.]+ \w+)", str(error))
     of = f" of {found[1]}" if found else ""
     return f"memory is short{of}: smaller batches, or less of what was asked for, take less"
+
+
+def want_of_compiler(error):
+    """A sentence if this is torch.compile's, else an empty one."""
+    if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return ""
+    return f"torch.compile failed: {str(error).splitlines()[0]}; --no-compile goes without"
 
 
 # What one process may meet alone, while the others are well and wait for it.
@@ -3337,9 +3445,10 @@ def answer(program, function, again):
             status = 128 + signal.SIGPIPE
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         elif isinstance(error, (MemoryError, RuntimeError)):
-            if not want_of_memory(error):
+            want = want_of_memory(error) or want_of_compiler(error)
+            if not want:
                 raise
-            print(f"{program}: {want_of_memory(error)}", file=sys.stderr, flush=True)
+            print(f"{program}: {want}", file=sys.stderr, flush=True)
         else:
             print(f"{program}: {one_line(error)}; {again}", file=sys.stderr, flush=True)
         if dist.is_initialized():
