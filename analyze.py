@@ -6066,12 +6066,12 @@ def claims_of_park(n):
         )
         yield Claim(
             f"Park Fig. {'8' if name == 'ViT' else 'D.2'}",
-            f"MLPs raise them, {name}",
+            f"MLPs raise high frequencies, {name}",
             {"MLP": n.change("fourier", name, "mlp"), "0": n.nothing},
         )
     yield Claim(
         "Park Fig. 2a, D.2",
-        "convolutions raise them, ResNet, within a stage",
+        "convolutions raise high frequencies, ResNet, within a stage",
         {"convolution": n.change("fourier", "ResNet", "conv"), "0": n.nothing},
     )
     for name, but, without in (
@@ -6084,13 +6084,14 @@ def claims_of_park(n):
             f"attention lowers the variance, {name}{but}",
             {"0": n.nothing, "attention": n.change("variance", name, "attention", without)},
         )
-    for name, kind, shown in (("ViT", "mlp", "MLPs"), ("ResNet", "conv", "convolutions")):
+    for name, kind, shown in (
+        ("ViT", "mlp", "MLPs"),
+        ("ResNet, within a stage", "conv", "convolutions"),
+    ):
         yield Claim(
             "Park Fig. 9",
-            f"{shown} raise it, {name}, within a stage"
-            if name == "ResNet"
-            else f"{shown} raise it",
-            {shown: n.change("variance", name, kind), "0": n.nothing},
+            f"{shown} raise the variance, {name}",
+            {shown: n.change("variance", name.split(",")[0], kind), "0": n.nothing},
         )
     for name in ("ViT", "ResNet"):
         yield Claim(
@@ -6408,13 +6409,16 @@ def fraction_runs(n, name, paper):
 
 
 def draw_trainings(grid, parts, n):
-    """A panel for each part."""
+    """A panel for each part: every seed, and mean and deviation over seeds."""
     for axes, (part, rows) in zip(np.ravel(grid), parts.items()):
-        for row in reversed(rows):
-            top1 = n.top1(row["name"])
+        names = [row["name"] for row in reversed(rows)]
+        for y, name in enumerate(names):
+            top1, color = n.top1(name), "C1" if "+ SAM" in name else "C0"
             spread = top1.std(ddof=1) if len(top1) > 1 else None
-            color = "C1" if "+ SAM" in row["name"] else "C0"
-            axes.barh(row["name"], top1.mean(), xerr=spread, color=color)
+            axes.errorbar(top1.mean(), y, xerr=spread, fmt="o", color=color, capsize=3)
+            axes.plot(top1, [y] * len(top1), "|", color=color)
+        axes.set_yticks(range(len(names)), names)
+        axes.grid(axis="x", alpha=0.3)
         axes.set_title(part, fontsize=8)
         axes.tick_params(axis="y", labelsize=6)
         axes.set_xlabel("top-1 (%)")

@@ -12816,18 +12816,24 @@ def test_checkpoints_at_equal_loss_are_those_nearest_to_the_highest_final_one(tm
 
 
 class Panel:
-    """Axes that take down their bars."""
+    """Axes that take down what is drawn at each name."""
 
     def __init__(self):
-        self.bars = {}
+        self.means, self.seeds, self.drawn = {}, {}, {}
 
-    def barh(self, name, width, xerr, color):
-        self.bars[name] = width, xerr, color
+    def errorbar(self, x, y, xerr, fmt, color, capsize):
+        self.means[y] = x, xerr, color
+
+    def plot(self, x, y, style, color):
+        self.seeds[y[0]] = x.tolist()
+
+    def set_yticks(self, ticks, names):
+        self.drawn = {name: (*self.means[y], self.seeds[y]) for y, name in zip(ticks, names)}
 
     def say_nothing(self, *args, **kwargs):
         pass
 
-    set_title = tick_params = set_xlabel = axis = say_nothing
+    set_title = tick_params = set_xlabel = axis = grid = say_nothing
 
 
 def test_the_figure_of_all_trainings_has_means_and_deviations_over_seeds():
@@ -12841,9 +12847,12 @@ def test_the_figure_of_all_trainings_has_means_and_deviations_over_seeds():
     }
     grid = np.array([Panel() for _ in range(3)], object)
     analyze.draw_trainings(grid, parts, analyze.Numbers(Path("runs"), [0, 1], runs))
-    core, fractions, empty = (panel.bars for panel in grid)
+    core, fractions, empty = (panel.drawn for panel in grid)
     assert list(core) == ["ViT + SAM", "ViT"], "from below"
-    assert core == {"ViT": (72, pytest.approx(8**0.5), "C0"), "ViT + SAM": (76, 0, "C1")}
+    assert core == {
+        "ViT": (72, pytest.approx(8**0.5), "C0", [70, 74]),
+        "ViT + SAM": (76, 0, "C1", [76, 76]),
+    }
     assert list(fractions) == ["ViT, 1/2"] and not empty
 
 
