@@ -43,9 +43,7 @@ class First(NamedTuple):
     scaled it). Tensors, detached; reading one as a number waits for the device."""
 
     loss: torch.Tensor  # () clean loss: mean over the micro-batches of this process
-    grad_norm: (
-        torch.Tensor
-    )  # () ‖g‖₂ over SAM.params; with adaptive=True ‖T·g‖₂; with sync averaged
+    grad_norm: torch.Tensor  # () ‖g‖₂ over SAM.params, as ε has it; with adaptive=True ‖T·g‖₂
     input_grads: tuple  # gradients of the clean loss by `inputs`, of the same backward pass
     grads: tuple  # with keep_grads, g by SAM.params that require one; None where there is none
 
