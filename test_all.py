@@ -8836,6 +8836,7 @@ def test_mistakes_in_an_attack_get_one_line_that_helps(tmp_path, capsys, monkeyp
         (["--checkpoint", "text.pt"], "text.pt is no checkpoint"),
         (["--checkpoint", "text.pt", "--eps", "2"], "--eps is 2; pixels are in [0, 1]"),
         (["--checkpoint", "text.pt", "--eps", "0"], "--eps is 0; pixels are in [0, 1]"),
+        (["--checkpoint", "text.pt", "--norm", "l2"], "--norm l2 needs --eps"),
         (
             ["--checkpoint", "text.pt", "--attack", "fgsm", "--steps", "3"],
             "--attack fgsm takes one step",
@@ -13015,6 +13016,12 @@ def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
         if line.startswith(("import ", "from "))
     }
     assert not imported & siblings, imported & siblings
+    for more, needs in (("--cost 1", "sam.py and vit.py"), ("--checkpoint x", "analyze.py and")):
+        if name == "adversarial":  # what it does not do alone
+            command = [sys.executable, "adversarial.py", *more.split()]
+            result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+            line = f"adversarial.py: this needs {needs}"
+            assert result.returncode == 2 and result.stderr.startswith(line), result
 
 
 def test_head_ends_a_table_without_a_traceback():
