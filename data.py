@@ -1641,6 +1641,12 @@ def bench(folder=None, rounds=30, tell=print):
 
         return run
 
+    def opened(path):
+        try:
+            return Image.open(path).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"{show(path)} cannot be decoded: {error}") from None
+
     def race(n, **streams):
         seconds = {name: [] for name in streams}
         for _ in range(rounds + 1):  # in turns, the first to warm up
@@ -1686,7 +1692,7 @@ def bench(folder=None, rounds=30, tell=print):
                 [
                     clocked(name, step)
                     for name, step in (
-                        ("decode", lambda i: Image.open(paths[i]).convert("RGB")),
+                        ("decode", lambda i: opened(paths[i])),
                         ("crop", v1.RandomResizedCrop(224)),
                         ("flip", v1.RandomHorizontalFlip()),
                         ("tensor", v1.PILToTensor()),
@@ -1805,6 +1811,18 @@ def main(argv=None):
             parser.error(
                 f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {least} "
                 "and at most 10000"
+            )
+    own = dict(
+        sizes=["size"],
+        sheet=["split", "size", "columns", "out"],
+        pack=["data_dir", "out", "short_side", "workers"],
+        bench=["data_dir", "rounds"],
+    )[args.what]
+    for name in sorted(vars(args).keys() - {"what", *own}):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(
+                f"--{name.replace('_', '-')} is not of {args.what}, which takes "
+                + " ".join(f"--{n.replace('_', '-')}" for n in own)
             )
     if args.what == "pack":
         if not args.data_dir or not args.out:

@@ -4453,6 +4453,11 @@ def test_the_bench_compares_the_pipelines(tmp_path, capsys):
     data.main(["bench", "--rounds", "1", "--data-dir", str(jpegs)])
     out = capsys.readouterr().out
     assert out.count("ratio") >= 4 and "normalize" in out and "resize and flip" in out, out
+    for jpeg in jpegs.rglob("*.jpeg"):
+        jpeg.write_bytes(jpeg.read_bytes()[:100])
+    with pytest.raises(SystemExit):
+        data.main(["bench", "--rounds", "1", "--data-dir", str(jpegs)])
+    assert re.search(r"class/\d\.jpeg cannot be decoded: ", capsys.readouterr().err)
 
 
 def test_randaugment_and_random_erasing_act_as_often_and_as_much_as_asked():
@@ -4956,6 +4961,15 @@ def test_the_contact_sheet_and_sizes_are_printed(tmp_path, capsys):
     with pytest.raises(SystemExit):
         data.main(["sheet", "--columns", "0"])
     assert "must be at least 1" in capsys.readouterr().err
+    for argv, line in (
+        (["--split", "train"], "--split is not of sizes, which takes --size;"),
+        (["pack", "--size", "8"], "--size is not of pack, which takes --data-dir --out"),
+        (["bench", "--columns", "3"], "--columns is not of bench, which takes --data-dir --rounds"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            data.main(argv)
+        assert line in capsys.readouterr().err, argv
 
 
 # ----------------------------------------------------------------------------------------- train.py
