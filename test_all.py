@@ -13744,18 +13744,13 @@ def stress_arguments(folder, share):
         ),
     ]
     write_image_folder(folder / "images", train=2, val=2)
-    for what, out in (("sizes", "unused"), ("sheet", "sheet.png"), ("pack", "images.pack")):
-        programs.append(
-            (
-                f"data.py {what}",
-                data.main,
-                data.make_parser(),
-                (
-                    f"{what} --size 8 --columns 1 --data-dir {folder / 'images'} --workers 0 --out "
-                    f"{folder / out}"
-                ).split(),
-            )
-        )
+    for argv in (
+        "sizes --size 8",
+        f"sheet --size 8 --columns 1 --out {folder / 'sheet.png'}",
+        f"pack --data-dir {folder / 'images'} --workers 0 --out {folder / 'images.pack'}",
+    ):
+        argv = argv.split()
+        programs.append((f"data.py {argv[0]}", data.main, data.make_parser(), argv))
     for name, flags in QUICK.items():  # last: what is stopped inside a counter leaves torch slow
         argv = [name, *flags.format(run=folder / "run").split(), "--out-dir", str(folder / name)]
         if "--checkpoint" in parsers[name].format_help():
