@@ -6375,6 +6375,8 @@ def test_an_evaluation_is_of_the_split_and_the_classes_that_are_asked_for(
     foreign = ["--eval-only", "--recipe", "chen_to_cifar10", "--init-from"]
     args, _ = train.settings([*foreign, str(tmp_path / "foreign.pth")])
     assert args.reset_head is False, "a recipe's, for training"
+    assert train.without_effect(*train.settings([*foreign, str(tmp_path / "foreign.pth")])) == []
+    assert train.without_effect(*train.settings([*foreign, ours])) == ["--recipe"]
 
 
 def test_the_training_sample_is_as_large_as_the_validation_set(monkeypatch):

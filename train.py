@@ -2914,6 +2914,7 @@ def without_effect(args, origin):
     )
     if args.eval_only:
         unused = {name: name not in OF_EVALUATION for name in origin}
+        unused["recipe"] = args.recipe == args.init_from  # of our checkpoints the run's counts
     return [flag(n) for n, idle in unused.items() if idle and origin[n] == "command line"]
 
 
