@@ -44,6 +44,7 @@ import sys
 import tempfile
 import time
 import zlib
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -1625,12 +1626,23 @@ def photographs(folder, n):
     return roots
 
 
+@contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@one_thread()
 def bench(folder=None, rounds=30, tell=print):
     """Images per second of one process with one thread. Image files to training crops: by the
     defaults of torchvision's references/classification, and here. Images of CIFAR's size, padded,
     cropped and flipped: by v2 one by one, and here in batches. folder: as for ImageFolder; default:
     made images."""
-    rng, threads, spent = np.random.default_rng(0), torch.get_num_threads(), {}
+    rng, spent = np.random.default_rng(0), {}
 
     def clocked(name, step):
         def run(*args):
@@ -1680,7 +1692,6 @@ def bench(folder=None, rounds=30, tell=print):
         f"{features.version('libjpeg_turbo')}; 1 process, 1 thread; medians (and quartiles) of "
         f"{rounds} batches of each, taken in turns"
     )
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
         for root in [Path(folder)] if folder else photographs(made, 32):
             files = ImageFolder(root, InceptionCrop(224))
@@ -1723,7 +1734,6 @@ def bench(folder=None, rounds=30, tell=print):
     if torch.cuda.is_available():
         sets["on the GPU"] = InMemory(pixels, labels, [], padding=4).to("cuda")
     race(96, **{name: batches(loader(dataset, pairs)) for name, dataset in sets.items()})
-    torch.set_num_threads(threads)
 
 
 # --------------------------------------------------------------------------------------------- main

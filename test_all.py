@@ -73,6 +73,31 @@ HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
 
 
+@pytest.fixture(autouse=True)
+def process_left_as_it_was():
+    """Whatever a test calls, and however it ends, the next one meets the same settings."""
+
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+
+    def settings():
+        return dict(
+            threads=torch.get_num_threads(),
+            dtype=torch.get_default_dtype(),
+            gradients=torch.is_grad_enabled(),
+            fast_attention=torch.backends.mha.get_fastpath_enabled(),
+            algorithms=torch.are_deterministic_algorithms_enabled(),
+            precision=(cuda.matmul.fp32_precision, cudnn.conv.fp32_precision),
+            distributed=dist.is_initialized(),
+            signals=[signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)],
+            folder=os.getcwd(),
+            environment={k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
+        )
+
+    before = settings()
+    yield
+    assert settings() == before
+
+
 # ------------------------------------------------------------------------------------------- vit.py
 
 CIFAR = dict(image_size=32, num_classes=100)
@@ -4446,7 +4471,11 @@ def test_images_to_be_evaluated_are_resized_to_the_short_side_and_cut_to_the_siz
     assert default.transform.transforms[0].size == [27]  # 24 · 256 / 224
 
 
-def test_the_bench_compares_the_pipelines(tmp_path, capsys):
+def test_the_bench_compares_the_pipelines_by_one_thread_and_leaves_torch_as_it_was(
+    tmp_path, capsys, request
+):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
     jpegs, pngs = data.photographs(tmp_path, 2)
     assert [Image.open(f).size for f in pngs.rglob("*.png")] == [(500, 375)] * 2
     assert 80e3 < (jpegs / "class/0.jpeg").stat().st_size < 130e3
@@ -4458,6 +4487,7 @@ def test_the_bench_compares_the_pipelines(tmp_path, capsys):
     with pytest.raises(SystemExit):
         data.main(["bench", "--rounds", "1", "--data-dir", str(jpegs)])
     assert re.search(r"class/\d\.jpeg cannot be decoded: ", capsys.readouterr().err)
+    assert torch.get_num_threads() == 2, "of a bench that failed"
 
 
 def test_randaugment_and_random_erasing_act_as_often_and_as_much_as_asked():
