@@ -5399,10 +5399,12 @@ RHO_BESIDE = {  # Chen Table 9, E.3, E.4: how SAM's ρ there compares with plain
 }
 PARTS = tuple(dict.fromkeys([part for part, *_ in TRAININGS] + ["optimizability"]))
 # images: training images for the analyses of the loss; held_out: images for those of feature maps;
-# points: of a landscape's side; pairs: of learning rate and weight decay; fit: the training images
-# whose loss is measured, 1: all.
+# points: of a landscape's side; pairs: of learning rate and weight decay; noise_of: networks under
+# noise of all bands, of which the claims need two; fit: the training images whose loss is measured,
+# 1: all.
 SCALES = {
     "full": dict(
+        train_fraction="1",
         epochs=12,
         warmup_steps=125,
         seeds=[0, 1, 2],
@@ -5412,13 +5414,15 @@ SCALES = {
         points=17,
         pairs=16,
         corruptions=True,
+        noise_of=FAMILIES,
         fit="1",
         parts=PARTS,
         epochs_of={"length": [3, 6, 12], "optimizer": [3, 6, 12], "lr-wd": [3]},
     ),
     "quick": dict(
+        train_fraction="1/2",
         epochs=2,
-        warmup_steps=60,
+        warmup_steps=30,
         seeds=[0, 1],
         rho=["0.03"],
         images=48,
@@ -5426,11 +5430,13 @@ SCALES = {
         points=5,
         pairs=4,
         corruptions=False,
+        noise_of=("ViT", "ResNet"),
         fit="1000",
         parts=("core",),
         epochs_of={"length": [1, 2], "optimizer": [1, 2], "lr-wd": [1]},
     ),
 }
+LENGTH = ("train_fraction", "epochs", "warmup_steps")
 MAY_BE_GIVEN = ("device", "dtype", "compile", "channels_last", "workers")  # of train.py's flags
 LEFT_OUT = [  # what is not judged here, and why
     ("Chen Table 2, 5: ImageNet-ReaL, -V2, -R", "need ImageNet: `robustness --benchmarks`"),
@@ -6348,7 +6354,7 @@ def analyses(names, how):
     for command in ("fourier", "variance", "cka", "lesion"):
         yield command, held_out, plain, "ckpt.pt"
     yield "noise", [*bands, "0.2"], of("ViT", "ResNet"), "ckpt.pt"
-    yield "noise", [], plain, "ckpt.pt"
+    yield "noise", [], of(*how["noise_of"]), "ckpt.pt"
     yield "calibration", [], of("ViT", "ViT + SAM", "ViT, augmented"), "ckpt.pt"
     yield "nll", ["--images", how["fit"]], list(dict.fromkeys((*chen, *plain, *other))), "ckpt.pt"
 
@@ -6515,7 +6521,7 @@ def reproduce(args, rest):
         each = " ".join(map(str, range(1, how["epochs"])))
         more = shlex.split(more.format(twice=2 * how["epochs"], each=each))
         model = ["--recipe", "shapes", "--model", *FAMILIES[family].split()]
-        own = as_flags(dict(epochs=how["epochs"], warmup_steps=how["warmup_steps"], seed=seed))
+        own = as_flags({name: how[name] for name in LENGTH} | dict(seed=seed))
         return [*model, *own, "--keep-epochs", "warmup", *more, *rest]
 
     shown = {}  # as of figure_sections; the first seed, computed last, takes the others' place
@@ -6640,7 +6646,7 @@ def reproduce(args, rest):
         "claims": {f"{row['paper']}: {row['claim']}": row for row in rows},
     }
     results.settings = {"ρ": rho, "seeds": seeds, "parts": parts} | {
-        name: how[name] for name in ("epochs", "warmup_steps", "images", "held_out")
+        name: how[name] for name in (*LENGTH, "images", "held_out")
     }
     train.on_main(results.write)
     if train.rank() == 0:
@@ -6668,8 +6674,8 @@ def reproduce(args, rest):
             f"Of {len(judgements)} claims {counts['shows']} show, {counts['does not show']} do not "
             f"show, {counts['within the spread']} are within the spread, {counts['no verdict']} "
             f"have no verdict. Trained on shapes, {how['epochs']} "
-            f"epochs{' (too few for a verdict)' * args.quick}, seeds {', '.join(map(str, seeds))}; "
-            f"{host['device']}, torch {host['torch']}."
+            f"epochs{' of half the images (too few for a verdict)' * args.quick}, "
+            f"seeds {', '.join(map(str, seeds))}; {host['device']}, torch {host['torch']}."
         )
         write_report(folder, tables, lacking + LEFT_OUT, n, shown, summary)
     return results.parts
@@ -7284,7 +7290,11 @@ def make_parser():
         "each claim",
         of_checkpoints=False,
     )
-    add("--quick", action="store_true", help="a part of it, short: 2 epochs, 2 seeds, ρ = 0.03")
+    add(
+        "--quick",
+        action="store_true",
+        help="a part of it, short: 2 epochs of half the images, 2 seeds, ρ = 0.03",
+    )
     add(
         "--parts",
         nargs="+",

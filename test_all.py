@@ -12938,6 +12938,7 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
         analyze.SCALES,
         "full",
         dict(
+            train_fraction="1",
             epochs=2,
             warmup_steps=2,
             seeds=[0, 1],
@@ -12947,6 +12948,7 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
             points=2,
             pairs=1,
             corruptions=True,
+            noise_of=("ViT", "Mixer"),
             fit="1",
             parts=("twice", "fractions", "contrastive"),
             epochs_of={},
