@@ -39,6 +39,7 @@ import traceback
 import warnings
 import zlib
 from contextlib import chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -8313,7 +8314,27 @@ def test_wrong_variables_of_torchrun_and_a_busy_port_are_told(tmp_path, capsys, 
             monkeypatch.setenv(name, value)
         line = refusal(capsys, *argv)
         assert "cannot join: " in line and "--standalone finds a free port" in line, line
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as if the other one had met an error before
+    monkeypatch.setattr(train, "TO_JOIN", timedelta(seconds=1))
+    line = refusal(capsys, *argv)
+    assert "cannot join: " in line and "one that is missing has said why" in line, line
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_to_compare_is_started_as_the_run_was(monkeypatch):
+    """And has its flags, but for those of SAM."""
+    argv = "--model vit_s16 --sam-rho 0.1 --sam-every 2 --epochs 3 --out-dir x --resume"
+    command = lambda: train.comparison(*train.settings(argv.split()), on_machine=2)
+    same = "train.py --model vit_s16 --epochs 3 --sam-rho 0"
+    assert command() == f"python {same}"
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    assert command() == f"torchrun --nproc_per_node=2 {same}"
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    assert command() == (
+        "torchrun --nnodes=4 --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 "
+        + same
+    )
 
 
 RESTARTED = """

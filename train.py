@@ -36,6 +36,7 @@ import warnings
 import weakref
 import zipfile
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -2530,9 +2531,13 @@ def worker_count(args, dataset, on_machine):
     return 0 if at_hand else max(1, min(8, data.usable_cores() // on_machine))
 
 
-def join(backend, **options):
-    """Joins torchrun's processes, if it started this one. UserError if its variables or the
-    connection are not as they should be."""
+TO_JOIN = timedelta(minutes=10)  # from the first process's start to the last one's
+
+
+def join(backend, timeout=timedelta(minutes=30)):
+    """Joins torchrun's processes, if it started this one. timeout: how long they wait for one
+    another afterwards. UserError if its variables or the connection are not as they should be, or
+    if one of them does not come."""
     numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     wrong = [
         f"{name}={os.environ[name]}"
@@ -2555,20 +2560,21 @@ def join(backend, **options):
     try:
         # A store by attempt: in torchrun's own, processes that it restarts would find the addresses
         # of the dead ones (torch 2.14).
-        store, own_rank, world = next(dist.rendezvous("env://"))
+        store, own_rank, world = next(dist.rendezvous("env://", timeout=TO_JOIN))
+        store.set_timeout(timeout)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             backend,
             store=dist.PrefixStore(f"attempt {attempt}", store),
             rank=own_rank,
             world_size=world,
-            **options,
+            timeout=timeout,
         )
-    except (ValueError, RuntimeError) as error:  # the latter: a busy port, no connection
+    except (ValueError, RuntimeError) as error:  # the latter: a busy port, no connection, nobody
         said = " ".join(str(error).split("\n")[0].split())
         raise UserError(
             f"the processes cannot join: {said}; start them with torchrun, which --standalone "
-            "finds a free port for, or unset WORLD_SIZE"
+            "finds a free port for, or unset WORLD_SIZE; one that is missing has said why"
         ) from None
 
 
@@ -2892,6 +2898,11 @@ def comparison(args, origin, on_machine):
         for word in as_flag(name, args)
     ]
     launch = f"torchrun --nproc_per_node={on_machine}" if dist.is_initialized() else "python"
+    if world_size() > on_machine:
+        launch = (
+            f"torchrun --nnodes={world_size() // on_machine} --nproc_per_node={on_machine} "
+            "--rdzv-backend=c10d --rdzv-endpoint=HOST:29500"
+        )
     return f"{launch} train.py {shlex.join([*same, '--sam-rho', f'{other:g}'])}"
 
 
