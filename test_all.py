@@ -9375,10 +9375,21 @@ def test_mistakes_in_a_study_get_one_line_before_any_training(tmp_path, capsys, 
         ([*length, "vit_micro8", "--model", "x"], "--model: stability has --models"),
         ([*length, "vit_micro8", "--vary", "lr", "1"], "length varies optimizer and epochs"),
         ([*length, "vit_micro8", "--vary", "epochs"], "give one of these and its values"),
-        ([*length, "vit_micro8", "--vary", "epochs", "ten"], "invalid int value: 'ten'"),
+        (
+            [*length, "vit_micro8", "--vary", "epochs", "3", "ten"],
+            "--vary epochs ten: takes numbers",
+        ),
+        ([*length, "vit_micro8", "--vary", "epochs", "3", "0.5"], "invalid int value: '0.5'"),
         ([*length, "vit_micro8", "--optimum", "adamw", "x", "1"], "--optimum adamw x 1: give"),
+        ([*length, "vit_micro8", "--optimum", "adamw", "nan", "1"], "--optimum adamw nan 1: give"),
+        ([*length, "vit_micro8", "--optimum", "adamw", "1", "-1"], "--optimum adamw 1 -1: give"),
+        ([*length, "vit_micro8", "--optimum", "adam", "1", "1"], "--optimum adam 1 1: give"),
+        ([*length, "vit_micro8", "--pairs", "9"], "--pairs is of the study lr-wd, not of length"),
+        (["--study", "rho", "--optimum", "adamw", "1", "1"], "--optimum is of the studies"),
+        (["--study", "rho", "--vary", "sam-rho", "paper"], "--vary sam-rho paper: takes numbers"),
         (["--study", "lr-wd", "--vary", "epochs", "1", "2"], "of one length"),
         (["--study", "lr-wd", "--pairs", "0"], "--pairs is 0"),
+        (["--study", "lr-wd", "--optimum", "adamw", "1e-3", "0"], "its weight decay is 0"),
     ]:
         line = analyze_refusal(capsys, "stability", *argv)
         assert words in line, (argv, line)
@@ -11999,6 +12010,7 @@ def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys
     def work(settings, model, bare, optimizer, mode, batch):
         def call():
             if batch == 64:
+                timed.append(call.who)
                 raise (
                     torch.OutOfMemoryError("as CUDA says")
                     if mode == "sam"

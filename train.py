@@ -538,6 +538,7 @@ OF_EVALUATION = {
 # So many steps in a row without a finite gradient: the run has diverged and stops. A few the loss
 # scaler of float16 skips at its start, by design.
 MOST_SKIPPED = 25
+OPTIMIZERS = ("adamw", "sgd", "lamb", "rmsprop")
 
 
 class UserError(Exception):
@@ -795,7 +796,7 @@ def make_parser():
     add("--micro-batch", type=int, default=32, help="images per pass, the m of SAM (App. E: 32)")
     add(
         "--optimizer",
-        choices=("adamw", "sgd", "lamb", "rmsprop"),
+        choices=OPTIMIZERS,
         default="adamw",
         help="(Table 8; Chen E.4: lamb, then rmsprop)",
     )
@@ -2378,7 +2379,8 @@ def load_weights(network, path, weights="ema", reset_head=False):
 def to_json(value, indent=None):
     """Bytes; NaN and infinity, which JSON does not have, are null."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return re.sub(r"\b(NaN|Infinity)\b|-Infinity\b", "null", text).encode()
+    words = r'"(?:[^"\\]|\\.)*"|NaN|-?Infinity'
+    return re.sub(words, lambda word: word[0] if word[0][0] == '"' else "null", text).encode()
 
 
 class RunFolder:
@@ -2578,11 +2580,11 @@ def join(backend, timeout=timedelta(minutes=30)):
         ) from None
 
 
-def start_processes(device):
+def start_processes(device, timeout=timedelta(minutes=30)):
     """Joins torchrun's processes and takes this one's device: a value of --device -> torch.device,
-    number of processes, number of them on this machine."""
+    number of processes, number of them on this machine. timeout: as of join."""
     # gloo beside NCCL, so that what the host agrees on does not wait for the device
-    join("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    join("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout)
     world, local, on_machine = (
         int(os.environ.get(name, default))
         for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
