@@ -771,10 +771,10 @@ class Hessian:
         if self.together:
             for tensor in (*sums, count):
                 dist.all_reduce(tensor)
-        if not count:
-            raise ValueError("there are no batches, so there is no mean loss")
         if self.images not in (0, int(count)):
             raise ValueError("batches can be read once only: give a list")
+        if not count:
+            raise ValueError("there are no batches, so there is no mean loss")
         self.images = int(count)
         return [finite(total.div_(self.images), "the gradient or H v") for total in sums]
 

@@ -862,8 +862,8 @@ class ImageFolder(ImageFiles):
         for folder in folders:
             if folder not in number:
                 raise DataError(
-                    f"{show(root / folder)} is a class that the training folder does not have: add "
-                    "it there, or remove it here"
+                    f"{show(root / folder)} is a class that the training folder or the network "
+                    "lacks: add it there, or remove it here"
                 )
             found = len(names)
             for where, below, files in os.walk(root / folder, onerror=unreadable, followlinks=True):
@@ -1137,7 +1137,7 @@ class Pack(Dataset):
         for name in sorted(set(own) - number.keys()):
             raise DataError(
                 f"{show(path)}: {show(os.path.join(self.split, name))} is a class that the "
-                "training images do not have: pack a folder without it"
+                "training images or the network lack: pack a folder without it"
             )
         labels = index["labels"][self.first : self.first + splits[self.split]["images"]]
         labels = torch.tensor([number[name] for name in own])[labels.astype(np.int64)]
