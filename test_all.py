@@ -12534,6 +12534,172 @@ def test_sams_gain_is_the_difference_of_runs_of_the_same_images(tmp_path, capsys
         assert line in analyze_refusal(capsys, *argv, "--dry-run", *flags)
 
 
+@pytest.fixture
+def received(monkeypatch):
+    """received(where, name, answer) -> a list of the arguments, {name: value}, that the function
+    is called with from then on; it answers answer(arguments), or nothing is computed further."""
+
+    def watch(where, name, answer=None):
+        signature, calls = inspect.signature(getattr(where, name)), []
+
+        def instead(*args, **kwargs):
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            calls.append(dict(bound.arguments))
+            if answer is None:
+                raise train.UserError("reached")
+            return answer(calls[-1])
+
+        monkeypatch.setattr(where, name, instead)
+        return calls
+
+    return watch
+
+
+@pytest.fixture
+def analyzed(tmp_path, capsys, small_shapes):
+    """analyzed(command line) -> what a subcommand prints of a ViT of seven steps, and says if it
+    does not end; the folder of the run."""
+    train_ok(tiny(tmp_path / "run", "--max-steps 7 --train-fraction 1 --hold-out 1/4 --seed 3"))
+    ending = "--device cpu --workers 0 --out-dir".split() + [str(tmp_path / "out")]
+
+    def run(line, *more):
+        capsys.readouterr()
+        where = [] if "--model " in line else ["--checkpoint", str(tmp_path / "run/ckpt.pt")]
+        status = analyze.main([*line.split(), *more, *where, *ending])
+        text = capsys.readouterr()
+        assert status == 0 or "reached" in text.err, text.err
+        return text.out
+
+    return run
+
+
+def test_flags_of_analyses_reach_the_functions_that_compute(analyzed, received, tmp_path):
+    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    weights = {name.removeprefix("network."): w for name, w in state["model"].items()}
+
+    def only(calls, **wanted):
+        (call,) = calls
+        assert {name: call[name] for name in wanted} == wanted, call
+        return call
+
+    calls = received(analyze, "noise")
+    analyzed(
+        "noise --frequencies 0.5 --sigma 0.3 --window 0.2 --form code --equal-energy --noise-seed 4"
+    )
+    only(calls, sigma=0.3, window=0.2, form="code", equal_energy=True, seed=4)
+
+    eigenvalues = received(analyze, "hessian_eigenvalues")
+    analyzed(
+        "hessian --images 16 --loss sigmoid --which magnitude --method power --iterations 7 "
+        "--params head --tolerance 0.1 --k 1 --memory 2"
+    )
+    call = only(eigenvalues, k=1, which="magnitude", method="power", tolerance=0.1, iterations=7)
+    assert call["loss"] is train.sigmoid_loss and call["options"]["memory"] == 2
+    assert [tuple(p.shape) for p in call["params"]] == [(12, 24), (12,)]
+    (batch,) = call["batches"]
+    train_set = data.load("shapes", "train", image_size=32)
+    kept = train_set.restrict(data.hold_out(train_set.labels, "1/4")[0])
+    kept = kept.restrict(data.subset(kept.labels[kept.indices], Fraction(16, len(kept))))
+    images = kept.pixels[kept.indices]
+    assert torch.equal((batch[0] * 255).round().byte(), images), "of those it was trained on"
+
+    density = received(analyze, "hessian_density")
+    eigenvalues = received(
+        analyze, "hessian_eigenvalues", lambda _: dict(converged=True, eigenvalues=[1.0])
+    )
+    analyzed("hessian --images 16 --params head --probes 2 --steps 3")
+    call = only(density, probes=2, steps=3)
+    assert [tuple(p.shape) for p in call["params"]] == [(12, 24), (12,)]
+
+    kernels = received(analyze, "ntk")
+    analyzed("ntk --images 4 --batch 4 --projections 5 --at checkpoint --dtype float32")
+    call = only(kernels, projections=5)
+    own = call["model"].state_dict()
+    assert torch.equal(own["network.head.weight"], weights["head.weight"])
+    analyzed("ntk --images 4 --batch 4")
+    assert not torch.equal(
+        kernels[1]["model"].state_dict()["network.patch_embed.proj.weight"],
+        weights["patch_embed.proj.weight"],
+    ), "as initialised"
+
+    planes = received(analyze, "landscape")
+    drawn = received(
+        analyze, "directions", lambda of: [[p * 0 for p in of["model"].parameters()]] * 2
+    )
+    analyzed("landscape --images 8 --points 2 --direction-seed 5 --normalise park")
+    assert drawn[0]["seed"] == 5 and drawn[0]["normalise"] == "park"
+    sizes = {tuple(p.shape) for p in planes[0]["decayed"]}
+    assert (12, 24) in sizes and (24,) not in sizes, "--decay kernels"
+
+    balls = received(analyze, "worst_loss", lambda of: dict(worst=1.0, losses=[1.0]))
+    draws = received(analyze, "noisy_loss", lambda of: 1.0)
+    analyzed("flatness --images 8 --sigma 0.3 --draws 2 --rho 0.2 --steps 4")
+    assert [(of["rho"], of["steps"]) for of in balls] == [(0, 4), (0.2, 4)]
+    assert [(of["sigma"], of["draw"]) for of in draws] == [(0.3, 0), (0.3, 1)]
+
+    bins = received(analyze, "calibration")
+    analyzed("calibration --bins 7")
+    only(bins, bins=7)
+
+    of_image = received(analyze, "attention")
+    analyzed("attention --indices 5 --distance 0")
+    shown = data.load("shapes", "val", image_size=32).pixels[5]
+    assert torch.equal((of_image[0]["image"] * 255).round().byte(), shown)
+    far = received(analyze, "attention_distance")
+    received(analyze, "attention", lambda _: dict(shown="", map=[[1.0]], heads=[], rollout=[[1.0]]))
+    analyzed("attention --indices 0 --distance 24")
+    assert far[0]["batches"].total == 24
+
+    pairs = received(analyze, "hsic")
+    analyzed("cka --images 20 --batch 10")
+    assert [len(x) for x, _ in pairs[0]["batches"]] == [10, 10]
+
+    few = data.load("shapes", "val", image_size=32)
+    few.restrict_logits = [0, 2]
+    received(analyze, "robustness_parts", lambda of: [("val", lambda: few)])
+    evaluated = received(train, "evaluate")
+    analyzed("robustness --benchmarks val")
+    assert evaluated[0]["restrict_logits"] == [0, 2]
+
+
+def test_tables_of_analyses_have_the_signs_and_units_that_they_name(analyzed, received):
+    clean = received(
+        analyze, "noise", lambda of: dict(top1=80.0 if of["frequency"] is None else 65)
+    )
+    assert "  80.00  15.00\n" in analyzed("noise --frequencies 0.5"), "a decrease is positive"
+    assert [of["frequency"] for of in clean] == [None, 0.5]
+
+    received(analyze, "accuracy", lambda of: 70.0 if of["skip"] is None else 40.0)
+    text = analyzed("lesion --images 12")
+    assert "70.00 % with all units" in text and "-30" in text and " 30" not in text, text
+
+    received(analyze, "sparsity", lambda _: dict(block={"blocks.0": 0.5}, activation={}))
+    assert re.search(r"\)  +50\.00 +50\.00\n", analyzed("sparsity --images 12"))
+
+    results = iter([dict(nll=0.3, top1=90.0), dict(nll=0.7, top1=60.0)])
+    received(train, "measure", lambda _: next(results))
+    header, rows = table_in(analyzed("nll --images 12"), "error %")
+    assert rows[0][header.index("error %")] == "40.00", rows
+
+
+def test_results_are_of_all_settings_that_decide_them(tmp_path):
+    """Under another value of any of them a network has another name among the results."""
+    (tmp_path / "x.pt").write_bytes(b"weights")
+    settings, _ = train.settings(["--model", "vit_s32", "--init-from", str(tmp_path / "x.pt")])
+    names = [analyze.label(settings, analyze.OF_TRAINING)[0]]
+    for name in (*analyze.DECIDES, *analyze.OF_TRAINING):
+        other = argparse.Namespace(**vars(settings) | {name: "another"})
+        names.append(analyze.label(other, analyze.OF_TRAINING)[0])
+    (tmp_path / "x.pt").write_bytes(b"others")
+    names.append(analyze.label(settings, analyze.OF_TRAINING)[0])
+    assert len(set(names)) == len(names)
+    assert {"weights", "eval_short_side", "mean", "std", "dtype"} <= {*analyze.DECIDES}
+    assert {"train_fraction", "hold_out", "micro_batch", "cutmix", "decay"} <= {
+        *analyze.OF_TRAINING
+    }
+
+
 def argv_of_all(run, out):
     return ["all", "--checkpoint", str(run / "ckpt.pt"), "--out-dir", str(out)]
 
