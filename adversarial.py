@@ -780,6 +780,7 @@ def attack_checkpoint(args, rest):
     say = train.say if train.rank() == 0 else lambda text="": None
     results = analyze.Results(args.out_dir or Path(settings.init_from).parent, "adversarial")
     name, results.settings[name] = analyze.label(settings)
+    settings.content = results.settings[name]["content"]
     done = results.parts.setdefault(name, {})
     model, dataset = analyze.network_and_images(settings, origin, device)
     source = None

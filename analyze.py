@@ -249,11 +249,12 @@ def network_and_images(settings, origin, device):
 
 
 def network_of(settings, origin, classes, device):
-    """The network that `started` found, to be evaluated; UserError if its file is another now."""
+    """A network, to be evaluated; UserError if its file is not that of which `started` made its
+    name."""
     model = train.starting_network(settings, origin, classes, device, tell)
     if settings.init_from:
         content = train.on_main(lambda: fingerprint(settings.init_from))
-        if content != settings.content:
+        if content != getattr(settings, "content", content):
             raise UserError(
                 f"{settings.init_from} changed meanwhile: wait until its training is finished"
             )

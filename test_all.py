@@ -70,6 +70,7 @@ from sam import SAM, LookSAM
 
 if __name__ != "__main__":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # pytest's oracles are the CPU's
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a script's background, too
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
 
@@ -9976,6 +9977,11 @@ def test_components_are_the_rows_of_table_3():
         assert len(parts["whole"]) == len(named)
         for row, inside in rows.items():
             assert any(p is named[inside] for p in parts[row]), (name, row)
+        apart = [set(map(id, parts[row])) for row in rows if not row.startswith("block")]
+        assert len(set.union(*apart)) == sum(map(len, apart)), (name, "in two rows")
+    parts = analyze.components(train.build_model("torchvision:vit_b_32", 12, 32))
+    assert {"embedding", "MSAs or token MLPs", "MLPs or channel MLPs", "block 12 of 12"} <= {*parts}
+    assert len(parts["block 1 of 12"]) == 12 and len(parts["MSAs or token MLPs"]) == 12 * 4
     network = train.build_model("vit_s16", 10, 32, patch_size=8, dim=12, heads=2, mlp_dim=12)
     parts = {
         name: sum(p.numel() for p in params) for name, params in analyze.components(network).items()
@@ -12700,6 +12706,45 @@ def test_results_are_of_all_settings_that_decide_them(tmp_path):
     }
 
 
+def test_flags_of_attacks_reach_them(tmp_path, capsys, received, small_shapes):
+    for name, seed in (("run", 3), ("other", 4)):
+        train_ok(tiny(tmp_path / name, f"--max-steps 7 --train-fraction 1 --seed {seed}"))
+    right = dict(images=6, clean=6, robust=[6, 6, 3, 3], last=[6, 6, 3, 3], loss=[[0.0] * 4])
+    calls = received(train, "under_attack", lambda of: copy.deepcopy(right))
+    files = {name: str(tmp_path / name / "ckpt.pt") for name in ("run", "other")}
+
+    def called(line):
+        del calls[:]
+        argv = [*line.split(), "--device", "cpu", "--out-dir", str(tmp_path / f"out{len(line)}")]
+        assert adversarial.main(["--checkpoint", files["run"], *argv]) == 0
+        attacks = [call["attack"] for call in calls]
+        return [attack.pop("source") for attack in attacks], attacks
+
+    _, (first, *others) = called(
+        "--eps 4/255 --steps 3 --norm l2 --targeted --restarts 2 --attack-seed 5 "
+        "--step-size 1/255 --images 6 --strength-images 6"
+    )
+    own = dict(eps=4 / 255, steps=3, norm="l2", targeted=True, restarts=2, random_start=True)
+    own |= dict(seed=5, step_size=1 / 255, early_stop=False)
+    assert first == own and len(calls[0]["positions"]) == 6
+    *radii, longer = others
+    assert longer == own | dict(steps=15)
+    for of in radii:
+        assert of["early_stop"] and of["step_size"] == pytest.approx(of["eps"] / 4)
+    assert [of["eps"] for of in radii[:4]] == pytest.approx([k / 255 for k in (2, 4, 8, 16)])
+    for more, ratio in (("", 1.25), (" --no-random-start", 1)):
+        _, (fast,) = called("--attack fgsm --eps 4/255 --strength-images 0" + more)
+        assert fast["steps"] == 1 and fast["step_size"] == pytest.approx(ratio * 4 / 255)
+    sources, _ = called(
+        f"--strength-images 0 --steps 3 --images 6 --transfer-from {files['other']}"
+    )
+    assert sources[0] is None and len(sources) == 3
+    heads = [source.network.head.weight for source in sources[1:]]
+    weights = [torch.load(files[name], weights_only=True)["model"] for name in ("other", "run")]
+    for head, of in zip(heads, weights):
+        assert torch.equal(head, of["head.weight"]), "through the other network, then its own"
+
+
 def argv_of_all(run, out):
     return ["all", "--checkpoint", str(run / "ckpt.pt"), "--out-dir", str(out)]
 
@@ -12858,7 +12903,8 @@ def test_the_stress_of_arguments_knows_every_subcommand():
     parser = analyze.make_parser()
     assert parser.commands.keys() == QUICK.keys()
     for name, flags in QUICK.items():  # and each of its flags
-        parser.parse_known_args([name, *flags.format(run="run").split()])
+        _, rest = parser.parse_known_args([name, *flags.format(run="run").split()])
+        assert not train.make_parser().parse_known_args(rest)[1], (name, rest)
 
 
 def test_every_claim_is_about_trainings_and_numbers_that_reproduce_makes():
