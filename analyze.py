@@ -827,20 +827,21 @@ class Saved:
         self.path, self.seconds = path, seconds
         self.began = self.written = time.monotonic()
 
-    def load(self, new):
-        """What was kept, or else what new() makes."""
+    def load(self, new, H):
+        """What was kept of work with H, or else what new() makes."""
         there = self.path and train.on_main(self.path.exists)
         state = train.on_main(lambda: train.read_checkpoint(self.path)) if there else new()
         self.began -= state.pop("spent", 0.0)
+        H.images = state.pop("images", H.images)
         return state
 
     def spent(self):
         """Seconds of work, with those before a kill."""
         return time.monotonic() - self.began
 
-    def keep(self, state):
+    def keep(self, state, H):
         if self.path and train.rank() == 0 and time.monotonic() - self.written >= self.seconds:
-            state = state | dict(spent=self.spent())
+            state = state | dict(spent=self.spent(), images=H.images)
             try:
                 train.write_file(self.path, lambda file: torch.save(state, file))
             except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
@@ -865,7 +866,7 @@ def random_vector(H, *seed, signs=False):
 
 def power(H, iterations, seed, saved):
     """v ← H v / ‖H v‖ from a normal start -> λ = vᵀ H v, ‖H v - λ v‖, products."""
-    state = saved.load(lambda: dict(v=random_vector(H, seed, 0), i=0))
+    state = saved.load(lambda: dict(v=random_vector(H, seed, 0), i=0), H)
     while state["i"] < iterations:
         v = state["v"].to(H.params[0])
         (w,) = H(v)
@@ -874,7 +875,7 @@ def power(H, iterations, seed, saved):
         state = dict(
             v=w / length if length else v, i=state["i"] + 1, value=value.item(), residual=residual
         )
-        saved.keep(state)
+        saved.keep(state, H)
     return state["value"], state["residual"], state["i"]
 
 
@@ -942,7 +943,7 @@ def lanczos(H, k, which, tolerance, iterations, seed, saved):
         v = z + 0.9 * g / g.norm() if g.norm() > 0 else z  # of one parameter too not 0
         return dict(basis=[v / v.norm()], chain=0, before=None)
 
-    state = saved.load(start)
+    state = saved.load(start, H)
     chain, before = state.pop("chain"), state.pop("before")
     space, k, good = Krylov(H, **state), min(k, H.size), False
     while True:
@@ -967,7 +968,8 @@ def lanczos(H, k, which, tolerance, iterations, seed, saved):
                 space.append(random_vector(H, seed, chain))
         if good or len(space.done) == min(iterations, H.size):
             break
-        saved.keep(dict(basis=space.basis, C=space.C, done=space.done, chain=chain, before=before))
+        kept = dict(basis=space.basis, C=space.C, done=space.done, chain=chain, before=before)
+        saved.keep(kept, H)
     gaps = (values[:, None] - values).abs() - residuals  # to where another one may be
     gaps = gaps.fill_diagonal_(math.inf if len(values) > 1 else 0).min(1).values
     errors = torch.where(gaps > residuals, residuals**2 / gaps, residuals)
@@ -1061,7 +1063,8 @@ def hessian_density(
                 before=[torch.zeros(H.size)] * probes,
                 alphas=[[] for _ in of_each],
                 betas=[[] for _ in of_each],
-            )
+            ),
+            H,
         )
         alphas, betas = state["alphas"], state["betas"]
         now, before = ([v.to(H.params[0]) for v in state[name]] for name in ("now", "before"))
@@ -1075,7 +1078,7 @@ def hessian_density(
                 if rest > 10 * eps * length and len(alphas[i]) < steps:  # else it ends here
                     betas[i].append(rest)
                     before[i], now[i] = now[i], w / rest
-            saved.keep(dict(now=now, before=before, alphas=alphas, betas=betas))
+            saved.keep(dict(now=now, before=before, alphas=alphas, betas=betas), H)
         traces = torch.tensor([a[0] * H.size for a in alphas], dtype=torch.float64)
         nodes, weights = [], []
         for a, b in zip(alphas, betas):
@@ -2348,8 +2351,12 @@ def activity(model, batches):
             outputs[block] = outputs.get(block, 0) + norm(output)
 
     device, watched = next(model.parameters()).device, set(blocks.values()) - {""}
-    watches = Watched(model, take), hooked(model, put, watched)
-    with exactly(model, device), torch.no_grad(), watches[0], watches[1]:
+    with (
+        exactly(model, device),
+        torch.no_grad(),
+        Watched(model, take),
+        hooked(model, put, watched),
+    ):
         for x, _ in batches:
             model(x)
             images += len(x)

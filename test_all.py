@@ -9940,6 +9940,8 @@ def test_a_hessian_that_was_killed_goes_on_to_the_same_bits(tmp_path, what):
     at_once = 3 if what == "density" else 1
     again = first + sum(seen) - 9 * (whole["products"] + (what == "lanczos"))  # and the gradient
     assert 0 < again < 9 * at_once, "no more than the product that was cut off"
+    ended = job(saved=analyze.Saved(path, seconds=0))  # killed before the result was written
+    assert ended["images"] == 9 and ended.pop("seconds") > 0 and ended == whole
     saved.remove()
     assert not path.exists()
 
@@ -12251,6 +12253,22 @@ def test_each_word_of_throughput_is_timed_and_what_is_not_timed_refused(
         assert rows[0][header.index("papers' images/s")] == shown, rows
 
 
+def test_a_step_of_throughput_has_sam_and_mixing_as_its_flags_say(received):
+    flags = (
+        "--model vit_micro8 --dataset shapes --sam-rho 0.3 --sam-steps 2 --sam-adaptive --mixup 1"
+    )
+    settings, _ = train.settings([*flags.split(), "--sam-scope", "norm"])
+    settings.timing = dict(micro_batches=1)
+    model = train.assemble(train.build_model("vit_micro8", 12, 32), [0.5], [0.5])
+    mixed, made = received(train, "mixing", lambda of: lambda x, y: (x, y)), received(train, "SAM")
+    with pytest.raises(train.UserError, match="reached"):
+        analyze.work(settings, model, model, None, "sam", 2)
+    (of,) = made
+    assert (of["rho"], of["steps"], of["adaptive"]) == (0.3, 2, True)
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    assert set(map(id, of["params"])) == set(map(id, norms)) and mixed[0]["args"] is settings
+
+
 def test_seconds_of_a_call_are_a_mean_over_as_many_as_fit_after_the_first(monkeypatch):
     now, calls = [0.0], []
     monkeypatch.setattr(analyze.time, "perf_counter", lambda: now[0])
@@ -12785,7 +12803,7 @@ def test_a_disk_that_is_full_costs_a_long_computation_only_its_state(tmp_path, c
     saved = analyze.Saved(tmp_path / "x.state", seconds=0)
     with files_of_at_most(2**10):
         for _ in range(2):
-            saved.keep(dict(v=torch.zeros(2**12)))
+            saved.keep(dict(v=torch.zeros(2**12)), argparse.Namespace(images=1))
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and "x.state cannot be written: " in out, out
     assert "a kill would lose the work" in out and not list(tmp_path.iterdir())
