@@ -12763,6 +12763,23 @@ def test_flags_of_attacks_reach_them(tmp_path, capsys, received, small_shapes):
         assert torch.equal(head, of["head.weight"]), "through the other network, then its own"
 
 
+def test_transfer_takes_each_data_sets_recipe_and_held_out_part(analyzed, received):
+    """Chen et al. E.6, Table 11; dropout and the like of the first training are not taken over."""
+    ended = dict(top1=50.0, nll=1.0, diverged=False)
+    trainings = received(analyze, "conduct", lambda of: {name: dict(ended) for name in of["jobs"]})
+    analyzed("transfer --datasets cifar10 pets shapes")
+    searched, whole = ([*of["jobs"].values()] for of in trainings)
+    flags = [dict(zip(words, [*words[1:], ""])) for words in (*searched, *whole)]
+    for of in flags:
+        held_out = dict(cifar10="1/50", pets="1/10", shapes="1/10")[of["--dataset"]]
+        assert of["--hold-out"] in (held_out, "0"), of
+        recipe = of["--dataset"].replace("shapes", "flowers102")
+        assert of["--recipe"] == f"chen_to_{recipe}" and "--reset-head" in of
+        assert of["--dim"] == "24" and not of.keys() & {"--dropout", "--drop-path", "--init"}
+    assert [of["--lr"] for of in flags[:4]] == ["0.001", "0.003", "0.01", "0.03"]
+    assert [of["--hold-out"] for of in flags].count("0") == 3 and len(flags) == 3 * 4 + 3
+
+
 def argv_of_all(run, out):
     return ["all", "--checkpoint", str(run / "ckpt.pt"), "--out-dir", str(out)]
 
@@ -13133,7 +13150,11 @@ def parks_world():
 
 def xiaos_world():
     """Table 2 for 4 GF, 400 epochs; Fig. 2 to 5 in words."""
-    runs = [dict(epochs=e, optimizer=o, delta=9.0) for o in ("adamw", "sgd") for e in (50, 400)]
+    runs = [
+        dict(epochs=e, optimizer=o, delta=9.0, diverged=False)
+        for o in ("adamw", "sgd")
+        for e in (50, 400)
+    ]
     better = [run | dict(delta=2.0) for run in runs]
     pairs = [dict(random=True, optimizer=o, delta=d) for o in ("adamw", "sgd") for d in (1, 9)]
     return dict(
