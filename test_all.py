@@ -13180,6 +13180,32 @@ def test_every_claim_shows_in_the_world_that_its_paper_describes(paper, world):
     assert seen > 7 and not unlike, unlike
 
 
+def test_controls_show_where_the_claim_beside_them_would():
+    """A world in which weight decay and equal loss change nothing, and SAM halves what is sharp."""
+
+    class Controls(World):
+        def eigenvalue(self, name, block="whole", which=0, file="ckpt.pt"):
+            return self.known("sharp", name)
+
+        def noise(self, name):
+            return self.known("sharp", name)
+
+    sharp = {
+        name + decay + sam: sharpness / (1 + bool(sam))
+        for name, sharpness in (("ViT", 8), ("Mixer", 9), ("ResNet", 4))
+        for decay in ("", ", weight decay 1")
+        for sam in ("", " + SAM")
+    }
+    top1 = {"AlterNet, 1 attention block": 70.0, "AlterNet, 2 attention blocks": 71.0}
+    n, verdicts = Controls(sharp=sharp, top1=top1), {}
+    for where, claim, values, ratio in analyze.claims(n):
+        if where == "control":
+            assert not n.missing, (claim, n.missing)
+            verdicts[claim] = analyze.verdict(values, ratio)[1]
+        n.missing.clear()
+    assert len(verdicts) == 10 and set(verdicts.values()) == {"shows, one seed"}, verdicts
+
+
 def test_networks_that_reproduce_compares_cost_about_the_same():
     cost = {
         family: train.complexity_of(
