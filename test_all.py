@@ -13180,6 +13180,33 @@ def test_every_claim_shows_in_the_world_that_its_paper_describes(paper, world):
     assert seen > 7 and not unlike, unlike
 
 
+def test_what_the_papers_tables_say_is_the_same_wherever_it_is_written():
+    world = chens_world()
+    for name, model in (("ViT", "vit_b16"), ("Mixer", "mixer_b16"), ("ResNet", "resnet152")):
+        for of, way in ((name, ""), (f"{name} + SAM", ", SAM")):
+            kappa, whole, *accuracies = analyze.TABLE_1.get(model + way, (None,) * 4)[:4]
+            if whole is not None:
+                assert kappa == (None if way else world["ntk"][name])
+                assert whole == world["λmax"][of, "whole", 0], of
+                assert accuracies == [world["top1"][of], world["c-lite"][of]], of
+            if name != "ResNet":
+                *parts, _, last = analyze.TABLE_1[model + way][4:]
+                places = [(part, 0) for part in ("embedding", "MSAs", "MLPs", "block ")]
+                places = [*places, ("block ", -1)]
+                assert [*parts, last] == [world["λmax"][of, *place] for place in places], of
+                weights, first, *_ = analyze.TABLE_3[model + way]
+                lengths = world["norms"][of]
+                assert (weights, first) == (lengths["weights"], lengths["activation"]["first"])
+        if name != "ResNet":
+            _, plain, best = train.PUBLISHED[f"chen_{name.lower()}"]
+            rho = train.PAPER_RHO["supervised"][model]
+            rows = analyze.PAPER["rho"][model]
+            assert (rows[0,], rows[rho,], max(rows.values())) == (plain, best, best)
+    for i, way in ((1, ""), (2, " with SAM")):
+        published = [train.PUBLISHED[f"chen_to_{dataset}"][i] for dataset in analyze.HELD_OUT]
+        assert list(analyze.TABLE_6["vit_b16" + way]) == published
+
+
 def test_controls_show_where_the_claim_beside_them_would():
     """A world in which weight decay and equal loss change nothing, and SAM halves what is sharp."""
 
