@@ -3004,8 +3004,12 @@ def test_sam_uses_the_moved_weights_inside_one_autocast_region():
                 return F.cross_entropy(net(x).float(), y)
 
         with region(one_region):
+            with torch.no_grad():
+                plain = loss()
             with SAM(net, 2.0).perturb(loss):
                 loss().backward()
+            with torch.no_grad():
+                assert loss() == plain, "of the weights that are back"
         grads.append(flat(p.grad for p in net.parameters()))
     assert torch.equal(*grads)
     plain = small_net(dtype=torch.float32)
@@ -3477,6 +3481,51 @@ def test_robustness_counts_what_withstands_every_iterate_of_every_restart():
     adversarial.pgd(model, x, aim, start=start, targeted=True, trace=trace, **how)
     holds = torch.stack([predicted == y for _, predicted in trace]).cumprod(0).bool() & clean
     assert aimed["robust"] == holds.sum(1).tolist() and aimed["robust"][-1] < 10, aimed
+    early = adversarial.robustness(model, batches(7), targeted=True, early_stop=True, seed=3, **how)
+    assert early["robust"][-1] == aimed["robust"][-1], "what is not at its target goes on"
+
+
+def test_what_an_attack_has_beaten_counts_though_it_recovers():
+    """Steps as large as the ball jump over waves: a later iterate is right again."""
+
+    class Waves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.length = nn.Parameter(torch.tensor(30.0).double())
+
+        def forward(self, x):
+            wave = (self.length * x.flatten(1).mean(1)).sin()
+            return torch.stack([wave, -wave], dim=1)
+
+    model, (x, _) = Waves().eval(), images_to_attack(40)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    how = dict(eps=0.2, step_size=0.4, steps=6, seed=3)
+    got = adversarial.robustness(model, [(x, y, list(range(40)))], **how)
+    start, trace = adversarial.keyed_start(x, range(40), 0.2, "linf", 3), []
+    adversarial.pgd(model, x, y, 0.2, 0.4, 6, start=start, trace=trace)
+    right = torch.stack([predicted == y for _, predicted in trace])
+    assert (right[1:] & ~right[:-1]).any(), "some recover"
+    assert got["last"] == right.sum(1).tolist()
+    assert got["robust"] == right.cumprod(0).sum(1).tolist() != got["last"]
+
+
+def test_random_starts_differ_between_images_and_seeds_and_not_between_batches():
+    x = images_to_attack(40)[0][:1].expand(3, -1, -1, -1)
+    for norm in ("linf", "l2"):
+        start = partial(adversarial.keyed_start, eps=0.1, norm=norm)
+        three = start(x, range(3), seed=3)
+        assert not torch.equal(three[0], three[1]), "of one image at two places"
+        assert not torch.equal(three, start(x, range(3), seed=4))
+        assert torch.equal(three[1:2], start(x[:1], [1], seed=3))
+
+
+def test_defaults_of_attacks_and_of_looksam_are_those_that_they_cite():
+    for function in (adversarial.pgd, adversarial.fgsm, adversarial.robustness):
+        defaults = {k: p.default for k, p in inspect.signature(function).parameters.items()}
+        assert (defaults["eps"], defaults["random_start"]) == (2 / 255, True), "Chen E.5"
+        assert defaults.get("steps", 10) == 10 and defaults["step_size"] is None
+    assert inspect.signature(LookSAM).parameters["alpha"].default == 0.7
 
 
 def test_attacks_take_labels_of_any_integer_type_gradients_of_any_scale_and_half_precision():
