@@ -276,7 +276,7 @@ def started(args, rest, what, untrained=False):
     float64 if --dtype says so. untrained: a network may come without weights, as initialised."""
     chosen, named = networks(args.checkpoint, rest, own_flags(what), untrained), []
     first = chosen[0][0]
-    device = train.start_processes(first.device, PATIENCE)[0]
+    device = train.start_processes(first.device, PATIENCE, may_share=True)[0]
     folder = Path(first.init_from).parent if first.init_from else Path("out", what)
     results = Results(args.out_dir or folder, what)
     for settings, origin in chosen:
@@ -653,7 +653,7 @@ def robustness(args, rest):
     chosen = networks(args.checkpoint, rest, own_flags("robustness"))
     summaries, trained, told = {}, {}, set()
     first = chosen[0][0]
-    device = train.start_processes(first.device, PATIENCE)[0]
+    device = train.start_processes(first.device, PATIENCE, may_share=True)[0]
     results = Results(args.out_dir or Path(first.init_from).parent, "robustness")
     for settings, origin in chosen:
         name, results.settings[name] = label(settings)
@@ -2201,7 +2201,9 @@ def ntk_command(args, rest):
             nn.init.zeros_(own.weight)
         elif head == "lecun":
             torch.manual_seed(data.key(settings.seed, 3))
-            vit.lecun_normal_(own.weight)
+            drawn = torch.empty_like(own.weight, device="cpu")  # the same numbers for any device
+            vit.lecun_normal_(drawn)
+            own.weight.data.copy_(drawn)
         budget, plan = int(args.memory * 2**30), None
         part = (
             f"{'initialised' if fresh else 'trained'}, seed {settings.seed}, {head} head, "
@@ -4084,6 +4086,8 @@ def machine(device):
     name = platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+            name += ", which processes share"
     elif os.path.exists("/proc/cpuinfo"):
         name = (re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [name])[0]
     return dict(
@@ -4182,6 +4186,12 @@ def throughput(args, rest):
         key, results.settings[key] = label(settings, (*OF_STEP, "channels_last", "timing", "words"))
         classes = train.CLASSES[settings.dataset]
         bare = train.starting_network(settings, origin, classes, device, tell)
+        # What begins at zero, such as classifiers, makes gradients zero, and GPUs multiply zeros
+        # faster.
+        with torch.no_grad():
+            for p in bare.parameters():
+                if not p.any():
+                    p.normal_(std=0.02)
         callables = {}
         for compiled in compiles:
             called = torch.compile(bare, dynamic=False) if compiled else bare
@@ -4515,7 +4525,7 @@ def outcome(args):
 
 
 def child_environment(device):
-    """For a child that trains alone, on this process's device."""
+    """For a child that trains alone, on this process's device, which others may share."""
     ends, begins = ("RANK", "WORLD_SIZE"), ("MASTER_", "TORCHELASTIC_")  # what torchrun sets
     environment = {"PYTHONUNBUFFERED": "1"}
     for name, value in os.environ.items():
@@ -4524,13 +4534,7 @@ def child_environment(device):
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = visible if visible != [""] else [str(i) for i in range(torch.cuda.device_count())]
-        local = int(os.environ["LOCAL_RANK"])
-        if local >= len(names):
-            raise UserError(
-                f"{local + 1} processes or more for {len(names)} CUDA devices: use "
-                f"--nproc_per_node={len(names)}"
-            )
-        environment["CUDA_VISIBLE_DEVICES"] = names[local]
+        environment["CUDA_VISIBLE_DEVICES"] = names[int(os.environ["LOCAL_RANK"]) % len(names)]
     return environment
 
 
@@ -6634,8 +6638,7 @@ def reproduce(args, rest):
         origin,
         f"is this command's own; of train.py's flags it takes {GIVEN}",
     )
-    backend = "cpu:gloo,cuda:nccl" if chosen.device == "cuda" else "gloo"
-    train.join(backend, timeout=PATIENCE)
+    device, _, _ = train.start_processes(chosen.device, PATIENCE, may_share=True)
     folder = Path(args.out_dir or "out/reproduce")
     results = None if args.dry_run else Results(folder, "reproduce")
 
@@ -6794,7 +6797,7 @@ def reproduce(args, rest):
             ]
         judgements = [row["verdict"].split(",")[0] for row in rows if row["paper"] != "control"]
         counts = Counter(judgements)
-        host = machine(train.start_processes(chosen.device)[0])
+        host = machine(device)
         summary = (
             f"Of {len(judgements)} claims {counts['shows']} show, {counts['does not show']} do not "
             f"show, {counts['within the spread']} are within the spread, {counts['no verdict']} "

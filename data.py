@@ -1637,11 +1637,11 @@ def one_thread():
 
 
 @one_thread()
-def bench(folder=None, rounds=30, tell=print):
+def bench(folder=None, rounds=30, workers=0, tell=print):
     """Images per second of one process with one thread. Image files to training crops: by the
-    defaults of torchvision's references/classification, and here. Images of CIFAR's size, padded,
-    cropped and flipped: by v2 one by one, and here in batches. folder: as for ImageFolder; default:
-    made images."""
+    defaults of torchvision's references/classification, and here, also by so many workers together,
+    if any. Images of CIFAR's size, padded, cropped and flipped: by v2 one by one, and here in
+    batches. folder: as for ImageFolder; default: made images."""
     rng, spent = np.random.default_rng(0), {}
 
     def clocked(name, step):
@@ -1722,6 +1722,13 @@ def bench(folder=None, rounds=30, tell=print):
             files.transform.finish = clocked("resize and flip", files.transform.finish)
             pairs = [[(0, i) for i in batch] for batch in order.tolist()]
             race(32, reference=iter(reference), here=batches(loader(files, pairs), tell))
+            if workers:  # of files that are not clocked; the first batch of each is to warm up
+                files = ImageFolder(root, InceptionCrop(224))
+                stream = batches(loader(files, pairs * workers, workers), tell)
+                arrived = [time.perf_counter() for _ in stream][workers - 1 :: workers]
+                speeds = np.quantile(32 * workers / np.diff(arrived), (0.25, 0.5, 0.75))
+                low, speed, high = (f"{images:,.0f}" for images in speeds)
+                tell(f"  {f'{workers} workers':12}{speed:>7} images/s ({low} to {high})")
     tell("3×32×32 in memory: padded, cropped and flipped, 96 in a batch")
     pixels, labels = torch.zeros(5000, 3, 32, 32, dtype=torch.uint8), torch.zeros(5000)
     pairs = [
@@ -1778,7 +1785,7 @@ def make_parser():
         "--workers",
         type=int,
         default=usable_cores(),
-        help="processes that pack; default: one for each core",
+        help="processes that pack, or that load images for bench; default: one for each core",
     )
     parser.add_argument("--rounds", type=int, default=30, help="bench: batches of each pipeline")
     parser.error = lambda message: parser.exit(2, f"data.py: {message}; see --help\n")
@@ -1826,7 +1833,7 @@ def main(argv=None):
         sizes=["size"],
         sheet=["split", "size", "columns", "out"],
         pack=["data_dir", "out", "short_side", "workers"],
-        bench=["data_dir", "rounds"],
+        bench=["data_dir", "rounds", "workers"],
     )[args.what]
     for name in sorted(vars(args).keys() - {"what", *own}):
         if getattr(args, name) != parser.get_default(name):
@@ -1840,7 +1847,7 @@ def main(argv=None):
         return pack_command(parser, args)
     if args.what == "bench":
         try:
-            return bench(args.data_dir, args.rounds)
+            return bench(args.data_dir, args.rounds, args.workers)
         except (DataError, OSError) as error:
             parser.error(f"--data-dir: {error}")
     args.out = args.out or "shapes.png"

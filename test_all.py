@@ -9469,8 +9469,26 @@ def test_a_training_of_a_study_has_the_device_of_its_process_and_none_of_torchru
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert analyze.child_environment("cuda")["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(train.UserError, match="for 2 CUDA devices: use --nproc_per_node=2"):
-        analyze.child_environment("cuda")
+    assert analyze.child_environment("cuda")["CUDA_VISIBLE_DEVICES"] == "0", "shared"
+
+
+def test_analyses_share_cuda_devices_and_trainings_do_not(monkeypatch):
+    joined, taken = [], []
+    monkeypatch.setattr(train, "join", lambda backend, timeout: joined.append(backend))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name, value in dict(WORLD_SIZE="6", LOCAL_WORLD_SIZE="3", LOCAL_RANK="2").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(train.UserError, match="3 processes for 2 CUDA devices: use --nproc_per_no"):
+        train.start_processes("cuda")
+    assert not joined, "refused before anyone waits"
+    shared = train.start_processes("cuda", may_share=True)
+    assert shared == (torch.device("cuda:0"), 6, 3) and joined == ["gloo"], "NCCL refuses to share"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for may_share in (False, True):
+        train.start_processes("cuda", may_share=may_share)
+    assert joined[1:] == ["cpu:gloo,cuda:nccl"] * 2 and taken[1:] == [torch.device("cuda:1")] * 2
 
 
 def test_processes_share_a_study_and_give_the_numbers_of_one(tmp_path, capsys):
@@ -13743,9 +13761,9 @@ def training_argv(folder, *flags):
     return [
         *(
             "--dataset shapes --model vit_micro8 --train-fraction 1/4 --batch-size 64 --micro-"
-            f"batch 32 --epochs 4 --warmup-steps 10 --log-every 20 --sam-rho 0.03 --out-dir "
-            f"{folder}"
+            "batch 32 --epochs 4 --warmup-steps 10 --log-every 20 --sam-rho 0.03"
         ).split(),
+        *("--out-dir", str(folder)),
         *" ".join(flags).split(),
     ]
 
@@ -13874,6 +13892,13 @@ def check_training(device, folder):
     assert process.returncode == 0, output
     joined = train.read_checkpoint(folder / "joined/ckpt.pt")["model"]
     yield "weights of a training, in a process of torchrun", apart(joined, once["model"]), 0.02
+    for what, (begins, ends) in (
+        ("the device and ended on the CPU", (on, "--device cpu")),
+        ("the CPU and ended on the device", ("--device cpu", on)),
+    ):
+        trained(folder / what, begins, "--max-steps 70")
+        moved = trained(folder / what, ends, "--resume")["final"]["training"]["nll"]
+        yield f"training NLL, begun on {what}", moved / exact - 1, 0.02
     for flags in (
         "--dtype float32 --compile",
         "--dtype bfloat16 --no-compile",
@@ -13921,6 +13946,42 @@ def check_waiting(device, folder):
             )
         for what, few, many in zip(("waits", "bytes", "graphs"), *counts[1:]):
             yield f"{what} of 120 steps more than of 30, {flags}", many - few, 0
+
+
+def check_memory(device, folder):
+    """How many images are taken together where memory for 96 is left, and for less than one."""
+    model = train.build_model("vit_s16", 10, 224).to(device).eval()
+
+    def forward(images):
+        with torch.inference_mode():
+            return model(torch.rand(images, 3, 224, 224, device=device))
+
+    forward(32)  # what libraries take for themselves
+    peaks = []
+    for images in (48, 96):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        forward(images)
+        peaks.append(torch.cuda.max_memory_reserved())
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        for room, limit, images in ((48, peaks[0], 32), (96, peaks[1], 64)):
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(limit / total)
+            found = train.images_at_once(model, 224, torch.device(device), f"room for {room}")
+            yield f"images at once beside {images}, with room for {room}", found - images, 0
+        small = train.build_model("resnet18", 10, 2048, width=8).to(device)
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+        refused = ""
+        try:
+            train.images_at_once(small, 2048, torch.device(device), "no room")
+        except train.UserError as error:
+            refused = str(error)
+        said = "one image of 2048×2048 does not fit" in refused
+        yield "images larger than what is left that were not refused", not said, 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 ANALYSES_ON_A_DEVICE = [
@@ -13979,6 +14040,22 @@ def check_analyses(device, folder):
             else:
                 assert a == b, (what, a, b)
         yield f"numbers of {what}, float64", worst, 1e-4
+    command = ["hessian", "--checkpoint", folder / "run", "--images", "96", "--params", "whole"]
+    results = []
+    for processes in (1, 2):  # two of which share a device where there is one
+        out = folder / f"{processes}"
+        argv = [*command, "--device", device, "--dtype", "float64", "--out-dir", out]
+        run = start(
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            + ["analyze.py", *map(str, argv)]
+        )
+        output, _ = run.communicate()
+        assert run.returncode == 0, output
+        ((found,),) = (
+            of.values() for of in json.loads((out / "hessian.json").read_text())["results"].values()
+        )
+        results.append(found["eigenvalues"][0])
+    yield "largest eigenvalue by two processes, float64", results[1] / results[0] - 1, 1e-6
 
 
 CHECKS = dict(
@@ -13986,6 +14063,7 @@ CHECKS = dict(
     sam=check_sam,
     training=check_training,
     waiting=check_waiting,
+    memory=check_memory,
     analyses=check_analyses,
 )
 

@@ -963,8 +963,8 @@ def make_parser():
         action=on_off,
         help=(
             "convolutions' weights, and so the maps between, with channels innermost in memory, "
-            "which is faster; default: yes, but for our ViT, Mixer, PiT, for Swin, on MPS, and on "
-            "the CPU for ResNets of width below 16"
+            "which is faster; default: yes, but on the CPU for our ViT, Mixer, PiT, for Swin and "
+            "for ResNets of width below 16, and on MPS"
         ),
     )
     add(
@@ -1390,9 +1390,9 @@ def settings(argv=None, also=()):
     args.device = args.device or first_device()
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.compile = args.device == "cuda" if args.compile is None else args.compile
-    if args.channels_last is None:  # of those with patches 2 to 5 % faster, of others 10 to 20 %
-        gains = family(args.model) not in ("vit", "mixer", "pit", "swin")
-        args.channels_last = gains and args.device != "mps"
+    if args.channels_last is None:  # networks of patches gain less: on the CPU 2 to 5 %, left alone
+        convolutional = family(args.model) not in ("vit", "mixer", "pit", "swin")
+        args.channels_last = args.device == "cuda" or convolutional and args.device == "cpu"
     adv = f"-adv{255 * args.adv_eps:.3g}" if args.adv_eps else ""  # in 1/255
     stage = "-supcon" * (args.loss == "supcon") + "-head" * (args.train_only == "head")
     args.out_dir = args.out_dir or "out/{}-{}{}{}-rho{:g}-seed{}".format(
@@ -2580,23 +2580,23 @@ def join(backend, timeout=timedelta(minutes=30)):
         ) from None
 
 
-def start_processes(device, timeout=timedelta(minutes=30)):
+def start_processes(device, timeout=timedelta(minutes=30), may_share=False):
     """Joins torchrun's processes and takes this one's device: a value of --device -> torch.device,
-    number of processes, number of them on this machine. timeout: as of join."""
-    # gloo beside NCCL, so that what the host agrees on does not wait for the device
-    join("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout)
-    world, local, on_machine = (
-        int(os.environ.get(name, default))
-        for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    number of processes, number of them on this machine. timeout: as of join. may_share: there may
+    be more processes than CUDA devices. UserError if there are and may not."""
+    devices = torch.cuda.device_count() if device == "cuda" else math.inf
+    on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if on_machine > devices and not may_share:
+        raise UserError(
+            f"{on_machine} processes for {devices} CUDA devices: use --nproc_per_node={devices}"
+        )
+    # gloo beside NCCL, so that what the host agrees on does not wait for the device, and alone
+    # where processes share one, which NCCL refuses
+    join("cpu:gloo,cuda:nccl" if device == "cuda" and on_machine <= devices else "gloo", timeout)
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if device != "cuda":
         return torch.device(device), world, on_machine
-    if on_machine > torch.cuda.device_count():
-        raise UserError(
-            f"{on_machine} processes for {torch.cuda.device_count()} CUDA devices: use "
-            f"--nproc_per_node={torch.cuda.device_count()}"
-        )
-    device = torch.device("cuda", local)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % devices)
     torch.cuda.set_device(device)
     return device, world, on_machine
 
