@@ -191,6 +191,7 @@ def networks(checkpoints, rest, also=(), untrained=False):
     ] or [[]]
     foreign = any(word.split("=")[0] == "--init-from" for word in rest)
     if checkpoints and foreign or not (checkpoints or foreign or untrained):
+        train.settings(rest, also)  # --checkpoint may be misspelt
         raise UserError(
             "needs either --checkpoint RUN/ckpt.pt or --model NAME --init-from FILE"
             + ", or --model NAME alone, untrained" * untrained

@@ -8788,6 +8788,7 @@ def test_mistakes_in_an_analysis_get_one_line_that_helps(tmp_path, capsys, monke
         (["robustnes"], "invalid choice: 'robustnes'"),
         (["robustness"], "needs either --checkpoint RUN/ckpt.pt or --model NAME --init-from"),
         (["robustness", "--checkpoint", "a.pt", "--init-from=b.pt"], "needs either --checkp"),
+        (["robustness", "--checkpont", "a.pt"], "unknown flag --checkpont; did you mean --checkp"),
         (["robustness", "--checkpoint", "no.pt"], "no.pt: No such file"),
         (["robustness", "--checkpoint", "text.pt"], "text.pt is no checkpoint"),
         (
