@@ -73,6 +73,7 @@ if __name__ != "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in a script's background, too
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
+SHIPPED_SPLITS = dict(data.SHAPES_SPLITS)  # which tests make smaller
 
 
 @pytest.fixture(autouse=True)
@@ -5025,6 +5026,69 @@ def test_googles_randaugment_does_at_15_what_its_ranges_say(monkeypatch):
     assert {(name, sign) for name, _, sign in asked} == every
 
 
+def test_what_moves_and_turns_leaves_the_published_grey_behind():
+    """128, of AutoAugment, RandAugment and Google's: as big_vision and torchvision's references."""
+    white = torch.full((3, 64, 64), 255, dtype=torch.uint8)
+    for name in ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "Cutout"):
+        torch.manual_seed(0)
+        changed = data.GOOGLE_OPERATIONS[name](white, 0.5, -1)
+        assert (changed == 128).any() and set(changed.unique().tolist()) <= set(range(128, 256))
+        assert changed[changed != 255].float().mode().values == 128, name
+    fills = [
+        step.fill if not isinstance(step, v2.RandomApply) else step.transforms[0].fill
+        for how in (dict(autoaugment="imagenet"), dict(randaugment=(1, 9)))
+        for step in data.transforms("none", 64, 64, **how).transforms
+    ]
+    assert fills == [128, 128] or all(128 in fill.values() for fill in fills), fills
+
+
+def test_googles_colour_operations_grow_with_the_magnitude():
+    """Factors of 1.8 m + 0.1, of 10 m = 15 2.8, against torchvision's own functionals."""
+    x = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    for name, of in dict(
+        Color=v2.functional.adjust_saturation,
+        Contrast=v2.functional.adjust_contrast,
+        Brightness=v2.functional.adjust_brightness,
+        Sharpness=v2.functional.adjust_sharpness,
+    ).items():
+        for m, factor in ((0.5, 1.0), (1.0, 1.9)):
+            assert torch.equal(data.GOOGLE_OPERATIONS[name](x, m, 1), of(x, factor)), name
+    for name, of in dict(AutoContrast="autocontrast", Equalize="equalize", Invert="invert").items():
+        assert torch.equal(
+            data.GOOGLE_OPERATIONS[name](x, 0.3, 1), getattr(v2.functional, of)(x)
+        ), name
+
+
+def test_augmentations_come_in_the_order_of_their_description():
+    kinds = [
+        type(step).__name__
+        for step in data.transforms(
+            "crop", 32, 32, autoaugment="imagenet", randaugment=(2, 9), erasing=0.5
+        ).transforms
+    ]
+    assert kinds == [
+        "RandomCrop",
+        "RandomHorizontalFlip",
+        "AutoAugment",
+        "RandomApply",
+        "RandomApply",
+        "RandomErasing",
+    ]
+
+
+def test_in_memory_images_are_padded_by_an_eighth_of_their_own_size_and_flip_if_asked():
+    for flip in (True, False):
+        dataset = data.load("shapes", "train", image_size=48, augment="crop", flip=flip)
+        assert (dataset.padding, dataset.flip) == (6, flip)
+
+
+def test_the_images_that_fractions_leave_over_go_to_the_classes_with_the_largest_remainders():
+    labels = torch.tensor([0] * 10 + [1] * 13 + [2] * 16)  # a quarter: 2.5, 3.25, 4; in all 9.75
+    assert torch.bincount(labels[data.subset(labels, "1/4")]).tolist() == [2, 3, 4]
+    labels = torch.tensor([0] * 10 + [1] * 11 + [2] * 7)  # 2.5, 2.75, 1.75; in all 7
+    assert torch.bincount(labels[data.subset(labels, "1/4")]).tolist() == [2, 3, 2]
+
+
 def test_autoaugment_is_torchvisions_with_imagenets_policy():
     policies = [
         step
@@ -6688,19 +6752,63 @@ def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
         assert words in refusal(capsys, *tiny(tmp_path / "no", f"--hold-out {fraction}"))
 
 
-def test_training_equals_a_loop_written_out_by_hand(tmp_path):
-    """SAM on each micro-batch, mean of their gradients, one clip, AdamW with decay on kernels, EMA;
-    no dropout. Logged are the loss at w and the gradient's norm before the clip."""
+@pytest.mark.parametrize(
+    "own",
+    [
+        dict(),
+        dict(
+            seed=3,
+            loss="sigmoid",
+            head_bias=-2.0,
+            decay="all",
+            mean=[0.4, 0.5, 0.6],
+            std=[0.2, 0.25, 0.3],
+        ),
+        dict(
+            seed=2,
+            label_smoothing=0.1,
+            dropout=0.2,
+            drop_path=0.5,
+            mixup=0.5,
+            cutmix=1.0,
+            decay="no-norm-bias",
+        ),
+    ],
+)
+def test_training_equals_a_loop_written_out_by_hand(tmp_path, own):
+    """SAM on each micro-batch, mean of their gradients, one clip, AdamW with decay, EMA. Logged are
+    the loss at w and the gradient's norm before the clip."""
     argv = tiny(
         tmp_path / "run",
         "--sam-rho 0.2 --grad-clip 0.5 --ema-decay 0.9 --dtype float64 "
         "--weight-decay 0.3 --log-every 1",
     )
-    state = train_ok(argv)
-    torch.manual_seed(0)
+    state = train_ok([*argv, *analyze.as_flags(own)])
+    knobs = {name: own[name] for name in ("dropout", "drop_path", "head_bias") if name in own}
+    seed, smoothing = own.get("seed", 0), own.get("label_smoothing", 0)
+    torch.manual_seed(seed)
     network = vit.build(
-        "vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48
+        "vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48, **knobs
     ).double()
+    mean, std = (torch.tensor(own.get(k, [0.5])).double()[:, None, None] for k in ("mean", "std"))
+    mixes = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
+    mixes = [mix(alpha=own[k], num_classes=12) for k, mix in mixes.items() if k in own]
+    mix = v2.RandomChoice(mixes) if mixes else lambda *xy: xy
+
+    def loss_of(logits, y):
+        if "loss" not in own:
+            return F.cross_entropy(logits, y, label_smoothing=smoothing)
+        of_classes = F.binary_cross_entropy_with_logits(
+            logits, F.one_hot(y, 12).double(), reduction="none"
+        )
+        return of_classes.sum(1).mean()
+
+    def decays(name, p):
+        kind = own.get("decay", "kernels")
+        if kind == "no-norm-bias":
+            return "norm" not in name and not name.endswith("bias")
+        return kind == "all" or p.ndim > 1 and name.endswith("weight")
+
     named = dict(network.named_parameters())
     ema = {k: v.detach().clone() for k, v in named.items()}
     m, v = ({k: torch.zeros_like(p) for k, p in named.items()} for _ in range(2))
@@ -6708,22 +6816,27 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
     chosen, logged = data.subset(labels, "1/50"), []
     for step in range(10):
         clean = wrong = 0.0
-        order = torch.randperm(160, generator=torch.Generator().manual_seed(data.key(0, step // 5)))
-        batch = chosen[order[32 * (step % 5) :][:32]]
+        drawn = torch.Generator().manual_seed(data.key(seed, step // 5))
+        batch = chosen[torch.randperm(160, generator=drawn)[32 * (step % 5) :][:32]]
         total = {k: torch.zeros_like(p) for k, p in named.items()}
-        for micro in batch.split(8):
-            x, y = (images[micro].double() / 255 - 0.5) / 0.5, labels[micro]
+        for i, micro in enumerate(batch.split(8)):
+            torch.manual_seed(data.key(seed, step, i, 2))
+            x, y = mix(images[micro].double() / 255, labels[micro])
+            x = (x - mean) / std
+            torch.manual_seed(data.key(seed, step, i))
             logits = network(x)
-            loss = F.cross_entropy(logits, y)
+            loss = loss_of(logits, y)
             clean += loss.item() / 4
-            wrong += 100 * (logits.argmax(1) != y).sum().item() / 32
+            largest = y.argmax(1) if mixes else y
+            wrong += 100 * (logits.argmax(1) != largest).sum().item() / 32
             grads = torch.autograd.grad(loss, named.values())
             norm = torch.cat([g.flatten() for g in grads]).norm()
             moved = {
                 k: (p + 0.2 * g / norm).detach().requires_grad_()
                 for (k, p), g in zip(named.items(), grads)
             }
-            loss = F.cross_entropy(torch.func.functional_call(network, moved, x), y)
+            torch.manual_seed(data.key(seed, step, i))
+            loss = loss_of(torch.func.functional_call(network, moved, x), y)
             for k, g in zip(named, torch.autograd.grad(loss, moved.values())):
                 total[k] += g / 4
         norm = torch.cat([g.flatten() for g in total.values()]).norm()
@@ -6736,7 +6849,7 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
                 g = clip * total[k]
                 m[k] = 0.9 * m[k] + 0.1 * g
                 v[k] = 0.999 * v[k] + 0.001 * g * g
-                if p.ndim > 1 and k.endswith("weight"):
+                if decays(k, p):
                     p *= 1 - lr * 0.3
                 p -= (
                     lr
@@ -6755,6 +6868,190 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path):
     records = [r for r in log_without_times(tmp_path / "run") if "loss" in r]
     got = torch.tensor([(r["loss"], r["error"], r["grad_norm"]) for r in records])  # in float32
     assert torch.allclose(got, torch.tensor(logged), rtol=1e-5), (got, logged)
+
+
+def test_flags_of_a_training_reach_what_computes(tmp_path, received, monkeypatch, capsys):
+    """What a run hands to the optimizer, SAM, the attack and the evaluations."""
+
+    def handed(where, name, flags):
+        calls = received(where, name)
+        refusal(capsys, *tiny(tmp_path / str(len(list(tmp_path.iterdir()))), flags))
+        monkeypatch.undo()
+        return calls[-1]
+
+    for flags, own in {
+        "adamw --beta1 0.8 --beta2 0.7 --eps 1e-3": dict(betas=(0.8, 0.7), eps=1e-3),
+        "lamb --beta1 0.8 --beta2 0.7 --eps 1e-3": dict(betas=(0.8, 0.7), eps=1e-3),
+        "rmsprop --momentum 0.6 --beta2 0.7 --eps 1e-3": dict(alpha=0.7, momentum=0.6, eps=1e-3),
+        "sgd --momentum 0.6 --nesterov": dict(momentum=0.6, nesterov=True),
+        "sgd --momentum 0.6 --no-nesterov": dict(momentum=0.6, nesterov=False),
+    }.items():
+        args, _ = train.settings(f"--optimizer {flags} --weight-decay 0.2 --lr 0.3".split())
+        optimizer = train.make_optimizer(args, nn.Linear(2, 2), torch.device("cpu"))
+        found = {name: optimizer.defaults[name] for name in (*own, "lr")}
+        assert found == own | dict(lr=0.3), (flags, found)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
+    found = handed(train, "SAM", "--sam-rho 0.1 --sam-steps 2 --sam-adaptive --sam-scope s.1.norm2")
+    assert (found["rho"], found["steps"], found["adaptive"]) == (0.1, 2, True)
+    assert [tuple(p.shape) for p in found["params"]] == [(24,), (24,)], "found anywhere in names"
+    found = handed(train, "LookSAM", "--sam-rho 0.1 --sam-every 3 --sam-reuse 0.4")
+    assert found["alpha"] == 0.4
+    for flags, step in (("", 1.25 * 2 / 255), ("--adv-step-size 0.5/255", 0.5 / 255)):
+        found = handed(adversarial, "ascend", f"--adv-eps 2/255 {flags}")
+        assert found["eps"] == 2 / 255 and found["step_size"] == pytest.approx(step)
+    for flags, eps in (("", 2 / 255), ("--adv-eps 1/255", 1 / 255)):
+        assert handed(train, "pgd_10", f"--eval-adv --max-steps 1 {flags}")["eps"] == eps
+    found = handed(data, "TrainOrder", "--repeated-augment 2 --seed 3 --micro-batch 16")
+    assert (found["repeats"], found["seed"], found["micro_batch"]) == (2, 3, 16)
+
+
+def test_flags_of_images_reach_the_data_set(tmp_path, capsys):
+    def seen(flags, many=1):
+        """What data.load was asked for, of the training images and, if many is 2, the others."""
+        with pytest.MonkeyPatch.context() as patch:
+            calls, load = [], data.load
+
+            def listen(name, split, **how):
+                calls.append(how)
+                if len(calls) == many:
+                    raise data.DataError("reached")
+                return load(name, split, **how)
+
+            patch.setattr(data, "load", listen)
+            argv = tiny(tmp_path / "run", flags, dataset=folder)
+            assert "reached" in refusal(capsys, *argv)
+        return calls[-1]
+
+    write_image_folder(tmp_path, train=3, val=2)
+    folder = f"--dataset folder --data-dir {tmp_path} --image-size 32 --batch-size 8 "
+    folder += "--micro-batch 8 --epochs 1"
+    plain = seen("")
+    assert plain["flip"] and plain["autoaugment"] == "none" and plain["erasing"] == 0
+    how = seen(
+        "--augment crop --no-flip --autoaugment imagenet --erasing 0.3 --seed 5 --eval-short-side 40"
+    )
+    assert (how["augment"], how["flip"], how["autoaugment"]) == ("crop", False, "imagenet")
+    assert (how["erasing"], how["seed"], how["short_side"]) == (0.3, 5, 40)
+    flags = "--augment crop --randaugment 3 7 --randaugment-of google --randaugment-prob 0.4"
+    how = seen(flags)
+    assert (how["randaugment"], how["randaugment_prob"]) == ([3, 7], 0.4)
+    assert how["randaugment_of"] == "google"
+    how = seen(f"{flags} --eval-short-side 40", many=2)
+    assert how["short_side"] == 40
+    assert list(how["classes"]) == sorted(path.name for path in (tmp_path / "train").iterdir())
+    assert not how.keys() & {"augment", "randaugment", "flip"}, "of validation images"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_autocast_is_of_the_dtype_that_was_asked_for(dtype):
+    args, _ = train.settings(["--dtype", dtype, "--device", "cpu"])
+    with train.autocast_of(args, torch.device("cpu")):
+        assert nn.Linear(2, 2)(torch.rand(1, 2)).dtype == getattr(torch, dtype)
+
+
+def test_which_steps_have_sam_does_not_depend_on_where_a_run_was_stopped(tmp_path):
+    """Every third from the first; and the direction that LookSAM reuses is kept between."""
+    flags = "--sam-rho 0.2 --sam-every 3 --micro-batch 32 --dtype float64"
+    perturbed, moments = [], []
+
+    with pytest.MonkeyPatch.context() as patch:
+        perturb, update = SAM.perturb, train.update
+        patch.setattr(
+            train.SAM,
+            "perturb",
+            lambda *args, **more: perturbed.append(len(moments)) or perturb(*args, **more),
+        )
+        patch.setattr(
+            train, "update", lambda *args, **more: moments.append(1) or update(*args, **more)
+        )
+        whole = train_ok(tiny(tmp_path / "whole", flags))
+        assert perturbed == [0, 3, 6, 9]
+        train_ok(tiny(tmp_path / "again", flags, "--max-steps 4"))
+        perturbed.clear()
+        again = train_ok(tiny(tmp_path / "again", flags, "--max-steps 10 --resume"))
+    assert [at - 14 for at in perturbed] == [2, 5], "steps 6 and 9, after 4"
+    assert same_tensors(again["model"], whole["model"])
+    assert again["best"] == whole["best"] > 0, "of the whole run, not of what came since"
+
+
+def test_batchnorm_counts_sams_first_pass_alone_and_the_average_has_its_statistics(tmp_path):
+    """After one step, from the same weights, they are plain training's."""
+    flags = "--stem conv --max-steps 1 --dtype float64 --ema-decay 0.9 --warmup-steps 0"
+    plain, sam = (
+        train_ok(tiny(tmp_path / str(rho), flags, f"--sam-rho {rho}")) for rho in (0, 0.5)
+    )
+    names = [name for name in plain["model"] if name.endswith(("running_mean", "running_var"))]
+    assert len(names) >= 4
+    for name in names:
+        start, now = torch.full_like(plain["model"][name], name.endswith("var")), sam["model"][name]
+        assert torch.equal(now, plain["model"][name]) and not torch.equal(now, start)
+        assert torch.allclose(sam["ema"][name], 0.1 * start + 0.9 * now)  # (1 + 0) / (10 + 0)
+    weight = "patch_embed.proj.weight"
+    assert not torch.equal(sam["model"][weight], plain["model"][weight])
+
+
+def test_a_gradient_is_clipped_after_the_loss_scale_is_taken_out():
+    scaler, weight = torch.amp.GradScaler("cpu", init_scale=1024.0), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([weight], 1.0)
+    scaler.scale((weight * torch.tensor([3.0, 4.0])).sum()).backward()
+    norm, skip = train.update(
+        optimizer, scaler, [weight], 2.5, train.RunningStatistics(nn.Flatten()), 1
+    )
+    assert norm.item() == 5 and skip == 0
+    assert torch.allclose(weight.detach(), torch.tensor([-1.5, -2.0]))
+
+
+def test_a_run_without_epochs_has_the_schedule_of_its_steps(tmp_path):
+    train_ok(tiny(tmp_path / "run", "--epochs 0 --max-steps 6 --log-every 1"))
+    rates = [r["lr"] for r in log_without_times(tmp_path / "run") if "lr" in r]
+    cosine = [0.5 * (1 + math.cos(math.pi * done / 3)) for done in (0, 1 / 1, 2)]
+    expected = [2e-3 * x for x in (0, 1 / 3, 2 / 3, *cosine)]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_average_of_xiao_et_al_begins_when_the_warm_up_is_over(tmp_path):
+    flags = "--ema-alpha 0.01 --ema-every 1 --warmup-steps 3 --dtype float64"
+    for steps, equal in ((3, True), (4, False)):
+        state = train_ok(tiny(tmp_path / str(steps), flags, f"--max-steps {steps}"))
+        assert same_tensors(state["ema"], state["model"]) == equal
+
+
+def test_a_resumed_run_remembers_its_best_accuracy(tmp_path):
+    argv = tiny(tmp_path / "run")
+    train_ok([*argv, "--max-steps", "5"])
+    path = tmp_path / "run/ckpt.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | dict(best=99.0), path)
+    before = (tmp_path / "run/best.pt").read_bytes()
+    assert train_ok([*argv, "--resume"])["best"] == 99.0
+    assert (tmp_path / "run/best.pt").read_bytes() == before
+
+
+def test_a_run_that_augments_and_mixes_ends_with_rows_of_images_so_made(tmp_path, monkeypatch):
+    measured, measure = {}, train.measure
+
+    def listen(what, dataset, *args, **more):
+        measured[what] = dataset.padding, more.get("mix") is not None
+        return measure(what, dataset, *args, **more)
+
+    monkeypatch.setattr(train, "measure", listen)
+    final = train_ok(tiny(tmp_path / "run", "--augment crop --mixup 0.5 --max-steps 1"))["final"]
+    assert final.keys() == measured.keys()
+    assert measured == {
+        "validation": (0, False),
+        "training": (0, False),
+        "training, augmented": (4, False),
+        "training, mixed": (4, True),
+    }
+
+
+def test_the_shipped_splits_of_shapes_have_no_image_in_common_and_others_the_published_sizes():
+    ranges = sorted((first, first + count) for first, count in SHIPPED_SPLITS.values())
+    assert SHIPPED_SPLITS.keys() == {"train", "val", "test"}
+    assert all(end <= first for (_, end), (first, _) in itertools.pairwise(ranges))
+    published = dict(imagenet=1_281_167, cifar10=50_000, cifar100=50_000)
+    published |= dict(flowers102=2_040, pets=3_680, shapes=8_000)
+    assert {name: train.TRAINING_IMAGES[name] for name in published} == published
 
 
 @pytest.mark.parametrize("micro_batch", [4, 16])
@@ -8586,14 +8883,16 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(tmp_
         weights = largest_difference(one["model"], two["model"])
         averages = largest_difference(one["ema"], two["ema"]) if one["ema"] else 0.0
         assert one["final"].keys() == two["final"].keys()
-        nll = max(
-            abs(one["final"][what]["nll"] - two["final"][what]["nll"]) for what in one["final"]
+        measures = max(
+            abs(one["final"][what][measure] - two["final"][what][measure])
+            for what in one["final"]
+            for measure in ("top1", "top5", "nll", "ece")
         )
         print(
-            f"{name:32} weights {weights:.1e}  average {averages:.1e}  NLL {nll:.1e}  "
+            f"{name:32} weights {weights:.1e}  average {averages:.1e}  measures {measures:.1e}  "
             f"bytes {sent[name]}"
         )
-        assert max(weights, averages, nll) < 1e-9, (name, weights, averages, nll)
+        assert max(weights, averages, measures) < 1e-9, (name, weights, averages, measures)
         assert one["final"]["validation"]["images"] == two["final"]["validation"]["images"] == 60
         logs = [
             [r["loss"] for r in log_without_times(tmp_path / f"{i}-{n}") if "loss" in r]
