@@ -1186,25 +1186,35 @@ def test_load_npz_gives_the_logits_of_a_plain_numpy_mixer(form, tmp_path):
 # mathematics
 
 
-def test_stochastic_depth_of_a_mixer_ramps_draws_per_branch_and_keeps_the_expectation():
-    blocks = mixer.build("mixer_micro8", 10, 32, drop_path=0.3).blocks
+@pytest.mark.parametrize("family", ["vit", "mixer"])
+def test_stochastic_depth_ramps_draws_per_branch_and_keeps_the_expectation(family):
+    build, tiny_model = dict(vit=(vit.build, tiny_vit), mixer=(mixer.build, tiny_mixer))[family]
+    blocks = build(f"{family}_micro8", 10, 32, drop_path=0.3).blocks
     rates = [block.drop_path.rate for block in blocks]
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3]), rates
-    model = tiny_mixer(drop_path=0.25)
-    image = tiny_images(1)
-    names = [f"blocks.{i}.{branch}" for i in range(2) for branch in ("mlp_tokens", "mlp_channels")]
+    model = tiny_model(drop_path=0.25)
+    image, block = tiny_images(1), model.blocks[1]
+    branches = {
+        "vit": {
+            "attn": lambda x: block.attn(block.norm1(x)),
+            "mlp": lambda x: block.mlp(block.norm2(x)),
+        },
+        "mixer": {
+            "mlp_tokens": lambda x: block.mlp_tokens(block.norm1(x).mT).mT,
+            "mlp_channels": lambda x: block.mlp_channels(block.norm2(x)),
+        },
+    }[family]
+    first, last = branches
+    names = [f"blocks.{i}.{branch}" for i in range(2) for branch in branches]
     whole, trained = dict.fromkeys(names), dict.fromkeys(names)
     with torch.no_grad():
         model(image, out=whole)
         torch.manual_seed(0)
         model.train()(image.expand(4000, -1, -1, -1), out=trained)
-        stream = trained["blocks.0.mlp_channels"]
-        assert torch.allclose(stream, whole["blocks.0.mlp_channels"]), "block 0 has rate 0"
-        block, kept = model.blocks[1], []
-        for name, branch in (
-            ("mlp_tokens", lambda x: block.mlp_tokens(block.norm1(x).mT).mT),
-            ("mlp_channels", lambda x: block.mlp_channels(block.norm2(x))),
-        ):
+        stream = trained[f"blocks.0.{last}"]
+        assert torch.allclose(stream, whole[f"blocks.0.{last}"]), "block 0 has rate 0"
+        kept = []
+        for name, branch in branches.items():
             added = trained[f"blocks.1.{name}"] - stream
             kept.append(added.flatten(1).abs().amax(dim=1) > 1e-9)
             expected = kept[-1][:, None, None] * branch(stream) / 0.75
@@ -1216,10 +1226,129 @@ def test_stochastic_depth_of_a_mixer_ramps_draws_per_branch_and_keeps_the_expect
     ]
     # independent masks; 0.03 is 3.8 standard errors
     assert shares == pytest.approx([9 / 16, 3 / 16, 3 / 16, 1 / 16], abs=0.03), shares
-    mean = trained["blocks.1.mlp_tokens"].mean(dim=0) - whole["blocks.0.mlp_channels"][0]
-    branch = (whole["blocks.1.mlp_tokens"] - whole["blocks.0.mlp_channels"])[0]
+    mean = trained[f"blocks.1.{first}"].mean(dim=0) - whole[f"blocks.0.{last}"][0]
+    branch = (whole[f"blocks.1.{first}"] - whole[f"blocks.0.{last}"])[0]
     ratio = (mean * branch).sum() / branch.square().sum()
     assert abs(ratio - 1) < 0.04, f"on average {ratio:.3f} of the branch is added"  # 4.4 std errors
+
+
+@pytest.mark.parametrize("file", [vit, mixer])
+def test_dropout_of_an_mlp_acts_after_the_nonlinearity(file):
+    """Of hidden units of 1 GELU's half is dropped, the others doubled; then so the outputs."""
+    layer = file.Mlp(dim=4, mlp_dim=4, gelu="exact", dropout=0.5)
+    with torch.no_grad():
+        for p, value in zip(layer.parameters(), (torch.zeros(4, 4), torch.ones(4), torch.eye(4))):
+            p.copy_(value)
+        layer.fc2.bias.zero_()
+        torch.manual_seed(0)
+        found = layer(torch.rand(100, 4)).unique()
+    gelu_of_1 = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
+    assert torch.allclose(found, torch.tensor([0.0, 4 * gelu_of_1]), atol=1e-6), found
+
+
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_dropout_of_a_vit_acts_on_tokens_with_their_positions(pool):
+    model, x = tiny_vit(pool=pool, dropout=0.5), tiny_images()
+    whole, dropped = dict(stem=None), dict(stem=None)
+    model(x, out=whole)
+    torch.manual_seed(0)
+    model.train()(x, out=dropped)
+    kept = dropped["stem"] != 0
+    assert torch.allclose(dropped["stem"][kept], 2 * whole["stem"][kept])
+    assert 0.4 < kept.double().mean() < 0.6
+
+
+def test_a_convolutional_stem_is_as_by_hand():
+    """3×3 convolutions of stride 2 without bias, BatchNorm, ReLU; a 1×1 with one (Xiao §3)."""
+    torch.manual_seed(0)
+    model = vit.build("vit_micro8", 5, 32, stem="conv", dim=16, heads=2, pool="gap").double().eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + (0.1 if "var" in name else -0.4))
+    w, x = below(model.state_dict(), "patch_embed."), tiny_images(2, 32)
+    out = dict(stem=None)
+    model(x, out=out)
+    for i in range(3):
+        x = F.conv2d(x, w[f"stem.{i}.conv.weight"], stride=2, padding=1)
+        x = norm_by_hand(below(w, f"stem.{i}.bn."), x, training=False).clamp(min=0)
+    x = torch.einsum("bihw,oi->bohw", x, w["proj.weight"][:, :, 0, 0])
+    x = (x + w["proj.bias"][:, None, None]).flatten(2).mT + model.pos_embed
+    assert (out["stem"] - x).abs().max() < 1e-12 and x.std() > 0.1
+
+
+def test_pits_arguments_reach_its_parts():
+    how = dict(dropout=0.3, drop_path=0.4, qkv_bias=False, gelu="tanh", head_bias=-3.0)
+    torch.manual_seed(0)
+    plain, model = vit.build("pit_ti", 5, 32), vit.build("pit_ti", 5, 32, **how)
+    for one, middle in ((plain, 0), (model, -3)):
+        assert (one.head.bias - middle).abs().max() < 256**-0.5
+    blocks = [block for stage in model.transformers for block in stage.blocks]
+    assert all(block.attn.qkv.bias is None for block in blocks)
+    assert {block.mlp.act.approximate for block in blocks} == {"tanh"}
+    assert plain.transformers[0].blocks[0].mlp.act.approximate == "none"
+    assert [block.drop_path.rate for block in blocks] == pytest.approx(
+        [0.4 * i / 11 for i in range(12)]
+    )
+    dropouts = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert dropouts == [0.3] * (1 + 2 * len(blocks)) and model.pos_drop.p == 0.3
+    assert plain.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    assert plain.cls_token.std().item() == pytest.approx(0.02, rel=0.4)
+    for size, (patch, stride) in {64: (2, 1), 72: (16, 8)}.items():
+        conv = vit.build("pit_ti", 5, size).patch_embed.conv
+        assert (conv.kernel_size[0], conv.stride[0]) == (patch, stride)
+
+
+def test_resized_position_embeddings_are_bicubic_for_vit_and_for_pit():
+    flat = torch.randn(1, 1 + 16, 3)
+    map_of_pit = flat[:, 1:].mT.unflatten(2, (4, 4))
+    expected = F.interpolate(map_of_pit, (7, 3), mode="bicubic", antialias=True)
+    assert torch.equal(vit.resize_pos_embed(map_of_pit, (7, 3)), expected)
+    assert torch.equal(vit.resize_pos_embed(flat, (7, 3))[:, 1:], expected.flatten(2).mT)
+
+
+def test_googles_initialisation_of_a_convolutional_stem_is_lecun_normal():
+    torch.manual_seed(0)
+    embed = vit.build("vit_s16", stem="conv", init="google", depth=1).patch_embed
+    for layer in (*(part.conv for part in embed.stem), embed.proj):
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.08)
+    assert not embed.proj.bias.any()
+
+
+def test_local_attention_without_class_token_has_a_mask_of_the_map_alone():
+    model = vit.build("vit_micro8", 5, 32, pool="gap", kernel_size=3)
+    assert model.window.shape == (16, 16) and model.window[0].nonzero().flatten().tolist() == [
+        0,
+        1,
+        4,
+        5,
+    ]
+
+
+def test_sizes_without_a_row_in_the_papers_tables_have_the_published_parameters():
+    """timm's of vit_large_patch16_224 and vit_tiny_patch16_224; ours, counted by hand."""
+    per_block = 4 * 96 * 96 + 4 * 96 + 2 * 4 * 96 * 96 + 5 * 96 + 4 * 96
+    micro = 4 * per_block + 3 * 64 * 96 + 96 + 17 * 96 + 96 + 2 * 96 + 12 * 97
+    with torch.device("meta"):
+        for name, classes, side, params in (
+            ("vit_l16", 1000, 224, 304_326_632),
+            ("vit_ti16", 1000, 224, 5_717_416),
+            ("vit_micro8", 12, 32, micro),
+        ):
+            model = vit.build(name, classes, side)
+            assert sum(p.numel() for p in model.parameters()) == params, name
+
+
+def test_batchnorm_has_torchs_momentum_and_epsilon_everywhere():
+    for model in (
+        resnet.build("resnet18", 5, 32),
+        resnet.build("preresnet50", 5, 32),
+        alternet.build("alter_resnet18", 5, 32),
+        alternet.build("alter_resnet50", 5, 32),
+        vit.build("vit_micro8", 5, 32, stem="conv"),
+    ):
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert norms and {(m.momentum, m.eps) for m in norms} == {(0.1, 1e-5)}
 
 
 def test_dropout_of_a_mixer_acts_after_gelu_and_second_layer_and_is_replayed_by_the_seed():
