@@ -2856,11 +2856,12 @@ def test_sam_gives_the_gradient_of_equation_2_by_hand(adaptive, steps):
     x, y = toy_batch()
     loss = loss_of(net, x, y)
     w = [p.detach().clone() for p in net.parameters()]
-    at = w
+    at, norms = w, []
     for _ in range(steps):
         g = gradient_at(net, at, loss)
         t = [v.abs() + eta if adaptive else torch.ones_like(v) for v in w]
         norm = math.sqrt(sum(float(((a * b) ** 2).sum()) for a, b in zip(t, g)))
+        norms.append(norm)
         at = [v + rho / steps * a * a * b / norm for v, a, b in zip(at, t, g)]
     expected = gradient_at(net, at, loss)
     with SAM(net, rho, steps=steps, adaptive=adaptive).perturb(loss) as first:
@@ -2869,6 +2870,7 @@ def test_sam_gives_the_gradient_of_equation_2_by_hand(adaptive, steps):
     error = float((flat(p.grad for p in net.parameters()) - flat(expected)).abs().max())
     assert moved < 1e-14 and error < 1e-14, (moved, error)
     assert float(first.loss) == float(loss().detach())
+    assert abs(float(first.grad_norm) - norms[0]) < 1e-14, "at w"
     if not adaptive and steps == 1:
         distance = float(flat([a - b for a, b in zip(at, w)]).norm())
         assert abs(distance - rho) < 1e-14, distance
@@ -2897,22 +2899,22 @@ def test_sam_of_some_parameters_moves_these_only_and_computes_no_other_gradient(
 @pytest.mark.parametrize("alpha", [0.7, 0.01])
 def test_looksam_adds_the_orthogonal_part_of_sams_gradient_to_the_gradients_between(alpha):
     net, (x, y) = small_net(), toy_batch()
-    sam, halves = SAM(net, 0.3), [slice(0, 8), slice(8, 16)]
+    sam, parts = SAM(net, 0.3), {0.25: slice(0, 4), 0.75: slice(4, 16)}
     look, direction = LookSAM(sam.params, alpha), None
     for step in range(7):
         w = [p.detach().clone() for p in net.parameters()]
         scale = 2.0**16 if step == 3 else 1.0  # as a loss scaler has it in the pass at w
         at_w = flat(gradient_at(net, w, loss_of(net, x, y)))
-        for some in halves:
+        for share, some in parts.items():
             loss = loss_of(net, x[some], y[some])
             with (
                 sam.perturb(lambda: loss() * scale, keep_grads=True)
                 if step % 3 == 0
                 else nullcontext()
             ) as first:
-                (loss() / 2).backward()
+                (loss() * share).backward()
             if step % 3 == 0:
-                look.note(first.grads, 0.5)
+                look.note(first.grads, share)
         before = flat(p.grad for p in net.parameters())
         look.step(step % 3 == 0)
         after = flat(p.grad for p in net.parameters())
@@ -3712,6 +3714,8 @@ def test_the_strength_check_tells_masked_gradients():
     assert verdict(strong, [60, 40, 50], 1000) == [True, False, True]
     assert verdict([(0.1, 50), (0.5, 20)], [60, 50], 1000) == [True, True, False]
     assert verdict([(0.1, 50), (0.2, 50.4), (0.5, 0.4)], [60, 60.4], 1000) == [True] * 3, "chance"
+    assert verdict(strong, [60, 61.9], 100)[1] and not verdict(strong, [60, 62.1], 100)[1]
+    assert verdict(strong, [60, 50, 50.4, 50.8], 1000) == [True, False, True], "over the least"
 
 
 def test_a_robust_models_gradients_are_its_best_attack():
@@ -4472,6 +4476,8 @@ def test_cifar_is_read_from_its_published_files(tmp_path, monkeypatch):
         ((x, y),) = all_batches(val, [[(0, 2)]])
         assert x[0].flatten().tolist() == raw["data"][2].tolist() and y.item() == raw[key][2]
         assert len(val.classes) == (100 if name == "cifar100" else 10)
+        test = data.load(name, "test", data_dir=tmp_path, image_size=32)
+        assert torch.equal(test[[(0, i) for i in range(4)]][0], val[[(0, i) for i in range(4)]][0])
         train_set = data.load(name, "train", data_dir=tmp_path, image_size=32, augment="crop")
         ((x, y),) = all_batches(train_set, [[(0, 1)]])
         clean = data.load(name, "train", data_dir=tmp_path, image_size=32).pixels[1]
@@ -7056,9 +7062,8 @@ def test_flags_of_images_reach_the_data_set(tmp_path, capsys):
     folder += "--micro-batch 8 --epochs 1"
     plain = seen("")
     assert plain["flip"] and plain["autoaugment"] == "none" and plain["erasing"] == 0
-    how = seen(
-        "--augment crop --no-flip --autoaugment imagenet --erasing 0.3 --seed 5 --eval-short-side 40"
-    )
+    plain = "--augment crop --no-flip --autoaugment imagenet"
+    how = seen(f"{plain} --erasing 0.3 --seed 5 --eval-short-side 40")
     assert (how["augment"], how["flip"], how["autoaugment"]) == ("crop", False, "imagenet")
     assert (how["erasing"], how["seed"], how["short_side"]) == (0.3, 5, 40)
     flags = "--augment crop --randaugment 3 7 --randaugment-of google --randaugment-prob 0.4"
@@ -13223,8 +13228,12 @@ def test_results_are_of_all_settings_that_decide_them(tmp_path):
 def test_flags_of_attacks_reach_them(tmp_path, capsys, received, small_shapes):
     for name, seed in (("run", 3), ("other", 4)):
         train_ok(tiny(tmp_path / name, f"--max-steps 7 --train-fraction 1 --seed {seed}"))
-    right = dict(images=6, clean=6, robust=[6, 6, 3, 3], last=[6, 6, 3, 3], loss=[[0.0] * 4])
-    calls = received(train, "under_attack", lambda of: copy.deepcopy(right))
+
+    def found(of):
+        curve = [6] * of["attack"]["steps"] + [next(left)]  # of 6 images
+        return dict(images=6, clean=6, robust=curve, last=curve, loss=[[0.0] * len(curve)])
+
+    left, calls = itertools.repeat(3), received(train, "under_attack", found)
     files = {name: str(tmp_path / name / "ckpt.pt") for name in ("run", "other")}
 
     def called(line):
@@ -13245,7 +13254,16 @@ def test_flags_of_attacks_reach_them(tmp_path, capsys, received, small_shapes):
     assert longer == own | dict(steps=15)
     for of in radii:
         assert of["early_stop"] and of["step_size"] == pytest.approx(of["eps"] / 4)
-    assert [of["eps"] for of in radii[:4]] == pytest.approx([k / 255 for k in (2, 4, 8, 16)])
+    largest = 0.5 * (3 * 32 * 32) ** 0.5  # the way from grey to a corner of the cube of pixels
+    radii_asked = [*(k / 255 for k in (2, 4, 8, 16)), largest]
+    assert [of["eps"] for of in radii] == pytest.approx(radii_asked)
+    _, (default,) = called("--strength-images 0")
+    own = dict(eps=2 / 255, steps=10, norm="linf", targeted=False, restarts=1, random_start=True)
+    assert default == own | dict(seed=0, step_size=0.25 / 255, early_stop=False)
+    _, (_, *radii, longer) = called("--attack fgsm --eps 4/255 --images 6 --strength-images 6")
+    assert longer["steps"] == 50 and longer["step_size"] == 0.5 / 255
+    for of in radii:
+        assert of["steps"] == 10 and of["step_size"] == pytest.approx(of["eps"] / 8)
     for more, ratio in (("", 1.25), (" --no-random-start", 1)):
         _, (fast,) = called("--attack fgsm --eps 4/255 --strength-images 0" + more)
         assert fast["steps"] == 1 and fast["step_size"] == pytest.approx(ratio * 4 / 255)
@@ -13257,6 +13275,37 @@ def test_flags_of_attacks_reach_them(tmp_path, capsys, received, small_shapes):
     weights = [torch.load(files[name], weights_only=True)["model"] for name in ("other", "run")]
     for head, of in zip(heads, weights):
         assert torch.equal(head, of["head.weight"]), "through the other network, then its own"
+    for black, words in ((2, "NO: its grad"), (3, "no difference"), (5, "its own are the strong")):
+        left = iter([3, black, 3])
+        capsys.readouterr()
+        called(
+            f"--strength-images 0 --steps 3 --images 6 --attack-seed {black} "
+            f"--transfer-from {files['other']}"
+        )
+        assert words in capsys.readouterr().out
+
+
+def test_images_to_attack_are_spread_evenly():
+    assert adversarial.spread(10, 3) == [0, 3, 6]
+    for wanted in (0, 10, 11):
+        assert adversarial.spread(10, wanted) == list(range(10))
+
+
+def test_a_start_outside_the_ball_is_projected_before_the_first_pass():
+    seen, x = [], torch.full((2, 3, 4, 4), 0.5)
+
+    class Listening(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, images):
+            seen.append(images.detach().clone())
+            return self.weight * images.flatten(1)[:, :2]
+
+    y = torch.zeros(2).long()
+    adversarial.pgd(Listening().eval(), x, y, 0.1, 0.02, 1, start=x + 3)
+    assert torch.allclose(seen[0], x + 0.1)
 
 
 def test_transfer_takes_each_data_sets_recipe_and_held_out_part(analyzed, received):
