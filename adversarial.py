@@ -776,7 +776,7 @@ def attack_checkpoint(args, rest):
 
     settings, origin = chosen(args.checkpoint)
     other = chosen(args.transfer_from) if args.transfer_from else None
-    device, world, on_machine = train.start_processes(settings.device)
+    device, world, on_machine = train.start_processes(settings.device, may_share=True)
     say = train.say if train.rank() == 0 else lambda text="": None
     results = analyze.Results(args.out_dir or Path(settings.init_from).parent, "adversarial")
     name, results.settings[name] = analyze.label(settings)

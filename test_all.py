@@ -12671,11 +12671,13 @@ def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys
 
 
 def test_all_networks_of_throughput_take_the_step_of_the_first(tmp_path, monkeypatch):
+    """And none has weights of zeros, whose gradients a GPU computes faster."""
     seen, called = {}, []
 
     def work(settings, model, bare, optimizer, mode, batch):
         seen[settings.model] = settings, optimizer
         called.append(model is bare)
+        assert all(p.any() for p in bare.parameters())
         return lambda: None
 
     monkeypatch.setattr(analyze, "work", work)
