@@ -4552,7 +4552,8 @@ def train_one(argv, folder, environment):
     prints goes to FOLDER/output.txt. -> its exit status."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "ab") as output:
-        # In a session of its own, it is told of Ctrl-C once, by the lines below.
+        # In a session of its own, it is told of Ctrl-C once, by the lines below, as of all else that
+        # ends the study.
         child = subprocess.Popen(
             [sys.executable, train.__file__, *argv],
             stdout=output,
@@ -4563,7 +4564,7 @@ def train_one(argv, folder, environment):
         )
         try:
             return child.wait()
-        except KeyboardInterrupt:
+        except BaseException:
             child.terminate()  # it saves and ends
             child.wait()
             raise

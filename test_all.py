@@ -9906,6 +9906,25 @@ def test_a_training_of_a_study_has_the_device_of_its_process_and_none_of_torchru
     assert analyze.child_environment("cuda")["CUDA_VISIBLE_DEVICES"] == "0", "shared"
 
 
+def test_a_training_of_a_study_ends_with_the_study_whatever_ends_it(tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    script.write_text("import time\ntime.sleep(300)\n")
+    monkeypatch.setattr(train, "__file__", str(script))
+
+    def enough(*_):
+        raise LongEnough
+
+    before, others = signal.signal(signal.SIGALRM, enough), children(os.getpid())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        with pytest.raises(LongEnough):
+            analyze.train_one([], tmp_path / "run", dict(os.environ))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert children(os.getpid()) == others
+
+
 def test_analyses_share_cuda_devices_and_trainings_do_not(monkeypatch):
     joined, taken = [], []
     monkeypatch.setattr(train, "join", lambda backend, timeout: joined.append(backend))
