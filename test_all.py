@@ -13283,6 +13283,7 @@ def test_flags_of_attacks_reach_them(tmp_path, capsys, received, small_shapes):
     assert default == own | dict(seed=0, step_size=0.25 / 255, early_stop=False)
     _, (_, *radii, longer) = called("--attack fgsm --eps 4/255 --images 6 --strength-images 6")
     assert longer["steps"] == 50 and longer["step_size"] == 0.5 / 255
+    assert radii[-1]["eps"] == 0.5
     for of in radii:
         assert of["steps"] == 10 and of["step_size"] == pytest.approx(of["eps"] / 8)
     for more, ratio in (("", 1.25), (" --no-random-start", 1)):
