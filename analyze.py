@@ -4552,8 +4552,8 @@ def train_one(argv, folder, environment):
     prints goes to FOLDER/output.txt. -> its exit status."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "output.txt", "ab") as output:
-        # In a session of its own, it is told of Ctrl-C once, by the lines below, as of all else that
-        # ends the study.
+        # In a session of its own, it is told of Ctrl-C once, by the lines below, and of whatever
+        # else ends the study.
         child = subprocess.Popen(
             [sys.executable, train.__file__, *argv],
             stdout=output,
