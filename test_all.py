@@ -8775,9 +8775,10 @@ def test_a_program_ends_by_an_error_though_its_workers_leave_signals_alone():
 
 def test_wrong_variables_of_torchrun_and_a_busy_port_are_told(tmp_path, capsys, monkeypatch):
     argv = tiny(tmp_path / "run", "--max-steps 1")
-    with monkeypatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "two")
-        assert "WORLD_SIZE=two: no number, as torchrun sets it" in refusal(capsys, *argv)
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "two")
+            assert f"{name}=two: no number, as torchrun sets it" in refusal(capsys, *argv)
     with monkeypatch.context() as patch:
         patch.setenv("RANK", "3")  # left over: it would compute for nobody
         patch.setenv("LOCAL_RANK", "3")

@@ -2536,24 +2536,31 @@ def worker_count(args, dataset, on_machine):
 TO_JOIN = timedelta(minutes=10)  # from the first process's start to the last one's
 
 
-def join(backend, timeout=timedelta(minutes=30)):
-    """Joins torchrun's processes, if it started this one. timeout: how long they wait for one
-    another afterwards. UserError if its variables or the connection are not as they should be, or
-    if one of them does not come."""
-    numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+TORCHRUN_SETS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def check_variables():
+    """UserError unless those that torchrun sets are numbers."""
     wrong = [
         f"{name}={os.environ[name]}"
-        for name in numbers
+        for name in TORCHRUN_SETS
         if not os.environ.get(name, "0").isdecimal()
     ]
     if wrong:
         raise UserError(
             f"{' '.join(wrong)}: no number, as torchrun sets it; unset it, or start with torchrun"
         )
+
+
+def join(backend, timeout=timedelta(minutes=30)):
+    """Joins torchrun's processes, if it started this one. timeout: how long they wait for one
+    another afterwards. UserError if its variables or the connection are not as they should be, or
+    if one of them does not come."""
+    check_variables()
     if dist.is_initialized():
         return
     if "WORLD_SIZE" not in os.environ:
-        alone = [f"{name}={os.environ[name]}" for name in numbers if name in os.environ]
+        alone = [f"{name}={os.environ[name]}" for name in TORCHRUN_SETS if name in os.environ]
         if alone:  # this process would take itself for another than the first, and save nothing
             raise UserError(
                 f"{' '.join(alone)} without WORLD_SIZE: unset it, or start with torchrun"
@@ -2584,6 +2591,7 @@ def start_processes(device, timeout=timedelta(minutes=30), may_share=False):
     """Joins torchrun's processes and takes this one's device: a value of --device -> torch.device,
     number of processes, number of them on this machine. timeout: as of join. may_share: there may
     be more processes than CUDA devices. UserError if there are and may not."""
+    check_variables()
     devices = torch.cuda.device_count() if device == "cuda" else math.inf
     on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if on_machine > devices and not may_share:
