@@ -383,7 +383,7 @@ class Batches:
                 kept = [*kept, (x, y)] if size <= self.KEPT else []
             x, y = train.to_float(x.to(device), self.model), y.to(device)
             if self.mix is not None:
-                torch.manual_seed(data.key(self.seed, -1, number, 2))
+                train.seed_draws(data.key(self.seed, -1, number, 2), device)
                 x, y = self.mix(x, y)
             yield x, y
         if len(kept) == len(self.numbers):

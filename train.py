@@ -2843,12 +2843,18 @@ def autocast_of(args, device):
     return torch.autocast(device.type, getattr(torch, args.dtype)) if half else nullcontext()
 
 
+def seed_draws(seed, device):
+    """torch.manual_seed, but on the CPU alone if that is what computes: each call of torch's formats
+    a traceback to tell of CUDA's seed later, which takes about a millisecond."""
+    (torch.default_generator if device.type == "cpu" else torch).manual_seed(seed)
+
+
 def measure(what, dataset, model, args, device, workers, attack=False, mix=None):
     """`evaluate` on a data set; attack: also "pgd", if --eval-adv is given; mix: a micro-batch's
     (x, y) -> (x, shares), drawn from the run's seed."""
 
     def seeded_mix(number, x, y):
-        torch.manual_seed(data.key(args.seed, -1, rank() + number * world_size(), 2))
+        seed_draws(data.key(args.seed, -1, rank() + number * world_size(), 2), device)
         return mix(x, y)
 
     if mix is None:
@@ -3231,7 +3237,7 @@ def run(args, origin):
         which loss_of then sends on into the network: in all, the loss's exact gradient."""
         z = []
         for micro, x, *_ in together:
-            torch.manual_seed(data.key(args.seed, step, micro))
+            seed_draws(data.key(args.seed, step, micro), device)
             with torch.no_grad(), autocast:
                 z.append(model(x))
         z = at_least_float32(torch.cat(z))
@@ -3241,7 +3247,7 @@ def run(args, origin):
     def loss_of(micro, x, y, sends=False):
         if supcon and micro == own_micros[0]:  # a pass over the batch begins, at w or w + ε
             contrast()
-        torch.manual_seed(data.key(args.seed, step, micro))  # masks belong to the micro-batch
+        seed_draws(data.key(args.seed, step, micro), device)  # masks belong to the micro-batch
         statistics.begin_pass()
         with quiet(model, sends), autocast:
             logits = model(x)
@@ -3302,7 +3308,7 @@ def run(args, origin):
         for micro in own_micros:
             x, y = next(stream)
             x, y = to_float(x.to(device, non_blocking=True), model), y.to(device, non_blocking=True)
-            torch.manual_seed(data.key(args.seed, step, micro, 2))  # 2: apart from the masks'
+            seed_draws(data.key(args.seed, step, micro, 2), device)  # 2: apart from the masks'
             x, y = mix(x, y)
             start = x
             if args.adv_eps:
