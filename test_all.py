@@ -6426,6 +6426,8 @@ def test_sam_rho_paper_is_table_9():
     ).split()
     for model, rho in table["strong augmentation"].items():
         assert train.settings([*strong, model])[0].sam_rho == rho
+    for one in (["--mixup", "0.5"], ["--randaugment", "2", "9"]):  # is not yet strong
+        assert train.settings(["--model", "vit_b16", "--sam-rho", "paper", *one])[0].sam_rho == 0.2
     for model, rho in table["supervised contrastive"].items():
         args, origin = train.settings(
             ["--recipe", "chen_supcon", "--model", model, "--sam-rho", "paper"]
@@ -14235,6 +14237,28 @@ def test_the_readmes_figures_are_there_and_not_ignored_by_git():
     ]
     assert figures and all((HERE / figure).is_file() for figure in figures), figures
     assert not ignored, f"{ignored} would keep a figure of that name out of a commit"
+
+
+def test_the_readmes_commands_are_spelled_right():
+    """Subcommands, flags and kinds of values of all; the files that they name need not be there."""
+    text = re.sub(r"\\\n *", "", README)  # a command on two lines
+    for name, value in (
+        ("$T ", "python analyze.py throughput "),
+        ("`… ", "`python train.py "),
+        *(("$S", "0"), ("$R ", "0.03 "), ("$K", "2"), ("$HOW", ""), ("$FIGURE", "cka")),
+    ):
+        text = text.replace(name, value)
+    commands = set(re.findall(r"\b(train|analyze|adversarial|data)\.py ([^\n`#|;)]*)", text))
+    programs = [program for program, flags in commands]
+    assert len(commands) > 120 and set(programs) == {"train", "analyze", "adversarial", "data"}
+    for program, flags in commands - {("train", "--help"), ("analyze", "--help")}:
+        argv = shlex.split(flags + '"' * (flags.count('"') % 2))
+        if program == "data":
+            data.make_parser().parse_args(argv)
+            continue
+        module = dict(train=train, analyze=analyze, adversarial=adversarial)[program]
+        rest = module.make_parser().parse_known_args(argv)[1]
+        train.make_parser().parse_args(rest)
 
 
 def test_the_readmes_training_commands_run(tmp_path, small_shapes):
