@@ -402,6 +402,8 @@ def robustness(
             check_labels(logits, y)
             right, aim = logits.argmax(1) == y, y
             if targeted:
+                if logits.shape[1] == 1:
+                    raise ValueError("targeted: the model has one class, there is no other")
                 offset = torch.as_tensor(positions, device=y.device) % (logits.shape[1] - 1)
                 aim = (y + 1 + offset) % logits.shape[1]
             robust = right.repeat(curves.shape[1], 1)
@@ -791,6 +793,8 @@ def attack_checkpoint(args, rest):
                 f"--transfer-from {args.transfer_from}: it has other classes, or another image "
                 f"size, than {settings.init_from}"
             )
+    if args.targeted and len(dataset.classes) == 1:
+        raise train.UserError(f"--targeted: {settings.init_from} has one class, there is no other")
     workers = train.worker_count(settings, dataset, on_machine)
 
     steps = args.steps

@@ -6445,6 +6445,9 @@ def test_sam_rho_paper_is_table_9():
 
 
 def test_flags_override_recipes_and_recipes_override_defaults(capsys):
+    for text in ("2/255", "0.0123456789", "1/510"):  # and a setting's flag is that setting
+        args, _ = train.settings(["--adv-eps", text])
+        assert train.settings(train.as_flag("adv_eps", args))[0].adv_eps == args.adv_eps
     assert train.settings([])[0].recipe == "shapes" and train.settings([])[0].sam_rho > 0
     args, origin = train.settings(["--recipe", "chen_vit", "--lr", "0.1", "--model", "vit_s32"])
     assert (args.lr, args.model, args.epochs) == (0.1, "vit_s32", 300) and origin[
@@ -6480,7 +6483,7 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
         (["--sam-rho", "0", "--sam-every", "2"], "--sam-every is a way of SAM: add --sam-rho"),
         (["--sam-every", "0"], "--sam-every is 0; it must be at least 1"),
         (["--sam-reuse", "0.5"], "--sam-reuse is for the steps between SAM's: add --sam-every"),
-        (["--sam-scope", "nrom"], "--sam-scope nrom: no parameter's name matches; there are"),
+        (["--sam-scope", "nrom"], "--sam-scope nrom: no trained parameter's name matches"),
         (["--sam-scope", "blocks.["], "--sam-scope blocks.[: unterminated character set"),
         (["--model", "vit_x16"], "unknown model 'vit_x16', did you mean 'vit_s16'?"),
         (["--model", "vit_b61"], "unknown model 'vit_b61', did you mean 'vit_b16'?"),
@@ -6661,6 +6664,12 @@ def test_an_evaluation_is_of_the_split_and_the_classes_that_are_asked_for(
     assert args.reset_head is False, "a recipe's, for training"
     assert train.without_effect(*train.settings([*foreign, str(tmp_path / "foreign.pth")])) == []
     assert train.without_effect(*train.settings([*foreign, ours])) == ["--recipe"]
+    large = ["--dataset", "imagenet21k", "--model", "vit_l16", "--init-from", "x.npz"]
+    assert train.settings([*large, "--eval-only"])[0].sam_rho == 0, "a recipe's, for training"
+    assert "Table 9 has no row for vit_l16" in refusal(capsys, *large)
+    kept = ["--init-from", ours, "--model", "vit_micro8", "--head-bias", "1", "--init", "timm"]
+    assert train.without_effect(*train.settings(kept)) == ["--init", "--head-bias"]
+    assert train.without_effect(*train.settings([*kept, "--reset-head"])) == []
 
 
 def test_the_training_sample_is_as_large_as_the_validation_set(monkeypatch):
@@ -6712,6 +6721,7 @@ def test_flags_that_nothing_reads_and_epochs_that_are_not_reached_are_told(
     [
         ("--model torchvision:alexnet", "torchvision:alexnet, --micro-batch 8: "),
         ("--model torchvision:googlenet", "in training it returns GoogLeNetOutputs"),
+        ("--model torchvision:vit_b_16 --image-size 100", "vit_b_16: Input shape indivisible by"),
         ("--device mps", "torch sees no MPS device here"),
         ("--head-bias nan", "--head-bias is nan; it is finite"),
         ("--model torchvision:swin_t --depth 1 1 -1 1", "--depth 1 1 -1 1: numbers are at least 1"),
@@ -6845,7 +6855,7 @@ def test_max_steps_cuts_a_run_that_then_goes_on_as_if_it_had_not_stopped(tmp_pat
     assert same_tensors(whole["model"], resumed["model"]) and resumed["step"] == 10
 
 
-def test_keep_epochs_keeps_the_weights_of_these_moments(tmp_path):
+def test_keep_epochs_keeps_the_weights_of_these_moments(tmp_path, capsys):
     train_ok(tiny(tmp_path / "run", "--keep-epochs warmup 1 2"))  # 5 steps an epoch, warm-up 3
     for name, step in (("warmup", 3), ("epoch1", 5), ("epoch2", 10)):
         kept = train.read_checkpoint(tmp_path / f"run/{name}.pt")
@@ -6859,6 +6869,14 @@ def test_keep_epochs_keeps_the_weights_of_these_moments(tmp_path):
             for name in ("warmup.pt", "epoch1.pt")
         )
     ), "two moments of one step"
+    capsys.readouterr()
+    train_ok(tiny(tmp_path / "one", "--keep-epochs warmup 1 2 --warmup-steps 5 --resume"))
+    assert "of --keep-epochs" not in capsys.readouterr().out
+    train_ok(tiny(tmp_path / "epoch1", "--keep-epochs 1 2 --resume"))
+    assert "it has passed epoch1.pt of --keep-epochs: not written" in capsys.readouterr().out
+    assert (tmp_path / "epoch1/epoch2.pt").exists()
+    rounded = tiny(tmp_path / "no", "--warmup-steps 0 --warmup-epochs 0.01 --keep-epochs warmup")
+    assert "this run has no warm-up" in refusal(capsys, *rounded)
 
 
 def test_hold_out_trains_on_the_others_and_validates_on_the_part_unaugmented(
@@ -7258,6 +7276,33 @@ def test_contrastive_training_equals_a_loop_over_the_whole_batch_by_hand(
     for name, p in zip([*names, "0.weight", "0.bias", "2.weight"], params, strict=True):
         difference = float((p.detach() - state["model"][name]).abs().max())
         assert difference < 1e-12, (name, difference)
+
+
+def test_what_a_contrastive_run_saves_has_the_class_means_of_its_own_weights(
+    tmp_path, capsys, monkeypatch, small_shapes
+):
+    flags = "--loss supcon --augment crop --train-fraction 1 --ema-decay 0.5 --save-every 2"
+    saved, save = [], train.RunFolder.save
+
+    def kept(self, name, state):
+        saved.append((name, copy.deepcopy(state["ema"]), copy.deepcopy(state["model"])))
+        save(self, name, state)
+
+    monkeypatch.setattr(train.RunFolder, "save", kept)
+    train_ok(tiny(tmp_path / "run", flags, "--keep-epochs warmup 1 --eval-every 2"))
+    assert {"warmup.pt", "epoch1.pt", "best.pt", "ckpt.pt"} == {name for name, *_ in saved}
+    sample = data.subset(torch.arange(160) % 12, Fraction(60, 160))
+    images, labels = data.shapes(sample.numpy())
+    model = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48)
+    for name, *networks in saved:
+        for weights in networks:
+            model.load_state_dict(weights)
+            out = {"pre_logits": None}
+            model.eval()((images.float() / 255 - 0.5) / 0.5, out=out)
+            z = F.normalize(out["pre_logits"])
+            means = torch.stack([F.normalize(z[labels == c].mean(0), dim=0) for c in range(12)])
+            cosines = F.cosine_similarity(weights["head.weight"], means)
+            assert cosines.min() > 0.9999, (name, cosines)
 
 
 def test_a_contrastive_run_is_evaluated_by_the_nearest_class_mean(tmp_path, capsys, small_shapes):
@@ -7729,8 +7774,19 @@ def test_gradients_of_zero_change_nothing_and_stop_nothing(tmp_path, monkeypatch
         assert log_without_times(tmp_path / optimizer)[0]["grad_norm"] == 0
 
 
+def test_a_network_of_torchvisions_that_images_do_not_fit_is_told_without_training(
+    tmp_path, capsys
+):
+    name, file = "torchvision:squeezenet1_1", str(tmp_path / "weights.pth")
+    torch.save(train.build_model(name, 12).state_dict(), file)
+    common = ["--dataset", "shapes", "--image-size", "16", "--model", name, "--init-from", file]
+    for argv in (["--eval-only"], ["--train-only", "head", "--dry-run"]):
+        line = refusal(capsys, *common, *argv, "--device", "cpu")
+        assert f"{name}: Given input size" in line and "too small" in line, line
+
+
 @pytest.mark.parametrize("what", ["one class", "one image"])
-def test_one_class_and_one_image_train(tmp_path, what):
+def test_one_class_and_one_image_train(tmp_path, capsys, what):
     n = 4 if what == "one class" else 1
     root = write_image_folder(tmp_path / "images", train=n, val=n, classes=["ant"])
     state = train_ok(
@@ -7743,6 +7799,8 @@ def test_one_class_and_one_image_train(tmp_path, what):
     )
     assert state["final"]["validation"]["top1"] == 100
     assert state["final"]["validation"]["images"] == n and state["step"] == 2
+    line = attack_refusal(capsys, "--checkpoint", tmp_path / "run/ckpt.pt", "--targeted")
+    assert line.endswith("has one class, there is no other\n"), line
 
 
 @pytest.mark.parametrize("model", ["resnet18 --width 8 --stem imagenet", "torchvision:resnet18"])

@@ -262,7 +262,8 @@ RECIPES["chen_supcon"] = RECIPES["chen_vit"] | dict(
 )
 # Then the head alone, from the first stage's --init-from RUN/ckpt.pt. What E.4 leaves open is of
 # [31]'s code, which has its other numbers too: α and momentum 0.9, ε 1, 0.97 each half epoch (here
-# smoothly). That code also multiplies 0.05 by batch/256 (--lr 0.4) and smooths labels by 0.05.
+# smoothly). That code also multiplies 0.05 by batch/256 (--lr 0.4 --lr-end 1.663e-3) and smooths
+# labels by 0.05.
 RECIPES["chen_supcon_head"] = dict(
     dataset="imagenet",
     model="vit_b16",
@@ -560,7 +561,10 @@ def as_user_error(what):
     """What a function of this repository has against the value of a flag, as a UserError."""
     try:
         yield
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, re.error) as error:
+    except (
+        *(ValueError, TypeError, RuntimeError, ZeroDivisionError, re.error),
+        AssertionError,  # torchvision's word for arguments that do not fit
+    ) as error:
         raise UserError(f"{what}: {error}") from None
 
 
@@ -1075,7 +1079,8 @@ def as_flag(name, args):
     if isinstance(value, bool):
         return [flag(name) if value else flag(f"no_{name}")]
     if name in ("adv_eps", "adv_step_size"):
-        return [flag(name), f"{255 * value:.6g}/255"]
+        pixels = f"{255 * value:.6g}"
+        return [flag(name), f"{pixels}/255" if float(pixels) / 255 == value else str(value)]
     return [flag(name), *(str(v) for v in (value if isinstance(value, list) else [value]))]
 
 
@@ -1120,10 +1125,6 @@ def check(args, origin):
             epoch != "warmup" and not (epoch.isdecimal() and 0 < int(epoch) <= args.epochs),
             f"--keep-epochs {epoch}: it takes warmup and epochs from 1 to --epochs, {args.epochs}",
         )
-    refuse(
-        "warmup" in args.keep_epochs and args.warmup_steps == args.warmup_epochs == 0,
-        "--keep-epochs warmup: this run has no warm-up",
-    )
     for name in ("label_smoothing", "ema_decay", "momentum", "beta1", "beta2"):
         value = getattr(args, name)
         refuse(not 0 <= value < 1, f"{flag(name)} is {value}; it must be at least 0 and below 1")
@@ -1377,9 +1378,10 @@ def settings(argv=None, also=()):
         "folder": imagenet,
         "imagenet21k": "data/imagenet21k",
     }.get(args.dataset, "data")
+    if args.eval_only:  # of a recipe what is for training does not count
+        args.reset_head &= origin["reset_head"] == "command line"
+        args.sam_rho = args.sam_rho if origin["sam_rho"] == "command line" else 0
     args.sam_rho = resolve_rho(args)
-    if args.eval_only and origin["reset_head"] != "command line":
-        args.reset_head = False  # a recipe's, for training
     with suppress(ValueError):
         args.hold_out = args.hold_out if float(args.hold_out) else "0"
     if args.ema_alpha and "ema_decay" in given:
@@ -2696,17 +2698,19 @@ def check_network(args):
         build_model(args.model, 2, args.image_size, **knobs(args))(images)
 
 
-def check_training_pass(args, bare, num_classes, device):
-    """A pass in training mode of what check_network could not try: another's network, and one
-    image, of which BatchNorm may want two numbers or more."""
-    m = min(args.micro_batch, 2)
+def check_pass(args, bare, num_classes, device, training):
+    """A pass of what check_network could not try: another's network, and in training one image, of
+    which BatchNorm may want two numbers or more."""
+    m, what = 2, args.model
+    if training:
+        m, what = min(args.micro_batch, 2), f"{args.model}, --micro-batch {args.micro_batch}"
     if m == 1 or family(args.model) in ("torchvision", "timm"):
-        with as_user_error(f"{args.model}, --micro-batch {args.micro_batch}"), torch.no_grad():
+        with as_user_error(what), torch.no_grad():
             images = torch.zeros(m, 3, args.image_size, args.image_size, device=device)
-            logits = copy.deepcopy(bare).train()(images.to(next(bare.parameters()).dtype))
+            logits = copy.deepcopy(bare).train(training)(images.to(next(bare.parameters()).dtype))
             if getattr(logits, "shape", None) != (m, num_classes):
                 raise ValueError(
-                    f"in training it returns {type(logits).__name__} "
+                    f"{'in training ' * training}it returns {type(logits).__name__} "
                     f"{list(getattr(logits, 'shape', []))} for {m} images, not logits alone"
                 )
 
@@ -2778,12 +2782,12 @@ def starting_network(args, origin, num_classes, device, tell):
 
 def scope(network, pattern):
     """The parameters of a network whose names a regular expression is found in."""
-    names = dict(network.named_parameters())
+    names = {name: p for name, p in network.named_parameters() if p.requires_grad}
     with as_user_error(f"--sam-scope {pattern}"):
-        found = [p for name, p in names.items() if p.requires_grad and re.search(pattern, name)]
+        found = [p for name, p in names.items() if re.search(pattern, name)]
         if not found:
             raise ValueError(
-                f"no parameter's name matches; there are {', '.join(list(names)[:2])}, …, "
+                f"no trained parameter's name matches; there are {', '.join(list(names)[:2])}, …, "
                 f"{list(names)[-1]}"
             )
     return found
@@ -2887,6 +2891,7 @@ def evaluate_only(args, origin, device, on_machine, tell):
     classes = own_checkpoint(args.init_from).get("classes")
     dataset = load_split(args, args.eval_split, device, tell, classes=classes)
     model = starting_network(args, origin, len(dataset.classes), device, tell)
+    check_pass(args, model, len(dataset.classes), device, training=False)
     tell(f"{args.model} from {args.init_from} on {args.dataset}")
     if args.hold_out != "0" and args.eval_split == "val":
         tell(
@@ -2939,6 +2944,8 @@ def without_effect(args, origin):
         randaugment_of=not args.randaugment[0],
         ema_every=not args.ema_decay,
     )
+    for name in ("init", "zero_init", "head_bias"):
+        unused[name] = bool(args.init_from) and not args.reset_head
     if args.eval_only:
         unused = {name: name not in OF_EVALUATION for name in origin}
         unused["recipe"] = args.recipe == args.init_from  # of our checkpoints the run's counts
@@ -2998,8 +3005,7 @@ def run(args, origin):
 
     # ---- model
     bare = starting_network(args, origin, num_classes, device, tell)
-    if args.train_only != "head":
-        check_training_pass(args, bare, num_classes, device)
+    check_pass(args, bare, num_classes, device, training=args.train_only != "head")
     model, network = bare, bare.network
     _, head = classifier(network)
     supcon, projection = args.loss == "supcon", None
@@ -3037,6 +3043,8 @@ def run(args, origin):
     for epoch in args.keep_epochs:
         if epoch == "warmup":
             kept["warmup.pt"] = warmup_steps
+            if not warmup_steps:
+                raise UserError("--keep-epochs warmup: this run has no warm-up")
         else:
             kept[f"epoch{epoch}.pt"] = int(epoch) * steps_per_epoch
     late = [name for name, at in kept.items() if at > last_step]
@@ -3127,7 +3135,8 @@ def run(args, origin):
     folder = RunFolder(args.out_dir)
     state = on_main(lambda: folder.open(config, args.resume))
     networks = dict(model=network, ema=ema and ema.network, projection=projection)
-    step, saved, evaluated, best, result = 0, None, 0, -1.0, None  # saved: step of ckpt.pt
+    step, evaluated, best, result = 0, 0, -1.0, None
+    saved = prepared = None  # step of ckpt.pt, and of the class means (prepare_classifier)
     # Sums over the log interval: [0] loss of the first passes, [1] gradient norm and [2] training
     # error of the steps taken, [3] steps skipped, [4] all steps; and [5] the steps skipped in a
     # row. On the device, so that no step waits for it.
@@ -3146,6 +3155,10 @@ def run(args, origin):
         own = len(state["windows"]) == world  # else the mean over the processes that there were
         window.copy_(state["windows"][rank()] if own else state["windows"].mean(0))
         tell(f"resumed   {args.out_dir}/ckpt.pt at step {step:,}")
+        passed = [name for name, at in kept.items() if at <= step]
+        passed = on_main(lambda: [name for name in passed if not (folder.path / name).exists()])
+        if passed:
+            tell(f"          it has passed {' '.join(passed)} of --keep-epochs: not written")
     if main_process:
         folder.cut_log(step, evaluated)
     tell(f"run       {args.out_dir}")
@@ -3156,6 +3169,7 @@ def run(args, origin):
         return torch.stack(windows).cpu()  # (processes, 6)
 
     def checkpoint(name, **more):
+        prepare_classifier()
         if main_process:
             weights = {part: one and one.state_dict() for part, one in networks.items()}
             folder.save(
@@ -3194,9 +3208,14 @@ def run(args, origin):
     measured = partial(measure, model=ema or bare, args=args, device=device, workers=workers)
 
     def prepare_classifier():
-        """Contrastive training has none of its own: evaluations show the nearest class mean's."""
+        """Contrastive training has none of its own: evaluations and checkpoints have the nearest
+        class mean's."""
+        nonlocal prepared
+        if not supcon or prepared == step:
+            return
+        prepared = step
         for each in (bare, ema):
-            if supcon and each is not None:
+            if each is not None:
                 set_class_means(
                     each,
                     own_share(train_sample, device, workers, 256),
