@@ -1380,7 +1380,8 @@ def settings(argv=None, also=()):
     }.get(args.dataset, "data")
     if args.eval_only:  # of a recipe what is for training does not count
         args.reset_head &= origin["reset_head"] == "command line"
-        args.sam_rho = args.sam_rho if origin["sam_rho"] == "command line" else 0
+        if args.sam_rho == "paper" and origin["sam_rho"] != "command line":
+            args.sam_rho = 0
     args.sam_rho = resolve_rho(args)
     with suppress(ValueError):
         args.hold_out = args.hold_out if float(args.hold_out) else "0"
@@ -2848,8 +2849,8 @@ def autocast_of(args, device):
 
 
 def seed_draws(seed, device):
-    """torch.manual_seed, but on the CPU alone if that is what computes: each call of torch's formats
-    a traceback to tell of CUDA's seed later, which takes about a millisecond."""
+    """torch.manual_seed, but of the CPU alone if that is what computes: torch's formats a traceback
+    at each call, to tell of CUDA's seed later, which takes about a millisecond."""
     (torch.default_generator if device.type == "cpu" else torch).manual_seed(seed)
 
 
