@@ -38,6 +38,7 @@ import platform
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -3799,7 +3800,8 @@ def draw_peak(axes, runs):
         one.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         one.xaxis.set_major_formatter("{x:g}")
         one.xaxis.set_minor_formatter("")
-        one.legend(fontsize=6)
+        if one.get_legend_handles_labels()[0]:
+            one.legend(fontsize=6)
 
 
 def peak(args, rest):
@@ -3814,20 +3816,24 @@ def peak(args, rest):
             tell(f"{run} is not finished and left out")
             continue
         config = (Path(run) if Path(run).is_dir() else Path(run).parent) / "config.json"
+        *_, end = records
         try:
             own = json.loads(config.read_bytes())["settings"]
+            speeds = [record["images_per_second"] for record in records if "loss" in record]
+            epoch = end["step"] / end["epoch"] * own["batch_size"]
+            found = dict(
+                family=family_of(own["model"], own["stem"]),
+                dataset=own["dataset"],
+                training=f"{own['epochs']} epochs, SAM's ρ {own['sam_rho']:g}",
+                minutes=epoch / statistics.median(speeds) / 60,
+                error=100 - end["final"]["validation"]["top1"],
+            )
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{config} is missing or damaged, and with it the settings") from None
-        speed = np.median([record["images_per_second"] for record in records if "loss" in record])
-        *_, end = records
-        results.settings[run] = own
-        results.parts[run] = dict(
-            family=family_of(own["model"], own["stem"]),
-            dataset=own["dataset"],
-            training=f"{own['epochs']} epochs, SAM's ρ {own['sam_rho']:g}",
-            minutes=end["step"] / end["epoch"] * own["batch_size"] / speed / 60,
-            error=100 - end["final"]["validation"]["top1"],
-        )
+            raise UserError(
+                f"{config} or the log.jsonl beside it is missing or damaged, and with it settings "
+                "or speeds"
+            ) from None
+        results.settings[run], results.parts[run] = own, found
     sets = {of["dataset"] for of in results.parts.values()}
     if len(sets) != 1 and args.runs:
         raise UserError(
@@ -4142,6 +4148,7 @@ def throughput(args, rest):
         refuse(
             ("sam_every",), origin, "times nothing new: K steps take K plain ones and one pass more"
         )
+        refuse(("batch_size", "micro_batch"), origin, "is train.py's; here it is --batch-sizes")
         untimed = ("sam_sync", "adv_eps", "ema_decay", "ema_alpha", "train_only")
         refuse(untimed, origin, "is not timed here: train.py tells its images per second")
         if settings.adv_eps:
@@ -4696,10 +4703,13 @@ def datasize(args, rest):
     under "results"."""
     join_processes()
     folder, runs, jobs = Path(args.out_dir or "out/datasize"), [], {}
-    with train.as_user_error(f"--fractions {' '.join(args.fractions)}"):
-        shares = {word: Fraction(word) for word in args.fractions}
-        if not all(0 < share <= 1 for share in shares.values()):
-            raise ValueError("a fraction is above 0 and at most 1, as 1/4")
+    shares = {}
+    with suppress(ValueError, ZeroDivisionError):
+        shares |= {word: Fraction(word) for word in args.fractions}
+    if not shares or not all(0 < share <= 1 for share in shares.values()):
+        raise UserError(
+            f"--fractions {' '.join(args.fractions)}: a fraction is above 0 and at most 1, as 1/4"
+        )
     for words, (base, origin) in of_models(args.models or CHEN_4, rest, "datasize").items():
         train.check_network(base)
         refuse(("train_fraction", "mixup", "randaugment"), origin, "is what this study varies")
@@ -4707,6 +4717,14 @@ def datasize(args, rest):
         refuse(of_sam, origin, "is not for plain trainings, which are among these")
         if origin["sam_rho"] == "command line" and not base.sam_rho:
             raise UserError("--sam-rho 0 is plain training: give another, or leave it out")
+        brings = [name for name in ("mixup", "cutmix", "erasing") if getattr(base, name)]
+        brings += ["randaugment"] * bool(base.randaugment[0])
+        brings = [train.flag(name) for name in brings if origin[name] != "command line"]
+        if brings and {"plain", "sam"} & set(args.methods or METHODS):
+            raise UserError(
+                f"--recipe {base.recipe} brings {' '.join(brings)}, which trainings without strong "
+                "augmentation have not: take another recipe"
+            )
         flags, listed = ["--model", *shlex.split(words), *rest], {}
         strong = [*STRONG, *flags]
         if origin["recipe"] != "command line" and f"{base.recipe}_strong" in train.RECIPES:
@@ -4717,6 +4735,7 @@ def datasize(args, rest):
             args.methods or listed or METHODS, shares.items()
         ):
             kind = "supervised" if method in ("plain", "sam") else "strong augmentation"
+            kind = "adversarial" if base.adv_eps else kind
             rho = base.sam_rho or 0.03
             if origin["sam_rho"] != "command line":
                 rho = train.PAPER_RHO[kind].get(base.model) or rho
@@ -6347,12 +6366,17 @@ def claims_of_xiao(n):
         {name: n.test(f"{name}, twice the epochs") - n.test(name) for name in ("ViT", "ViT_C")},
     )
 
+    # None where a run diverged, or the one to compare with, for which a shorter one stands in
     def shortest(runs):
-        return min(runs, key=lambda run: run["epochs"])["delta"]
+        own = min(runs, key=lambda run: run["epochs"])
+        return None if own["diverged"] or longest(runs)["diverged"] else own["delta"]
 
-    def by_sgd(runs):  # where it diverged NaN, and not the shorter run that stands in
-        run = longest([run for run in runs if run["optimizer"] == "sgd"])
-        return None if run["diverged"] else run["delta"]
+    def by_sgd(runs):
+        sgd, adamw = (
+            longest([run for run in runs if run["optimizer"] == optimizer])
+            for optimizer in ("sgd", "adamw")
+        )
+        return None if sgd["diverged"] or adamw["diverged"] else sgd["delta"]
 
     def near_the_best(optimizer, runs):
         own = [run["delta"] for run in runs if run["random"] and run["optimizer"] == optimizer]

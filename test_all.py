@@ -6848,11 +6848,15 @@ def test_a_run_goes_on_with_its_own_data_checkpoint_and_batches_only(tmp_path, c
         assert same_tensors(whole[part], resumed[part]), part
 
 
-def test_max_steps_cuts_a_run_that_then_goes_on_as_if_it_had_not_stopped(tmp_path):
+def test_max_steps_cuts_a_run_that_then_goes_on_as_if_it_had_not_stopped(tmp_path, capsys):
     whole = train_ok(tiny(tmp_path / "whole", "--sam-rho 0.1"))
     train_ok(tiny(tmp_path / "cut", "--sam-rho 0.1 --max-steps 5"))
     resumed = train_ok(tiny(tmp_path / "cut", "--sam-rho 0.1 --resume"))
     assert same_tensors(whole["model"], resumed["model"]) and resumed["step"] == 10
+    settings = (tmp_path / "cut/config.json").read_bytes()
+    line = refusal(capsys, *tiny(tmp_path / "cut", "--sam-rho 0.1 --resume --max-steps 9"))
+    assert "ckpt.pt is of step 10, beyond --max-steps 9" in line
+    assert (tmp_path / "cut/config.json").read_bytes() == settings
 
 
 def test_keep_epochs_keeps_the_weights_of_these_moments(tmp_path, capsys):
@@ -12579,7 +12583,7 @@ def test_peak_has_minutes_of_an_epoch_from_the_median_speed(tmp_path, capsys):
     assert "several data sets" in analyze_refusal(capsys, *argv, runs[0], other)
     assert "none of the runs is finished" in analyze_refusal(capsys, *argv, runs[3])
     Path(runs[0], "config.json").write_text("{")
-    assert "config.json is missing or damaged" in analyze_refusal(capsys, *argv, runs[0])
+    assert "is missing or damaged" in analyze_refusal(capsys, *argv, runs[0])
 
 
 def test_complexity_is_beside_the_papers_and_within_its_rounding(tmp_path, capsys):
@@ -12836,6 +12840,7 @@ def test_each_word_of_throughput_is_timed_and_what_is_not_timed_refused(
         ("mixer_micro8 --sam-rho 0.1 --sam-every 5", "--sam-every times nothing new"),
         ("mixer_micro8 --adv-eps 2/255", "--adv-eps is not timed here"),
         ("mixer_micro8 --ema-decay 0.9", "--ema-decay is not timed here"),
+        ("mixer_micro8 --batch-size 8", "--batch-size is train.py's; here it is --batch-sizes"),
         ("mixer_micro8 --dtype bfloat16", "--dtype is of all networks, outside quotes"),
         ("mixer_micro8 --loss supcon --augment crop", "--loss supcon compares views"),
     ):
@@ -13150,6 +13155,11 @@ def test_sams_gain_is_the_difference_of_runs_of_the_same_images(tmp_path, capsys
     for flags, line in (
         (["--fractions", "0"], "above 0 and at most 1"),
         (["--fractions", "x"], "--fractions x"),
+        (["--fractions", "1/0"], "above 0 and at most 1"),
+        (
+            ["--models", "vit_ti2", "--dataset", "cifar100"],
+            "--recipe park_cifar_vit brings --mixup --cutmix --erasing --randaugment",
+        ),
         (["--models", "vit_micro9"], "vit_micro9"),
         (["--mixup", "1"], "--mixup is what this study varies"),
     ):

@@ -2437,6 +2437,12 @@ class RunFolder:
                 f"{ckpt} is no last state of a run: it lacks {', '.join(lacks)}; start from its "
                 "weights with --init-from, in another --out-dir"
             )
+        most = config["settings"]["max_steps"]
+        if state is not None and 0 < most < state["step"]:
+            raise UserError(
+                f"{ckpt} is of step {state['step']:,}, beyond --max-steps {most}: choose another "
+                "--out-dir"
+            )
         text = json.dumps(config, indent=1)  # ASCII: a path may hold bytes that are no UTF-8
         try:
             write_file(saved, lambda file: file.write(text.encode()))
