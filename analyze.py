@@ -1357,7 +1357,8 @@ def draw_spectrum(axes, spectra, rows, against, fitted):
         axes[2].set_ylabel("NEP (%)", color="C0")
         right.set_ylabel("APE", color="C3")
         right.set_xscale("log")
-        right.set_yscale("log")
+        if any(row["ape"] for row in rows):
+            right.set_yscale("log")
 
 
 def spectrum(args, rest):
@@ -1386,6 +1387,8 @@ def spectrum(args, rest):
     need(args, k=1, tolerance=1e-9, batch=1, memory=0)
     results, device, named = started(args, rest, "spectrum")
     spectra, rows = {}, []
+    for _, _, origin in named:
+        refuse(("loss",), origin, "is of hessian, landscape and flatness; here it is softmax")
     for name, settings, origin in named:
         model, dataset, _ = network_and_training_images(
             settings, origin, device, args.images, augmented=True
@@ -1661,7 +1664,7 @@ def draw_landscape(axes, axis, planes, what, clip):
     low, high, over = landscape_scale(list(planes.values()), clip)
     if over:
         train.say(f"{over} points are not finite or above {high:.4g} (--clip), and drawn there")
-    logarithmic = high > 30 * low
+    logarithmic = 0 < 30 * low < high
     scale = (colors.LogNorm if logarithmic else colors.Normalize)(low, high)
     levels = (np.geomspace if logarithmic else np.linspace)(low, high, 21)
     for (name, plane), flat, below in zip(planes.items(), *axes):
@@ -2558,6 +2561,8 @@ def compare_command(args, rest):
     curvature of the cross-entropy vanishes with it, whatever the network. Returns the "results"
     that it was asked for."""
     results, device, named = started(args, rest, "compare")
+    for _, _, origin in named:
+        refuse(("loss",), origin, "is of hessian, landscape and flatness; here it is softmax")
     folder, images = results.path.parent / "compare", f"{args.images} images"
 
     def run(command, *flags):
@@ -2571,7 +2576,8 @@ def compare_command(args, rest):
             raise UserError(f"{name} changed meanwhile: wait until its training is finished")
         return found[name]
 
-    few = ["--batch", args.images] if args.images in map(str, range(2, 48)) else []
+    count = min(len(training_images(settings, device, args.images)) for _, settings, _ in named)
+    few = ["--batch", str(count)] if 2 <= count < 48 else []
     hessians, kernels, lengths = (
         run(command, "--images", args.images, *more)
         for command, more in (("hessian", []), ("ntk", few), ("norms", []))

@@ -6487,6 +6487,7 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
         (["--sam-scope", "blocks.["], "--sam-scope blocks.[: unterminated character set"),
         (["--model", "vit_x16"], "unknown model 'vit_x16', did you mean 'vit_s16'?"),
         (["--model", "vit_b61"], "unknown model 'vit_b61', did you mean 'vit_b16'?"),
+        (["--model", "swin_t", "--dataset", "shapes"], "unknown model 'swin_t'"),
         (["--model", "mixer_b61"], "unknown model 'mixer_b61', did you mean 'mixer_b16'?"),
         (
             ["--model", "resnet_50", "--dataset", "shapes"],
@@ -11710,7 +11711,7 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
         "--checkpoint",
         *runs,
         "--images",
-        "24",
+        "3/20",  # 24, fewer than the 48 of a batch of the NTK
         "--device",
         "cpu",
         "--workers",
@@ -11762,13 +11763,16 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
         assert abs(float(one["NTK κ"]) / kappa - 1) < 1e-3, (one, kappa)
         corrupted = [v["top1"] for part, v in of["robustness"].items() if "c-lite/" in part]
         assert abs(float(one["c-lite %"]) - np.mean(corrupted)) < 0.011
-        begin, end = of["norms"]["24 images"]["activation"].values()
+        begin, end = of["norms"]["3/20 images"]["activation"].values()
         for which, value in (("1", begin), ("mid", begin), ("last", end)):
             assert abs(float(three[f"‖a_{which}‖"]) / value - 1) < 1e-3
         assert abs(float(one["top-1 %"]) - of["robustness"]["val"]["top1"]) < 0.01
 
     monkeypatch.setattr(analyze, "lanczos", None)  # nothing is computed again
     monkeypatch.setattr(analyze, "loss_and_accuracy", None)
+    for command in (argv, ["spectrum", *argv[1:]]):
+        line = analyze_refusal(capsys, *command, "--loss", "sigmoid")
+        assert "--loss is of hessian, landscape and flatness; here it is softmax" in line
     before = (tmp_path / "out/compare.md").read_bytes()
     assert analyze.main(argv) == 0 and (tmp_path / "out/compare.md").read_bytes() == before
 

@@ -1541,9 +1541,9 @@ def build_model(name, num_classes=1000, image_size=224, **overrides):
     kind, inner = family(name), name.partition(":")[2]
     if kind in FILES:
         return FILES[kind].build(name, num_classes=num_classes, image_size=image_size, **overrides)
-    if kind in ("swin", "torchvision"):
+    if inner and kind in ("swin", "torchvision"):
         return build_torchvision(inner, num_classes, image_size, **overrides)
-    if kind == "timm":
+    if inner and kind == "timm":
         return build_timm(inner, num_classes, image_size, **overrides)
     size = name.removeprefix("regnety_")
     if kind == "regnety" and size in REGNETY:
