@@ -38,7 +38,7 @@ import zipfile
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -1317,16 +1317,29 @@ def is_ours(state):
         isinstance(settings, dict)
         and isinstance(settings.get("model"), str)
         and {"dataset", "mean", "std"} <= settings.keys()
-        and "ema" in state
+        and {"ema", "step"} <= state.keys()
         and isinstance(state.get("model"), dict)
         and isinstance(state.get("classes"), list)
     )
 
 
 def own_checkpoint(path):
-    """A checkpoint of a run of this file; {} if the file holds other weights."""
-    state = {} if path.endswith(".npz") else read_checkpoint(path)
-    return state if is_ours(state) else {}
+    """Settings, classes and step of a checkpoint of a run of this file, which is read once as long
+    as it stays the same; {} if the file holds other weights."""
+    if path.endswith(".npz"):
+        return {}
+    state = None
+    with suppress(OSError):  # read_checkpoint tells it
+        file = os.stat(path)
+        state = file.st_ino, file.st_size, file.st_mtime_ns
+    return _own_checkpoint(path, state)
+
+
+@cache
+def _own_checkpoint(path, state):
+    checkpoint = read_checkpoint(path)
+    names = ("settings", "classes", "step") if is_ours(checkpoint) else ()
+    return {name: checkpoint[name] for name in names}
 
 
 def settings(argv=None, also=()):
