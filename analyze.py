@@ -443,8 +443,9 @@ def significant(number, error=None):
 
 
 def finite(values, what):
-    """The values; UserError where one is not finite, as of a network that diverged."""
-    if not values.isfinite().all():
+    """The values, tensor or number; UserError where one is not finite, as of a network that
+    diverged."""
+    if not torch.as_tensor(values).isfinite().all():
         raise UserError(f"{what} is not finite: the network gives NaN or infinity")
     return values
 
@@ -690,6 +691,7 @@ def robustness(args, rest):
                 at_once, kept = train.images_at_once(model, side, device), dataset.restrict_logits
                 loader = train.own_share(dataset, device, workers, at_once)
                 numbers = train.evaluate(model, loader, device, autocast, restrict_logits=kept)
+                finite(numbers["nll"], f"the NLL of {name}")
             results.put(name, part, numbers)
         wanted, lacking = whole_benchmarks(results.parts.get(name, {}), todo)
         for part in wanted:
@@ -3021,13 +3023,18 @@ def cka_command(args, rest):
 
 
 def accuracy(model, batches, skip=None):
-    """Top-1 in percent without the unit skip. Waits for the device once."""
-    right = images = 0
+    """Top-1 in percent without the unit skip; UserError if a logit is not finite. Waits for the
+    device once."""
+    sums = images = 0
     with as_is(model):
         for x, y in batches:
             logits = model(x) if skip is None else model(x, skip=skip)
-            right, images = right + (logits.argmax(1) == y).sum(), images + len(x)
-    return 100 * right.item() / images
+            exact = train.exactest(logits.device)
+            right = (logits.argmax(1) == y).sum()
+            sums = sums + torch.stack([right.to(**exact), logits.to(**exact).sum()])
+            images += len(x)
+    right, _ = finite(sums, "a logit").tolist()
+    return 100 * right / images
 
 
 def removable(model):
@@ -3051,7 +3058,8 @@ def lesion(model, batches):
     AlterNet the whole branch, 1×1 convolution and all. For one 3×3 convolution of a block (of two,
     the second) the identity stands in, for one of stride s every s-th pixel; its normalisation and
     ReLU stay. -> dict: units {name: [kind, stage]}; whole, top-1 in percent; without {name: top-1}.
-    As many passes over the images as there are units, and one. UserError as of removable."""
+    As many passes over the images as there are units, and one. UserError as of removable and
+    accuracy."""
     names = removable(model)
     return dict(
         units=names,
@@ -3143,7 +3151,8 @@ def noise(
     energy Σ|·|² = σ²·|M_f| in a channel: in proportion to the band's area; with equal_energy, σ²
     times H·W in each ring. form "code": δ = σ·sign(N(0, 1)) and other bands, see ring. δ depends on
     seed, f and the image's index only. frequency None: no noise. -> dict of train.evaluate, over
-    all processes. Cost: an evaluation, and 1 ms for the δ of an image of 224²."""
+    all processes; UserError if the NLL is not finite. Cost: an evaluation, and 1 ms for the δ of an
+    image of 224²."""
 
     def disturbed(number, x, y):
         mine = dataset.indices[train.rank() :: train.world_size()][number * batch_size :][: len(x)]
@@ -3158,7 +3167,10 @@ def noise(
     device = next(model.parameters()).device
     loader = train.own_share(dataset, device, workers, batch_size)
     with adversarial.held_still(model, device):
-        return train.evaluate(model, loader, device, mix=None if frequency is None else disturbed)
+        mix = None if frequency is None else disturbed
+        found = train.evaluate(model, loader, device, mix=mix)
+    finite(found["nll"], "the NLL")
+    return found
 
 
 def draw_noise(axes, rows, how):
@@ -3222,7 +3234,8 @@ def calibration(batches, bins=10):
     al. 2019, 1910.12656), see train.calibration_error; adaptive_ece: as ece, in bins of equally
     many images (Nguyen & O'Connor 2015); bins: images, accuracy and confidence in percent of each
     of ece's, None of an empty one. An exact 1 is in the last bin with its confidence, which the
-    code of Park & Kim takes for 0; their NLL is a mean over batches, ours over images."""
+    code of Park & Kim takes for 0; their NLL is a mean over batches, ours over images. UserError if
+    the NLL is not finite."""
     top = classes = scores = 0
     seen = []
     for logits, y in batches:
@@ -3244,7 +3257,7 @@ def calibration(batches, bins=10):
     *sums, seen = zip(*filter(None, every))
     (top, classes, scores), (confidence, right) = map(sum, sums), torch.cat(seen).numpy().T
     equal, n = np.array_split(np.lexsort((right, confidence)), bins), len(right)
-    nll, brier = (scores / n).tolist()
+    nll, brier = finite(scores / n, "the NLL").tolist()
     ece, classwise = (train.calibration_error(of).mean().item() for of in (top, classes))
     adaptive = sum(abs((right - confidence)[images].sum()) for images in equal).item()
     shares = [
@@ -3327,13 +3340,16 @@ def nll(model, training, held_out, settings, workers=0):
     and CutMix of `settings`. -> dict: nll, the cross-entropy against these soft labels, in nats, a
     mean over images (their code: over batches), no label smoothing, no decay; training_error,
     against the larger share; test_nll and error of the held-out images, clean; errors in percent.
-    Evaluation mode; over all processes. Cost: both sets forward."""
+    Evaluation mode; over all processes. UserError if an NLL is not finite. Cost: both sets
+    forward."""
     mixes, device = settings.mixup or settings.cutmix, next(model.parameters()).device
     mix = train.mixing(settings, len(training.classes)) if mixes else None
     with adversarial.held_still(model, device):
         how = (model, settings, device, workers)
         fit = train.measure("training images", training, *how, mix=mix)
         test = train.measure("held-out images", held_out, *how)
+    for of in (fit, test):
+        finite(of["nll"], "the NLL")
     return dict(
         nll=fit["nll"],
         training_error=100 - fit["top1"],

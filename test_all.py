@@ -12506,6 +12506,18 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
     ):
         line = analyze_refusal(capsys, *argv, *common)
         assert words in line, (argv, line)
+    state = torch.load(first, weights_only=True)
+    state["model"]["head.weight"][0] = math.nan
+    torch.save(state, tmp_path / "nan.pt")
+    for argv in (
+        ["nll"],
+        ["noise"],
+        ["calibration"],
+        ["lesion"],
+        ["robustness", "--benchmarks", "val"],
+    ):
+        line = analyze_refusal(capsys, *argv, *out, "--checkpoint", tmp_path / "nan.pt")
+        assert "is not finite: the network gives NaN" in line, (argv, line)
     line = analyze_refusal(capsys, "attention", "--checkpoint", two_runs[1], *out)
     assert "none of the networks has a map of global attention" in line
     line = analyze_refusal(capsys, "nll", "--checkpoint", *two_runs, *out, "--against", "patch")
