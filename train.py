@@ -1328,15 +1328,15 @@ def own_checkpoint(path):
     as it stays the same; {} if the file holds other weights."""
     if path.endswith(".npz"):
         return {}
-    state = None
+    version = None
     with suppress(OSError):  # read_checkpoint tells it
         file = os.stat(path)
-        state = file.st_ino, file.st_size, file.st_mtime_ns
-    return _own_checkpoint(path, state)
+        version = file.st_ino, file.st_size, file.st_mtime_ns
+    return _own_checkpoint(path, version)
 
 
 @cache
-def _own_checkpoint(path, state):
+def _own_checkpoint(path, version):
     checkpoint = read_checkpoint(path)
     names = ("settings", "classes", "step") if is_ours(checkpoint) else ()
     return {name: checkpoint[name] for name in names}
