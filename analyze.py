@@ -4151,7 +4151,8 @@ def throughput(args, rest):
     memory, is slower than the best by 5 %, or the next would take longer than --seconds. At its
     best one, each network is timed in rounds, all networks in each, every second round backwards:
     median and quartiles, and the ratio to the first network in the same round, of SAM also the cost
-    of an image beside plain training's. Of all networks the step (optimizer, loss, clipping,
+    of an image beside plain training's, in the same round and of the fastest rounds of both, which
+    other work on the machine disturbed least. Of all networks the step (optimizer, loss, clipping,
     mixing) is that of the first one's recipe, dropout and drop path as the name alone says; all are
     in memory at once. A multiply-add is 2 operations, a backward pass 2 forward passes; the peak is
     a product of two large matrices in the same dtype and process. GB: what a step takes of a CUDA
@@ -4316,6 +4317,7 @@ def throughput(args, rest):
         speed = quartiles(own)
         ratio = quartiles(np.divide(own, rounds[next(iter(timed)), cell]))
         over_plain = plain and quartiles(np.divide(plain, own))
+        over_fastest = plain and max(plain) / max(own)
         forwards = {"inference": 1, "training": 3, "sam": 3 * (1 + settings.sam_steps)}[mode]
         flops = 2 * forwards * cost["macs"] * speed[1]
         numbers = dict(
@@ -4323,6 +4325,7 @@ def throughput(args, rest):
             images_per_second=speed,
             ratio=ratio,
             over_plain=over_plain,
+            fastest_over_plain=over_fastest,
             flops=flops,
             share_of_peak=flops / top,
             epoch_minutes=epoch / speed[1],
@@ -4341,6 +4344,7 @@ def throughput(args, rest):
                 "quartiles": f"{speed[0]:,.4g}-{speed[2]:,.4g}",
                 "ratio": f"{ratio[1]:.3f} ({ratio[0]:.3f}-{ratio[2]:.3f})",
                 "cost of SAM": plain and "{1:.3f} ({0:.3f}-{2:.3f})".format(*over_plain),
+                "of the fastest": plain and f"{over_fastest:.3f}",
                 "TFLOP/s": flops / 1e12,
                 "peak %": 100 * flops / top,
                 "GB": memory[words, cell] if device.type == "cuda" else None,

@@ -12869,9 +12869,19 @@ def test_each_word_of_throughput_is_timed_and_what_is_not_timed_refused(
 
     def work(settings, model, bare, optimizer, mode, batch):
         worked.append(settings.words)
-        return lambda: time.sleep(0.002 * (3 if mode == "sam" else 1) * batch)
+        seconds = {"training": (1, 2, 1), "sam": (3, 3, 5)}.get(mode, (1, 1, 1))
+        turn = (worked.count(settings.words) - 1) // 2  # to find the batch, then two rounds
+
+        def call():
+            return seconds[turn]
+
+        return call
+
+    def seconds_of(call, *_):
+        return call() if call.__name__ == "call" else 1.0
 
     monkeypatch.setattr(analyze, "work", work)
+    monkeypatch.setattr(analyze, "seconds_of", seconds_of)
     argv = ["throughput", "--dataset", "shapes", "--device", "cpu", "--rounds", "2", "--seconds"]
     argv += ["0.01", "--batch-sizes", "2", "--out-dir", str(tmp_path)]
     same = ["vit_micro8", "vit_micro8 --seed 0", "vit_micro8 --sam-rho 0.1"]
@@ -12879,8 +12889,12 @@ def test_each_word_of_throughput_is_timed_and_what_is_not_timed_refused(
     for words in same:
         assert worked.count(words) == 2 * 3, "to find the batch, and in two rounds"
     results = json.loads((tmp_path / "throughput.json").read_text())["results"]
-    costs = [of["sam"]["over_plain"][1] for of in results.values() if "sam" in of]
-    assert len(costs) == 3 and all(2.5 < cost < 3.5 for cost in costs), costs
+    costs = [of["sam"] for of in results.values() if "sam" in of]
+    assert [cost["over_plain"][1] for cost in costs] == [(3 / 2 + 5 / 1) / 2] * 3, costs
+    assert [cost["fastest_over_plain"] for cost in costs] == [3 / 1] * 3, costs
+    header, rows = table_in(capsys.readouterr().out, "of the fastest")
+    of_fastest = [row[header.index("of the fastest")] for row in rows]
+    assert of_fastest == ["-"] * 3 + ["3.000"] * 3, rows
     for words, answer in (
         ("mixer_micro8 --sam-rho 0.1 --sam-every 5", "--sam-every times nothing new"),
         ("mixer_micro8 --adv-eps 2/255", "--adv-eps is not timed here"),
