@@ -182,6 +182,12 @@ OF_TRAINING = (
     "decay",
     *AUGMENTS,
 )
+# Flags of train.py that an analysis of networks may read; of the others it says so.
+READ = {
+    *train.OF_EVALUATION,
+    *OF_TRAINING,
+    *"recipe batch_size weight_decay label_smoothing".split(),
+}
 
 
 def networks(checkpoints, rest, also=(), untrained=False):
@@ -206,6 +212,13 @@ def networks(checkpoints, rest, also=(), untrained=False):
                 "it is started again"
             )
     return chosen
+
+
+def tell_unread(origin):
+    """Tells which flags of train.py on the command line no analysis reads."""
+    unread = [name for name in origin if name not in READ and origin[name] == "command line"]
+    if unread:
+        tell(f"without effect in an analysis: {' '.join(map(train.flag, unread))}")
 
 
 def label(settings, also=()):
@@ -281,6 +294,7 @@ def started(args, rest, what, untrained=False):
     device = train.start_processes(first.device, PATIENCE, may_share=True)[0]
     folder = Path(first.init_from).parent if first.init_from else Path("out", what)
     results = Results(args.out_dir or folder, what)
+    tell_unread(chosen[0][1])
     for settings, origin in chosen:
         if settings.dtype in ("bfloat16", "float16"):
             if origin["dtype"] == "command line":
@@ -404,7 +418,8 @@ def share_out(results, network, tasks, what):
             if i + train.rank() < len(todo):
                 part = todo[i + train.rank()]
                 try:
-                    found[train.rank()] = part, tasks[part](), None
+                    with on(network):
+                        found[train.rank()] = part, tasks[part](), None
                 except (UserError, data.DataError) as error:
                     found[train.rank()] = part, None, str(error)
             if dist.is_initialized():
@@ -440,6 +455,15 @@ def significant(number, error=None):
     if number is not None and math.isfinite(number):
         wide = ".0f" if error is not None and error >= 100 else ".2g"
         return f"{number:.4g}" + ("" if error is None else f" ± {error:{wide}}")
+
+
+@contextmanager
+def on(network):
+    """Of several networks an error in here says of which it is."""
+    try:
+        yield
+    except (UserError, data.DataError) as error:
+        raise type(error)(f"{network}: {error}") from None
 
 
 def finite(values, what):
@@ -658,6 +682,7 @@ def robustness(args, rest):
     first = chosen[0][0]
     device = train.start_processes(first.device, PATIENCE, may_share=True)[0]
     results = Results(args.out_dir or Path(first.init_from).parent, "robustness")
+    tell_unread(chosen[0][1])
     for settings, origin in chosen:
         name, results.settings[name] = label(settings)
         saved = train.own_checkpoint(settings.init_from)
@@ -1233,7 +1258,7 @@ def hessian(args, rest):
                 if part not in results.parts.get(name, {}):
                     mark = hashlib.sha256(f"{name} {part}".encode()).hexdigest()[:8]
                     saved = Saved(results.path.with_name(f"hessian-{mark}.state"))
-                    with train.progress(None, block) as bar:
+                    with on(name), train.progress(None, block) as bar:
                         numbers = task(memory=args.memory, saved=saved, tick=bar.update)
                     results.put(name, part, numbers)
                     saved.remove()
@@ -3104,7 +3129,8 @@ def together(results, device, named, parts, what):
         with train.progress(len(parts), what, "part") as bar:
             bar.update(len(parts) - len(todo))
             for part in todo:
-                results.put(name, part, parts[part](model, dataset, settings, workers))
+                with on(name):
+                    results.put(name, part, parts[part](model, dataset, settings, workers))
                 bar.update()
         yield name, {part: results.take(name, part) for part in parts}
 

@@ -6736,9 +6736,17 @@ def test_flags_that_nothing_reads_and_epochs_that_are_not_reached_are_told(
     train_ok(tiny(tmp_path / "run", "--max-steps 1"))
     capsys.readouterr()
     file = str(tmp_path / "run/ckpt.pt")
-    argv = ["--eval-only", "--init-from", file, "--lr", "1", "--device", "cpu", "--workers", "0"]
-    assert train.main(argv) == 0
+    more = ["--lr", "1", "--seed", "3", "--device", "cpu", "--workers", "0"]
+    assert train.main(["--eval-only", "--init-from", file, *more]) == 0
     assert "without effect in this run: --lr\n" in capsys.readouterr().out
+    for main, argv in (
+        (analyze.main, ["lesion", "--images", "4"]),
+        (analyze.main, ["robustness", "--benchmarks", "val"]),
+        (adversarial.main, ["--attack", "fgsm", "--images", "4"]),
+    ):
+        assert main([*argv, "--checkpoint", file, *more]) == 0
+        text = capsys.readouterr().out
+        assert text.count("without effect in an analysis: --lr\n") == 1, (argv, text)
 
 
 @pytest.mark.parametrize(
@@ -12514,10 +12522,12 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
         ["noise"],
         ["calibration"],
         ["lesion"],
+        ["hessian", "--params", "whole", "--images", "12"],
         ["robustness", "--benchmarks", "val"],
     ):
-        line = analyze_refusal(capsys, *argv, *out, "--checkpoint", tmp_path / "nan.pt")
+        line = analyze_refusal(capsys, *argv, *out, "--checkpoint", tmp_path / "nan.pt", first)
         assert "is not finite: the network gives NaN" in line, (argv, line)
+        assert f"{tmp_path}/nan.pt (" in line, "of which network it is"
     line = analyze_refusal(capsys, "attention", "--checkpoint", two_runs[1], *out)
     assert "none of the networks has a map of global attention" in line
     line = analyze_refusal(capsys, "nll", "--checkpoint", *two_runs, *out, "--against", "patch")
