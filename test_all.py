@@ -6754,7 +6754,7 @@ def test_flags_that_nothing_reads_and_epochs_that_are_not_reached_are_told(
     [
         ("--model torchvision:alexnet", "torchvision:alexnet, --micro-batch 8: "),
         ("--model torchvision:googlenet", "in training it returns GoogLeNetOutputs"),
-        ("--model torchvision:vit_b_16 --image-size 100", "vit_b_16: Input shape indivisible by"),
+        ("--model torchvision:vit_b_16 --image-size 24", "vit_b_16: Input shape indivisible by"),
         ("--device mps", "torch sees no MPS device here"),
         ("--head-bias nan", "--head-bias is nan; it is finite"),
         ("--model torchvision:swin_t --depth 1 1 -1 1", "--depth 1 1 -1 1: numbers are at least 1"),
@@ -14293,40 +14293,65 @@ for step in range(5):
 """
 
 
-@pytest.mark.parametrize(
-    "name", ["vit", "mixer", "resnet", "alternet", "sam", "adversarial", "data"]
-)
-def test_a_file_runs_alone_in_an_empty_folder(tmp_path, name):
-    shutil.copy(HERE / f"{name}.py", tmp_path)
-    argv = [f"{name}.py"] + {"sam": ["--seeds", "1", "--steps", "20"]}.get(name, [])
-    variant = dict(
+ALONE = """
+# Runs files, each in a folder of its own and in a process of its own: forking saves importing torch.
+import json, os, runpy, sys, torch
+for folder, argv, code in json.loads(sys.argv[1]):
+    if os.fork() == 0:
+        os.chdir(folder)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), number)
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+        exec(code)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def test_each_file_runs_alone_in_an_empty_folder(tmp_path):
+    variants = dict(
         vit="vit_micro8", mixer="mixer_micro8", resnet="resnet18", alternet="alter_resnet18"
-    ).get(name)
-    if variant:  # its table, and then five steps on random data
-        code = f"import runpy; runpy.run_path({argv[0]!r}, run_name='__main__')"
-        argv = ["-c", code + TRAINS_ALONE.format(name=name, variant=variant)]
-    result = subprocess.run(
-        [sys.executable, *argv], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
-    assert result.returncode == 0 and len(result.stdout.splitlines()) > 2 and not result.stderr, (
-        result
+    of_ours = {p.stem for p in HERE.glob("*.py")}
+    jobs, refused = [], {"--cost 1": "sam.py and vit.py", "--checkpoint x": "analyze.py and"}
+
+    def job(name, *argv, code=""):
+        folder = tmp_path / str(len(jobs))
+        folder.mkdir()
+        shutil.copy(HERE / f"{name}.py", folder)
+        jobs.append((str(folder), [f"{name}.py", *argv], code))
+
+    for name, variant in variants.items():  # its row of the table, then five steps on random data
+        job(name, variant, code=TRAINS_ALONE.format(name=name, variant=variant))
+    job("sam", "--seeds", "1", "--steps", "20")
+    job("adversarial")
+    job("data")
+    for flags in refused:  # what it does not do alone
+        job("adversarial", *flags.split())
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, json.dumps(jobs)],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    if variant:
-        losses = [float(line) for line in result.stdout.splitlines()[-5:]]
-        assert losses[-1] < losses[0], losses
-    siblings = {p.stem for p in HERE.glob("*.py")}
-    imported = {
-        line.split()[1].split(".")[0]
-        for line in (HERE / f"{name}.py").read_text().splitlines()
-        if line.startswith(("import ", "from "))
-    }
-    assert not imported & siblings, imported & siblings
-    for more, needs in (("--cost 1", "sam.py and vit.py"), ("--checkpoint x", "analyze.py and")):
-        if name == "adversarial":  # what it does not do alone
-            command = [sys.executable, "adversarial.py", *more.split()]
-            result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-            line = f"adversarial.py: this needs {needs}"
-            assert result.returncode == 2 and result.stderr.startswith(line), result
+    assert not run.stderr, run.stderr
+    for (folder, (file, *argv), _), status in zip(jobs, run.stdout.split(), strict=True):
+        out, error = ((Path(folder) / name).read_text() for name in ("stdout", "stderr"))
+        if " ".join(argv) in refused:
+            line = f"adversarial.py: this needs {refused[' '.join(argv)]}"
+            assert status == "2" and error.startswith(line), (file, argv, error)
+            continue
+        assert status == "0" and len(out.splitlines()) > 2 and not error, (file, out, error)
+        if file.removesuffix(".py") in variants:
+            losses = [float(line) for line in out.splitlines()[-5:]]
+            assert losses[-1] < losses[0], (file, losses)
+        imported = {
+            line.split()[1].split(".")[0]
+            for line in (HERE / file).read_text().splitlines()
+            if line.startswith(("import ", "from "))
+        }
+        assert not imported & of_ours, (file, imported & of_ours)
 
 
 def test_head_ends_a_table_without_a_traceback():

@@ -2713,9 +2713,18 @@ def check_network(args):
     is said at once."""
     if family(args.model) in ("torchvision", "timm"):
         return  # not all of these can be built so
-    with as_user_error(args.model), torch.device("meta"), torch.no_grad():
-        images = torch.empty(2, 3, args.image_size, args.image_size)
-        build_model(args.model, 2, args.image_size, **knobs(args))(images)
+    own = [(k, tuple(v) if isinstance(v, list) else v) for k, v in knobs(args).items()]
+    with as_user_error(args.model):
+        call_without_memory(args.model, args.image_size, tuple(own))
+
+
+@cache
+def call_without_memory(model, image_size, own):
+    """Of a network of ours with the constructor arguments `own`; once, however many trainings of it
+    a study has."""
+    with torch.device("meta"), torch.no_grad():
+        images = torch.empty(2, 3, image_size, image_size)
+        build_model(model, 2, image_size, **dict(own))(images)
 
 
 def check_pass(args, bare, num_classes, device, training):
