@@ -14294,7 +14294,7 @@ for step in range(5):
 
 
 ALONE = """
-# Runs files, each in a folder of its own and in a process of its own: forking saves importing torch.
+# Runs files, each in a folder and a process of its own; forking saves importing torch.
 import json, os, runpy, sys, torch
 for folder, argv, code in json.loads(sys.argv[1]):
     if os.fork() == 0:
