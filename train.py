@@ -2720,8 +2720,8 @@ def check_network(args):
 
 @cache
 def call_without_memory(model, image_size, own):
-    """Builds a network of ours with the constructor arguments `own` on the meta device and calls it:
-    once, however many trainings of it a study has."""
+    """Builds a network of ours with the constructor arguments `own`, and calls it, on the meta
+    device: once, however many trainings of it a study has."""
     with torch.device("meta"), torch.no_grad():
         images = torch.empty(2, 3, image_size, image_size)
         build_model(model, 2, image_size, **dict(own))(images)
