@@ -418,7 +418,7 @@ def share_out(results, network, tasks, what):
             if i + train.rank() < len(todo):
                 part = todo[i + train.rank()]
                 try:
-                    with on(network):
+                    with errors_of(network):
                         found[train.rank()] = part, tasks[part](), None
                 except (UserError, data.DataError) as error:
                     found[train.rank()] = part, None, str(error)
@@ -458,8 +458,8 @@ def significant(number, error=None):
 
 
 @contextmanager
-def on(network):
-    """Of several networks an error in here says of which it is."""
+def errors_of(network):
+    """Whatever only the user can set right, in here, is told with the name of the network."""
     try:
         yield
     except (UserError, data.DataError) as error:
@@ -1258,7 +1258,7 @@ def hessian(args, rest):
                 if part not in results.parts.get(name, {}):
                     mark = hashlib.sha256(f"{name} {part}".encode()).hexdigest()[:8]
                     saved = Saved(results.path.with_name(f"hessian-{mark}.state"))
-                    with on(name), train.progress(None, block) as bar:
+                    with errors_of(name), train.progress(None, block) as bar:
                         numbers = task(memory=args.memory, saved=saved, tick=bar.update)
                     results.put(name, part, numbers)
                     saved.remove()
@@ -3129,7 +3129,7 @@ def together(results, device, named, parts, what):
         with train.progress(len(parts), what, "part") as bar:
             bar.update(len(parts) - len(todo))
             for part in todo:
-                with on(name):
+                with errors_of(name):
                     results.put(name, part, parts[part](model, dataset, settings, workers))
                 bar.update()
         yield name, {part: results.take(name, part) for part in parts}
