@@ -15,9 +15,10 @@ Choices:
   flipped at once (InMemory). Of a JPEG, training decodes only the rows down to its crop (decode).
 - Evaluation takes every image exactly once, split over the processes by stride.
 - Inception-style is a crop of 5-100 % of the area (not torchvision's 8 %), aspect 3/4-4/3, bilinear
-  without antialiasing, and a flip, as in the authors' public code. Evaluation resizes the short
-  side to 256/224 of the size and crops the centre; there the authors' area filter is replaced by
-  antialiased bilinear.
+  without antialiasing, and a flip. The area is uniform and the aspect log-uniform, as torchvision
+  has it; TensorFlow's, in the authors' public code, draws a side, and so smaller crops. Evaluation
+  resizes the short side to 256/224 of the size and crops the centre; there the authors' area filter
+  is replaced by antialiased bilinear.
 - EXIF orientation is applied: a label belongs to the upright image.
 
     python data.py                    sizes and speed of `shapes` (10 s)
@@ -43,6 +44,7 @@ import struct
 import sys
 import tempfile
 import time
+import weakref
 import zlib
 from contextlib import contextmanager
 from fractions import Fraction
@@ -364,14 +366,18 @@ def _begin(started, worker):
     started[worker] = True
 
 
+_workers = weakref.WeakSet()  # those that were begun here
+
+
 @atexit.register
 def _end_workers():
     """Kills the workers left when a program ends by an error: multiprocessing would send SIGTERM,
     which they ignore (_begin), and wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error more
-    for process in torch.multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    left = _workers.intersection(torch.multiprocessing.active_children())
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error more
+    for process in left:
+        process.kill()
 
 
 PATIENCE = 60.0  # seconds that a worker has to begin: a fork takes 0.01, a spawn imports torch
@@ -387,6 +393,7 @@ def _with_workers(loader, tell):
         started.zero_()
         stream, end = iter(loader), time.monotonic() + patience
         own = [p for p in torch.multiprocessing.active_children() if p not in before]
+        _workers.update(own)
         while not started.all() and time.monotonic() < end and all(p.is_alive() for p in own):
             time.sleep(0.001)
         if started.all() or not all(p.is_alive() for p in own):  # of a dead one next() tells
@@ -590,7 +597,13 @@ class InceptionCrop:
 def _affine(image, shear=(0.0, 0.0), translate=(0, 0)):
     degrees = [math.degrees(math.atan(s)) for s in shear]
     return v2.functional.affine(
-        image, angle=0, translate=list(translate), scale=1, shear=degrees, fill=128
+        image,
+        angle=0,
+        translate=list(translate),
+        scale=1,
+        shear=degrees,
+        center=[0, 0],  # what a shear leaves in place: there the upper left corner
+        fill=128,
     )
 
 
@@ -602,7 +615,9 @@ def _cutout(image, half_side):
     return image
 
 
-GOOGLE_OPERATIONS = {  # what big_vision does to an image; m: magnitude / 10; sign: 1 or -1
+# What big_vision does to an image; m: magnitude / 10; sign: 1 or -1. Contrast is around the image's
+# mean, as PIL has it; theirs is around a 256th of the number of pixels.
+GOOGLE_OPERATIONS = {
     "AutoContrast": lambda x, m, sign: v2.functional.autocontrast(x),
     "Equalize": lambda x, m, sign: v2.functional.equalize(x),
     "Invert": lambda x, m, sign: v2.functional.invert(x),
@@ -1299,8 +1314,9 @@ def subset(labels, fraction, seed=0):
 
     labels: (N,) int64. fraction: in (0, 1], a number or a string such as "1/10". The size is
     ⌊N·fraction⌋, which for ImageNet are the paper's 640,583, 320,291 and 128,116; class c gives
-    ⌊N_c·fraction⌋ images, and classes with the largest remainders one more
-    until the size is reached.
+    ⌊N_c·fraction⌋ images, and classes with the largest remainders one more until the size is
+    reached: of equal ones the first, but in an order drawn by the seed where the size is below the
+    number of classes.
     Raises ValueError for a fraction outside (0, 1] or one that leaves no image.
     """
     exact = Fraction(fraction)
@@ -1314,7 +1330,13 @@ def subset(labels, fraction, seed=0):
     counts = np.bincount(labels.numpy()).astype(object)  # Python's integers never overflow
     take = counts * fraction.numerator // fraction.denominator
     remainder = counts * fraction.numerator % fraction.denominator
-    take[np.argsort(-remainder, kind="stable")[: size - take.sum()]] += 1
+    first = np.arange(len(counts))
+    if size < len(counts):  # else always the first classes, of ImageNet fishes
+        first = torch.randperm(
+            len(counts), generator=torch.Generator().manual_seed(key(seed, 2))
+        ).numpy()
+    largest = first[np.argsort(-remainder[first], kind="stable")]
+    take[largest[: size - take.sum()]] += 1
     chosen, members = [], labels.argsort(stable=True).split(counts.tolist())
     for c, n in enumerate(take):
         order = torch.randperm(
