@@ -781,7 +781,7 @@ def attack_checkpoint(args, rest):
     device, world, on_machine = train.start_processes(settings.device, may_share=True)
     say = train.say if train.rank() == 0 else lambda text="": None
     results = analyze.Results(args.out_dir or Path(settings.init_from).parent, "adversarial")
-    analyze.tell_unread(origin)
+    analyze.tell_unread(origin, "adversarial")
     name, results.settings[name] = analyze.label(settings)
     settings.content = results.settings[name]["content"]
     done = results.parts.setdefault(name, {})

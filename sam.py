@@ -164,6 +164,17 @@ class SAM:
                 )
         self.model, self.rho, self.steps, self.adaptive, self.eta = model, rho, steps, adaptive, eta
         self.params = list(model.parameters() if params is None else params)
+        if any(hasattr(p, "device_mesh") for p in self.params):
+            raise ValueError(
+                "SAM: the parameters are shards (DTensor, FSDP), whose gradients the first pass "
+                "does not see: use DistributedDataParallel"
+            )
+        devices = {p.device for p in self.params if isinstance(p, torch.Tensor)}
+        if len(devices) > 1:
+            raise ValueError(
+                f"SAM: the parameters are on {' and '.join(sorted(map(str, devices)))}; they must"
+                " be on one device, as their norm is one number"
+            )
         if not any(isinstance(p, torch.Tensor) and p.requires_grad for p in self.params):
             raise ValueError(
                 f"SAM: none of {len(self.params)} params is a parameter that requires a gradient"
@@ -172,8 +183,9 @@ class SAM:
     @contextmanager
     def perturb(self, loss, *, inputs=(), sync: bool = False, keep_grads: bool = False):
         """Context in which the weights are w + ε; afterwards they are w again, bit for bit, also
-        when the body raises, and buffers (BatchNorm's running statistics) are as the first pass
-        left them: statistics at w + ε are not those of w, and each image counts once.
+        when the body raises, and buffers that are updated in place, such as BatchNorm's running
+        statistics, are as the first pass left them: statistics at w + ε are not those of w, and
+        each image counts once.
 
         loss: called without arguments, returns a scalar that depends on the model. Or a list or
             tuple of such, one for each micro-batch: ε then belongs to the gradient of their mean.
@@ -188,10 +200,11 @@ class SAM:
         `p.grad` is neither read nor written; no collective runs unless `sync`. With a GradScaler,
         return the scaled loss: ε does not depend on the scale.
 
-        A parameter that the loss does not reach keeps its value. A gradient of norm 0 gives ε = 0:
-        the body sees the plain gradient. A gradient or norm that is not finite makes ε and so the
-        body's gradient NaN, on purpose: what skips a step after an overflow (GradScaler,
-        `found_inf`) then sees it.
+        A parameter that the loss does not reach keeps its value, and so would one that reentrant
+        checkpointing hides from torch.autograd.grad: give it use_reentrant=False. A gradient of
+        norm 0 gives ε = 0: the body sees the plain gradient. A gradient or norm that is not finite
+        makes ε and so the body's gradient NaN, on purpose: what skips a step after an overflow
+        (GradScaler, `found_inf`) then sees it.
         Raises ValueError if the loss is no function, has no gradient or reaches no parameter, and
         RuntimeError if an optimizer steps these parameters in the body: its step would be lost.
         """
@@ -208,9 +221,8 @@ class SAM:
         random = random_state({p.device for p in self.model.parameters()})
 
         grads, value = self._gradient(losses, params + inputs)
-        kept = tuple(grads[: len(params)]) if keep_grads else ()
-        input_grads = tuple(grads[len(params) :])
-        grads = grads[: len(params)]
+        grads, input_grads = grads[: len(params)], tuple(grads[len(params) :])
+        kept = tuple(grads) if keep_grads else ()
         reached = [p for p, g in zip(params, grads) if g is not None]
         grads = [g for g in grads if g is not None]
         if not reached:

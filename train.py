@@ -202,14 +202,14 @@ RECIPES |= {
 # Appendix F: twice the epochs, which brought nothing.
 RECIPES |= {f"{name}_long": RECIPES[name] | dict(epochs=600) for name in ("chen_vit", "chen_mixer")}
 # §5.1: ImageNet-21k with SAM, then ImageNet without. The paper has no numbers for it: ViT's are
-# those of its reference [20] (2010.11929, Tables 3 and 4), the head's bias is big_vision's for 21k;
-# Mixer's and ResNet's are Table 8's, which is a guess.
+# those of its reference [20] (2010.11929, Tables 3 and 4; its code's linear schedule ends at 1e-5),
+# the head's bias is big_vision's for 21k; Mixer's and ResNet's are Table 8's, which is a guess.
 RECIPES |= {
     f"{name}_21k": RECIPES[name] | dict(dataset="imagenet21k", sam_rho="paper")
     for name in ("chen_vit", "chen_mixer", "chen_resnet")
 }
 RECIPES["chen_vit_21k"] |= dict(
-    epochs=90, lr=1e-3, lr_schedule="linear", weight_decay=0.03, head_bias=-10.0
+    epochs=90, lr=1e-3, lr_schedule="linear", lr_end=1e-5, weight_decay=0.03, head_bias=-10.0
 )
 RECIPES["chen_mixer_21k"] |= dict(head_bias=-10.0)
 # Table 11: fine-tuning, without SAM, of whatever --init-from holds. The rate of each number in
@@ -353,7 +353,8 @@ RECIPES["xiao_vit_21k"] = RECIPES["xiao_vit"] | dict(
 RECIPES["xiao_vit_21k_36gf"] = RECIPES["xiao_vit_21k"] | dict(
     model="vit_c_36gf", lr=1.4e-3, lr_end=7e-6
 )
-# What §5.4 compares with: DeiT (2012.12877, Table 9 and code) on ViT_P. RandAugment without noise.
+# What §5.4 compares with: DeiT (2012.12877, Table 9 and code) on ViT_P; as everywhere here, its
+# RandAugment is without noise, its erasing to grey and its crops bilinear.
 RECIPES["xiao_deit"] = RECIPES["xiao_vit"] | dict(
     model="vit_p_4gf",
     autoaugment="none",
@@ -1227,6 +1228,11 @@ def check(args, origin):
     refuse(
         args.nesterov and (args.optimizer != "sgd" or args.momentum == 0),
         "--nesterov is for --optimizer sgd with --momentum above 0; --no-nesterov turns it off",
+    )
+    refuse(
+        (args.mixup or args.cutmix) and args.micro_batch == 1,
+        "--mixup and --cutmix mix the images of a micro-batch: --micro-batch 2 or more, or 0 for "
+        "these",
     )
     supcon = args.loss == "supcon"
     refuse(
