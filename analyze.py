@@ -30,6 +30,7 @@ import ctypes
 import functools
 import hashlib
 import html
+import io
 import itertools
 import json
 import math
@@ -183,10 +184,12 @@ OF_TRAINING = (
     *AUGMENTS,
 )
 # Flags of train.py that an analysis of networks may read; of the others it says so.
-READ = {
-    *train.OF_EVALUATION,
-    *OF_TRAINING,
-    *"recipe batch_size weight_decay label_smoothing".split(),
+READ = {*train.OF_EVALUATION, "recipe", "train_fraction", "hold_out"}
+READ_BY = {  # and these only some
+    "spectrum": (*AUGMENTS, "mixup", "cutmix", "weight_decay", "label_smoothing"),
+    "landscape": (*AUGMENTS, "mixup", "cutmix", "weight_decay", "decay", "micro_batch"),
+    "flatness": ("micro_batch",),
+    "nll": (*AUGMENTS, "mixup", "cutmix", "batch_size"),
 }
 
 
@@ -214,11 +217,12 @@ def networks(checkpoints, rest, also=(), untrained=False):
     return chosen
 
 
-def tell_unread(origin):
-    """Tells which flags of train.py on the command line no analysis reads."""
-    unread = [name for name in origin if name not in READ and origin[name] == "command line"]
+def tell_unread(origin, what):
+    """Tells which flags of train.py on the command line an analysis does not read."""
+    read = READ.union(READ_BY.get(what, ()))
+    unread = [name for name in origin if name not in read and origin[name] == "command line"]
     if unread:
-        tell(f"without effect in an analysis: {' '.join(map(train.flag, unread))}")
+        tell(f"without effect in {what}: {' '.join(map(train.flag, unread))}")
 
 
 def label(settings, also=()):
@@ -294,7 +298,7 @@ def started(args, rest, what, untrained=False):
     device = train.start_processes(first.device, PATIENCE, may_share=True)[0]
     folder = Path(first.init_from).parent if first.init_from else Path("out", what)
     results = Results(args.out_dir or folder, what)
-    tell_unread(chosen[0][1])
+    tell_unread(chosen[0][1], what)
     for settings, origin in chosen:
         if settings.dtype in ("bfloat16", "float16"):
             if origin["dtype"] == "command line":
@@ -344,9 +348,11 @@ def training_images(settings, device, share, augmented=False):
     if settings.init_from:
         how["classes"] = train.own_checkpoint(settings.init_from).get("classes")
     dataset = train.load_split(settings, "train", device, tell, **how)
-    dataset.restrict(data.subset(dataset.labels, settings.train_fraction))
+    with train.as_user_error(f"--train-fraction {settings.train_fraction}"):
+        dataset.restrict(data.subset(dataset.labels, settings.train_fraction))
     if settings.hold_out != "0":
-        dataset.restrict(data.hold_out(dataset.labels[dataset.indices], settings.hold_out)[0])
+        with train.as_user_error(f"--hold-out {settings.hold_out}"):
+            dataset.restrict(data.hold_out(dataset.labels[dataset.indices], settings.hold_out)[0])
     return share_of(dataset, share, "training")
 
 
@@ -539,7 +545,9 @@ def figure(path, draw, rows=1, columns=1):
 
     picture = pyplot.figure(figsize=(5 * columns, 4 * rows), layout="constrained")
     draw(picture.subplots(rows, columns))
-    picture.savefig(path, dpi=150)
+    with io.BytesIO() as file:
+        picture.savefig(file, dpi=150)
+        write(path, file.getvalue())
     pyplot.close(picture)
     train.say(f"figure    {path}")
 
@@ -682,9 +690,10 @@ def robustness(args, rest):
     first = chosen[0][0]
     device = train.start_processes(first.device, PATIENCE, may_share=True)[0]
     results = Results(args.out_dir or Path(first.init_from).parent, "robustness")
-    tell_unread(chosen[0][1])
+    tell_unread(chosen[0][1], "robustness")
     for settings, origin in chosen:
         name, results.settings[name] = label(settings)
+        settings.content = results.settings[name]["content"]
         saved = train.own_checkpoint(settings.init_from)
         trained[name] = saved.get("settings", {})
         classes, todo = class_names(settings, saved), []
@@ -697,7 +706,7 @@ def robustness(args, rest):
         remaining = [part for part in todo if part[0] not in done]
         tell(f"{name}: {len(todo)} parts, {len(todo) - len(remaining)} done before")
         if remaining:
-            model = train.starting_network(settings, origin, len(classes), device, tell)
+            model = network_of(settings, origin, len(classes), device)
             autocast = train.autocast_of(settings, device)
         quiet = train.rank() > 0 or not sys.stderr.isatty()
         for part, make in tqdm(remaining, unit="part", disable=quiet):
@@ -712,6 +721,7 @@ def robustness(args, rest):
             workers, side = worker_count(settings, dataset), settings.image_size
             if part == "pgd":
                 numbers = dict(top1=train.pgd_10(model, dataset, side, device, workers))
+                finite(numbers["top1"], f"the accuracy of {name} under attack")
             else:
                 at_once, kept = train.images_at_once(model, side, device), dataset.restrict_logits
                 loader = train.own_share(dataset, device, workers, at_once)
@@ -975,6 +985,15 @@ def lanczos(H, k, which, tolerance, iterations, seed, saved):
     state = saved.load(start, H)
     chain, before = state.pop("chain"), state.pop("before")
     space, k, good = Krylov(H, **state), min(k, H.size), False
+
+    def nothing_larger(chain, kth, rounding):
+        """Whether the vectors from `chain` on are known to have no value that belongs before the
+        k-th, or their largest one is known to the tolerance."""
+        (own, *_), (off, *_), _ = space.ritz(which, chain)
+        size, kth = ((v.abs() if which == "magnitude" else v) for v in (own, kth))
+        known = off <= max(tolerance * own.abs(), rounding)
+        return bool(known or (size + off < kth and off <= 0.1 * own.abs()))
+
     while True:
         space.multiply(seed)
         values, residuals, _ = space.ritz(which)
@@ -984,15 +1003,12 @@ def lanczos(H, k, which, tolerance, iterations, seed, saved):
         if good and k > 1 and len(space.done) < H.size:
             # One chain v, H v, H² v, … has one direction of a multiple eigenvalue. Others are in
             # the complement, where another chain looks for what is as large as the k-th.
-            good, explored = False, before is None
-            if not explored and max(space.done) >= chain:
-                (own, *_), (off, *_), _ = space.ritz(which, chain)
-                size, kth = ((v.abs() if which == "magnitude" else v) for v in (own, values[k - 1]))
-                explored = off <= max(tolerance * own.abs(), rounding) or (
-                    size + off < kth and off <= 0.1 * own.abs()
-                )
-                good = bool(explored and ((values[:k] - before).abs() <= enough[:k]).all())
-            if explored and not good:
+            first = before is None
+            begun = not first and max(space.done) >= chain  # there was room for its first vector
+            explored = first or begun and nothing_larger(chain, values[k - 1], rounding)
+            stayed = not first and bool(((values[:k] - before).abs() <= enough[:k]).all())
+            good = explored and stayed
+            if explored and not stayed:
                 before, chain = values[:k], len(space.basis)
                 space.append(random_vector(H, seed, chain))
         if good or len(space.done) == min(iterations, H.size):
@@ -1023,7 +1039,8 @@ def hessian_eigenvalues(
 ):
     """The k largest eigenvalues, "algebraic" or by "magnitude" with their sign, of the Hessian of
     a loss L (`Hessian` has the formula and further options) by all parameters of a model or some,
-    a diagonal block (Chen et al. Table 1, 3). Fewer than k where there are fewer parameters.
+    a diagonal block (Chen et al. Table 1, 3). Fewer than k where there are fewer parameters or
+    iterations.
     -> dict of `eigenvalues`, the wanted first; `residuals` ‖H v - λ v‖: within one of its λ there
     is an eigenvalue of H; `errors`; `converged`; `products` with H; `images`, `parameters`,
     `seconds`. Time grows linearly in images × products. A kill loses what was done since `saved`, a
@@ -1143,7 +1160,10 @@ def components(network, wanted=("table3",)):
     token MLPs; all MLPs or channel MLPs, both without norms; the first, middle and last block, 1, 6
     and 12 of 12, with norms. A convolutional network has its stem and stages instead."""
     names = dict(network.named_parameters())
-    layers = r"((.*\.)?blocks\.|features\.[1357]\.|encoder\.layers\.encoder_layer_)\d+\."
+    layers = r"((.*\.)?blocks\.|encoder\.layers\.encoder_layer_"
+    if any(re.match(r"features\.1\.0\.(attn\.|block\.0\.weight)", name) for name in names):
+        layers += r"|features\.[1357]\."  # torchvision's Swin, ConvNeXt
+    layers += r")\d+\."
     found = [re.match(layers, name) for name in names]
     blocks = list(dict.fromkeys(match[0] for match in found if match))
     table = {"whole": ""}
@@ -1228,7 +1248,7 @@ def hessian(args, rest):
     results, device, named = started(args, rest, "hessian")
     images = f"{args.loss}, {args.images} images"
     how = (
-        f"power, {args.iterations}"
+        f"power, tolerance {args.tolerance:g}, {args.iterations}"
         if args.method == "power"
         else f"{args.k} by {args.which}, tolerance {args.tolerance:g}, at most {args.iterations}"
     )
@@ -1236,7 +1256,10 @@ def hessian(args, rest):
     for name, settings, origin in named:
         model, dataset, workers = network_and_training_images(settings, origin, device, args.images)
         batches = Batches(dataset, model, args.chunk, workers)
-        for block, params in components(model.network, args.params).items():
+        blocks = components(model.network, args.params)
+        if "table3" in args.params and len(blocks) == 1:
+            tell(f"{name}: of its blocks nothing is known here; --params takes their names")
+        for block, params in blocks.items():
             common = (model, LOSSES[args.loss], batches)
             tasks = {
                 f"{block}: {images}, {how}": functools.partial(
@@ -1278,13 +1301,14 @@ def hessian(args, rest):
             rows.append(row)
             if not found["converged"]:
                 tell(
-                    f"{block}: not within {args.tolerance:g} after {found['products']} products"
+                    f"{name}, {block}: not within {args.tolerance:g} after {found['products']} "
+                    + "products"
                     + "; --iterations allows more" * (args.method == "lanczos")
                 )
             if args.method == "power" and found["eigenvalues"][0] < 0:
                 tell(
-                    f"{block}: the eigenvalue of largest magnitude is negative, and power "
-                    "iteration finds no other; --method lanczos finds the largest"
+                    f"{name}, {block}: the eigenvalue of largest magnitude is negative, and "
+                    "power iteration finds no other; --method lanczos finds the largest"
                 )
     if train.rank() == 0:
         print_rows(rows)
@@ -1315,7 +1339,7 @@ def hessian_spectrum(model, loss, batches, k=5, *, decay=0.0, tolerance=0.01, me
             decay=decay,
             memory=memory,
             tolerance=tolerance,
-            iterations=200,
+            iterations=max(200, 4 * k),
             alone=True,
         )
         for batch in batches
@@ -1513,9 +1537,8 @@ def gaussian(model, *seed):
 
 
 @torch.no_grad()
-def directions(model, seed=0, normalise="filter"):
-    """Two normalised Gaussian directions d in weight space, each in the shape of
-    model.parameters().
+def direction(model, *seed, normalise="filter"):
+    """A normalised Gaussian direction d in weight space, in the shape of model.parameters().
 
     normalise="filter" (Li et al. 2018, 1712.09913, §4): d_i ← d_i·‖w_i‖/‖d_i‖, where w_i is all
     that makes output i of a weight: (in, kh, kw) of a convolution, a row of a linear layer.
@@ -1532,7 +1555,12 @@ def directions(model, seed=0, normalise="filter"):
         return d.mul_(of_w / (of_d + 1e-7 * (normalise == "park")))
 
     names, weights = zip(*model.named_parameters())
-    return [list(map(scaled, gaussian(model, seed, axis), weights, names)) for axis in (0, 1)]
+    return list(map(scaled, gaussian(model, *seed), weights, names))
+
+
+def directions(model, seed=0, normalise="filter"):
+    """The two of `landscape`, each as of `direction`."""
+    return [direction(model, seed, axis, normalise=normalise) for axis in (0, 1)]
 
 
 @contextmanager
@@ -1563,7 +1591,7 @@ def mean_loss(model, loss, batches, grad=False):
     with torch.set_grad_enabled(grad):
         for x, y in batches:
             logits = model(x)
-            value = loss(logits, y.to(logits.dtype) if y.is_floating_point() else y)
+            value = loss(logits, y)
             if grad:  # zeros for weights that the loss does not depend on
                 how = dict(allow_unused=True, materialize_grads=True)
                 torch._foreach_add_(total, torch.autograd.grad(value * len(x), weights, **how))
@@ -1602,11 +1630,12 @@ def landscape(model, loss, batches, vectors, xs, ys, decayed=None):
     return found
 
 
-def noisy_loss(model, loss, batches, sigma, seed=0, draw=0):
-    """L(w + σ·z), z a standard normal draw for every parameter, the same for all σ; None where it
-    is not finite. The mean over draws is the average flatness E L(w + ε), ε ~ N(0, σ²), for small σ
-    L + ½ σ² tr H. Evaluation mode. Cost: a forward pass of all images."""
-    noise = gaussian(model, seed, 2, draw)
+def noisy_loss(model, loss, batches, sigma, seed=0, draw=0, relative=False):
+    """L(w + σ·z), z a standard normal draw for every parameter, the same for all σ, relative: as
+    long as each filter, see `direction`; None where it is not finite. The mean over draws is the
+    average flatness E L(w + ε), for small σ, not relative, L + ½ σ² tr H. Evaluation mode. Cost: a
+    forward pass of all images."""
+    noise = (direction if relative else gaussian)(model, seed, 2, draw)
     with adversarial.held_still(model, noise[0].device), displaced(model) as move:
         move((sigma, noise))
         return mean_loss(model, loss, batches)
@@ -1804,7 +1833,7 @@ def average(losses):
     return dict(mean=sum(losses) / len(losses), standard_error=error, losses=losses)
 
 
-def draw_flatness(axes, curves, what):
+def draw_flatness(axes, curves, what, relative):
     """Mean over draws of noise, worst loss in balls; what is not finite, "-" in the table, not."""
     for name, (averages, worst) in curves.items():
         noisy = [(s, of["mean"], of["standard_error"] or 0) for s, of in averages.items()]
@@ -1814,7 +1843,12 @@ def draw_flatness(axes, curves, what):
             ax.errorbar(*known.T, fmt="o-", capsize=3 * (ax is axes[0]), label=name)
     for ax, x, y in zip(
         axes,
-        ("standard deviation σ of the noise on each weight", "radius ρ of the ball"),
+        (
+            "noise by the length of its filter"
+            if relative
+            else "standard deviation σ of the noise on each weight",
+            "radius ρ of the ball",
+        ),
         ("mean", "worst"),
     ):
         ax.set_xlabel(x)
@@ -1828,20 +1862,24 @@ def flatness(args, rest):
     """How fast the loss of networks rises around their weights, on a class-balanced tenth of the
     training set: its average under Gaussian noise on all weights (average flatness), and the worst
     that projected ascent finds in balls (what SAM minimises, Chen et al. Eq. 1). Noise and radii
-    are absolute, not relative to the weights' size. The papers at hand give no σ: the defaults are
-    ours, and so are those of ρ, with which Chen Table 9 trains from 0.02 on. Returns the "results"
-    that it was asked for."""
+    are absolute, so that a layer before a norm withstands more if its weights are all made larger,
+    which changes no output; --relative takes noise by each filter's length, as Chen Fig. 1 does.
+    The papers at hand give no σ: the defaults are ours, and so are those of ρ, with which Chen
+    Table 9 trains from 0.02 on. Returns the "results" that it was asked for."""
     need(args, sigma=0, draws=1, rho=0, steps=1)
     results, device, named = started(args, rest, "flatness")
     images, rows, curves = f"{args.loss}, {args.images} of images", [], {}
-    noise = {f"{images}, noise of σ {s:g}, {args.draws} draws": s for s in args.sigma}
+    what = "relative noise" if args.relative else "noise"
+    noise = {f"{images}, {what} of σ {s:g}, {args.draws} draws": s for s in args.sigma}
     balls = {f"{images}, ball of ρ {r:g}, {args.steps} steps": r for r in [0.0, *args.rho]}
     for name, settings, origin in named:
         done = results.parts.get(name, {}).keys()
         if not {*noise, *balls} <= done:
             given = prepared(args, settings, origin, device, settings.micro_batch)
             for part in [part for part in noise if part not in done]:
-                of_sigma = functools.partial(noisy_loss, *given, noise[part])
+                of_sigma = functools.partial(
+                    noisy_loss, *given, noise[part], relative=args.relative
+                )
                 tasks = [functools.partial(of_sigma, draw=draw) for draw in range(args.draws)]
                 in_pieces(results, name, part, tasks, average, f"σ = {noise[part]:g}")
             worst_of = functools.partial(worst_loss, *given, steps=args.steps)
@@ -1857,7 +1895,11 @@ def flatness(args, rest):
         rows.append(row | {f"ρ = {r:g}": significant(value) for r, value in worst.items() if r})
     if train.rank() == 0:
         print_rows(rows)
-        finished(results, lambda axes: draw_flatness(axes, curves, TITLES[args.loss]), columns=2)
+        finished(
+            results,
+            lambda axes: draw_flatness(axes, curves, TITLES[args.loss], args.relative),
+            columns=2,
+        )
     return results.taken
 
 
@@ -2056,7 +2098,7 @@ def ntk_plan(model, x, projections=0, memory=4 * 2**30):
     images = min(len(x), room // (graph + 2 * grads))
     if images < min(2, len(x)):
         two = 2 * (graph + 2 * grads)
-        least = min(two + 2 * WORKING, two * 4 / 3) / 2**30
+        least = min(two + 2 * WORKING, two * 4 / 3) / 2**30  # of which `room` is `two`
         raise ValueError(
             f"two images take {least:.2g} GiB, more than the {memory / 2**30:.2g} GiB allowed"
         )
@@ -2287,12 +2329,12 @@ def ntk_command(args, rest):
 ACTIVATIONS = (
     F.gelu,
     F.relu,
-    F.relu_,
     torch.relu,
     torch.relu_,
     torch.Tensor.relu,
     torch.Tensor.relu_,
 )
+UNWATCHED = {"ELU", "Hardswish", "LeakyReLU", "Mish", "PReLU", "ReLU6", "SELU", "SiLU", "Softplus"}
 IMAGES_PER_PIECE = 1024  # that are measured and written together
 TABLE_3 = {  # Chen et al.: ‖w‖, ‖a_1‖, ‖a_6‖, ‖a_12‖
     "vit_b16": (269.3, 104.9, 104.3, 138.1),
@@ -2368,8 +2410,12 @@ def activity(model, batches):
     """What norms and sparsity are made of, as sums over images. -> dict: images, their number;
     activations {name: [block, values above zero, values, Σ of an image's ℓ2 norm]} of each ReLU's
     and GELU's output in order; outputs {block: Σ of an image's ℓ2 norm} of the block's output.
-    Evaluation mode; one forward pass for each batch. UserError if a sum is not finite."""
+    Evaluation mode; one forward pass for each batch. UserError if a sum is not finite, or the model
+    has activation functions of other kinds."""
     blocks, found, outputs, images = blocks_of(model), {}, {}, 0
+    others = {type(module).__name__ for module in model.modules()} & UNWATCHED
+    if others:
+        raise UserError(f"{' and '.join(sorted(others))}: only ReLU and GELU are watched here")
 
     def norm(values):
         exact = train.exactest(values.device)
@@ -2426,10 +2472,10 @@ def norms(model, sums):
     neurons. The post-activation a_k = f_k(h_k) is what the activation function returns (§4.4); of
     several in a block the last: a Mixer's channel MLP, a ResNet's last ReLU. As the paper's words
     also fit it, output is the same of what the block returns.
-    -> dict: weights, activation {block: …}, output {block: …}."""
+    -> dict: weights, activation {block: …}, output {block: …}. UserError if ‖w‖ is not finite."""
     last = {block: length for block, _, _, length in sums["activations"].values() if block}
     exact = (p.detach().to(**train.exactest(p.device)) for p in model.parameters())
-    weights = sum(p.square().sum() for p in exact).sqrt().item()
+    weights = finite(sum(p.square().sum() for p in exact).sqrt().item(), "the norm of the weights")
     means = {
         name: {block: length / sums["images"] for block, length in lengths.items()}
         for name, lengths in (("activation", last), ("output", sums["outputs"]))
@@ -2480,7 +2526,15 @@ def measured(args, rest, what, of):
 
             pieces = torch.arange(len(dataset)).split(IMAGES_PER_PIECE)
             tasks = [functools.partial(sums_of, images) for images in pieces]
-            in_pieces(results, name, part, tasks, lambda sums: of(model, added(sums)), what)
+
+            def joined(sums):
+                whole = added(sums)
+                if not any(block for block, *_ in whole["activations"].values()):
+                    raise UserError(f"no ReLU or GELU in a block of {name}")
+                with errors_of(name):
+                    return of(model, whole)
+
+            in_pieces(results, name, part, tasks, joined, what)
         found[name] = settings.model, results.take(name, part)
     return results, found
 
@@ -2532,8 +2586,6 @@ def sparsity_command(args, rest):
         name: {block: 100 * share for block, share in of["block"].items()}
         for name, (_, of) in found.items()
     }
-    if not all(shares.values()):
-        raise UserError("no ReLU or GELU in a block of " + next(n for n in shares if not shares[n]))
     if train.rank() == 0:
         rows = []
         for name, of in shares.items():
@@ -2604,7 +2656,9 @@ def compare_command(args, rest):
         return found[name]
 
     count = min(len(training_images(settings, device, args.images)) for _, settings, _ in named)
-    few = ["--batch", str(count)] if 2 <= count < 48 else []
+    if count < 2:
+        raise UserError(f"--images {args.images}: one image; a kernel is of two or more")
+    few = ["--batch", str(min(count, 48))]
     hessians, kernels, lengths = (
         run(command, "--images", args.images, *more)
         for command, more in (("hessian", []), ("ntk", few), ("norms", []))
@@ -3159,6 +3213,14 @@ def band_noise(delta, mask):
     return torch.fft.ifft2(torch.fft.fft2(delta) * mask).real
 
 
+def band_noise_energy(mask):
+    """The expected energy of a value of band_noise, of a δ whose values have 1: |M| / (H·W), and
+    less of a band that lacks the partner -k of a k, half of whose energy is not real."""
+    mask = mask.double()
+    kept = (mask + mask.flip(0, 1).roll((1, 1), (0, 1))) / 2  # the roll: index 0 is its own partner
+    return kept.square().mean().item()
+
+
 def noise(
     model,
     dataset,
@@ -3186,7 +3248,8 @@ def noise(
         generators = (torch.Generator().manual_seed(key) for key in keys)
         delta = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
         mask = ring(x.shape[-1], frequency, window, form)
-        scale = sigma / mask.double().mean().item() ** (0.5 * equal_energy)
+        share = equal_energy and band_noise_energy(mask) or 1  # of an empty band of the code's 0
+        scale = sigma / share**0.5
         delta = scale * (delta.sign() if form == "code" else delta)
         return x + band_noise(delta, mask.to(x)), F.one_hot(y, len(dataset.classes)).to(x)
 
@@ -3262,7 +3325,7 @@ def calibration(batches, bins=10):
     of ece's, None of an empty one. An exact 1 is in the last bin with its confidence, which the
     code of Park & Kim takes for 0; their NLL is a mean over batches, ours over images. UserError if
     the NLL is not finite."""
-    top = classes = scores = 0
+    top = classes = scores = 0  # sums over images
     seen = []
     for logits, y in batches:
         exact = train.exactest(logits.device)
@@ -3276,16 +3339,21 @@ def calibration(batches, bins=10):
             [F.cross_entropy(logits, y, reduction="sum"), (p - truth).square().sum()]
         )
         seen.append(torch.cat([confidence, right], dim=1))
-    every = [[part.cpu() for part in (top, classes, scores, torch.cat(seen))] if seen else None]
+    own = [part.cpu() for part in (top, classes, scores, torch.cat(seen))] if seen else None
+    parts = [own]
     if dist.is_initialized():
-        own, every = every[0], [None] * train.world_size()
-        dist.all_gather_object(every, own)
-    *sums, seen = zip(*filter(None, every))
-    (top, classes, scores), (confidence, right) = map(sum, sums), torch.cat(seen).numpy().T
-    equal, n = np.array_split(np.lexsort((right, confidence)), bins), len(right)
+        parts = [None] * train.world_size()
+        dist.all_gather_object(parts, own)
+    tops, class_bins, losses, each = zip(*filter(None, parts))  # None: a process without images
+    top, classes, scores = sum(tops), sum(class_bins), sum(losses)
+    confidence, right = torch.cat(each).numpy().T
+    n = len(right)
+    values, which = np.unique(confidence, return_inverse=True)
+    accuracy = (np.bincount(which, right) / np.bincount(which))[which]  # equal ones share theirs
+    equal = np.array_split(np.argsort(confidence, kind="stable"), bins)
     nll, brier = finite(scores / n, "the NLL").tolist()
     ece, classwise = (train.calibration_error(of).mean().item() for of in (top, classes))
-    adaptive = sum(abs((right - confidence)[images].sum()) for images in equal).item()
+    adaptive = sum(abs((accuracy - confidence)[images].sum()) for images in equal).item()
     shares = [
         [100 * v / m if m else None for v, m in zip(of.tolist(), top[0, 0].tolist())]
         for of in top[1:, 0]
@@ -3432,12 +3500,14 @@ def nll_command(args, rest):
 
     def fit_of(model, held_out, settings, workers):
         training = training_images(settings, device, "all", augmented=True)
-        n = len(training)
+        known = sizes(model.network, settings, len(training), len(held_out.classes))
+        if known[args.against] is None:
+            raise UserError(f"--against {args.against}: {settings.model} has no such number")
         share_of(training, args.images, "training")
         shuffled(training, data.key(settings.seed, 3))  # or like would be mixed with like
         return (
             nll(model, training, held_out, settings, workers)
-            | sizes(model.network, settings, n, len(held_out.classes))
+            | known
             | dict(augmented={name: getattr(settings, name) for name in augmented_by})
         )
 
@@ -3526,7 +3596,7 @@ def attention(model, image):
 
 
 def upsampled(values, size):
-    """A map (h, w), bilinearly, to (size, size) (Chen et al. B.2)."""
+    """A map (h, w) to (size, size) (Chen et al. B.2); bilinearly is our choice."""
     values = torch.tensor(values)[None, None]
     return F.interpolate(values, (size, size), mode="bilinear")[0, 0].numpy()
 
@@ -3607,7 +3677,7 @@ def attention_command(args, rest):
                 )
         else:  # these need no data set
             classes = class_names(settings, train.own_checkpoint(settings.init_from))
-            model = train.starting_network(settings, origin, len(classes), device, tell)
+            model = network_of(settings, origin, len(classes), device)
         try:
             attention_weights(model)
         except UserError as error:
@@ -3749,7 +3819,7 @@ def opened(args, rest, name):
 
 
 def draw_curves(axes, runs, against):
-    """Chen et al. Fig. 2 left and middle; Xiao et al. Fig. 2: a curve for each run."""
+    """Chen et al. Fig. 2 left and middle: a curve for each run."""
     shown = dict(error="training error (%)", loss="training loss", top1="validation top-1 (%)")
     for one, (key, what) in zip(axes, shown.items()):
         for run, of in runs.items():
@@ -3872,7 +3942,7 @@ def peak(args, rest):
             found = dict(
                 family=family_of(own["model"], own["stem"]),
                 dataset=own["dataset"],
-                training=f"{own['epochs']} epochs, SAM's ρ {own['sam_rho']:g}",
+                training=f"{end['epoch']:.4g} epochs, SAM's ρ {own['sam_rho']:g}",
                 minutes=epoch / statistics.median(speeds) / 60,
                 error=100 - end["final"]["validation"]["top1"],
             )
@@ -3948,9 +4018,9 @@ def of_models(models, rest, what):
     return chosen
 
 
-def of_imagenet(settings, origin):
-    """Whether images are of the size that the papers give figures for, mostly 224²."""
-    return settings.dataset == "imagenet" and origin["image_size"] != "command line"
+def as_published(origin):
+    """Whether a network and its images have the sizes that the papers give figures for."""
+    return all(origin[name] != "command line" for name in ("image_size", *train.MODEL_FLAGS))
 
 
 def draw_complexity(axes, rows):
@@ -3979,7 +4049,8 @@ def complexity(args, rest):
     for words, (settings, origin) in of_models(models, rest, "complexity").items():
         cost = results.parts[words] = train.complexity_of(settings, tell)
         results.settings[words] = label(settings)[1]
-        of_papers = words if of_imagenet(settings, origin) else None
+        published = settings.dataset == "imagenet" and as_published(origin)
+        of_papers = words if published else None
         flops, params, acts = XIAO_2.get(of_papers, [None] * 3)[:3]
         rows.append(
             {
@@ -4193,6 +4264,11 @@ def throughput(args, rest):
     chosen = of_models(models, rest, "throughput")
     first, _ = next(iter(chosen.values()))
     for words, (settings, origin) in chosen.items():
+        if settings.train_only == "head":
+            raise UserError(
+                f"--recipe {settings.recipe}: training of a part is not timed, take its model by "
+                "--models"
+            )
         refuse(("compile",), origin, "is for train.py; here --compile takes yes, no or both")
         refuse(
             ("sam_every",), origin, "times nothing new: K steps take K plain ones and one pass more"
@@ -4266,6 +4342,8 @@ def throughput(args, rest):
                 call()  # compiles, and makes the optimizer's state
                 held = memory_anew(device)
                 seconds = seconds_of(call, args.seconds, device)
+            except ValueError as error:  # BatchNorm's, where a channel has one value
+                raise UserError(f"{key}, {part}: {error}") from None
             except RuntimeError as error:  # the CPU's has no class of its own
                 if not train.want_of_memory(error):
                     raise
@@ -4358,8 +4436,9 @@ def throughput(args, rest):
             gigabytes=memory[words, cell],
         )
         results.put(key, cell, numbers)
-        at_32 = words if settings.image_size == 32 else None
-        at_224 = words if of_imagenet(*chosen[words]) else None
+        published = words if as_published(chosen[words][1]) else None
+        at_224 = published if settings.dataset == "imagenet" else None
+        at_32 = published if settings.image_size == 32 else None
         papers = dict(inference=CHEN_7.get(at_224, [None] * 2)[1], training=PARK_A1.get(at_32))
         rows.append(
             {
@@ -4414,12 +4493,12 @@ def step_on_paper(settings, cost, devices, *, tflops, bandwidth, cores, decode):
     """A training step on so many devices, each with `tflops` TFLOP/s, `bandwidth` GB/s to the
     others and `cores` cores that decode `decode` images/s: dict of what `scale` describes, times in
     seconds, `sends` in bytes. A batch of too few micro-batches has smaller ones."""
-    share = settings.batch_size / devices
+    share, views = settings.batch_size / devices, 2 if settings.loss == "supcon" else 1
     micro_batch = min(settings.micro_batch, share)
     forward = 2 * cost["macs"] / (tflops * 1e12)
     sends = 2 * (devices - 1) / devices * 4 * cost["params"]
     ring_seconds = sends / (bandwidth * 1e9)
-    hidden = min(ring_seconds, 2 * micro_batch * forward)
+    hidden = min(ring_seconds, 2 * views * micro_batch * forward)
     rings = 1  # how often a step sends gradients around
     if settings.sam_rho:
         look = settings.sam_every > 1 and settings.sam_reuse > 0
@@ -4430,7 +4509,7 @@ def step_on_paper(settings, cost, devices, *, tflops, bandwidth, cores, decode):
         compute=share * train.forward_passes(settings) * forward,
         all_reduce=rings * ring_seconds,
         waits=rings * ring_seconds - hidden,
-        decode=share / (cores * decode),
+        decode=views * share / (cores * decode),
         sends=rings * sends,
     )
     busy = numbers["compute"] + numbers["waits"]
@@ -5253,7 +5332,7 @@ def stability(args, rest):
 
     def job(model, values):
         """A training's name and flags."""
-        parts = [v if isinstance(v, str) else f"{name}{v:g}" for name, v in values.items()]
+        parts = [v if isinstance(v, str) else f"{name}{v:.15g}" for name, v in values.items()]
         name = "-".join([re.sub(r"[^\w.]+", "-", model).strip("-"), *parts])
         if study in OF_XIAO:  # what goes with these; in their code SGD is Nesterov's
             values = values | dict(nesterov=values["optimizer"] == "sgd")
@@ -5554,15 +5633,16 @@ FAMILIES = {  # about equal in cost: 7.4 to 8.9 million multiply-adds for an ima
 }
 FIVE = ("ViT", "ViT_C", "Mixer", "ResNet", "AlterNet")
 CHEN = ("ViT", "Mixer", "ResNet")
-TENTH = "--train-fraction 1/10 --batch-size 8 --micro-batch 8"
+TENTH = "--train-fraction {1/10} --batch-size 8 --micro-batch 8"
 # Part, of which families, what is other about them, flags, whether with SAM too. {each}: all epochs
-# but the last, {twice}: twice as many, both filled in by `reproduce`; what comes later counts.
+# but the last, {twice}: twice as many, {1/2}: half of core's images, all filled in by `reproduce`;
+# what comes later counts.
 TRAININGS = [
     ("core", FIVE, "", "--keep-epochs warmup {each}", True),
     ("twice", FIVE, "twice the epochs", "--epochs {twice}", False),
     # fewer images, and batches as much smaller (Chen E.2): about as many steps
-    ("fractions", CHEN, "1/2", "--train-fraction 1/2 --batch-size 32", True),
-    ("fractions", CHEN, "1/4", "--train-fraction 1/4 --batch-size 16 --micro-batch 16", True),
+    ("fractions", CHEN, "1/2", "--train-fraction {1/2} --batch-size 32", True),
+    ("fractions", CHEN, "1/4", "--train-fraction {1/4} --batch-size 16 --micro-batch 16", True),
     ("fractions", CHEN, "1/10", TENTH, True),
     ("augmentation", ("ViT", "Mixer"), "augmented", shlex.join(STRONG), True),
     ("augmentation", ("ViT", "Mixer"), "augmented, 1/10", f"{shlex.join(STRONG)} {TENTH}", True),
@@ -5633,7 +5713,7 @@ GIVEN = ", ".join(f"--{name.replace('_', '-')}" for name in MAY_BE_GIVEN)
 LEFT_OUT = [  # what is not judged here, and why
     ("Chen Table 2, 5: ImageNet-ReaL, -V2, -R", "need ImageNet: `robustness --benchmarks`"),
     ("Chen §4.2, §4.3, Table 9: larger models, longer sequences", "need networks of many sizes"),
-    ("Chen Table 2, §4.3, App. F: on par, no effect", "are equalities: no order, no verdict"),
+    ("Chen Table 2, §4.3, §5.1, App. F: on par", "are equalities: no order, no verdict"),
     ("Chen Table 6, 11: transfer", "needs other data sets: `transfer`"),
     ("Chen §5.1: pre-training on ImageNet-21k", "needs it: recipes `chen_vit_21k` and its like"),
     ("Chen Table 2, 7; Park A.1, App. E; Xiao §6: speed", "is of a machine: `throughput`"),
@@ -5689,6 +5769,9 @@ class Numbers:
             return self.none(name)
         numbers = []
         for seed in self.seeds:
+            if self.runs[name, seed]["top1"] is None:  # it diverged
+                numbers.append(math.nan)
+                continue
             path = self.path(name, seed, file(name, seed) if callable(file) else file)
             own = [
                 parts
@@ -5728,16 +5811,23 @@ class Numbers:
         """The loss of training images."""
         return self.only("nll", name, lambda of: of["nll"])
 
-    def active(self, name):
-        """Active neurons of each block, in percent, (blocks, seeds)."""
-        return self.only("sparsity", name, lambda of: [100 * x for x in of["block"].values()]).T
+    def misfit(self, name):
+        """The error of training images, in percent."""
+        return self.only("nll", name, lambda of: of["training_error"])
+
+    def active(self, name, block=slice(None)):
+        """Active neurons of a block, or on average of all, in percent."""
+        return self.only(
+            "sparsity", name, lambda of: 100 * np.mean(list(of["block"].values())[block])
+        )
 
     def eigenvalue(self, name, block="whole", which=0, file="ckpt.pt"):
-        """The largest of the Hessian's diagonal block, or of the first (0) or last (-1) such."""
+        """The largest of the Hessian's diagonal block, or of the one at which (0: first, -1: last)
+        of several of such a name."""
 
         def pick(parts):
             own = [of for part, of in parts.items() if part.startswith(block)]
-            return own[which]["eigenvalues"][0]
+            return own[min(which, len(own) - 1)]["eigenvalues"][0]
 
         return self.of("hessian", name, pick, file)
 
@@ -5789,12 +5879,12 @@ class Numbers:
         )
 
     def noise(self, name):
-        """By how much noise of σ = 0.01 on the weights raises the training loss."""
+        """By how much noise of a tenth of each filter's length raises the training loss."""
 
         def pick(parts):
             noisy, clean = (
                 next(of for part, of in parts.items() if word in part)
-                for word in ("noise of σ 0.01,", "ball of ρ 0,")
+                for word in ("relative noise of σ 0.1,", "ball of ρ 0,")
             )
             return noisy["mean"] - clean["worst"]
 
@@ -5890,7 +5980,7 @@ def sams_gain(measured, name):
 
 def claims_of_chen(n):
     """Yields every Claim of Chen et al., its numbers from n, Numbers."""
-    sam = " + SAM"
+    sam, nothing = " + SAM", {"0": n.nothing}
     both = ((n.test, "clean"), (n.corrupted, "corrupted"))  # images
     for name in CHEN:
         yield Claim(
@@ -5904,7 +5994,7 @@ def claims_of_chen(n):
     yield Claim(
         "Chen §4.2, Table 2",
         "SAM gains most for Mixer, then ViT, then ResNet (points)",
-        {name: sams_gain(n.test, name) for name in ("Mixer", "ViT", "ResNet")},
+        {name: sams_gain(n.test, name) for name in ("Mixer", "ViT", "ResNet")} | nothing,
     )
     for measured, images in both:
         for name in ("ViT", "Mixer"):
@@ -5922,7 +6012,8 @@ def claims_of_chen(n):
         yield Claim(
             "Chen §4.2",
             f"SAM gains more on corrupted images than on clean ones, {name} (points)",
-            {"corrupted": sams_gain(n.corrupted, name), "clean": sams_gain(n.clean, name)},
+            {"corrupted": sams_gain(n.corrupted, name), "clean": sams_gain(n.clean, name)}
+            | nothing,
         )
         yield Claim(
             "Chen App. F",
@@ -5949,7 +6040,7 @@ def claims_of_chen(n):
         )
         yield Claim(
             "Chen Fig. 1, §3",
-            f"{name} is more sensitive than ResNet to noise on its weights (rise of the loss)",
+            f"{name} is more sensitive than ResNet to noise on its filters (rise of the loss)",
             {of: n.noise(of) for of in (name, "ResNet")},
         )
     yield Claim(
@@ -5970,7 +6061,7 @@ def claims_of_chen(n):
         )
         yield Claim(
             "control" if name == "ResNet" else "Chen Fig. 1",
-            f"SAM makes {name} less sensitive to noise on its weights (rise of the loss)",
+            f"SAM makes {name} less sensitive to noise on its filters (rise of the loss)",
             with_and_without(n.noise, name, "plain", "with SAM"),
         )
         yield Claim(
@@ -5990,17 +6081,17 @@ def claims_of_chen(n):
     )
     yield Claim(
         "Chen §3",
-        "Mixer fits its training images better than ViT (loss; the paper: error, and fewer "
+        "Mixer fits its training images better than ViT (error, %; the paper's has fewer "
         "parameters)",
-        {name: n.fit(name) for name in ("ViT", "Mixer")},
-        ratio=True,
+        {name: n.misfit(name) for name in ("ViT", "Mixer")},
     )
     yield Claim(
         "Chen §3", "… and is worse on others (%)", {name: n.test(name) for name in ("ViT", "Mixer")}
     )
 
     def least_smoothed(name):
-        components = [("embedding", 0), ("MSAs", 0), ("MLPs", 0), ("block ", 0), ("block ", -1)]
+        components = [("embedding", 0), ("MSAs", 0), ("MLPs", 0)]
+        components += [("block ", which) for which in (0, 1, -1)]
         return np.min(
             [n.eigenvalue(name, *of) / n.eigenvalue(name + sam, *of) for of in components], axis=0
         )
@@ -6047,25 +6138,29 @@ def claims_of_chen(n):
         yield Claim(
             "Chen §4.4" if name == "ViT" else "Chen Fig. 2, §4.4",
             f"SAM makes {name}'s first block sparser (active, %)",
-            with_and_without(lambda of: n.active(of)[0], name, "plain", "with SAM"),
+            with_and_without(lambda of: n.active(of, 0), name, "plain", "with SAM"),
         )
     for other in ("ResNet", "Mixer"):
         yield Claim(
             "Chen §4.4",
             f"ViT's neurons are sparser than {other}'s (active, % over blocks)",
-            {name: n.active(name).mean(axis=0) for name in (other, "ViT")},
+            {name: n.active(name) for name in (other, "ViT")},
         )
     yield Claim(
         "Chen Fig. 2, §4.4",
-        "SAM raises the training loss of ViT (the paper: error)",
-        with_and_without(n.fit, "ViT"),
-        ratio=True,
+        "SAM raises the training error of ViT (%)",
+        with_and_without(n.misfit, "ViT"),
+    )
+    yield Claim(
+        "Chen Fig. 2, §4.4",
+        "… and so does strong augmentation (%, here of augmented images)",
+        {"augmented": n.misfit("ViT, augmented"), "plain": n.misfit("ViT")},
     )
     for name, part in itertools.product(CHEN, ("1/2", "1/4", "1/10")):
         yield Claim(
             "Chen Fig. 4, Table 4",
             f"SAM gains more with {part} of the images, {name} (points)",
-            {part: sams_gain(n.top1, f"{name}, {part}"), "all": sams_gain(n.top1, name)},
+            {part: sams_gain(n.top1, f"{name}, {part}"), "all": sams_gain(n.top1, name)} | nothing,
         )
     for name in ("ViT", "Mixer"):
         for part, where in (("1/2", "§5.1, Fig. 4"), ("1/4", "§5.1, Fig. 4"), ("1/10", "Table 4")):
@@ -6099,7 +6194,11 @@ def claims_of_chen(n):
             "plain": n.top1("ViT, contrastive, head"),
         },
     )
-    for attacked, images in ((n.clean, "clean"), (n.under_pgd, "under PGD-10")):
+    for attacked, images in (
+        (n.clean, "clean"),
+        (n.under_pgd, "under PGD-10"),
+        (n.corrupted, "corrupted"),
+    ):
         for name in ("ViT", "Mixer"):
             yield Claim(
                 "Chen Table 5",
@@ -6149,6 +6248,11 @@ def claims_of_park(n):
     )
     yield Claim(
         "Park Fig. C.4b",
+        "windows: more negative eigenvalues (NEP, %)",
+        {name: n.negative(name) for name in ("Swin", "PiT")},
+    )
+    yield Claim(
+        "Park Fig. C.4b",
         "stages and windows: smaller positive eigenvalues (APE)",
         {name: n.positive(name) for name in ("ViT", "Swin")},
         ratio=True,
@@ -6163,6 +6267,10 @@ def claims_of_park(n):
         "GAP for the class token: better (%)",
         {"GAP": n.top1("ViT, GAP"), "class token": n.top1("ViT")},
     )
+
+    def mean_variance(pattern, of):
+        return np.mean([v for unit, v in of["variance"].items() if re.search(pattern, unit)])
+
     kernels = {
         "global": "ViT, patch 4",
         "3×3": "ViT, patch 4, kernel 3",
@@ -6217,6 +6325,11 @@ def claims_of_park(n):
         "Park Fig. C.3",
         "twice the epochs: lower error of ViT (%)",
         {"once": 100 - n.top1("ViT"), "twice": 100 - n.top1("ViT, twice the epochs")},
+    )
+    yield Claim(
+        "Park Fig. C.3",
+        "… and still higher than ResNet's (%)",
+        {name: 100 - n.top1(f"{name}, twice the epochs") for name in ("ViT", "ResNet")},
     )
     for where, what, fewer, more in (
         ("C.5", "more heads", "ViT, 1 head", "ViT, 9 heads"),
@@ -6301,6 +6414,15 @@ def claims_of_park(n):
             },
             ratio=True,
         )
+    yield Claim(
+        "Park §3, Fig. 9",
+        "variance peaks at the end of each stage, ResNet",
+        {
+            what: n.only("variance", "ResNet", functools.partial(mean_variance, pattern))
+            for what, pattern in (("last blocks", r"layer[123]\.1$"), ("next", r"layer[234]\.0$"))
+        },
+        ratio=True,
+    )
     yield Claim(
         "Park Fig. 2b",
         "noise of high frequencies hurts ResNet more than ViT (points, 0.5π to π)",
@@ -6418,17 +6540,13 @@ def claims_of_xiao(n):
         {name: n.test(f"{name}, twice the epochs") - n.test(name) for name in ("ViT", "ViT_C")},
     )
 
-    # None where a run diverged, or the one to compare with, for which a shorter one stands in
+    # None where a run diverged, or the one to compare with
     def shortest(runs):
         own = min(runs, key=lambda run: run["epochs"])
         return None if own["diverged"] or longest(runs)["diverged"] else own["delta"]
 
     def by_sgd(runs):
-        sgd, adamw = (
-            longest([run for run in runs if run["optimizer"] == optimizer])
-            for optimizer in ("sgd", "adamw")
-        )
-        return None if sgd["diverged"] or adamw["diverged"] else sgd["delta"]
+        return longest([run for run in runs if run["optimizer"] == "sgd"])["delta"]
 
     def near_the_best(optimizer, runs):
         own = [run["delta"] for run in runs if run["random"] and run["optimizer"] == optimizer]
@@ -6467,8 +6585,9 @@ def claims(n):
 
 
 def verdict(values, ratio=False):
-    """{what: its numbers over seeds} -> by how much they descend (the least step, mean and standard
-    deviation over seeds, of logarithms if it is their ratio that counts), and in words."""
+    """{what: its numbers over seeds} -> by how much they descend (mean and standard deviation over
+    seeds, of logarithms if it is their ratio that counts; of the step that decides, whose mean is
+    the least in units of its deviation), and in words."""
     numbers = np.array(list(values.values()))
     with np.errstate(invalid="ignore", divide="ignore"):
         steps = -np.diff(np.log(numbers) if ratio else numbers, axis=0)  # (steps, seeds)
@@ -6476,7 +6595,7 @@ def verdict(values, ratio=False):
         return None, "no verdict"
     alone = steps.shape[1] == 1
     means, spreads = steps.mean(axis=1), 0 * steps[:, 0] if alone else steps.std(axis=1, ddof=1)
-    least = means.argmin()
+    least = (means / np.maximum(spreads, 1e-300)).argmin()
     if ratio:
         of_each = " ".join(f"{math.exp(x):.4g}" for x in steps[least])
         margin = f"×{significant(math.exp(means[least]))}, {of_each}"
@@ -6506,7 +6625,9 @@ def judged(n):
             n.missing.clear()
             continue
         margin, word = verdict(values, ratio)
-        measured = ", ".join(f"{what} {over_seeds(of) or '-'}" for what, of in values.items())
+        measured = ", ".join(
+            f"{what} {over_seeds(of) or f'({diverged(of)})'}" for what, of in values.items()
+        )
         rows.append(dict(paper=where, claim=claim, measured=measured, by=margin, verdict=word))
     return rows, lacking
 
@@ -6527,7 +6648,7 @@ def linear_top1(fraction):
 
 
 def analyses(names, how):
-    """Yields subcommand, its flags, of which networks, and their checkpoint's file."""
+    """[(title, subcommand, its flags, of which networks, their checkpoint's file)]."""
 
     def of(*wanted):
         return [name for name in wanted if name in names]
@@ -6543,24 +6664,34 @@ def analyses(names, how):
     spectra = "ViT, 1/10", "ViT, GAP", "ViT, patch 4", "ViT, augmented"
     spectra = [name for name in other if re.match("ViT, .*(head|kernel)", name) or name in spectra]
     whole, bands = [*images, "--params", "whole"], ["--equal-energy", "--frequencies", "0", "0.1"]
-    noisy = ["--sigma", "0.005", "0.01", "0.02", "--rho", "0.05", "0.1"]
-    yield "test", ["--benchmarks", "val", "--eval-split", "test"], [*core, *twice], "ckpt.pt"
-    yield "robustness", ["--benchmarks", "val", "pgd"], attacked, "ckpt.pt"
-    yield "robustness", [], of(*chen, "AlterNet") if how["corruptions"] else [], "ckpt.pt"
-    yield "hessian", whole, of(*CHEN), Numbers.at_equal_loss
-    yield "hessian", whole, decayed, "ckpt.pt"
-    yield "hessian", images, chen, "ckpt.pt"
-    yield "ntk", [*images, "--batch", str(min(48, how["images"]))], plain, "ckpt.pt"
-    for command in ("norms", "sparsity"):
-        yield command, images, chen, "ckpt.pt"
-    yield "flatness", [*images, *noisy], chen, "ckpt.pt"
-    yield "spectrum", images, [*plain, *spectra], "warmup.pt"
-    for command in ("fourier", "variance", "cka", "lesion"):
-        yield command, held_out, plain, "ckpt.pt"
-    yield "noise", [*bands, "0.2"], of("ViT", "ResNet"), "ckpt.pt"
-    yield "noise", [], of(*how["noise_of"]), "ckpt.pt"
-    yield "calibration", [], of("ViT", "ViT + SAM", "ViT, augmented"), "ckpt.pt"
-    yield "nll", ["--images", how["fit"]], list(dict.fromkeys((*chen, *plain, *other))), "ckpt.pt"
+    noisy = ["--relative", "--sigma", "0.05", "0.1", "0.2", "--rho", "0.05", "0.1"]
+    tested = ["--benchmarks", "val", "--eval-split", "test"]
+    hostile = ["--benchmarks", "val", "pgd", *["c-lite"] * how["corruptions"]]
+    corrupted = of(*chen, "AlterNet") if how["corruptions"] else []
+    kernels = [*images, "--batch", str(min(48, how["images"]))]
+    calibrated = of("ViT", "ViT + SAM", "ViT, augmented")
+    fitted = list(dict.fromkeys((*chen, *plain, *other)))
+    return [
+        ("test", "robustness", tested, [*core, *twice], "ckpt.pt"),
+        ("robustness, adversarial", "robustness", hostile, attacked, "ckpt.pt"),
+        ("robustness", "robustness", [], corrupted, "ckpt.pt"),
+        ("hessian, equal loss", "hessian", whole, of(*CHEN), Numbers.at_equal_loss),
+        ("hessian, whole", "hessian", whole, decayed, "ckpt.pt"),
+        ("hessian", "hessian", images, chen, "ckpt.pt"),
+        ("ntk", "ntk", kernels, plain, "ckpt.pt"),
+        ("norms", "norms", images, chen, "ckpt.pt"),
+        ("sparsity", "sparsity", images, chen, "ckpt.pt"),
+        ("flatness", "flatness", [*images, *noisy], chen, "ckpt.pt"),
+        ("spectrum", "spectrum", images, [*plain, *spectra], "warmup.pt"),
+        *(
+            (name, name, held_out, plain, "ckpt.pt")
+            for name in ("fourier", "variance", "cka", "lesion")
+        ),
+        ("noise, equal energy", "noise", [*bands, "0.2"], of("ViT", "ResNet"), "ckpt.pt"),
+        ("noise", "noise", [], of(*how["noise_of"]), "ckpt.pt"),
+        ("calibration", "calibration", [], calibrated, "ckpt.pt"),
+        ("nll", "nll", ["--images", how["fit"]], fitted, "ckpt.pt"),
+    ]
 
 
 def family_rows(n, rho, fraction):
@@ -6716,13 +6847,17 @@ def reproduce(args, rest):
         origin,
         f"is this command's own; of train.py's flags it takes {GIVEN}",
     )
+    given = {name: getattr(chosen, name) for name in MAY_BE_GIVEN if origin[name] == "command line"}
+    half = chosen.dtype in ("bfloat16", "float16")  # for trainings: analyses are exact
+    exact = as_flags({name: value for name, value in given.items() if name != "dtype" or not half})
     device, _, _ = train.start_processes(chosen.device, PATIENCE, may_share=True)
     folder = Path(args.out_dir or "out/reproduce")
     results = None if args.dry_run else Results(folder, "reproduce")
 
     def flags(family, seed, more=""):
-        each = " ".join(map(str, range(1, how["epochs"])))
-        more = shlex.split(more.format(twice=2 * how["epochs"], each=each))
+        filled = {part: Fraction(part) * Fraction(how["train_fraction"]) for part in FRACTIONS}
+        filled |= dict(twice=2 * how["epochs"], each=" ".join(map(str, range(1, how["epochs"]))))
+        more = shlex.split(more.format_map(filled))
         model = ["--recipe", "shapes", "--model", *FAMILIES[family].split()]
         own = as_flags({name: how[name] for name in LENGTH} | dict(seed=seed))
         return [*model, *own, "--keep-epochs", "warmup", *more, *rest]
@@ -6737,7 +6872,7 @@ def reproduce(args, rest):
         own, more = parser.parse_known_args(argv)
         subparser, started = parser.commands[command], time.time()
         runs = "--runs" in subparser._option_string_actions
-        passed = [] if runs else rest  # those know no flags of train.py
+        passed = [] if runs else exact  # those know no flags of train.py
         answer = own.function(own, [*more, *passed])
         name = own.study if command == "stability" else command
         shown[title or name] = dict(
@@ -6802,7 +6937,9 @@ def reproduce(args, rest):
     n, names = Numbers(folder / "runs", seeds, runs), list(dict.fromkeys(name for name, _ in runs))
 
     # ---- analyses, of the first seed last: its figures stay
-    for command, argv, wanted, file in analyses(names, how):
+    for title, command, argv, wanted, file in analyses(names, how):
+        found = n.found.setdefault("test" if title == "test" else command, {})
+        out = folder if title == command else folder / re.sub(r"\W+", "-", title)
         for seed in reversed(seeds):
             paths = [
                 str(n.path(name, seed, file(n, name, seed) if callable(file) else file))
@@ -6810,11 +6947,9 @@ def reproduce(args, rest):
                 if runs[name, seed]["top1"] is not None
             ]
             if paths:
-                is_test = command == "test"  # robustness, too, but of another split
-                where = ("robustness", folder / "test") if is_test else (command, folder)
-                answer = run(*where, *argv, "--checkpoint", *paths)
+                answer = run(command, out, *argv, "--checkpoint", *paths, title=title)
                 for network, parts in answer.items():
-                    n.found.setdefault(command, {}).setdefault(network, {}).update(parts)
+                    found.setdefault(network, {}).update(parts)
     done = [name for name in names if runs[name, seeds[0]]["top1"] is not None]
     pairs = [name for name in done if name.removesuffix(" + SAM") in CHEN]
     of_park = [name for name in done if name in ("ViT", "PiT", "Swin", "ResNet")]
@@ -7103,6 +7238,11 @@ def make_parser():
         nargs="+",
         default=SIGMAS,
         help="standard deviations of the noise (default: " + " ".join(map(str, SIGMAS)) + ")",
+    )
+    add(
+        "--relative",
+        action="store_true",
+        help="noise by each filter's length, as in landscape, none on biases and norms (Chen B.1)",
     )
     add("--draws", type=int, default=10, help="of the noise (default: 10)")
     add(

@@ -3258,6 +3258,13 @@ def test_sam_in_ddp_communicates_in_its_last_pass_only_and_refuses_a_static_grap
         assert torch.equal(*(flat(p.grad for p in m.parameters()) for m in (net, wrapped)))
         with pytest.raises(ValueError, match="static_graph"):
             SAM(nn.parallel.DistributedDataParallel(net, static_graph=True), 0.1)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        shards = dist.fsdp.fully_shard(copy.deepcopy(net), mesh=mesh)
+        with pytest.raises(ValueError, match="shards .*use DistributedDataParallel"):
+            SAM(shards, 0.1)
+        net[0].to("meta")
+        with pytest.raises(ValueError, match="are on cpu and meta; they must be on one device"):
+            SAM(net, 0.1)
     finally:
         dist.destroy_process_group()
 
@@ -5149,6 +5156,9 @@ def test_googles_randaugment_does_at_15_what_its_ranges_say(monkeypatch):
         found = lit - lit.mean(0)
         found = (found[:, 0] * found[:, 1]).sum() / (found[:, 1] ** 2).sum()
         assert abs(abs(found) - slope) < 0.02, f"{name}: a slope of {found:.3f}, not {slope}"
+    for name in ("ShearX", "ShearY"):  # about a corner, which leaves a triangle of 0.45 / 2
+        white = data.GOOGLE_OPERATIONS[name](torch.full_like(x, 255), 1.5, -1)
+        assert abs((white == 128).double().mean() - 0.225) < 0.002 and (white[:, 0, 0] == 255).all()
     steps = data.transforms("none", 401, 401, randaugment=(2, 15), randaugment_of="google")
     assert sum(torch.equal(steps(x), x) for _ in range(20)) <= 3, "all operations are applied"
     asked = []
@@ -5226,6 +5236,13 @@ def test_the_images_that_fractions_leave_over_go_to_the_classes_with_the_largest
     assert torch.bincount(labels[data.subset(labels, "1/4")]).tolist() == [2, 3, 4]
     labels = torch.tensor([0] * 10 + [1] * 11 + [2] * 7)  # 2.5, 2.75, 1.75; in all 7
     assert torch.bincount(labels[data.subset(labels, "1/4")]).tolist() == [2, 3, 2]
+    labels = torch.arange(100).repeat(4)  # fewer images than classes: not of the first ones
+    for size in (20, 50):
+        of = [labels[data.subset(labels, Fraction(size, 400), seed)] for seed in (0, 1)]
+        assert all(len(set(one.tolist())) == size and max(one) > 80 for one in of), of
+        assert set(of[0].tolist()) != set(of[1].tolist())
+    twenty, fifty = (set(data.subset(labels, Fraction(n, 400)).tolist()) for n in (20, 50))
+    assert twenty < fifty
 
 
 def test_autoaugment_is_torchvisions_with_imagenets_policy():
@@ -5807,6 +5824,7 @@ PAPER_ROWS = {
         epochs=90,
         lr=1e-3,
         lr_schedule="linear",
+        lr_end=1e-5,
         weight_decay=0.03,
         head_bias=-10.0,
         sam_rho=0.2,
@@ -6074,6 +6092,7 @@ def test_expected_hours_are_those_of_the_arithmetic_in_list_recipes_and_dry_run(
         (["--dry-run", "--expect", "8"], "expected 2 arguments"),
         (["--dry-run", "--dataset", "folder", "--expect", "8", "50"], "not of a folder"),
         (["--dry-run", "--train-fraction", "half", "--expect", "8", "50"], "--train-fraction half"),
+        (["--dry-run", "--mixup", "0.2", "--micro-batch", "1"], "--micro-batch 2 or more"),
     ):
         assert line in refusal(capsys, *argv), line
 
@@ -6746,7 +6765,14 @@ def test_flags_that_nothing_reads_and_epochs_that_are_not_reached_are_told(
     ):
         assert main([*argv, "--checkpoint", file, *more]) == 0
         text = capsys.readouterr().out
-        assert text.count("without effect in an analysis: --lr\n") == 1, (argv, text)
+        name = "adversarial" if main == adversarial.main else argv[0]
+        assert re.findall("without effect in (.*): --lr\n", text) == [name], text
+    decayed = ["--weight-decay", "0.3", "--label-smoothing", "0.1", "--images", "4"]
+    for command, told in (("norms", ": --weight-decay --label-smoothing\n"), ("spectrum", None)):
+        argv = [command, "--checkpoint", file, *decayed, *more[2:], *["--batch", "4"] * (not told)]
+        assert analyze.main(argv) == 0
+        text = capsys.readouterr().out
+        assert f"without effect in norms{told}" in text if told else "without effect" not in text
 
 
 @pytest.mark.parametrize(
@@ -8850,7 +8876,18 @@ def test_a_worker_that_the_system_kills_is_reported_as_that():
 
 
 UNHANDLED = """
-import torch, data
+import signal, sys, time, torch, data
+def tidy(*_):
+    print("child tidied up", flush=True)
+    sys.exit()
+def child():
+    signal.signal(signal.SIGTERM, tidy)
+    begun.set()
+    time.sleep(60)
+fork = torch.multiprocessing.get_context("fork")
+begun = fork.Event()
+fork.Process(target=child, daemon=True).start()
+begun.wait()
 dataset = data.InMemory(torch.zeros(8, 3, 4, 4, dtype=torch.uint8), torch.zeros(8).long(), ["a"])
 stream = data.batches(data.evaluation_loader(dataset, 1, workers=1))
 next(stream)
@@ -8885,6 +8922,7 @@ def test_a_program_ends_by_an_error_though_its_workers_leave_signals_alone():
         [sys.executable, "-c", UNHANDLED], cwd=HERE, capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == 1 and ended.stderr.endswith("division by zero\n"), ended.stderr
+    assert ended.stdout == "child tidied up\n", "processes that are not workers end as always"
 
 
 def test_wrong_variables_of_torchrun_and_a_busy_port_are_told(tmp_path, capsys, monkeypatch):
@@ -9300,6 +9338,23 @@ def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
     assert (tmp_path / "out/robustness.png").exists() == (
         importlib.util.find_spec("matplotlib") is not None
     )
+
+    saved = tmp_path / "out/robustness.png"
+    with monkeypatch.context() as patch:  # drawn by whatever is there: it is written as all else is
+        patch.setitem(sys.modules, "matplotlib", argparse.Namespace(use=lambda _: None))
+        drawing = argparse.Namespace(
+            subplots=lambda *_: None, savefig=lambda file, dpi: file.write(b"drawn")
+        )
+        pyplot = argparse.Namespace(figure=lambda **_: drawing, close=lambda _: None)
+        sys.modules["matplotlib"].pyplot = pyplot
+        patch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
+        analyze.figure(saved, lambda axes: None)
+        assert saved.read_bytes() == b"drawn"
+        saved.unlink()
+        saved.mkdir()
+        with pytest.raises(analyze.UserError, match="robustness.png cannot be written: Is a dir"):
+            analyze.figure(saved, lambda axes: None)
+        saved.rmdir()
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert analyze.main([*command, one]) == 0
@@ -10634,6 +10689,11 @@ def test_components_are_the_rows_of_table_3():
         "whole",
     ]
     assert len(analyze.components(network, [r"blocks\.\d+\.norm"])[r"blocks\.\d+\.norm"]) == 48
+    for name, blocks in (("swin_t", 3), ("convnext_tiny", 3), ("efficientnet_b0", 0)):
+        with torch.device("meta"):
+            parts = analyze.components(train.build_model(f"torchvision:{name}", 12, 64))
+        found = [part for part in parts if part.startswith("block ")]
+        assert len(found) == blocks and (blocks or list(parts) == ["whole"]), (name, list(parts))
 
 
 ON_TWO_PROCESSES = """
@@ -10888,7 +10948,10 @@ def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, sm
         )
         == 0
     )
-    assert "whole: not within 0.001 after 2 products; --itera" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert re.search(r"\.pt \(.{8}\), whole: not within 0.001 after 2 products; --itera", text), (
+        text
+    )
     for argv, words in [
         (["--params", "blocks["], "--params blocks[: no regular expression"),
         (["--params", "layer1"], "--params layer1: no parameter's name matches; there are"),
@@ -11095,6 +11158,15 @@ def test_noise_on_a_quadratic_raises_its_mean_by_half_the_trace():
     )
     assert analyze.average([1.0, None])["mean"] is None
     assert analyze.average([2.0]) == dict(mean=2, standard_error=None, losses=[2])
+    tall = Bowl([[3.0, 4, 0]])  # of one filter, of length 5
+    relative = [
+        analyze.noisy_loss(
+            tall, lambda w, _: w.square().sum(), batches, 0.1, 0, draw, relative=True
+        )
+        for draw in range(400)
+    ]
+    found_relative = analyze.average(relative)
+    assert abs(found_relative["mean"] - 25 * 1.01) < 3 * found_relative["standard_error"]
     one = analyze.noisy_loss(model, loss, batches, 0.7, draw=0)
     assert one == found["losses"][0] != analyze.noisy_loss(model, loss, batches, 0.7, seed=1)
 
@@ -11249,6 +11321,13 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
     batches = [(x.double() / 255, y) for x, y, _ in [plain[[(0, i) for i in range(30)]]]]
     noise, start, ball = found.values()
     assert abs(start["worst"] - train.sigmoid_loss(model(batches[0][0]), batches[0][1])) < 1e-12
+    assert analyze.main([*flat, "--relative"]) == 0
+    both = json.loads((tmp_path / "b/flatness.json").read_text())["results"][name]
+    relative = both["sigmoid, 30 of images, relative noise of σ 0.1, 3 draws"]["losses"]
+    expected = analyze.noisy_loss(model, train.sigmoid_loss, batches, 0.1, draw=2, relative=True)
+    assert abs(relative[2] - expected) < 1e-12 and relative[2] != noise["losses"][2]
+    capsys.readouterr()
+    assert analyze.main(flat) == 0
     for k, value in enumerate(noise["losses"]):
         assert (
             abs(value - analyze.noisy_loss(model, train.sigmoid_loss, batches, 0.1, draw=k)) < 1e-12
@@ -11635,6 +11714,9 @@ def test_blocks_and_activations_of_the_papers_networks():
         found.pop("", None)
         assert list(found.values()) == [per_block] * blocks, (type(model), found)
         assert sums["images"] == 2 and sums["outputs"].keys() == found.keys()
+    squeezed = train.build_model("torchvision:mobilenet_v3_small", 12, 32)
+    with pytest.raises(analyze.UserError, match="Hardswish: only ReLU and GELU are watched here"):
+        analyze.activity(squeezed, [(torch.rand(2, 3, 32, 32), None)])
 
 
 def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
@@ -12228,6 +12310,15 @@ def test_the_noises_energy_follows_the_bands_area_or_is_equal_on_request(grey):
             assert abs(energy / expected - 1) < 4 * spread, (f, equal, energy, expected)
             spectrum = torch.fft.fft2(noise).abs()
             assert spectrum[..., ~analyze.ring(16, f)].max() < 1e-5 * spectrum.max()
+            theirs = analyze.ring(16, f, 0.1, "code")
+            noise = noise_seen(grey, f, sigma=0.2, form="code", equal_energy=equal)
+            energy = noise.square().sum().item() / (48 * 3 * 0.2**2) / 16**2
+            exact = sum(  # of e_k, whose real part is half of e_k and half of e_-k
+                abs(analyze.band_noise(unit, theirs.double()).square().sum().item())
+                for unit in torch.eye(16**2).reshape(-1, 16, 16).double()
+            )
+            expected = 1 if equal and exact else exact / 16**2
+            assert abs(energy - expected) <= 8 * spread * expected, (f, equal, energy, expected)
     signs = noise_seen(grey, 1, sigma=0.2, window=2, form="code")  # -1 to 1 in both: everything
     assert (signs.abs() - 0.2).abs().max() < 1e-6, "the code's noise is of signs"
 
@@ -12263,6 +12354,8 @@ def test_calibration_errors_against_their_definitions_one_image_at_a_time():
     top = [(max(row), row.index(max(row)) == k) for row, k in zip(p, y.tolist())]
     bins, expected = ece(top)
     ordered, start, adaptive = sorted(top), 0, 0
+    assert [c for c, _ in ordered].count(1) == 2
+    ordered[-2:] = [(1, 0.5)] * 2  # equal confidences share their accuracy
     for size in (17, 17, 17, 16, 16):
         adaptive += abs(sum(c - r for c, r in ordered[start : start + size])) / 83
         start += size
@@ -12295,6 +12388,8 @@ def test_calibration_errors_against_their_definitions_one_image_at_a_time():
                 if not one
                 else abs(value - 100 * sum(pair[of] for pair in one) / len(one)) < 1e-9
             ), (key, one)
+    constant = analyze.calibration([(torch.zeros(1000, 10), torch.arange(10).repeat(100))])
+    assert max(constant["ece"], constant["adaptive_ece"]) < 1e-5, "it is never wrong about itself"
     parts = analyze.calibration(zip(logits.split(30), y.split(30)), bins=5)
     assert all(abs(parts[key] - found[key]) < 1e-9 for key in found if key != "bins")
 
@@ -12524,6 +12619,8 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
         ["lesion"],
         ["hessian", "--params", "whole", "--images", "12"],
         ["robustness", "--benchmarks", "val"],
+        ["robustness", "--benchmarks", "pgd"],
+        ["norms", "--images", "12"],
     ):
         line = analyze_refusal(capsys, *argv, *out, "--checkpoint", tmp_path / "nan.pt", first)
         assert "is not finite: the network gives NaN" in line, (argv, line)
@@ -12532,6 +12629,17 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
     assert "none of the networks has a map of global attention" in line
     line = analyze_refusal(capsys, "nll", "--checkpoint", *two_runs, *out, "--against", "patch")
     assert "resnet/ckpt.pt" in line and "has no such number" in line
+    anew = [*out[:-1], tmp_path / "anew", "--checkpoint", two_runs[1], "--against", "patch"]
+    with monkeypatch.context() as patch:
+        patch.setattr(analyze, "nll", lambda *_: pytest.fail("it is said before"))
+        assert " has no such number" in analyze_refusal(capsys, "nll", *anew)
+    for flags, words in (
+        ("--train-fraction 5", "--train-fraction 5: a fraction of 5 of "),
+        ("--train-fraction half", "--train-fraction half: Invalid literal"),
+        ("--hold-out 1.5", "--hold-out 1.5: a fraction of 3/2 of "),
+    ):
+        argv = ["hessian", *out, "--checkpoint", first, "--images", "12", *flags.split()]
+        assert words in analyze_refusal(capsys, *argv), flags
 
 
 def run_folder(
@@ -12639,6 +12747,18 @@ def test_peak_has_minutes_of_an_epoch_from_the_median_speed(tmp_path, capsys):
     assert "none of the runs is finished" in analyze_refusal(capsys, *argv, runs[3])
     Path(runs[0], "config.json").write_text("{")
     assert "is missing or damaged" in analyze_refusal(capsys, *argv, runs[0])
+
+
+def test_other_networks_than_the_papers_are_not_beside_the_papers_numbers(tmp_path, capsys):
+    argv = ["complexity", "--models", "vit_s32", "vit_p_1gf", "--out-dir", str(tmp_path)]
+    for flags, shown in (([], ["23", "4.8"]), (["--depth", "3"], ["-", "-"])):
+        capsys.readouterr()
+        assert analyze.main([*argv, *flags]) == 0
+        header, rows = table_in(capsys.readouterr().out, "pixels")
+        columns = header.index("Chen"), header.index("Xiao M")
+        assert [float(row[i]) if row[i] != "-" else "-" for row, i in zip(rows, columns)] == [
+            value if value == "-" else float(value) for value in shown
+        ], (flags, rows)
 
 
 def test_complexity_is_beside_the_papers_and_within_its_rounding(tmp_path, capsys):
@@ -12915,10 +13035,19 @@ def test_each_word_of_throughput_is_timed_and_what_is_not_timed_refused(
     ):
         line = analyze_refusal(capsys, *argv, "--models", "vit_micro8", words)
         assert answer in line, (words, line)
+    normed = torchvision.models.resnet18().train()
+    step = lambda *_: lambda: normed(torch.zeros(1, 3, 32, 32))
+    monkeypatch.setattr(analyze, "work", step)
+    line = analyze_refusal(capsys, *argv, "--models", "vit_micro8 --seed 1")
+    assert "inference, batch 2: Expected more than 1 value per channel" in line, line
+    monkeypatch.setattr(analyze, "work", work)
+    argv_of = [word for word in argv if word not in ("--dataset", "shapes")]
+    head = ["--recipe", "chen_supcon_head", "--init-from", str(tmp_path / "x.pt")]
+    line = analyze_refusal(capsys, *argv_of, "--models", "vit_micro8", *head)
+    assert "chen_supcon_head: training of a part is not timed" in line, line
     for side, shown in (("224", "6888"), ("192", "-")):
         size = ["--models", "vit_s32", "--image-size", side] if shown == "-" else ["--models"]
         size = size if shown == "-" else [*size, "vit_s32"]
-        argv_of = [word for word in argv if word not in ("--dataset", "shapes")]
         capsys.readouterr()
         assert analyze.main([*argv_of, "--modes", "inference", *size]) == 0
         header, rows = table_in(capsys.readouterr().out, "papers' images/s")
@@ -13043,6 +13172,21 @@ def test_bytes_on_paper_are_those_of_one_of_1024_processes(
     assert of["micro_batch"] == micro_batch
     ring = 2 * (devices - 1) / devices * 4
     assert abs(ring * sum(sent) / 2 / of["sends"] - 1) < 1e-12, (sent, of)
+
+
+def test_a_step_on_paper_reads_and_computes_both_views_of_supcon():
+    rates = dict(tflops=100, bandwidth=25, cores=8, decode=200)
+    flags = "--model vit_micro8 --dataset shapes --augment crop --sam-rho 0 --device cpu".split()
+    one, two = (
+        analyze.step_on_paper(
+            train.settings([*flags, "--loss", loss])[0], dict(macs=1e9, params=1e6), 4, **rates
+        )
+        for loss in ("softmax", "supcon")
+    )
+    assert two["decode"] == pytest.approx(2 * one["decode"])
+    assert one["all_reduce"] == two["all_reduce"]
+    overlap = [of["all_reduce"] - of["waits"] for of in (one, two)]
+    assert overlap[1] == pytest.approx(min(2 * overlap[0], one["all_reduce"])), (one, two)
 
 
 def test_scale_prints_what_bounds_a_training_on_many_devices(tmp_path, capsys):
@@ -13520,10 +13664,16 @@ def test_analyses_are_of_the_weights_and_classes_that_they_name(
     waits = []
     monkeypatch.setattr(train, "join", lambda backend, timeout: waits.append(timeout))
     assert analyze.main(argv) == 0 and set(waits) == {analyze.PATIENCE}, "for parts of hours"
-    marks = iter(["as started", "as loaded"])
-    monkeypatch.setattr(analyze, "fingerprint", lambda path: next(marks))
-    line = analyze_refusal(capsys, *argv, "--images", "4")
-    assert "run/ckpt.pt changed meanwhile: wait until its training is finished" in line
+    image = str(next((tmp_path / "cat-dog").glob("val/*/*")))
+    for command, *flags in (
+        ["norms", "--images", "4"],
+        ["robustness", "--benchmarks", "val"],
+        ["attention", "--image", image],
+    ):
+        marks = iter(["as started", *["of an image"] * (command == "attention"), "as loaded"])
+        monkeypatch.setattr(analyze, "fingerprint", lambda path: next(marks))
+        line = analyze_refusal(capsys, command, *argv[1:5], *argv[7:], *flags)
+        assert "run/ckpt.pt changed meanwhile: wait until its training is finished" in line
 
 
 def test_twins_without_sam_are_of_the_same_file_of_a_run():
@@ -13674,8 +13824,8 @@ def test_every_claim_is_about_trainings_and_numbers_that_reproduce_makes():
     names += [f"{name}, head" for name in names if "contrastive" in name]
     assert len(set(names)) == len(names) > 50
     made = {
-        f"{command} of {name}"
-        for command, _, of, _ in analyze.analyses(names, analyze.SCALES["full"])
+        f"{title if title == 'test' else command} of {name}"
+        for title, command, _, of, _ in analyze.analyses(names, analyze.SCALES["full"])
         for name in of
     } | set(analyze.OF_XIAO)
     runs = {(name, 0): dict(run="x", top1=1.0) for name in names}
@@ -13693,13 +13843,13 @@ def test_every_claim_is_about_trainings_and_numbers_that_reproduce_makes():
         "ViT_C + SAM",
         "AlterNet + SAM",
         "Mixer, twice the epochs",
-        "ResNet, twice the epochs",
         "AlterNet, twice the epochs",
     }, unused
     rows, lacking = analyze.judged(analyze.Numbers(Path("runs"), [0], {}))
     assert not rows and len(lacking) == len(claims) > 60
+    filled = dict.fromkeys(analyze.FRACTIONS, "1/2") | dict(twice=2, each="1")
     for *_, flags, _ in analyze.TRAININGS:  # they are train.py's
-        train.settings(["--dataset", "shapes", *shlex.split(flags.format(twice=2, each="1"))])
+        train.settings(["--dataset", "shapes", *shlex.split(flags.format_map(filled))])
 
 
 class World(analyze.Numbers):
@@ -13723,10 +13873,6 @@ class World(analyze.Numbers):
 
     def accuracy(self, benchmark, name):
         return self.known("top1" if benchmark == "val" else benchmark, name)
-
-    def active(self, name):
-        found = self.facts.get("active", {}).get(name)
-        return self.none(f"active {name}") if found is None else np.array(found, float)[:, None]
 
     def eigenvalue(self, name, block="whole", which=0, file="ckpt.pt"):
         if callable(file):
@@ -13794,15 +13940,18 @@ def chens_world():
             top1[f"{name}, adversarial{way}"], pgd[f"{name}, adversarial{way}"] = before, under
     corrupted = {"ViT": 46.6, "Mixer": 33.8, "ResNet": 50.0}
     corrupted |= {"ViT + SAM": 56.5, "Mixer + SAM": 48.8, "ResNet + SAM": 52.2}
-    places = (("whole", 0), ("embedding", 0), ("MSAs", 0), ("MLPs", 0), ("block ", 0))
-    places += (("block ", -1),)
+    corrupted |= {"ViT, adversarial": 46.4, "ViT, adversarial + SAM": 51.4}
+    corrupted |= {"Mixer, adversarial": 33.4, "Mixer, adversarial + SAM": 45.9}
+    corrupted |= {"ResNet, adversarial": 48.5, "ResNet, adversarial + SAM": 49.1}
+    places = (("whole", 0), ("embedding", 0), ("MSAs", 0), ("MLPs", 0))
+    places += (("block ", 0), ("block ", 1), ("block ", -1))
     largest = {
         (name, *place): n
         for name, blocks in (
-            ("ViT", (738.8, 300.4, 179.8, 281.4, 44.4, 26.9)),
-            ("ViT + SAM", (20.9, 3.8, 8.5, 9.6, 1.7, 1.5)),
-            ("Mixer", (1644.4, 1042.3, 95.8, 417.9, 239.3, 5.1)),
-            ("Mixer + SAM", (22.5, 18.2, 1.4, 9.5, 4.0, 0.3)),
+            ("ViT", (738.8, 300.4, 179.8, 281.4, 44.4, 32.4, 26.9)),
+            ("ViT + SAM", (20.9, 3.8, 8.5, 9.6, 1.7, 1.7, 1.5)),
+            ("Mixer", (1644.4, 1042.3, 95.8, 417.9, 239.3, 41.2, 5.1)),
+            ("Mixer + SAM", (22.5, 18.2, 1.4, 9.5, 4.0, 1.1, 0.3)),
             ("ResNet", (179.8,)),
         )
         for place, n in zip(places, blocks)
@@ -13821,14 +13970,20 @@ def chens_world():
         pgd=pgd,
         ntk={"ViT": 4205.3, "Mixer": 14468, "ResNet": 2801.6},
         norms=lengths,
-        nll={"ViT": dict(nll=0.9), "Mixer": dict(nll=0.5), "ViT + SAM": dict(nll=1.2)},
+        nll={
+            name: dict(nll=error / 10, training_error=error)
+            for name, error in (("ViT", 9), ("Mixer", 5), ("ViT + SAM", 12), ("ViT, augmented", 20))
+        },
         noise={"ViT": 2, "ViT + SAM": 1, "Mixer": 3, "Mixer + SAM": 1, "ResNet": 0.5},
-        active={
-            "ResNet": (10, 80),
-            "ViT": (20, 4),
-            "ViT + SAM": (15, 9),
-            "Mixer": (20, 30),
-            "Mixer + SAM": (10, 40),
+        sparsity={
+            name: dict(block=dict(first=first, last=last))
+            for name, first, last in (
+                ("ResNet", 10, 80),
+                ("ViT", 20, 4),
+                ("ViT + SAM", 15, 9),
+                ("Mixer", 20, 30),
+                ("Mixer + SAM", 10, 40),
+            )
         },
     ) | {"c-lite": corrupted, "λmax": largest}
 
@@ -13838,23 +13993,25 @@ def parks_world():
     negative = {"ViT, 1/10": 30, "ViT, patch 4": 25, "ViT, augmented": 40, "ViT": 20, "PiT": 15}
     negative |= {"ViT, GAP": 10, "ResNet": 1, "ViT, patch 4, kernel 3": 20}
     negative |= {"ViT, patch 4, kernel 5": 15, "ViT, 1 head": 40, "ViT, 9 heads": 30}
-    negative |= {"AlterNet": 5}
+    negative |= {"AlterNet": 5, "Swin": 18}
     positive = {"ResNet": 9, "AlterNet": 8, "ViT": 7, "Swin": 5, "ViT, patch 4": 6}
     positive |= {"ViT, augmented": 3, "ViT, 1 head": 8, "ViT, 9 heads": 6, "ViT, heads of 8": 9}
     loss = {"Mixer": 2.9, "ViT": 2.5, "PiT": 2.2, "Swin": 2.0, "ResNet": 1.9, "ViT, patch 16": 2.7}
     loss |= {"ViT, patch 4": 2.4, "ViT, patch 4, kernel 3": 2.3, "ViT, patch 4, kernel 5": 2.1}
     loss |= {"ViT, augmented": 2.2, "ViT, augmented, 1/10": 4, "ViT, twice the epochs": 1.5}
     top1 = {"Mixer": 65, "ViT": 70, "PiT": 76, "Swin": 77, "ResNet": 78, "ResNet, blur": 79}
+    top1 |= {"ResNet, twice the epochs": 79}
     top1 |= {"ViT, GAP": 71, "ViT, patch 4": 72, "ViT, patch 16": 60, "ViT, twice the epochs": 73}
     top1 |= {"ViT, patch 4, kernel 3": 74, "ViT, patch 4, kernel 5": 75}
     top1 |= {f"AlterNet, {n} attention block{'s' * (n != 1)}": 78 + n for n in range(3)}
     units = {("ViT", "attention"): -1, ("PiT", "attention"): -1}
     units |= {("ViT", "mlp"): 1, ("PiT", "mlp"): 1, ("Swin", "mlp"): 1, ("ResNet", "conv"): 1}
-    by_depth = dict(variance={"stem": 1, "first": 2, "middle": 3, "last": 4})
+    stages = {"layer1.0": 2, "layer1.1": 4, "layer2.0": 3, "layer2.1": 5, "layer3.0": 4}
+    by_depth = dict(variance={"stem": 1} | stages | {"layer3.1": 6, "layer4.0": 5, "layer4.1": 7})
     return dict(
         nep={name: n / 100 for name, n in (negative | {"ViT, heads of 8": 30}).items()},
         ape=positive,
-        nll={name: dict(nll=n) for name, n in loss.items()},
+        nll={name: dict(nll=n, training_error=10 * n) for name, n in loss.items()},
         top1=top1 | {"AlterNet": 81},
         fourier=units | {("Swin", "attention"): -1},
         variance=units | {"ViT": by_depth, "ResNet": by_depth, ("Swin", "attention", 3): -1},
@@ -13912,10 +14069,10 @@ def test_what_the_papers_tables_say_is_the_same_wherever_it_is_written():
                 assert whole == world["λmax"][of, "whole", 0], of
                 assert accuracies == [world["top1"][of], world["c-lite"][of]], of
             if name != "ResNet":
-                *parts, _, last = analyze.TABLE_1[model + way][4:]
-                places = [(part, 0) for part in ("embedding", "MSAs", "MLPs", "block ")]
-                places = [*places, ("block ", -1)]
-                assert [*parts, last] == [world["λmax"][of, *place] for place in places], of
+                parts = [(part, 0) for part in ("embedding", "MSAs", "MLPs")]
+                parts += [("block ", which) for which in (0, 1, -1)]
+                by_table = list(analyze.TABLE_1[model + way][4:])
+                assert by_table == [world["λmax"][of, *place] for place in parts], of
                 weights, first, *_ = analyze.TABLE_3[model + way]
                 lengths = world["norms"][of]
                 assert (weights, first) == (lengths["weights"], lengths["activation"]["first"])
@@ -13972,10 +14129,14 @@ def test_a_claim_shows_where_numbers_descend_by_more_than_their_deviation_over_s
     assert analyze.verdict({"b": b, "a": a}) == ("-2.5 ± 0.71", "does not show")
     assert analyze.verdict({"a": a, "b": b[::-1]}) == ("2.5 ± 2.1", "shows")
     assert analyze.verdict({"a": a, "b": np.array([1.0, 9.0])})[1] == "within the spread"
-    assert analyze.verdict({"a": a, "c": a - 1, "b": b}) == ("1 ± 0", "shows")
+    assert analyze.verdict({"a": a, "c": a - 1, "b": b}) == ("1.5 ± 0.71", "shows")
     assert analyze.verdict({"a": a, "b": b, "c": a})[1] == "does not show", "nor does a part of it"
     noise = {"a": a, "c": a - [1, -2], "b": b - 9}
     assert analyze.verdict(noise) == ("-0.5 ± 2.1", "within the spread"), "of one of its steps"
+    near = {"a": a, "c": a - [0.1, 0.2], "b": a - [-0.9, 2.4]}
+    assert analyze.verdict(near) == ("0.6 ± 2.3", "within the spread"), "of the one that decides"
+    up = {"a": a, "c": a + [3, -1], "b": a + [3.5, -0.4]}
+    assert analyze.verdict(up) == ("-0.55 ± 0.071", "does not show"), "it ascends beyond its spread"
     assert analyze.verdict({"a": a, "b": b}, ratio=True) == ("×2.739, 3 2.5", "shows")
     assert analyze.verdict({"a": a[:1], "b": b[:1]}) == ("2", "shows, one seed")
     for wrong in ({"a": a, "b": np.array([1.0, np.nan])}, {"a": a, "b": np.array([-1.0, 1.0])}):
@@ -13996,8 +14157,9 @@ def test_numbers_of_claims_are_taken_from_results_as_by_hand(tmp_path):
     cka[1, 2], cka[3, 4], cka[1, 3], cka[1, 4], cka[2, 3], cka[2, 4] = 0.9, 0.7, 0.1, 0.2, 0.3, 0.6
     found = {
         "flatness": {
-            "softmax, 9 of images, noise of σ 0.01, 10 draws": dict(mean=2.5),
-            "softmax, 9 of images, noise of σ 0.02, 10 draws": dict(mean=9.0),
+            "softmax, 9 of images, relative noise of σ 0.1, 10 draws": dict(mean=2.5),
+            "softmax, 9 of images, relative noise of σ 0.2, 10 draws": dict(mean=9.0),
+            "softmax, 9 of images, noise of σ 0.1, 10 draws": dict(mean=8.0),
             "softmax, 9 of images, ball of ρ 0, 20 steps": dict(worst=2.0),
             "softmax, 9 of images, ball of ρ 0.1, 20 steps": dict(worst=7.0),
         },
@@ -14074,7 +14236,16 @@ def test_numbers_of_claims_are_taken_from_results_as_by_hand(tmp_path):
         f"{tmp_path}/{run}/ckpt.pt (0)": {"9 images": dict(block={"blocks.0": a, "blocks.1": b})}
         for run, a, b in (("r", 0.1, 0.2), ("r2", 0.3, 0.4))
     }
-    assert np.allclose(n.active("net"), [[10, 30], [20, 40]]), "(blocks, seeds)"
+    assert np.allclose(n.active("net"), [15, 35]) and np.allclose(n.active("net", 0), [10, 30])
+    n.runs["net", 1] |= dict(top1=None, diverged=True)
+    assert np.allclose(n.active("net", 1), [20, math.nan], equal_nan=True) and not n.missing
+    n.found["test"] = {f"{tmp_path}/r/ckpt.pt (0)": {"val": dict(top1=60.0)}}
+    claims = [analyze.Claim("Chen §1", "A", dict(tested=n.test("net"), first=n.top1("net")))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analyze, "claims", lambda n: claims)
+        ((row,), lacking) = analyze.judged(n)
+    assert row["verdict"] == "no verdict" and not lacking, "a run diverged, which is a result"
+    assert row["measured"] == "tested (1 of 2 diverged), first (1 of 2 diverged)"
     n.seeds = [0]
     assert np.isnan(n.spectrum("net", "nep")) and n.missing == ["spectrum of net"]
 
@@ -14155,7 +14326,7 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
                     "fractions",
                     ("ViT",),
                     "1/10",
-                    "--train-fraction 1/10 --batch-size 4 --micro-batch 4",
+                    "--train-fraction {1/10} --batch-size 4 --micro-batch 4",
                     True,
                 ),
                 (
@@ -14192,6 +14363,7 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
     monkeypatch.setattr(analyze, "figure", lambda path, *_, **__: path.touch())
     monkeypatch.setattr(analyze, "RHO_BESIDE", {"fractions": {"ViT": 1 / 2}})
     argv = ["reproduce", "--out-dir", str(tmp_path), "--device", "cpu", "--workers", "0"]
+    argv += ["--dtype", "bfloat16"]  # of trainings; what is exact stays so
     assert analyze.main(argv) == 0
     assert len(in_process) == 4 + 2 * (4 + 1 + 2 + 1 + 1), in_process
     found = json.loads((tmp_path / "reproduce.json").read_text())
@@ -14204,7 +14376,7 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
     for run in (tmp_path / "runs").iterdir():
         own = json.loads((run / "config.json").read_text())["settings"]
         searched, ratio = run.name.startswith("rho-"), 1 / 2 if "1-10" in run.name else 1
-        assert own["hold_out"] == ("1/5" if searched else "0")
+        assert own["hold_out"] == ("1/5" if searched else "0") and own["dtype"] == "bfloat16"
         assert searched or own["seed"] == int(run.name.removesuffix("-head")[-1]), run
         if "vit" in run.name and "sam" in run.name and not searched:
             assert own["sam_rho"] == ratio * rho, run
@@ -14249,12 +14421,20 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
     ):
         assert what in text and what in page, what
     assert 'href="cka.json"' in page and "<table>" in page
+    for title in ("test", "hessian, equal loss", "hessian", "noise, equal energy"):
+        name = "robustness" if title == "test" else title.partition(",")[0]
+        below = "" if title == name else re.sub(r"\W+", "-", title) + "/"
+        assert f"<h2>{title}</h2>" in page and f'href="{below}{name}.json"' in page, title
+        computed = json.loads((tmp_path / f"{below}{name}.json").read_text())
+        assert {of["dtype"] for of in computed["settings"].values() if title != "test"} <= {
+            "float32"
+        }
     assert "<h2>landscape, Park</h2>" in page and 'href="park/landscape.json"' in page
     park = json.loads((tmp_path / "park/landscape.json").read_text())["results"]
     assert {name for name in park if "/runs/vit-seed0/" in name} == set(park)
     own = str(tmp_path / "runs/vit-seed0/ckpt.pt")
     for more in (["nll", "--images", "20"], ["noise", "--sigma", "2"], ["lesion", "--images", "9"]):
-        assert analyze.main([*more, *argv[1:], "--checkpoint", own]) == 0, "in the same folder"
+        assert analyze.main([*more, *argv[1:-2], "--checkpoint", own]) == 0, "in the same folder"
     capsys.readouterr()
     del in_process[:]
     before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
@@ -14265,6 +14445,9 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
         r"^python train\.py .*/runs/(\S+) --resume$", capsys.readouterr().out, re.MULTILINE
     )
     assert len(set(printed)) == 4 + 2 * (4 + 1 + 2 + 1) and not in_process, printed
+    assert analyze.main([*argv, "--quick", "--parts", "fractions", "--dry-run"]) == 0
+    halves = re.findall("--train-fraction (\\S+)", capsys.readouterr().out)
+    assert set(halves) == {"1/2", "1/20"}, "a tenth of what core has"
     for flags, line in (
         (["--epochs", "3"], "--epochs is this command's own"),
         (["--quik"], "did you mean --quick"),
