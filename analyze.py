@@ -4241,6 +4241,66 @@ def draw_throughput(axes, seconds, costs):
     axes[1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
 
 
+def speed_beside(own, of_first, plain, flops, top, epoch):
+    """Numbers of a network from its images/s in rounds, `own`, beside the first network's and, of
+    SAM's steps, those of plain training, else None. flops: of an image; top: operations per second
+    of the peak; epoch: images for a device / 60."""
+    speed = quartiles(own)
+    return dict(
+        images_per_second=speed,
+        ratio=quartiles(np.divide(own, of_first)),
+        over_plain=plain and quartiles(np.divide(plain, own)),
+        fastest_over_plain=plain and max(plain) / max(own),
+        flops=flops * speed[1],
+        share_of_peak=flops * speed[1] / top,
+        epoch_minutes=epoch / speed[1],
+    )
+
+
+def throughput_row(words, cell, mode, of, timed, origin):
+    """Of the table: numbers as of speed_beside, and the papers' beside them."""
+    published, settings = words if as_published(origin) else None, timed.settings
+    at_224 = published if settings.dataset == "imagenet" else None
+    at_32 = published if settings.image_size == 32 else None
+    papers = dict(inference=CHEN_7.get(at_224, [None] * 2)[1], training=PARK_A1.get(at_32))
+    low, median, high = of["images_per_second"]
+    spread = "{1:.3f} ({0:.3f}-{2:.3f})"
+    return {
+        "images/s and device": words,
+        "does": cell,
+        "batch": of["batch"],
+        "median": f"{median:,.4g}",
+        "quartiles": f"{low:,.4g}-{high:,.4g}",
+        "ratio": spread.format(*of["ratio"]),
+        "cost of SAM": of["over_plain"] and spread.format(*of["over_plain"]),
+        "of the fastest": of["over_plain"] and f"{of['fastest_over_plain']:.3f}",
+        "TFLOP/s": of["flops"] / 1e12,
+        "peak %": 100 * of["share_of_peak"],
+        "GB": of["gigabytes"],
+        "min/epoch": of["epoch_minutes"],
+        "GFLOPs": timed.cost["macs"] / 1e9,
+        "M acts": timed.cost["acts"] / 1e6,
+        "papers' images/s": papers.get(mode),
+        "Xiao min": XIAO_2.get(at_224, [None] * 4)[3] if mode == "training" else None,
+    }
+
+
+def fits_of_time(seconds, costs):
+    """{cell: {"macs", "acts": correlations of these with time}} of three networks or more, and of
+    Xiao et al.'s Table 2. seconds: {cell: those of an image, for each network}."""
+    fits = {}
+    for cell, times in seconds.items():
+        counted = [(t, cost) for t, cost in zip(times, costs) if cost["macs"] > 0]  # not NaN
+        if len(counted) > 2:
+            fits[cell] = {
+                what: correlations(*zip(*((t, cost[what]) for t, cost in counted)))
+                for what in ("macs", "acts")
+            }
+    macs, _, acts, minutes, *_ = zip(*XIAO_2.values())
+    fits["Xiao Table 2"] = dict(macs=correlations(minutes, macs), acts=correlations(minutes, acts))
+    return fits
+
+
 def throughput(args, rest):
     """Images per second and device of networks (Chen et al. Table 2, 7; Park & Kim A.1, App. E), in
     inference and in steps of training, plain and with SAM, as train.py does them, in
@@ -4333,6 +4393,8 @@ def throughput(args, rest):
         optimizer = train.make_optimizer(settings, bare, device)
         timed[words] = Timed(key, settings, cost, bare, callables, optimizer)
 
+    bar = train.progress(None, "throughput", "measurement")
+
     def rate(key, part, images, prepare):
         """Calls per second times images, and the most gigabytes of a CUDA device that a call took
         beside what was there before, from the results or measured; 0, 0 if memory is lacking."""
@@ -4377,7 +4439,7 @@ def throughput(args, rest):
     # Else dynamo would give up after 8 networks or batch sizes, in silence.
     with (
         torch._dynamo.config.patch(recompile_limit=10**6, accumulated_recompile_limit=10**6),
-        train.progress(None, "throughput", "measurement") as bar,
+        bar,
     ):
         for words, cell in itertools.product(timed, cells):
             rates = {}
@@ -4414,63 +4476,22 @@ def throughput(args, rest):
             )
         top = 2 * n**3 * products
 
-    rows, fits, epoch = [], {}, train.TRAINING_IMAGES["imagenet"] / (args.devices or world) / 60
-    for cell, (words, (key, settings, cost, *_)) in itertools.product(cells, timed.items()):
-        own, mode = rounds[words, cell], cells[cell][0]
+    rows, epoch = [], train.TRAINING_IMAGES["imagenet"] / (args.devices or world) / 60
+    for cell, (words, one) in itertools.product(cells, timed.items()):
+        mode, own, of_first = cells[cell][0], rounds[words, cell], rounds[next(iter(timed)), cell]
         plain = rounds.get((words, cell.replace("sam", "training"))) if mode == "sam" else None
-        speed = quartiles(own)
-        ratio = quartiles(np.divide(own, rounds[next(iter(timed)), cell]))
-        over_plain = plain and quartiles(np.divide(plain, own))
-        over_fastest = plain and max(plain) / max(own)
-        forwards = {"inference": 1, "training": 3, "sam": 3 * (1 + settings.sam_steps)}[mode]
-        flops = 2 * forwards * cost["macs"] * speed[1]
-        numbers = dict(
-            batch=best_batch[words, cell],
-            images_per_second=speed,
-            ratio=ratio,
-            over_plain=over_plain,
-            fastest_over_plain=over_fastest,
-            flops=flops,
-            share_of_peak=flops / top,
-            epoch_minutes=epoch / speed[1],
-            gigabytes=memory[words, cell],
+        forwards = {"inference": 1, "training": 3, "sam": 3 * (1 + one.settings.sam_steps)}[mode]
+        numbers = (
+            dict(batch=best_batch[words, cell])
+            | speed_beside(own, of_first, plain, 2 * forwards * one.cost["macs"], top, epoch)
+            | dict(gigabytes=memory[words, cell])
         )
-        results.put(key, cell, numbers)
-        published = words if as_published(chosen[words][1]) else None
-        at_224 = published if settings.dataset == "imagenet" else None
-        at_32 = published if settings.image_size == 32 else None
-        papers = dict(inference=CHEN_7.get(at_224, [None] * 2)[1], training=PARK_A1.get(at_32))
-        rows.append(
-            {
-                "images/s and device": words,
-                "does": cell,
-                "batch": best_batch[words, cell],
-                "median": f"{speed[1]:,.4g}",
-                "quartiles": f"{speed[0]:,.4g}-{speed[2]:,.4g}",
-                "ratio": f"{ratio[1]:.3f} ({ratio[0]:.3f}-{ratio[2]:.3f})",
-                "cost of SAM": plain and "{1:.3f} ({0:.3f}-{2:.3f})".format(*over_plain),
-                "of the fastest": plain and f"{over_fastest:.3f}",
-                "TFLOP/s": flops / 1e12,
-                "peak %": 100 * flops / top,
-                "GB": memory[words, cell] if device.type == "cuda" else None,
-                "min/epoch": epoch / speed[1],
-                "GFLOPs": cost["macs"] / 1e9,
-                "M acts": cost["acts"] / 1e6,
-                "papers' images/s": papers.get(mode),
-                "Xiao min": XIAO_2.get(at_224, [None] * 4)[3] if mode == "training" else None,
-            }
-        )
+        results.put(one.key, cell, numbers)
+        rows.append(throughput_row(words, cell, mode, numbers, one, chosen[words][1]))
+        if device.type != "cuda":
+            rows[-1]["GB"] = None
     seconds = {cell: [1 / np.median(rounds[words, cell]) for words in timed] for cell in cells}
-    for cell, times in seconds.items():
-        costs = [one.cost for one in timed.values()]
-        counted = [(t, cost) for t, cost in zip(times, costs) if cost["macs"] > 0]  # not NaN
-        if len(counted) > 2:
-            fits[cell] = {
-                what: correlations(*zip(*((t, cost[what]) for t, cost in counted)))
-                for what in ("macs", "acts")
-            }
-    macs, _, acts, minutes, *_ = zip(*XIAO_2.values())
-    fits["Xiao Table 2"] = dict(macs=correlations(minutes, macs), acts=correlations(minutes, acts))
+    fits = fits_of_time(seconds, [one.cost for one in timed.values()])
     results.put("all networks", "correlations of time, linear and of ranks", fits)
     if train.rank() == 0:
         print_rows(rows)
