@@ -118,7 +118,8 @@ class SAM:
 
     model: the object that is called: bare, compiled, or wrapped in DistributedDataParallel (best
         with broadcast_buffers=False; static_graph=True is refused, because it counts the gradients
-        that the first pass takes around it and then lets replicas diverge).
+        that the first pass takes around it and then lets replicas diverge). Sharded parameters are
+        refused, too.
     rho: radius of the neighbourhood, ≥ 0. Paper: 0.02-0.6 (Table 9). With 0 both passes run and the
         gradient is the plain one, bit for bit.
     steps: ascent steps, ≥ 1 (the paper's §6 asks for more than one). Each adds (ρ/steps)·g/‖g‖ at
@@ -164,9 +165,11 @@ class SAM:
                 )
         self.model, self.rho, self.steps, self.adaptive, self.eta = model, rho, steps, adaptive, eta
         self.params = list(model.parameters() if params is None else params)
-        if any(hasattr(p, "device_mesh") for p in self.params):
+        sharded = any(hasattr(p, "device_mesh") for p in self.params)  # DTensor
+        sharded |= any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+        if sharded:
             raise ValueError(
-                "SAM: the parameters are shards (DTensor, FSDP), whose gradients the first pass "
+                "SAM: the parameters are shards (FSDP, DTensor), whose gradients the first pass "
                 "does not see: use DistributedDataParallel"
             )
         devices = {p.device for p in self.params if isinstance(p, torch.Tensor)}

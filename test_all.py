@@ -3259,9 +3259,13 @@ def test_sam_in_ddp_communicates_in_its_last_pass_only_and_refuses_a_static_grap
         with pytest.raises(ValueError, match="static_graph"):
             SAM(nn.parallel.DistributedDataParallel(net, static_graph=True), 0.1)
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        shards = dist.fsdp.fully_shard(copy.deepcopy(net), mesh=mesh)
-        with pytest.raises(ValueError, match="shards .*use DistributedDataParallel"):
-            SAM(shards, 0.1)
+        cpu = torch.device("cpu")
+        for shards in (
+            dist.fsdp.fully_shard(copy.deepcopy(net), mesh=mesh),
+            dist.fsdp.FullyShardedDataParallel(copy.deepcopy(net), device_id=cpu),
+        ):
+            with pytest.raises(ValueError, match="shards .*use DistributedDataParallel"):
+                SAM(shards, 0.1)
         net[0].to("meta")
         with pytest.raises(ValueError, match="are on cpu and meta; they must be on one device"):
             SAM(net, 0.1)
