@@ -50,6 +50,8 @@ def fraction(text):
     """A number as 0.0078, 2/255 or 0.25/255; for argparse."""
     top, slash, bottom = text.partition("/")
     try:
+        if "/" in bottom:
+            raise ValueError("two strokes")
         return float(Fraction(top) / Fraction(bottom if slash else "1"))
     except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(

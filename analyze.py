@@ -208,12 +208,15 @@ def networks(checkpoints, rest, also=(), untrained=False):
         )
     evaluates = ["--eval-only"] * bool(checkpoints or foreign)
     chosen = [train.settings([*evaluates, *rest, *file], also) for file in files]
-    for name in ("download", "dry_run", "list_models", "list_recipes", "resume"):
+    for name, instead in (
+        ("download", "python train.py --dataset NAME --download --dry-run fetches it"),
+        ("dry_run", "an analysis has no such"),
+        ("list_models", "an analysis has no such"),
+        ("list_recipes", "an analysis has no such"),
+        ("resume", "an analysis goes on by itself when it is started again"),
+    ):
         if chosen[0][1][name] == "command line":
-            raise UserError(
-                f"--{name.replace('_', '-')} is for train.py; an analysis goes on by itself when "
-                "it is started again"
-            )
+            raise UserError(f"{train.flag(name)} is for train.py; {instead}")
     return chosen
 
 
@@ -5638,6 +5641,8 @@ def all_command(args, rest):
         page = PAGE.format(title="Figures", body="\n".join(figure_sections(shown)))
         train.on_main(lambda: write(folder / "index.html", page.encode()))  # to be looked at
     tell(f"\nfigures   {folder / 'index.html'}")
+    if all(of["answer"] is not None for of in shown.values()):
+        raise UserError("no figure could be made: the lines that begin with none say why")
     return {what: of["answer"] for what, of in shown.items()}
 
 

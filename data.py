@@ -539,7 +539,8 @@ def read_image(source, name, notes, box=None):
         image = decode(source, box)
     except damage:
         raise DataError(
-            f"{name} is not an image that can be decoded: replace or remove it"
+            f"{name} is not an image that can be decoded: replace it (a run that has begun "
+            "goes on with as many images only), or remove it"
         ) from None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
@@ -1250,13 +1251,13 @@ def load(
             )
         root = Path(data_dir) / ("train" if split == "train" else "val")
         val = Path(data_dir) / "val"  # 21k's is asked for before the millions of train/ are listed
-        if name == "imagenet21k" and (Path(data_dir) / "train").is_dir() and not val.is_dir():
+        if name == "imagenet21k" and os.path.isdir(Path(data_dir) / "train") and not val.is_dir():
             raise DataError(
                 f"imagenet21k: {show(val)} is no folder, and the release has no validation images: "
                 "link ImageNet's val/ there, or move a few images of each class from train/ into "
                 "it"
             )
-        if not root.is_dir():
+        if not os.path.isdir(root):
             raise DataError(
                 f"{name}: {show(root)} is no folder; --data-dir names the folder that holds train/ "
                 "and val/, each with one folder of images for each class, or a file that python "
@@ -1424,7 +1425,7 @@ def _part(name, data_dir, corruption, severity):
         entry += f"/{corruption}/{severity}" if name == "c" else f"/{corruption}.npy"
     places = Path(data_dir) / entry, Path(data_dir).absolute().parent / entry
     for path in places:
-        if path.exists():
+        if os.path.exists(path):
             return path
     raise DataError(
         f"{name}: there is neither {show(places[0])} nor {show(places[1])}; expected: {layout}"

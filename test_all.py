@@ -6097,6 +6097,9 @@ def test_expected_hours_are_those_of_the_arithmetic_in_list_recipes_and_dry_run(
         (["--dry-run", "--dataset", "folder", "--expect", "8", "50"], "not of a folder"),
         (["--dry-run", "--train-fraction", "half", "--expect", "8", "50"], "--train-fraction half"),
         (["--dry-run", "--mixup", "0.2", "--micro-batch", "1"], "--micro-batch 2 or more"),
+        (["--dry-run", "--eps", "0"], "--eps is 0.0; it must be above 0"),
+        (["--dry-run", "--drop-path", "nan"], "--drop-path is nan; it must be at least 0 and below"),
+        (["--dry-run", "--adv-eps", "2/255/3"], "'2/255/3' is no number"),
     ):
         assert line in refusal(capsys, *argv), line
 
@@ -6681,6 +6684,17 @@ def test_what_a_folder_has_of_a_run_is_not_overwritten_and_a_start_that_failed_i
     assert "holds a run already" in refusal(capsys, *tiny(out, "--max-steps 1 --sam-rho 0"))
     assert train.main(tiny(out, "--max-steps 1 --sam-rho 0 --dry-run")) == 0
     assert f"run       {out}, which holds a run already: a dry run" in capsys.readouterr().out
+    (out / "ckpt.pt").rename(tmp_path / "moved.pt")  # its disk is gone
+    log = (out / "log.jsonl").read_bytes()
+    for link in (False, True):
+        again = refusal(capsys, *tiny(out, "--max-steps 1 --sam-rho 0 --resume"))
+        assert f"{out}/ckpt.pt is gone, of a run that had one: put it back" in again
+        if not link:
+            (out / "ckpt.pt").symlink_to(tmp_path / "elsewhere.pt")
+            (out / "best.pt").unlink()
+    assert (out / "log.jsonl").read_bytes() == log
+    train_ok(tiny(tmp_path / "new", "--max-steps 1 --sam-rho 0 --resume"))
+    assert "new: nothing to resume there, so it starts" in capsys.readouterr().out
 
 
 def test_an_evaluation_is_of_the_split_and_the_classes_that_are_asked_for(
@@ -8939,6 +8953,20 @@ def test_wrong_variables_of_torchrun_and_a_busy_port_are_told(tmp_path, capsys, 
         patch.setenv("RANK", "3")  # left over: it would compute for nobody
         patch.setenv("LOCAL_RANK", "3")
         assert "RANK=3 LOCAL_RANK=3 without WORLD_SIZE" in refusal(capsys, *argv)
+    for name, number, own, all_ in (
+        ("RANK", "WORLD_SIZE", 5, 1),
+        ("LOCAL_RANK", "LOCAL_WORLD_SIZE", 1, 1),
+        ("LOCAL_RANK", "LOCAL_WORLD_SIZE", 0, 0),
+    ):
+        with monkeypatch.context() as patch:
+            for key, value in (("WORLD_SIZE", "1"), ("RANK", "0"), (name, own), (number, all_)):
+                patch.setenv(key, str(value))
+            assert f"{name}={own} {number}={all_}: ranks begin at 0" in refusal(capsys, *argv)
+    for rank in ("x", "1"):  # of one process: whoever is alone says what is wrong
+        with monkeypatch.context() as patch:
+            for key, value in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", rank)):
+                patch.setenv(key, value)
+            assert "banana" in refusal(capsys, *argv, "--sam-rho", "banana")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "cannot join: " in refusal(capsys, *argv), "RANK is missing"
     with socket.socket() as other:
@@ -13786,7 +13814,8 @@ def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
     assert analyze.main(shlex.split(html.unescape(commands[0]))[2:]) == 0
     capsys.readouterr()
     other = tmp_path / "other"
-    assert analyze.main([*argv_of_all(run, other), "--figures", "landscape", "--points", "0"]) == 0
+    line = analyze_refusal(capsys, *argv_of_all(run, other), "--figures=landscape", "--points=0")
+    assert "no figure could be made: the lines that begin with none say why" in line
     assert "--points 0: it is at least 2" in (other / "index.html").read_text()
 
     def norms_command(*_):

@@ -1129,6 +1129,16 @@ def check(args, origin):
     for name in ("label_smoothing", "ema_decay", "momentum", "beta1", "beta2"):
         value = getattr(args, name)
         refuse(not 0 <= value < 1, f"{flag(name)} is {value}; it must be at least 0 and below 1")
+    for name in ("dropout", "drop_path"):
+        value = getattr(args, name)
+        refuse(
+            value is not None and not 0 <= value < 1,
+            f"{flag(name)} is {value}; it must be at least 0 and below 1",
+        )
+    refuse(
+        not 0 < args.eps < math.inf,
+        f"--eps is {args.eps}; it must be above 0, or an update of 0/0 makes weights NaN",
+    )
     for name in ("randaugment_prob", "erasing"):
         value = getattr(args, name)
         refuse(
@@ -2441,7 +2451,8 @@ class RunFolder:
         os.register_at_fork(after_in_child=lambda: held() and held().close())
         ckpt, saved = self.path / "ckpt.pt", self.path / "config.json"
         # What ended before its first record left settings and an empty log: that is no run yet.
-        written = ckpt.exists() or (self.path / "best.pt").exists() or self.log_file.tell() > 0
+        has_best = os.path.lexists(self.path / "best.pt")
+        written = os.path.lexists(ckpt) or has_best or self.log_file.tell() > 0
         if written or saved.exists() and not begun:
             if not resume:
                 raise UserError(
@@ -2449,6 +2460,11 @@ class RunFolder:
                     "another --out-dir"
                 )
             self.compare(config)
+            if not ckpt.exists() and (has_best or ckpt.is_symlink()):  # which a ckpt.pt preceded
+                raise UserError(
+                    f"{ckpt} is gone, of a run that had one: put it back, or choose another "
+                    "--out-dir"
+                )
         state = read_checkpoint(ckpt) if ckpt.exists() else None
         lacks = [part for part in self.PARTS if state is not None and part not in state]
         if lacks:
@@ -2546,7 +2562,8 @@ class RunFolder:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def save(self, name, state):
-        with self.writing(name, "the one before it is whole"):
+        before = "the one before it is whole" if (self.path / name).exists() else "there was none"
+        with self.writing(name, before):
             write_file(self.path / name, partial(torch.save, state))
 
 
@@ -2568,7 +2585,7 @@ TORCHRUN_SETS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def check_variables():
-    """UserError unless those that torchrun sets are numbers."""
+    """UserError unless those that torchrun sets are numbers, and each rank is below its number."""
     wrong = [
         f"{name}={os.environ[name]}"
         for name in TORCHRUN_SETS
@@ -2578,6 +2595,13 @@ def check_variables():
         raise UserError(
             f"{' '.join(wrong)}: no number, as torchrun sets it; unset it, or start with torchrun"
         )
+    for name, number in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        own, all_ = os.environ.get(name, "0"), os.environ.get(number)
+        if all_ is not None and int(own) >= int(all_):
+            raise UserError(
+                f"{name}={own} {number}={all_}: ranks begin at 0 and are below their number; unset "
+                "both, or start with torchrun"
+            )
 
 
 def join(backend, timeout=timedelta(minutes=30)):
@@ -2772,7 +2796,9 @@ def starting_network(args, origin, num_classes, device, tell):
     if args.init_from:
         file, weights, reset_head = args.init_from, args.weights, args.reset_head
         ckpt = Path(args.out_dir) / "ckpt.pt"
-        if args.resume and not args.eval_only and ckpt.exists():  # it has all that the run needs
+        if (
+            args.resume and not args.eval_only and os.path.exists(ckpt)
+        ):  # it has all that the run needs
             file, weights, reset_head = ckpt, "model", False
         normalisation = on_main(lambda: load_weights(network, file, weights, reset_head))
         if origin["mean"] == origin["std"] == "command line":
@@ -3153,7 +3179,7 @@ def run(args, origin):
     if late:
         tell(f"          the run ends before {' '.join(late)} of --keep-epochs")
     if args.dry_run:
-        holds = ", which holds a run already" * (Path(args.out_dir) / "ckpt.pt").exists()
+        holds = ", which holds a run already" * os.path.exists(Path(args.out_dir) / "ckpt.pt")
         tell(f"run       {args.out_dir}{holds}: a dry run stops here, nothing is written")
         return 0
 
@@ -3196,7 +3222,8 @@ def run(args, origin):
             tell(f"          it has passed {' '.join(passed)} of --keep-epochs: not written")
     if main_process:
         folder.cut_log(step, evaluated)
-    tell(f"run       {args.out_dir}")
+    anew = args.resume and state is None
+    tell(f"run       {args.out_dir}{': nothing to resume there, so it starts' * anew}")
 
     def all_windows():
         windows = [torch.zeros_like(window) for _ in range(world)]
@@ -3536,7 +3563,8 @@ def answer(program, function, again):
         if dist.is_initialized():
             os._exit(status)  # perhaps the others are well, and wait for this one for ever
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+        own, here = (os.environ.get(name, "") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        if not (own.isdecimal() and here.isdecimal() and 0 < int(own) < int(here)):
             print(f"{program}: {one_line(error)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
