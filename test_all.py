@@ -6098,7 +6098,10 @@ def test_expected_hours_are_those_of_the_arithmetic_in_list_recipes_and_dry_run(
         (["--dry-run", "--train-fraction", "half", "--expect", "8", "50"], "--train-fraction half"),
         (["--dry-run", "--mixup", "0.2", "--micro-batch", "1"], "--micro-batch 2 or more"),
         (["--dry-run", "--eps", "0"], "--eps is 0.0; it must be above 0"),
-        (["--dry-run", "--drop-path", "nan"], "--drop-path is nan; it must be at least 0 and below"),
+        (
+            ["--dry-run", "--drop-path", "nan"],
+            "--drop-path is nan; it must be at least 0 and below",
+        ),
         (["--dry-run", "--adv-eps", "2/255/3"], "'2/255/3' is no number"),
     ):
         assert line in refusal(capsys, *argv), line
