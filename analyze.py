@@ -6898,7 +6898,8 @@ def reproduce(args, rest):
         own, more = parser.parse_known_args(argv)
         subparser, started = parser.commands[command], time.time()
         runs = "--runs" in subparser._option_string_actions
-        passed = [] if runs else exact  # those know no flags of train.py
+        passed = rest if command == "stability" else exact  # that trains
+        passed = [] if runs else passed  # those know no flags of train.py
         answer = own.function(own, [*more, *passed])
         name = own.study if command == "stability" else command
         shown[title or name] = dict(
