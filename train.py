@@ -1126,10 +1126,8 @@ def check(args, origin):
             epoch != "warmup" and not (epoch.isdecimal() and 0 < int(epoch) <= args.epochs),
             f"--keep-epochs {epoch}: it takes warmup and epochs from 1 to --epochs, {args.epochs}",
         )
-    for name in ("label_smoothing", "ema_decay", "momentum", "beta1", "beta2"):
-        value = getattr(args, name)
-        refuse(not 0 <= value < 1, f"{flag(name)} is {value}; it must be at least 0 and below 1")
-    for name in ("dropout", "drop_path"):
+    shares = "label_smoothing ema_decay momentum beta1 beta2 dropout drop_path".split()
+    for name in shares:
         value = getattr(args, name)
         refuse(
             value is not None and not 0 <= value < 1,
@@ -2796,9 +2794,8 @@ def starting_network(args, origin, num_classes, device, tell):
     if args.init_from:
         file, weights, reset_head = args.init_from, args.weights, args.reset_head
         ckpt = Path(args.out_dir) / "ckpt.pt"
-        if (
-            args.resume and not args.eval_only and os.path.exists(ckpt)
-        ):  # it has all that the run needs
+        if args.resume and not args.eval_only and os.path.exists(ckpt):
+            # it has all that the run needs
             file, weights, reset_head = ckpt, "model", False
         normalisation = on_main(lambda: load_weights(network, file, weights, reset_head))
         if origin["mean"] == origin["std"] == "command line":
