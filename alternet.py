@@ -489,6 +489,7 @@ def main(argv=None):
         help="attention blocks of the four stages (default: Fig. 11, Fig. D.5)",
     )
     parser.add_argument("--window-size", type=int, help="default: 4 up to 64 pixels, else 7")
+    parser.error = lambda message: parser.exit(2, f"alternet.py: {message}; see --help\n")
     args = parser.parse_args(argv)
     given = dict(msa_blocks=args.msa_blocks, window_size=args.window_size)
     given = {name: value for name, value in given.items() if value is not None}

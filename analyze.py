@@ -4631,6 +4631,8 @@ def scale(args, rest):
             f"multiply-adds; a device: {args.tflops:g} TFLOP/s, {args.bandwidth:g} GB/s, "
             f"{args.cores:g} cores of {args.decode:g} images/s"
         )
+        if odd:
+            tell(f"left out: {' '.join(map(str, odd))} devices, no equal shares of that batch")
         cut = {n: "*" * (of["micro_batch"] < settings.micro_batch) for n, of in numbers.items()}
         print_rows(
             [

@@ -524,24 +524,28 @@ def decode(source, box=None):
         return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
+# Whatever PIL makes of damaged bytes.
+DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+NO_IMAGE = (
+    " is not an image that can be decoded: replace it (a run that has begun goes on with as many "
+    "images only), or remove it"
+)
+
+
 def read_image(source, name, notes, box=None):
     """decode; but a truncated file is used as far as it goes, its rest blank (JPEG grey, PNG
     black), with a line in `notes`: one bad file should not end a run of days. Raises DataError,
     which names the file, where nothing can be decoded."""
-    damage = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
     try:
         return decode(source, box)
-    except damage as error:  # whatever PIL makes of damaged bytes
+    except DAMAGE as error:
         if getattr(error, "errno", None) is not None:
             raise DataError(f"{name} cannot be read: {error.strerror}") from None
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
     try:
         image = decode(source, box)
-    except damage:
-        raise DataError(
-            f"{name} is not an image that can be decoded: replace it (a run that has begun "
-            "goes on with as many images only), or remove it"
-        ) from None
+    except DAMAGE:
+        raise DataError(name + NO_IMAGE) from None
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
     notes.append(f"{name} is truncated: used as far as it can be decoded, the rest is blank")
@@ -994,6 +998,10 @@ class EncodedFolder(ImageFolder):
             content = path.read_bytes()
         except OSError as error:
             raise DataError(f"{show(path)} cannot be read: {error.strerror}") from None
+        try:  # its header alone
+            Image.open(io.BytesIO(content)).close()
+        except DAMAGE:
+            raise DataError(show(path) + NO_IMAGE) from None
         if self.short_side:
             image = read_image(content, show(path), notes)
             self.notes += notes  # truncated: packed as it is, so that training says so too
@@ -1679,7 +1687,7 @@ def bench(folder=None, rounds=30, workers=0, tell=print):
     def opened(path):
         try:
             return Image.open(path).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except DAMAGE as error:
             raise DataError(f"{show(path)} cannot be decoded: {error}") from None
 
     def race(n, **streams):

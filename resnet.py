@@ -407,6 +407,7 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(NAMES)}")
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side")
     parser.add_argument("--num-classes", type=int, default=1000, help="width of the head")
+    parser.error = lambda message: parser.exit(2, f"resnet.py: {message}; see --help\n")
     args = parser.parse_args(argv)
     print(f"{'':16}{'parameters':>14}{'GMACs':>9}{'with bias':>11}{'M activations':>15}")
     for name in args.names or NAMES:

@@ -485,6 +485,7 @@ def main(argv=None):
         "--cost", type=int, default=0, metavar="ROUNDS", help="measure the cost instead"
     )
     parser.add_argument("--batch", type=int, default=32, help="images of 197 tokens, for --cost")
+    parser.error = lambda message: parser.exit(2, f"sam.py: {message}; see --help\n")
     args = parser.parse_args(argv)
     if not all(0 <= rho < float("inf") for rho in args.rho) or args.cost < 0:
         parser.error("--rho and --cost must be at least 0, and finite")

@@ -995,9 +995,15 @@ def test_vit_main_prints_variants_and_refuses_an_unknown_one(capsys):
         for cost in [vit.complexity(vit.build(name, 10, 384), 384)]
     ]
     assert lines[1].split()[:2] == ["vit_s16", f"{21_815_434:,}"], lines
-    with pytest.raises(SystemExit):
-        vit.main(["vit_x16"])
-    assert "unknown model 'vit_x16'" in capsys.readouterr().err
+    for argv, line in (
+        (["vit_x16"], "vit.py: unknown model 'vit_x16'"),
+        (["--image-size", "225"], "vit.py: --image-size 225 fits none of them; see --help"),
+        (["--size=9"], "vit.py: unrecognized arguments: --size=9; see --help"),
+    ):
+        with pytest.raises(SystemExit):
+            vit.main(argv)
+        refused = capsys.readouterr().err
+        assert refused.startswith(line) and refused.count("\n") == 1, refused
 
 
 # ----------------------------------------------------------------------------------------- mixer.py
@@ -1663,9 +1669,16 @@ def test_mixer_main_prints_variants_and_refuses_an_unknown_one(capsys):
         for cost in [mixer.complexity(mixer.build(name, 10, 384), 384)]
     ]
     assert lines[1].split()[:2] == ["mixer_s16", f"{params:,}"], lines
-    with pytest.raises(SystemExit):
-        mixer.main(["mixer_x16"])
-    assert "unknown model 'mixer_x16'" in capsys.readouterr().err
+    mixer.main(["--image-size", "40"])
+    table = capsys.readouterr().out
+    assert "\nmixer_s8  " in table and "\nmixer_b32     image_size must be a pos" in table
+    for argv, line in (
+        (["mixer_x16"], "mixer.py: unknown model 'mixer_x16'"),
+        (["--image-size", "225"], "mixer.py: --image-size 225 fits none of them"),
+    ):
+        with pytest.raises(SystemExit):
+            mixer.main(argv)
+        assert capsys.readouterr().err.startswith(line)
 
 
 # ---------------------------------------------------------------------------------------- resnet.py
@@ -4289,6 +4302,9 @@ def test_what_cannot_be_packed_is_one_line_and_leaves_no_file(tmp_path, capsys, 
     (root / "train/empty").mkdir()
     assert "train/empty holds no image" in refused()
     (root / "train/empty").rmdir()
+    (root / "val/cat/note.png").write_text("no image")
+    assert "val/cat/note.png is not an image that can be decoded" in refused()
+    (root / "val/cat/note.png").unlink()
     (root / "val/cat/dead.jpg").symlink_to("nowhere")
     assert "val/cat/dead.jpg cannot be read: No such file" in refused()
     (root / "val/cat/dead.jpg").unlink()
@@ -6527,6 +6543,12 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
     monkeypatch.chdir(tmp_path)
     for argv, words in [
         (["--sam-roh", "0.1"], "unknown flag --sam-roh; did you mean --sam-rho"),
+        (["--epochs", "1", "2"], "arguments: 2: neither a flag nor a value that one takes"),
+        (["--dataset", "shapes", "--data-dir", "/x"], "--data-dir: shapes are drawn, not read"),
+        (
+            ["--recipe", "park_cifar_vit", "--model", "resnet50"],
+            "--qkv-bias is of --recipe park_cifar_vit: choose one for resnet50",
+        ),
         (["--batch_size", "64"], "did you mean --batch-size"),
         (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
         (["--optimizer", "adam"], "--optimizer: invalid choice: 'adam' (choose from"),
@@ -6606,6 +6628,7 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
         (["--model", "vit_b16", "--sam-rho", "0.2"], "data/imagenet/train is no folder"),
         (["--dataset", "cifar10"], "cifar-10-batches-py is missing"),
         (["--out-dir", "/proc/nothing"], "--out-dir /proc/nothing"),
+        (["--out-dir", __file__], "test_all.py is a file, not a folder"),
     ]:
         line = refusal(capsys, *argv, "--device", "cpu")
         assert words in line, (argv, line)
@@ -6656,6 +6679,10 @@ def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets
     damaged = tmp_path / "imagenet/train/bee/bee_7.JPEG"
     damaged.write_bytes(damaged.read_bytes()[: -len(damaged.read_bytes()) // 3])
     (tmp_path / "imagenet/val/cat/notes.txt").write_text("no image")
+    (tmp_path / "imagenet/val/ant").rename(tmp_path / "ant")
+    assert train.main([*paper, "--batch-size", "32", "--dry-run"]) == 0
+    assert "validation images are of 2 of the 3 classes" in capsys.readouterr().out
+    (tmp_path / "ant").rename(tmp_path / "imagenet/val/ant")
     small = (
         "--dim 24 --depth 2 --heads 2 --mlp-dim 48 --batch-size 24 --micro-batch 8 "
         "--epochs 2 --workers 1 --image-size 48"
@@ -8862,6 +8889,20 @@ def test_a_want_of_memory_is_one_line(capsys):
 
     with pytest.raises(RuntimeError, match="a defect"):
         train.answer("train.py", other, "again")
+
+
+def test_output_that_cannot_be_written_is_one_line_and_letters_that_it_lacks_end_nothing():
+    def dry_run(stdout):
+        command = [sys.executable, "train.py", "--dry-run"]
+        env = os.environ | dict(PYTHONIOENCODING="ascii")
+        return subprocess.run(command, cwd=HERE, stdout=stdout, stderr=subprocess.PIPE, env=env)
+
+    with open("/dev/full", "w") as full:
+        ended = dry_run(full)
+    line = b"train.py: standard output: No space left on device; then go on with --resume\n"
+    assert (ended.returncode, ended.stderr) == (2, line)
+    ended = dry_run(subprocess.PIPE)
+    assert ended.returncode == 0 and b"2 micro-batches ? 32 images" in ended.stdout
 
 
 def test_a_run_ends_quietly_when_nobody_reads_its_output(tmp_path):
@@ -13247,7 +13288,7 @@ def test_scale_prints_what_bounds_a_training_on_many_devices(tmp_path, capsys):
     assert "vit_b16, batch 512" in printed, "flags change the paper's run"
     _, rows = table_in(printed, "micro-batches")
     assert [row[0] for row in rows] == ["1", "4", "16", "64", "256"]
-    assert rows[0][-3] == "decode"
+    assert rows[0][-3] == "decode" and "left out: 1024 devices, no equal shares of" in printed
     assert analyze.main([*argv, "--dataset", "cifar10"]) == 0, "in memory"
     _, rows = table_in(capsys.readouterr().out, "micro-batches")
     assert {(row[5], row[-1]) for row in rows} == {("0.00", "0.00")}

@@ -585,6 +585,8 @@ class Parser(argparse.ArgumentParser):
             message = f"unknown flag {wrong[0]}" + (
                 f"; did you mean {' or '.join(near)}?" if near else "; see --help"
             )
+        elif message.startswith("unrecognized"):
+            message += ": neither a flag nor a value that one takes; see --help"
         raise UserError(message)
 
 
@@ -1215,6 +1217,10 @@ def check(args, origin):
     refuse(
         args.eval_only and not args.init_from,
         "--eval-only needs --init-from: the weights, for instance RUN/best.pt",
+    )
+    refuse(
+        args.dataset == "shapes" and origin["data_dir"] == "command line",
+        "--data-dir: shapes are drawn, not read: leave it out, or name its --dataset, as folder",
     )
     refuse(
         args.eval_split == "test" and args.dataset in ("imagenet", "imagenet21k", "folder"),
@@ -1850,7 +1856,13 @@ def world_size():
 
 def say(text=""):
     """One line on standard output, above the progress bar if there is one."""
-    tqdm.write(text)
+    try:
+        tqdm.write(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the end would flush into it again
+        raise WriteError(f"standard output: {error.strerror}") from None
 
 
 def progress(total, what="", unit="image", leave=False, initial=0):
@@ -2431,6 +2443,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             begun = (self.path / "log.jsonl").exists()
             self.log_file = open(self.path / "log.jsonl", "a+b")
+        except FileExistsError:
+            raise UserError(f"--out-dir {self.path} is a file, not a folder") from None
         except OSError as error:
             raise UserError(f"--out-dir {self.path}: {error.strerror}") from None
         try:
@@ -2712,6 +2726,9 @@ def load_training(args, device, tell):
     # Held-out images take the place of val/, which then need not be there.
     validation = "val" if args.hold_out == "0" else "train"
     val_set = load_split(args, validation, device, tell, classes=train_set.classes)
+    tested = len(val_set.labels.unique())
+    if tested < len(val_set.classes):
+        tell(f"validation images are of {tested:,} of the {len(val_set.classes):,} classes")
     with as_user_error(f"--train-fraction {args.train_fraction}"):
         train_set.restrict(data.subset(train_set.labels, args.train_fraction))
     labels = train_set.labels[train_set.indices]
@@ -2738,12 +2755,19 @@ def mixing(args, num_classes):
 
 def check_network(args):
     """Builds and calls a network of ours without memory, before the data is read: what does not fit
-    is said at once."""
+    is said at once, and if it was the recipe that wanted it."""
     if family(args.model) in ("torchvision", "timm"):
         return  # not all of these can be built so
     own = [(k, tuple(v) if isinstance(v, list) else v) for k, v in knobs(args).items()]
-    with as_user_error(args.model):
-        call_without_memory(args.model, args.image_size, tuple(own))
+    try:
+        with as_user_error(args.model):
+            call_without_memory(args.model, args.image_size, tuple(own))
+    except UserError as error:
+        for name in knobs(args).keys() & RECIPES.get(args.recipe, {}).keys():
+            if f"unknown argument of {args.model} {name!r}" in str(error):
+                other = f"{flag(name)} is of --recipe {args.recipe}: choose one for {args.model}"
+                raise UserError(f"{error}; {other}") from None
+        raise
 
 
 @cache
@@ -3542,6 +3566,8 @@ def answer(program, function, again):
     and for want of memory, 130 for Ctrl-C, 141 if nobody reads the output any more. again: how the
     work then goes on."""
     owns_group, status = not dist.is_initialized(), 0
+    for stream in (sys.stdout, sys.stderr):  # ± is ? where an encoding lacks it
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     handlers = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
     try:
         status = function() or 0

@@ -798,8 +798,10 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: one of each kind")
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side")
     parser.add_argument("--num-classes", type=int, default=1000, help="width of the head")
+    parser.error = lambda message: parser.exit(2, f"vit.py: {message}; see --help\n")
     args = parser.parse_args(argv)
     print(f"{'':12}{'parameters':>14}{'GMACs':>9}{'with bias':>11}{'M activations':>15}")
+    fits = False
     for name in args.names or NAMES:
         try:
             with torch.device("meta"):  # no memory, no initialisation
@@ -809,11 +811,13 @@ def main(argv=None):
                 parser.error(str(error))
             print(f"{name:12}  {error}")
             continue
-        cost = complexity(model, args.image_size)
+        fits, cost = True, complexity(model, args.image_size)
         print(
             f"{name:12}{cost['params']:14,}{cost['macs'] / 1e9:9.3f}"
             f"{cost['macs_with_bias'] / 1e9:11.3f}{cost['acts'] / 1e6:15.3f}"
         )
+    if not fits:
+        parser.error(f"--image-size {args.image_size} fits none of them")
 
 
 if __name__ == "__main__":
