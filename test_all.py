@@ -153,6 +153,26 @@ def tiny_images(count=2, size=16):
     return torch.randn(count, 3, size, size, dtype=torch.float64, generator=generator)
 
 
+def assert_every_parameter_learns(model, case):
+    """Of a batch of four each gets a gradient, finite and not zero."""
+    F.cross_entropy(model(tiny_images(4, 32)), torch.arange(4)).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, f"{case}: no gradient for {key}"
+        assert parameter.grad.isfinite().all(), f"{case}: {key} has {parameter.grad}"
+        assert parameter.grad.any(), f"{case}: the gradient of {key} is zero"
+
+
+def as_stored(arrays, *, prefix="", extra=False, squeezable=False):
+    """Arrays as a file may have them: under a prefix, with moments, biases with leading axes."""
+    stored = {f"{prefix}{key}": value for key, value in arrays.items()}
+    if squeezable:
+        stored = {k: v[None, None] if k.endswith("bias") else v for k, v in stored.items()}
+    if extra:
+        stored |= {f"opt/state/param_states/{key}/grad_ema": 9 * v for key, v in arrays.items()}
+        stored["opt/state/step"] = np.array(17)
+    return stored
+
+
 def google_arrays(*, layout="released", cls=True, representation=None, grid=4):
     """A random ViT with VIT_TINY's sizes under the names and in the shapes
     of Google's .npz files."""
@@ -269,7 +289,8 @@ def test_vit_parameters_macs_and_activations_are_the_counted_ones(
 def test_every_row_of_the_papers_tables_is_compared():
     assert XIAO_TABLE_1.keys() <= {row[0] for row in VIT_COST}
     assert CHEN_TABLE_7.keys() <= {row[0] for row in MIXER_COST}
-    assert CHEN_TABLE_2.keys() | XIAO_TABLE_2.keys() <= {row[0] for row in RESNET_COST}
+    at_224 = {name for name, arguments, *_ in RESNET_COST if not arguments}
+    assert CHEN_TABLE_2.keys() | XIAO_TABLE_2.keys() <= at_224
 
 
 def test_complexity_counts_a_small_network_as_by_hand_and_leaves_it_alone():
@@ -359,32 +380,14 @@ NPZ_FORMS = {
 @pytest.mark.parametrize("form", NPZ_FORMS)
 def test_load_npz_gives_the_logits_of_a_plain_numpy_vit(form, tmp_path):
     options = dict(NPZ_FORMS[form])
-    prefix, extra, squeezable, top_level = (
-        options.pop(key, default)
-        for key, default in (
-            ("prefix", ""),
-            ("extra", False),
-            ("squeezable", False),
-            ("top_level", False),
-        )
-    )
+    top_level = options.pop("top_level", False)
+    file = {key: options.pop(key) for key in ("prefix", "extra", "squeezable") if key in options}
     arrays = google_arrays(**options)
     if top_level:
         positions = arrays.pop("Transformer/posembed_input/pos_embedding")
         arrays["pos_embedding"] = positions[:, -16:]
     expected = google_forward(arrays, tiny_images())
-    stored = {f"{prefix}{key}": value for key, value in arrays.items()}
-    if squeezable:
-        stored = {
-            key: value[None, None] if key.endswith("bias") else value
-            for key, value in stored.items()
-        }
-    if extra:
-        stored |= {
-            f"opt/state/param_states/{key}/grad_ema": value * 9 for key, value in arrays.items()
-        }
-        stored["opt/state/step"] = np.array(17)
-    np.savez(tmp_path / "vit.npz", **stored)
+    np.savez(tmp_path / "vit.npz", **as_stored(arrays, **file))
     model = tiny_vit(
         pool="cls" if "cls" in arrays else "gap", representation_size=options.get("representation")
     )
@@ -466,7 +469,6 @@ def test_resized_position_embedding_keeps_identity_constants_and_the_class_token
     rows = vit.resize_pos_embed(ramp, (16, 16), prefix_tokens=0).reshape(16, 16)
     assert torch.allclose(rows[4:12, 0], torch.arange(4, 12) / 2 - 0.25, atol=1e-5), rows[4:12, 0]
     assert torch.allclose(rows[:, :1], rows, atol=1e-5), "rows and columns are mixed up"
-    assert vit.resize_pos_embed(torch.randn(1, 6, 27, 27), (31, 31)).shape == (1, 6, 31, 31)
     half = vit.resize_pos_embed(embedding.bfloat16(), (7, 7))
     assert half.dtype == torch.bfloat16 and half.shape == (1, 50, 3)
     with pytest.raises(ValueError, match=r"17 rows besides 0 .* no square grid"):
@@ -480,12 +482,6 @@ def test_drop_path_keeps_the_expectation_and_drops_whole_samples():
     assert ((y == 0) | torch.isclose(y, torch.tensor(4 / 3))).all() and (y == y[:, :1, :1]).all()
     assert abs(y.mean() - 1) < 0.04, f"mean {y.mean():.3f} instead of 1"  # 4.4 standard errors
     assert layer.eval()(x) is x
-    blocks = vit.build("vit_micro8", 10, 32, drop_path=0.3).blocks
-    rates = [block.drop_path.rate for block in blocks]
-    assert rates == pytest.approx([0, 0.1, 0.2, 0.3]), rates
-    stages = vit.build("pit_ti", **CIFAR, drop_path=0.11).transformers
-    rates = [block.drop_path.rate for stage in stages for block in stage.blocks]
-    assert rates == pytest.approx([i / 100 for i in range(12)]), rates
 
 
 def test_dropout_acts_where_google_has_it_and_is_replayed_by_the_seed():
@@ -587,6 +583,95 @@ def test_initial_conv_stem_and_head_bias_are_as_documented():
     assert (logits == -10).all(), "with a head of zero weight the logits are its bias"
 
 
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_dropout_of_a_vit_acts_on_tokens_with_their_positions(pool):
+    model, x = tiny_vit(pool=pool, dropout=0.5), tiny_images()
+    whole, dropped = dict(stem=None), dict(stem=None)
+    model(x, out=whole)
+    torch.manual_seed(0)
+    model.train()(x, out=dropped)
+    kept = dropped["stem"] != 0
+    assert torch.allclose(dropped["stem"][kept], 2 * whole["stem"][kept])
+    assert 0.4 < kept.double().mean() < 0.6
+
+
+def test_a_convolutional_stem_is_as_by_hand():
+    """3×3 convolutions of stride 2 without bias, BatchNorm, ReLU; a 1×1 with one (Xiao §3)."""
+    torch.manual_seed(0)
+    model = vit.build("vit_micro8", 5, 32, stem="conv", dim=16, heads=2, pool="gap").double().eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + (0.1 if "var" in name else -0.4))
+    w, x = below(model.state_dict(), "patch_embed."), tiny_images(2, 32)
+    out = dict(stem=None)
+    model(x, out=out)
+    for i in range(3):
+        x = F.conv2d(x, w[f"stem.{i}.conv.weight"], stride=2, padding=1)
+        x = norm_by_hand(below(w, f"stem.{i}.bn."), x, training=False).clamp(min=0)
+    x = torch.einsum("bihw,oi->bohw", x, w["proj.weight"][:, :, 0, 0])
+    x = (x + w["proj.bias"][:, None, None]).flatten(2).mT + model.pos_embed
+    assert (out["stem"] - x).abs().max() < 1e-12 and x.std() > 0.1
+
+
+def test_pits_arguments_reach_its_parts():
+    how = dict(dropout=0.3, drop_path=0.4, qkv_bias=False, gelu="tanh", head_bias=-3.0)
+    torch.manual_seed(0)
+    plain, model = vit.build("pit_ti", 5, 32), vit.build("pit_ti", 5, 32, **how)
+    for one, middle in ((plain, 0), (model, -3)):
+        assert (one.head.bias - middle).abs().max() < 256**-0.5
+    blocks = [block for stage in model.transformers for block in stage.blocks]
+    assert all(block.attn.qkv.bias is None for block in blocks)
+    assert {block.mlp.act.approximate for block in blocks} == {"tanh"}
+    assert plain.transformers[0].blocks[0].mlp.act.approximate == "none"
+    assert [block.drop_path.rate for block in blocks] == pytest.approx(
+        [0.4 * i / 11 for i in range(12)]
+    )
+    dropouts = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert dropouts == [0.3] * (1 + 2 * len(blocks)) and model.pos_drop.p == 0.3
+    assert plain.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    assert plain.cls_token.std().item() == pytest.approx(0.02, rel=0.4)
+    for size, (patch, stride) in {64: (2, 1), 72: (16, 8)}.items():
+        conv = vit.build("pit_ti", 5, size).patch_embed.conv
+        assert (conv.kernel_size[0], conv.stride[0]) == (patch, stride)
+
+
+def test_resized_position_embeddings_are_bicubic_for_vit_and_for_pit():
+    flat = torch.randn(1, 1 + 16, 3)
+    map_of_pit = flat[:, 1:].mT.unflatten(2, (4, 4))
+    expected = F.interpolate(map_of_pit, (7, 3), mode="bicubic", antialias=True)
+    assert torch.equal(vit.resize_pos_embed(map_of_pit, (7, 3)), expected)
+    assert torch.equal(vit.resize_pos_embed(flat, (7, 3))[:, 1:], expected.flatten(2).mT)
+
+
+def test_googles_initialisation_of_a_convolutional_stem_is_lecun_normal():
+    torch.manual_seed(0)
+    embed = vit.build("vit_s16", stem="conv", init="google", depth=1).patch_embed
+    for layer in (*(part.conv for part in embed.stem), embed.proj):
+        fan_in = layer.weight[0].numel()
+        assert layer.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.08)
+    assert not embed.proj.bias.any()
+
+
+def test_local_attention_without_class_token_has_a_mask_of_the_map_alone():
+    model = vit.build("vit_micro8", 5, 32, pool="gap", kernel_size=3)
+    assert model.window.shape == (16, 16)
+    assert model.window[0].nonzero().flatten().tolist() == [0, 1, 4, 5]
+
+
+def test_sizes_without_a_row_in_the_papers_tables_have_the_published_parameters():
+    """timm's of vit_large_patch16_224 and vit_tiny_patch16_224; ours, counted by hand."""
+    per_block = 4 * 96 * 96 + 4 * 96 + 2 * 4 * 96 * 96 + 5 * 96 + 4 * 96
+    micro = 4 * per_block + 3 * 64 * 96 + 96 + 17 * 96 + 96 + 2 * 96 + 12 * 97
+    with torch.device("meta"):
+        for name, classes, side, params in (
+            ("vit_l16", 1000, 224, 304_326_632),
+            ("vit_ti16", 1000, 224, 5_717_416),
+            ("vit_micro8", 12, 32, micro),
+        ):
+            model = vit.build(name, classes, side)
+            assert sum(p.numel() for p in model.parameters()) == params, name
+
+
 # gradients
 
 
@@ -606,17 +691,14 @@ def test_every_vit_parameter_gets_a_finite_gradient(name, overrides):
     torch.manual_seed(0)
     model = vit.build(name, 10, 32, **overrides).double()
     torch.nn.init.normal_(model.head.weight)
-    F.cross_entropy(model(tiny_images(4, 32)), torch.arange(4)).backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{name} {overrides}: no gradient for {key}"
-        assert parameter.grad.isfinite().all(), f"{name} {overrides}: {key} has {parameter.grad}"
-        assert parameter.grad.any(), f"{name} {overrides}: the gradient of {key} is zero"
+    assert_every_parameter_learns(model, f"{name} {overrides}")
 
 
 # promises
 
 
 def test_a_convolutional_stem_takes_the_place_of_one_block():
+    given = dict(stem_channels=(32, 64), stem_strides=(2, 7))
     with torch.device("meta"):
         depth = lambda name, **overrides: len(vit.build(name, **overrides).blocks)
         assert [depth(f"vit_c_{size}gf") for size in (1, 4, 18, 36)] == [11, 11, 11, 13]
@@ -636,8 +718,10 @@ def test_a_convolutional_stem_takes_the_place_of_one_block():
             (256, 1),
             (512, 2),
         ]
-        model = vit.build("vit_s14", stem="conv", stem_channels=(32, 64), stem_strides=(2, 7))
-    assert vit.complexity(model, 224)["params"] > 0
+        model, out = vit.build("vit_s14", stem="conv", **given), {"stem": None}
+        assert plan(model) == [(32, 2), (64, 7)]
+        model(torch.empty(2, 3, 224, 224), out=out)
+    assert out["stem"].shape == (2, 1 + 16 * 16, 384), out["stem"].shape
 
 
 def test_vit_intermediates_are_named_shaped_and_free_of_side_effects():
@@ -693,7 +777,7 @@ def test_pit_intermediates_have_a_point_after_each_pooling():
     out = dict.fromkeys(model.intermediates)
     logits = model(torch.randn(2, 3, 32, 32), out=out)
     points = {name: tuple(value.shape[1:]) for name, value in out.items() if "attn" not in name}
-    assert points == {
+    expected = {
         "stem": (65, 64),
         "transformers.0.blocks.0.mlp": (65, 64),
         "transformers.1.pool": (17, 128),
@@ -703,10 +787,10 @@ def test_pit_intermediates_have_a_point_after_each_pooling():
         "transformers.2.blocks.0.mlp": (5, 256),
         "pre_logits": (256,),
     }
+    assert points == expected and list(points) == list(expected), points
     assert torch.equal(model.head(out["pre_logits"]), logits)
     assert torch.equal(model.norm(out["transformers.2.blocks.0.mlp"][:, 0]), out["pre_logits"])
     assert out["transformers.1.blocks.1.attn.weights"].shape == (2, 4, 17, 17)
-    assert list(points) == [name for name in model.intermediates if "attn" not in name]
 
 
 @pytest.mark.parametrize(
@@ -776,33 +860,6 @@ def test_pits_map_token_and_pooling_are_as_by_hand():
     expected = z @ w["head.weight"].T + w["head.bias"]
     difference = (model(x) - expected).abs().max()
     assert difference < 1e-12 and expected.std() > 0.1, f"differs by {difference:.1e}"
-
-
-@pytest.mark.parametrize(
-    "name, overrides",
-    [
-        ("vit_micro8", dict(kernel_size=3, stem="conv", drop_path=0.1, depth=2)),
-        ("pit_ti", dict(patch_size=4, stride=4, depth=(1, 1, 1))),
-    ],
-)
-def test_vit_compiles_into_one_graph(name, overrides):
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = vit.build(name, 10, 32, **overrides)
-    nn.init.normal_(model.head.weight, std=0.02)  # zero, it would hide all that is before it
-    images = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled(images).sum().backward()
-    model.eval()
-    skip = next(unit for unit in model.intermediates if unit.endswith(".mlp"))
-    plain, graph = {"pre_logits": None}, {"pre_logits": None}
-    for ours, theirs in (
-        (compiled(images), model(images)),
-        (compiled(images, out=graph, skip=skip), model(images, out=plain, skip=skip)),
-        (graph["pre_logits"], plain["pre_logits"]),
-    ):
-        difference = (ours - theirs).abs().max()
-        assert difference < 1e-5, f"compiled and plain {name} differ by {difference:.1e}"
 
 
 @pytest.mark.parametrize(
@@ -947,28 +1004,11 @@ def test_npz_files_that_do_not_fit_are_refused_in_one_line_and_change_nothing(
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_npz_files_that_are_damaged_are_refused_by_name(tmp_path):
-    path = tmp_path / "vit.npz"
-    np.savez_compressed(path, **google_arrays())
-    whole = path.read_bytes()
-    broken = bytearray(whole)
-    broken[5000:5100] = bytes(100)
-    np.save(tmp_path / "array.npy", np.zeros(3))
-    array = (tmp_path / "array.npy").read_bytes()
-    for content in (b"", b"no archive", whole[:-100], bytes(broken), array):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=re.escape(f"{path} is no readable .npz: ")) as error:
-            vit.load_npz(tiny_vit(), path)
-        assert "\n" not in str(error.value) and "pickle" not in str(error.value)
+def test_an_npz_of_scanned_blocks_is_refused(tmp_path):
     arrays = {k: v for k, v in google_arrays().items() if "encoderblock" not in k}
-    np.savez(path, **arrays)
+    np.savez(tmp_path / "vit.npz", **arrays)
     with pytest.raises(ValueError, match="depth 0, the model 2: blocks stacked by scan are not"):
-        vit.load_npz(tiny_vit(), path)
-    np.savez(path, evil=np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match="is no readable .npz: .*allow_pickle=False"):
-        vit.load_npz(tiny_vit(), path)
-    with pytest.raises(FileNotFoundError, match="nowhere.npz"):
-        vit.load_npz(tiny_vit(), tmp_path / "nowhere.npz")
+        vit.load_npz(tiny_vit(), tmp_path / "vit.npz")
 
 
 def test_load_npz_resizes_positions_and_can_leave_the_head(tmp_path):
@@ -1019,14 +1059,7 @@ MIXER_COST = [  # name, arguments, parameters, MACs, MACs + bias additions, acti
     ("mixer_b16", {}, 59_880_472, 12_601_767_936, 12_616_296_424, 14_528_488),
     ("mixer_b8", {}, 64_864_168, 50_057_951_232, 50_105_445_352, 47_494_120),
     ("mixer_l16", {}, 208_196_168, 44_547_678_208, 44_589_364_200, 41_685_992),
-    (
-        "mixer_ti2",
-        dict(image_size=32, num_classes=100),
-        4_769_636,
-        1_208_771_584,
-        1_212_245_092,
-        3_473_508,
-    ),
+    ("mixer_ti2", CIFAR, 4_769_636, 1_208_771_584, 1_212_245_092, 3_473_508),
 ]
 CHEN_TABLE_7 = {  # M parameters, truncated, not rounded; layers, hidden size, token and channel MLP
     "mixer_s32": (19, 8, 512, 256, 2048),
@@ -1170,22 +1203,10 @@ MIXER_NPZ_FORMS = {
 
 @pytest.mark.parametrize("form", MIXER_NPZ_FORMS)
 def test_load_npz_gives_the_logits_of_a_plain_numpy_mixer(form, tmp_path):
-    options = MIXER_NPZ_FORMS[form]
-    prefix, gelu = options.get("prefix", ""), options.get("gelu", "tanh")
-    arrays = google_mixer_arrays()
+    options, arrays = dict(MIXER_NPZ_FORMS[form]), google_mixer_arrays()
+    gelu = options.pop("gelu", "tanh")
     expected = google_mixer_forward(arrays, tiny_images(), gelu)
-    stored = {f"{prefix}{key}": value for key, value in arrays.items()}
-    if options.get("squeezable"):
-        stored = {
-            key: value[None, None] if key.endswith("bias") else value
-            for key, value in stored.items()
-        }
-    if options.get("extra"):
-        stored |= {
-            f"opt/state/param_states/{key}/grad_ema": value * 9 for key, value in arrays.items()
-        }
-        stored["opt/state/step"] = np.array(17)
-    np.savez(tmp_path / "mixer.npz", **stored)
+    np.savez(tmp_path / "mixer.npz", **as_stored(arrays, **options))
     model = tiny_mixer(gelu=gelu)
     mixer.load_npz(model, tmp_path / "mixer.npz")
     difference = np.abs(model(tiny_images()).detach().numpy() - expected).max()
@@ -1256,111 +1277,6 @@ def test_dropout_of_an_mlp_acts_after_the_nonlinearity(file):
     assert torch.allclose(found, torch.tensor([0.0, 4 * gelu_of_1]), atol=1e-6), found
 
 
-@pytest.mark.parametrize("pool", ["cls", "gap"])
-def test_dropout_of_a_vit_acts_on_tokens_with_their_positions(pool):
-    model, x = tiny_vit(pool=pool, dropout=0.5), tiny_images()
-    whole, dropped = dict(stem=None), dict(stem=None)
-    model(x, out=whole)
-    torch.manual_seed(0)
-    model.train()(x, out=dropped)
-    kept = dropped["stem"] != 0
-    assert torch.allclose(dropped["stem"][kept], 2 * whole["stem"][kept])
-    assert 0.4 < kept.double().mean() < 0.6
-
-
-def test_a_convolutional_stem_is_as_by_hand():
-    """3×3 convolutions of stride 2 without bias, BatchNorm, ReLU; a 1×1 with one (Xiao §3)."""
-    torch.manual_seed(0)
-    model = vit.build("vit_micro8", 5, 32, stem="conv", dim=16, heads=2, pool="gap").double().eval()
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand_like(tensor) + (0.1 if "var" in name else -0.4))
-    w, x = below(model.state_dict(), "patch_embed."), tiny_images(2, 32)
-    out = dict(stem=None)
-    model(x, out=out)
-    for i in range(3):
-        x = F.conv2d(x, w[f"stem.{i}.conv.weight"], stride=2, padding=1)
-        x = norm_by_hand(below(w, f"stem.{i}.bn."), x, training=False).clamp(min=0)
-    x = torch.einsum("bihw,oi->bohw", x, w["proj.weight"][:, :, 0, 0])
-    x = (x + w["proj.bias"][:, None, None]).flatten(2).mT + model.pos_embed
-    assert (out["stem"] - x).abs().max() < 1e-12 and x.std() > 0.1
-
-
-def test_pits_arguments_reach_its_parts():
-    how = dict(dropout=0.3, drop_path=0.4, qkv_bias=False, gelu="tanh", head_bias=-3.0)
-    torch.manual_seed(0)
-    plain, model = vit.build("pit_ti", 5, 32), vit.build("pit_ti", 5, 32, **how)
-    for one, middle in ((plain, 0), (model, -3)):
-        assert (one.head.bias - middle).abs().max() < 256**-0.5
-    blocks = [block for stage in model.transformers for block in stage.blocks]
-    assert all(block.attn.qkv.bias is None for block in blocks)
-    assert {block.mlp.act.approximate for block in blocks} == {"tanh"}
-    assert plain.transformers[0].blocks[0].mlp.act.approximate == "none"
-    assert [block.drop_path.rate for block in blocks] == pytest.approx(
-        [0.4 * i / 11 for i in range(12)]
-    )
-    dropouts = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    assert dropouts == [0.3] * (1 + 2 * len(blocks)) and model.pos_drop.p == 0.3
-    assert plain.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
-    assert plain.cls_token.std().item() == pytest.approx(0.02, rel=0.4)
-    for size, (patch, stride) in {64: (2, 1), 72: (16, 8)}.items():
-        conv = vit.build("pit_ti", 5, size).patch_embed.conv
-        assert (conv.kernel_size[0], conv.stride[0]) == (patch, stride)
-
-
-def test_resized_position_embeddings_are_bicubic_for_vit_and_for_pit():
-    flat = torch.randn(1, 1 + 16, 3)
-    map_of_pit = flat[:, 1:].mT.unflatten(2, (4, 4))
-    expected = F.interpolate(map_of_pit, (7, 3), mode="bicubic", antialias=True)
-    assert torch.equal(vit.resize_pos_embed(map_of_pit, (7, 3)), expected)
-    assert torch.equal(vit.resize_pos_embed(flat, (7, 3))[:, 1:], expected.flatten(2).mT)
-
-
-def test_googles_initialisation_of_a_convolutional_stem_is_lecun_normal():
-    torch.manual_seed(0)
-    embed = vit.build("vit_s16", stem="conv", init="google", depth=1).patch_embed
-    for layer in (*(part.conv for part in embed.stem), embed.proj):
-        fan_in = layer.weight[0].numel()
-        assert layer.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.08)
-    assert not embed.proj.bias.any()
-
-
-def test_local_attention_without_class_token_has_a_mask_of_the_map_alone():
-    model = vit.build("vit_micro8", 5, 32, pool="gap", kernel_size=3)
-    assert model.window.shape == (16, 16) and model.window[0].nonzero().flatten().tolist() == [
-        0,
-        1,
-        4,
-        5,
-    ]
-
-
-def test_sizes_without_a_row_in_the_papers_tables_have_the_published_parameters():
-    """timm's of vit_large_patch16_224 and vit_tiny_patch16_224; ours, counted by hand."""
-    per_block = 4 * 96 * 96 + 4 * 96 + 2 * 4 * 96 * 96 + 5 * 96 + 4 * 96
-    micro = 4 * per_block + 3 * 64 * 96 + 96 + 17 * 96 + 96 + 2 * 96 + 12 * 97
-    with torch.device("meta"):
-        for name, classes, side, params in (
-            ("vit_l16", 1000, 224, 304_326_632),
-            ("vit_ti16", 1000, 224, 5_717_416),
-            ("vit_micro8", 12, 32, micro),
-        ):
-            model = vit.build(name, classes, side)
-            assert sum(p.numel() for p in model.parameters()) == params, name
-
-
-def test_batchnorm_has_torchs_momentum_and_epsilon_everywhere():
-    for model in (
-        resnet.build("resnet18", 5, 32),
-        resnet.build("preresnet50", 5, 32),
-        alternet.build("alter_resnet18", 5, 32),
-        alternet.build("alter_resnet50", 5, 32),
-        vit.build("vit_micro8", 5, 32, stem="conv"),
-    ):
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        assert norms and {(m.momentum, m.eps) for m in norms} == {(0.1, 1e-5)}
-
-
 def test_dropout_of_a_mixer_acts_after_gelu_and_second_layer_and_is_replayed_by_the_seed():
     model = tiny_mixer(dropout=0.2, drop_path=0.3).train()
     logits = []
@@ -1428,11 +1344,7 @@ def test_every_mixer_parameter_gets_a_finite_gradient(overrides):
     torch.manual_seed(0)
     model = mixer.build("mixer_micro8", 10, 32, **overrides).double()
     nn.init.normal_(model.head.weight)
-    F.cross_entropy(model(tiny_images(4, 32)), torch.arange(4)).backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{overrides}: no gradient for {key}"
-        assert parameter.grad.isfinite().all(), f"{overrides}: {key} has {parameter.grad}"
-        assert parameter.grad.any(), f"{overrides}: the gradient of {key} is zero"
+    assert_every_parameter_learns(model, overrides)
 
 
 # promises
@@ -1485,27 +1397,6 @@ def test_skipping_an_mlp_of_a_mixer_equals_one_whose_second_layer_is_zero():
     for name in ("stem", "blocks.0", "blocks.2.mlp_tokens", "pre_logits"):
         with pytest.raises(ValueError, match=f"unit '{name}' to skip; this model has {units}$"):
             model(images, skip=name)
-
-
-def test_a_mixer_compiles_into_one_graph():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = mixer.build("mixer_micro8", 10, 32, drop_path=0.1, depth=2)
-    nn.init.normal_(model.head.weight, std=0.02)
-    images = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled(images).sum().backward()
-    model.eval()
-    arguments = dict(skip="blocks.1.mlp_tokens")
-    plain, graph = {"blocks.0.mlp_channels": None}, {"blocks.0.mlp_channels": None}
-    for ours, theirs in (
-        (compiled(images), model(images)),
-        (compiled(images, **arguments), model(images, **arguments)),
-        (compiled(images, out=graph), model(images, out=plain)),
-        (graph["blocks.0.mlp_channels"], plain["blocks.0.mlp_channels"]),
-    ):
-        difference = (ours - theirs).abs().max()
-        assert difference < 1e-5, f"compiled and plain Mixer differ by {difference:.1e}"
 
 
 @pytest.mark.parametrize(
@@ -1623,26 +1514,31 @@ def test_npz_files_that_do_not_fit_a_mixer_are_refused_in_one_line_and_change_no
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_npz_files_of_a_mixer_that_are_damaged_are_refused_by_name(tmp_path):
-    path = tmp_path / "mixer.npz"
-    np.savez_compressed(path, **google_mixer_arrays())
+@pytest.mark.parametrize("family", ["vit", "mixer"])
+def test_npz_files_that_are_damaged_are_refused_by_name(family, tmp_path):
+    file, arrays, make, hole = dict(
+        vit=(vit, google_arrays(), tiny_vit, 5000),
+        mixer=(mixer, google_mixer_arrays(), tiny_mixer, 3000),
+    )[family]
+    path = tmp_path / f"{family}.npz"
+    np.savez_compressed(path, **arrays)
     whole = path.read_bytes()
     broken = bytearray(whole)
-    broken[3000:3100] = bytes(100)
+    broken[hole : hole + 100] = bytes(100)
     np.save(tmp_path / "array.npy", np.zeros(3))
     array = (tmp_path / "array.npy").read_bytes()
     for content in (b"", b"no archive", whole[:-100], bytes(broken), array):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=re.escape(f"{path} is no readable .npz: ")) as error:
-            mixer.load_npz(tiny_mixer(), path)
+            file.load_npz(make(), path)
         assert "\n" not in str(error.value) and "pickle" not in str(error.value)
     np.savez(path, evil=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match="is no readable .npz: .*allow_pickle=False"):
-        mixer.load_npz(tiny_mixer(), path)
+        file.load_npz(make(), path)
     with pytest.raises(FileNotFoundError, match="nowhere.npz"):
-        mixer.load_npz(tiny_mixer(), tmp_path / "nowhere.npz")
-    with pytest.raises(ValueError, match="load_npz fills a Mixer, got Linear"):
-        mixer.load_npz(nn.Linear(2, 2), path)
+        file.load_npz(make(), tmp_path / "nowhere.npz")
+    with pytest.raises(ValueError, match=f"load_npz fills a {type(make()).__name__}, got Linear"):
+        file.load_npz(nn.Linear(2, 2), path)
 
 
 def test_load_npz_can_leave_the_head_of_a_mixer(tmp_path):
@@ -1740,6 +1636,21 @@ def randomise(model):
 def tiny_resnet(**overrides):
     torch.manual_seed(0)
     return randomise(resnet.ResNet(**{**RESNET_TINY, **overrides}))
+
+
+def recorded(model, images):
+    """All intermediates: those of blocks what the blocks returned, unchanged since."""
+    whole, out, passed = model(images), dict.fromkeys(model.intermediates), {}
+    for name in list(out)[1:-1]:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, y, name=name: passed.update({name: y.clone()})
+        )
+    assert torch.equal(model(images, out=out), whole)
+    assert list(passed) == list(out)[1:-1], list(passed)
+    for name, y in passed.items():
+        assert torch.equal(out[name], y), f"{name} was changed after it was recorded"
+    assert torch.equal(model.fc(out["pre_logits"]), whole)
+    return out
 
 
 def below(weights, prefix):
@@ -2045,7 +1956,7 @@ def test_initial_resnet_weights_have_the_named_spread(form, init):
     model = resnet.ResNet(**RESNET_FORMS[form], width=32, depth=(1, 1, 1, 1), init=init)
     seen = 0
     for key, weight in model.state_dict().items():
-        few = 3 / weight.numel() ** 0.5  # 4 to 6 standard errors, of a normal or a uniform sample
+        few = 3 / weight.numel() ** 0.5  # 4 to 7 standard errors, of a normal or a uniform sample
         if weight.ndim == 4:
             out, fan_in = weight.shape[0], weight[0].numel()
             pixels = weight[0, 0].numel()
@@ -2083,11 +1994,7 @@ def test_every_resnet_parameter_gets_a_finite_gradient(name, overrides):
     torch.manual_seed(0)
     width = 16 if name.endswith("x2") else 32 if name.startswith("resnext") else 8
     model = resnet.build(name, 10, 32, **{"width": width, "depth": (1, 2, 1, 1), **overrides})
-    F.cross_entropy(model.double()(tiny_images(4, 32)), torch.arange(4)).backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{name} {overrides}: no gradient for {key}"
-        assert parameter.grad.isfinite().all(), f"{name} {overrides}: {key} has {parameter.grad}"
-        assert parameter.grad.any(), f"{name} {overrides}: the gradient of {key} is zero"
+    assert_every_parameter_learns(model.double(), f"{name} {overrides}")
 
 
 # promises
@@ -2125,7 +2032,8 @@ def test_names_of_resnets_give_the_depth_width_order_and_stem():
         assert resnet.build("resnet50x2", width=64).fc.in_features == 2048
     for name, uniform in (("resnet18", False), ("preresnet18", True)):
         weight = resnet.build(name, 10, 32).conv1.weight
-        assert (weight.abs().max() <= 27**-0.5) == uniform, f"{name}: reaches {weight.abs().max()}"
+        reach = weight.abs().max() / weight.std()
+        assert (reach < 2.3) == uniform, f"{name}: a uniform ends at 1.73 std, not {reach:.2f}"
 
 
 @pytest.mark.parametrize("form", ["bottleneck", "pre-activation basic"])
@@ -2149,15 +2057,7 @@ def test_resnet_intermediates_are_named_shaped_and_free_of_side_effects(form):
         ("layer2.blur", ("pooling", 2)),
     ]
     assert len(blurred) == 7 + 4
-    whole = model(images)
-    out, passed = dict.fromkeys(model.intermediates), {}
-    for name in list(out)[1:-1]:
-        model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, y, name=name: passed.update({name: y.clone()})
-        )
-    assert torch.equal(model(images, out=out), whole)
-    for name, y in passed.items():
-        assert torch.equal(out[name], y), f"{name} was changed after it was recorded"
+    out = recorded(model, images)
     wide = 1 if "basic" in form else 4
     shapes = {
         "stem": (8, 16, 10),
@@ -2173,7 +2073,6 @@ def test_resnet_intermediates_are_named_shaped_and_free_of_side_effects(form):
     stem = F.conv2d(images, model.conv1.weight, stride=2, padding=3)
     stem = stem if model.pre_activation else model.bn1(stem).relu()
     assert torch.equal(out["stem"], F.max_pool2d(stem, 3, stride=2, padding=1))
-    assert torch.equal(model.fc(out["pre_logits"]), whole)
     only = {"layer2.0": None}
     model(images, out=only)
     assert list(only) == ["layer2.0"] and torch.equal(only["layer2.0"], out["layer2.0"])
@@ -2199,23 +2098,6 @@ def test_skipping_a_block_of_a_resnet_equals_one_whose_kernel_is_the_identity(fo
     for name in ("stem", "layer1.1", "layer5.0", "layer1", "pre_logits"):
         with pytest.raises(ValueError, match=f"unit '{name}' to skip; .* has {', '.join(units)}$"):
             model(images, skip=name)
-
-
-def test_a_resnet_compiles_into_one_graph():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = resnet.build("resnet18", 10, 32, width=8, depth=(1, 1, 1, 1), drop_path=0.1, blur=True)
-    images = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled(images).sum().backward()
-    model.eval()
-    plain, graph = {"layer3.0": None}, {"layer3.0": None}
-    for ours, theirs in (
-        (compiled(images, out=graph, skip="layer2.0"), model(images, out=plain, skip="layer2.0")),
-        (graph["layer3.0"], plain["layer3.0"]),
-    ):
-        difference = (ours - theirs).abs().max()
-        assert difference < 1e-4, f"compiled and plain ResNet differ by {difference:.1e}"
 
 
 @pytest.mark.parametrize(
@@ -2511,14 +2393,77 @@ def test_every_alternet_parameter_gets_a_finite_gradient(form):
     model = alternet.build(
         "alter_resnet50", 10, 32, width=8, depth=(1, 2, 2, 2), drop_path=0.1, **ALTERNET_FORMS[form]
     )
-    F.cross_entropy(model.double()(tiny_images(4, 32)), torch.arange(4)).backward()
-    for key, parameter in model.named_parameters():
-        assert parameter.grad is not None, f"{form}: no gradient for {key}"
-        assert parameter.grad.isfinite().all(), f"{form}: {key} has {parameter.grad}"
-        assert parameter.grad.any(), f"{form}: the gradient of {key} is zero"
+    assert_every_parameter_learns(model.double(), form)
 
 
 # promises
+
+
+@pytest.mark.parametrize(
+    "name, overrides, skip, point",
+    [
+        (
+            "vit_micro8",
+            dict(kernel_size=3, stem="conv", drop_path=0.1, depth=2),
+            "blocks.0.mlp",
+            "pre_logits",
+        ),
+        (
+            "pit_ti",
+            dict(patch_size=4, stride=4, depth=(1, 1, 1)),
+            "transformers.0.blocks.0.mlp",
+            "pre_logits",
+        ),
+        (
+            "mixer_micro8",
+            dict(drop_path=0.1, depth=2),
+            "blocks.1.mlp_tokens",
+            "blocks.0.mlp_channels",
+        ),
+        (
+            "resnet18",
+            dict(width=8, depth=(1, 1, 1, 1), drop_path=0.1, blur=True),
+            "layer2.0",
+            "layer3.0",
+        ),
+        (
+            "alter_resnet18",
+            dict(width=8, depth=(1, 1, 1, 2), drop_path=0.1),
+            "layer4.1",
+            "layer3.0",
+        ),
+    ],
+)
+def test_a_network_compiles_into_one_graph(name, overrides, skip, point):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = train.build_model(name, 10, 32, **overrides)
+    if hasattr(model, "head"):
+        nn.init.normal_(model.head.weight, std=0.02)  # zero, it would hide all that is before it
+    images = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled(images).sum().backward()
+    model.eval()
+    plain, graph = {point: None}, {point: None}
+    for ours, theirs in (
+        (compiled(images), model(images)),
+        (compiled(images, out=graph, skip=skip), model(images, out=plain, skip=skip)),
+        (graph[point], plain[point]),
+    ):
+        difference = (ours - theirs).abs().max()
+        assert difference < 1e-4, f"compiled and plain {name} differ by {difference:.1e}"
+
+
+def test_batchnorm_has_torchs_momentum_and_epsilon_everywhere():
+    for model in (
+        resnet.build("resnet18", 5, 32),
+        resnet.build("preresnet50", 5, 32),
+        alternet.build("alter_resnet18", 5, 32),
+        alternet.build("alter_resnet50", 5, 32),
+        vit.build("vit_micro8", 5, 32, stem="conv"),
+    ):
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert norms and {(m.momentum, m.eps) for m in norms} == {(0.1, 1e-5)}
 
 
 def test_what_the_model_files_repeat_is_word_for_word_the_same():
@@ -2557,6 +2502,7 @@ def test_what_the_model_files_repeat_is_word_for_word_the_same():
         "Bottleneck",
         "check_widths",
     }, f"in two or three: {in_some}"
+    assert vit.UNCOUNTED == mixer.UNCOUNTED == resnet.UNCOUNTED == alternet.UNCOUNTED
 
 
 @pytest.mark.parametrize(
@@ -2661,15 +2607,7 @@ def test_alternet_intermediates_are_named_shaped_and_free_of_side_effects(form):
         "layer4.1": ("attention", 4),
         "pre_logits": ("representation", 4),
     }
-    whole = model(images)
-    out, passed = dict.fromkeys(model.intermediates), {}
-    for name in list(out)[1:-1]:
-        model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, y, name=name: passed.update({name: y.clone()})
-        )
-    assert torch.equal(model(images, out=out), whole)
-    for name, y in passed.items():
-        assert torch.equal(out[name], y), f"{name} was changed after it was recorded"
+    out = recorded(model, images)
     wide = 1 if "basic" in form else 4
     for name, value in out.items():
         stage = int(name[5]) if name.startswith("layer") else 1
@@ -2678,7 +2616,6 @@ def test_alternet_intermediates_are_named_shaped_and_free_of_side_effects(form):
         assert value.shape == shape, f"{name} has shape {tuple(value.shape)} instead of {shape}"
     stem = F.conv2d(images, model.conv1.weight, padding=1)
     assert torch.equal(out["stem"], stem if model.pre_activation else model.bn1(stem).relu())
-    assert torch.equal(model.fc(out["pre_logits"]), whole)
     only = {"layer2.2": None}
     model(images, out=only)
     assert list(only) == ["layer2.2"] and torch.equal(only["layer2.2"], out["layer2.2"])
@@ -2709,23 +2646,6 @@ def test_skipping_a_block_of_an_alternet_equals_identity_kernels_and_attention_o
     for name in ("stem", "layer2.2.attn", "layer1.1", "pre_logits"):
         with pytest.raises(ValueError, match=f"unit '{name}' to skip; .* has {', '.join(units)}$"):
             model(images, skip=name)
-
-
-def test_an_alternet_compiles_into_one_graph():
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    model = alternet.build("alter_resnet18", 10, 32, width=8, depth=(1, 1, 1, 2), drop_path=0.1)
-    images = torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled(images).sum().backward()
-    model.eval()
-    plain, graph = {"layer3.0": None}, {"layer3.0": None}
-    for ours, theirs in (
-        (compiled(images, out=graph, skip="layer4.1"), model(images, out=plain, skip="layer4.1")),
-        (graph["layer3.0"], plain["layer3.0"]),
-    ):
-        difference = (ours - theirs).abs().max()
-        assert difference < 1e-4, f"compiled and plain AlterNet differ by {difference:.1e}"
 
 
 @pytest.mark.parametrize(
@@ -3247,7 +3167,9 @@ def test_a_sam_step_never_waits_for_the_device():
                 loss_of(net, x, y)().backward()
 
 
-def test_sam_in_ddp_communicates_in_its_last_pass_only_and_refuses_a_static_graph(tmp_path):
+def test_sam_in_ddp_communicates_in_its_last_pass_only_and_refuses_static_graphs_and_shards(
+    tmp_path,
+):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         net, (x, y), sent = small_net(), toy_batch(), []
@@ -3279,11 +3201,15 @@ def test_sam_in_ddp_communicates_in_its_last_pass_only_and_refuses_a_static_grap
         ):
             with pytest.raises(ValueError, match="shards .*use DistributedDataParallel"):
                 SAM(shards, 0.1)
-        net[0].to("meta")
-        with pytest.raises(ValueError, match="are on cpu and meta; they must be on one device"):
-            SAM(net, 0.1)
     finally:
         dist.destroy_process_group()
+
+
+def test_sam_refuses_parameters_on_two_devices():
+    net = small_net()
+    net[0].to("meta")
+    with pytest.raises(ValueError, match="are on cpu and meta; they must be on one device"):
+        SAM(net, 0.1)
 
 
 # ----------------------------------------------------------------------------------- adversarial.py
@@ -3526,7 +3452,6 @@ def test_an_attack_is_computed_in_the_images_own_precision():
             dict(start=torch.zeros(1, 3, 8, 8)),
             r"start is \(1, 3, 8, 8\) for images \(12, 3, 8, 8\)",
         ),
-        (dict(norm="inf"), "norm is 'inf'; it is one of linf l2"),
         (
             dict(y=lambda y: y.tolist()),
             "images are a Tensor, labels a list; an attack takes tensors",
@@ -3793,14 +3718,6 @@ def test_a_robust_models_gradients_are_its_best_attack():
     assert plain + 2 < robust and robust + 1 < transfer, (plain, robust, transfer)
 
 
-def test_a_number_of_images_is_that_number_of_a_large_data_set():
-    """As a fraction of 1,281,167 it has no smaller denominator."""
-    labels = torch.arange(1_281_167) % 1000
-    for n in (1, 2, 100, 50_000):
-        assert len(data.subset(labels, Fraction(n, len(labels)))) == n
-    assert len(data.subset(labels, 0.1)) == 128_116 == len(data.subset(labels, "1/10"))
-
-
 def test_fractions_are_read():
     texts = "2/255", "0.25", " 8 / 255", "1e-3", "0.25/255"
     assert [adversarial.fraction(text) for text in texts] == [
@@ -3914,6 +3831,14 @@ def test_class_balanced_fractions_have_the_papers_sizes():
             data.subset(labels[:100], wrong)
 
 
+def test_a_number_of_images_is_that_number_of_a_large_data_set():
+    """As a fraction of 1,281,167 it has no smaller denominator."""
+    labels = torch.arange(1_281_167) % 1000
+    for n in (1, 2, 100, 50_000):
+        assert len(data.subset(labels, Fraction(n, len(labels)))) == n
+    assert len(data.subset(labels, 0.1)) == 128_116 == len(data.subset(labels, "1/10"))
+
+
 def test_a_held_out_part_is_class_balanced_and_the_rest_is_all_others():
     labels = torch.arange(37).repeat_interleave(20)[torch.randperm(740)]
     others, held = data.hold_out(labels, "1/10")
@@ -4010,9 +3935,8 @@ def test_augmentation_depends_on_seed_epoch_and_image_only(tmp_path, strong):
     assert torch.equal(before, torch.get_rng_state()), "the caller's random numbers are not touched"
     for workers in (1, 4):
         by_workers = all_batches(make(), pairs, workers=workers)
-        assert all(
-            torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, by_workers)
-        ), workers
+        for (x, y), (other_x, other_y) in zip(alone, by_workers, strict=True):
+            assert torch.equal(x, other_x) and torch.equal(y, other_y), workers
     assert torch.equal(
         all_batches(make(), [[(0, 30), (0, 5)]])[0][0],
         torch.stack([alone[1][0][1], alone[0][0][0]]),
@@ -4697,9 +4621,16 @@ def test_the_bench_compares_the_pipelines_by_one_thread_and_leaves_torch_as_it_w
     jpegs, pngs = data.photographs(tmp_path, 2)
     assert [Image.open(f).size for f in pngs.rglob("*.png")] == [(500, 375)] * 2
     assert 80e3 < (jpegs / "class/0.jpeg").stat().st_size < 130e3
-    data.main(["bench", "--rounds", "1", "--data-dir", str(jpegs)])
-    out = capsys.readouterr().out
+    said, threads = [], set()
+
+    def tell(line):
+        said.append(line)
+        threads.add(torch.get_num_threads())
+
+    data.bench(jpegs, 1, 2, tell)
+    out = "\n".join(said)
     assert out.count("ratio") >= 4 and "normalize" in out and "resize and flip" in out, out
+    assert threads == {1} and "2 workers" in out, (threads, out)
     for jpeg in jpegs.rglob("*.jpeg"):
         jpeg.write_bytes(jpeg.read_bytes()[:100])
     with pytest.raises(SystemExit):
@@ -4952,11 +4883,6 @@ def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
         write_grey(root / "val" / wnids[c] / f"ILSVRC2012_val_{number:08d}.JPEG", number)
     dataset = read("real")
     assert greys(dataset) == [(3, [7, 2, 9]), (4, [0, -1, -1]), (2, [5, -1, -1])], greys(dataset)
-    labels = torch.stack(
-        [y for x, ys in data.batches(data.evaluation_loader(dataset, 2)) for y in ys]
-    )
-    right = (torch.tensor([2, 5, 5])[:, None] == labels.view(len(labels), -1)).any(1)
-    assert right.tolist() == [True, False, True], "the rule of benchmark's docstring"
     for damage in (
         "[",
         "[[1], 2, 3, 4, 5]",
@@ -4980,24 +4906,9 @@ def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
 def test_imagenet_c_is_read_as_it_is_unpacked(tmp_path):
     assert len(data.ALEXNET_ERRORS) == 15 and len(set(data.CORRUPTIONS)) == 19
     # Hendrycks & Dietterich, Table 1, as printed
-    printed = (
-        88.6,
-        89.4,
-        92.3,
-        82.0,
-        82.6,
-        78.6,
-        79.8,
-        86.7,
-        82.7,
-        81.9,
-        56.5,
-        85.3,
-        64.6,
-        71.8,
-        60.7,
-    )
-    assert max(abs(a - b) for a, b in zip(printed, data.ALEXNET_ERRORS.values())) < 0.0501
+    printed = "88.6 89.4 92.3 82.0 82.6 78.6 79.8 86.7 82.7 81.9 56.5 85.3 64.6 71.8 60.7".split()
+    errors = [abs(float(p) - a) for p, a in zip(printed, data.ALEXNET_ERRORS.values(), strict=True)]
+    assert max(errors) < 0.0501, errors
     rng, root = np.random.default_rng(0), tmp_path / "imagenet-c"
     for i, corruption in enumerate(data.CORRUPTIONS):
         for severity in range(1, 6):
