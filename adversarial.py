@@ -90,7 +90,7 @@ def uniform_start(x, eps, norm="linf", generator=None):
     if norm == "linf":
         return project(x + eps * (2 * torch.rand(x.shape, **draw) - 1), x, eps, norm)
     direction = torch.randn(x.shape, **draw)
-    radius = torch.rand(len(x), 1, 1, 1, **draw) ** (1 / max(x[0].numel(), 1))
+    radius = torch.rand(len(x), 1, 1, 1, **draw) ** (1 / max(x.shape[1:].numel(), 1))
     return project(x + eps * radius * direction / lengths(direction), x, eps, norm)
 
 
@@ -394,6 +394,8 @@ def robustness(
     """
     if restarts < 1:
         raise ValueError(f"restarts is {restarts}; it is at least 1")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # its forward pass sends buffers, and processes differ in batches
     device = next(model.parameters()).device
     exact = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     counts = torch.zeros(2, **exact)
@@ -440,11 +442,12 @@ def robustness(
                 holds = predicted == y[going]
                 robust[:, going] &= holds.to(torch.uint8).cumprod(0).bool()
                 last[:, going] &= holds
-                curves[2 + restart] += losses.sum(1).to(curves)
+                curves[2 + restart] += losses.sum(1).to(curves.device)
             if examples is not None:
                 examples.append((x, y, shown, logits.argmax(1), model(shown).argmax(1)))
-            counts += torch.stack([torch.ones_like(y).sum(), right.sum()]).to(counts)
-            curves[:2] += torch.stack([robust.sum(1), last.sum(1)]).to(curves)
+            # moved, then widened: a copy from MPS that does both is an error, or writes nothing
+            counts += torch.stack([torch.ones_like(y).sum(), right.sum()]).to(counts.device)
+            curves[:2] += torch.stack([robust.sum(1), last.sum(1)]).to(curves.device)
     if dist.is_initialized():
         dist.all_reduce(counts)
         dist.all_reduce(curves)
@@ -756,7 +759,7 @@ def draw_images(examples, classes):
 
 def attack_checkpoint(args, rest):
     """Prints accuracies by step and the check of the attack's strength; writes them, after each
-    CHUNK of images, to OUT/adversarial.json, from which the same command goes on. Returns them."""
+    CHUNK of images, to OUT/adversarial.json, from which the same command goes on."""
     import analyze
     import train
 
@@ -934,7 +937,6 @@ def attack_checkpoint(args, rest):
             draw_images(examples, dataset.classes).save(path)
             say(f"images    {path}")
         say(f"results   {results.path}")
-    return done
 
 
 def main(argv=None):
@@ -968,10 +970,7 @@ def main(argv=None):
     import analyze
     import train
 
-    def command():
-        attack_checkpoint(args, rest)
-
-    return train.answer("adversarial.py", command, analyze.AGAIN)
+    return train.answer("adversarial.py", lambda: attack_checkpoint(args, rest), analyze.AGAIN)
 
 
 if __name__ == "__main__":

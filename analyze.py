@@ -67,7 +67,7 @@ import data
 import train
 import vit
 from sam import global_norm
-from train import UserError
+from train import AUGMENTS, UserError
 
 AGAIN = "the same command goes on with what is not finished"
 NOT_OF_RUNS = ("resume", "eval_only", "list_models", "list_recipes", "download", "dry_run")
@@ -150,46 +150,19 @@ def fingerprint(path):
 
 # Settings of train.py that decide a network's numbers; others, as of its training, do not.
 DECIDES = (
-    "dataset",
-    "data_dir",
-    "eval_split",
-    "image_size",
-    "eval_short_side",
-    "model",
-    "dtype",
-    "weights",
-    "mean",
-    "std",
+    *"dataset data_dir eval_split image_size eval_short_side model dtype weights mean std".split(),
     *train.MODEL_FLAGS,
 )
 LOSSES = {"softmax": train.softmax_loss, "sigmoid": train.sigmoid_loss}
-AUGMENTS = (
-    "augment",
-    "autoaugment",
-    "randaugment",
-    "randaugment_prob",
-    "randaugment_of",
-    "erasing",
-    "flip",
-)
 # What of its training further decides the numbers of an analysis of the loss or the weights.
-OF_TRAINING = (
-    "seed",
-    "train_fraction",
-    "hold_out",
-    "micro_batch",
-    "mixup",
-    "cutmix",
-    "decay",
-    *AUGMENTS,
-)
+OF_TRAINING = (*"seed train_fraction hold_out micro_batch mixup cutmix decay".split(), *AUGMENTS)
 # Flags of train.py that an analysis of networks may read; of the others it says so.
 READ = {*train.OF_EVALUATION, "recipe", "train_fraction", "hold_out"}
 READ_BY = {  # and these only some
     "spectrum": (*AUGMENTS, "mixup", "cutmix", "weight_decay", "label_smoothing"),
     "landscape": (*AUGMENTS, "mixup", "cutmix", "weight_decay", "decay", "micro_batch"),
     "flatness": ("micro_batch",),
-    "nll": (*AUGMENTS, "mixup", "cutmix", "batch_size"),
+    "nll": (*AUGMENTS, "mixup", "cutmix", "micro_batch"),
 }
 
 
@@ -404,7 +377,8 @@ class Batches:
         for number, (x, y) in zip(self.numbers, read or data.batches(self.loader, train.say)):
             size += x.numel()
             if read is None:
-                kept = [*kept, (x, y)] if size <= self.KEPT else []
+                # copies: each tensor of a worker holds a file open
+                kept = [*kept, (x.clone(), y.clone())] if size <= self.KEPT else []
             x, y = train.to_float(x.to(device), self.model), y.to(device)
             if self.mix is not None:
                 train.seed_draws(data.key(self.seed, -1, number, 2), device)
@@ -412,6 +386,14 @@ class Batches:
             yield x, y
         if len(kept) == len(self.numbers):
             self.kept = kept
+
+
+def gathered(own):
+    """What each process has, in their order."""
+    parts = [own] * train.world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(parts, own)
+    return parts
 
 
 def share_out(results, network, tasks, what):
@@ -423,16 +405,15 @@ def share_out(results, network, tasks, what):
     with train.progress(len(tasks), what, "part") as bar:
         bar.update(len(tasks) - len(todo))
         for i in range(0, len(todo), world):
-            found = [(None, None, None)] * world
+            own = None, None, None
             if i + train.rank() < len(todo):
                 part = todo[i + train.rank()]
                 try:
                     with errors_of(network):
-                        found[train.rank()] = part, tasks[part](), None
+                        own = part, tasks[part](), None
                 except (UserError, data.DataError) as error:
-                    found[train.rank()] = part, None, str(error)
-            if dist.is_initialized():
-                dist.all_gather_object(found, found[train.rank()])
+                    own = part, None, str(error)
+            found = gathered(own)
             for part, numbers, error in found:
                 if part is not None and error is None:
                     results.put(network, part, numbers)
@@ -679,8 +660,10 @@ def draw_robustness(axes, summaries):
         if corrupted is not None and "val" in summary:
             axes.scatter(summary["val"], corrupted, label=name)
     lite = any("c-lite" in summary and "c" not in summary for summary in summaries.values())
-    axes.set_xlabel("accuracy (%)")
-    axes.set_ylabel(f"mean accuracy on {'c-lite' if lite else 'corrupted images'} (%)")
+    axes.set(
+        xlabel="accuracy (%)",
+        ylabel=f"mean accuracy on {'c-lite' if lite else 'corrupted images'} (%)",
+    )
     axes.legend(fontsize=6)
 
 
@@ -1234,8 +1217,7 @@ def draw_hessian(axes, shown):
     if lines:
         lines.set_yscale("log")
         lines.set_ylim(bottom=1e-7)
-        lines.set_xlabel("eigenvalue")
-        lines.set_ylabel("density, Gaussians of σ = 1 % of its range")
+        lines.set(xlabel="eigenvalue", ylabel="density, Gaussians of σ = 1 % of its range")
         lines.legend(fontsize=6)
 
 
@@ -1393,8 +1375,7 @@ def draw_spectrum(axes, spectra, rows, against, fitted):
             )
             panel.plot(at, density, label=name)
         panel.set_xlim(*sorted((0, sign * end)))
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel(f"{'positive' if sign > 0 else 'negative'} eigenvalues")
+        panel.set(ylim=(0, None), xlabel=f"{'positive' if sign > 0 else 'negative'} eigenvalues")
     axes[0].set_ylabel("density")
     axes[1].legend(fontsize=6)
     if against:
@@ -1749,8 +1730,7 @@ def draw_landscape(axes, axis, planes, what, clip):
         below.set_box_aspect(1)
         for ax in (above, below):
             ax.locator_params(nbins=5)
-            ax.set_xlabel("x, along d₁")
-            ax.set_ylabel("y, along d₂")
+            ax.set(xlabel="x, along d₁", ylabel="y, along d₂")
     picture.get_layout_engine().set(w_pad=0.2)
     picture.colorbar(filled, ax=list(axes[1]), label=what, format="%.3g")
 
@@ -1854,8 +1834,7 @@ def draw_flatness(axes, curves, what, relative):
         ),
         ("mean", "worst"),
     ):
-        ax.set_xlabel(x)
-        ax.set_ylabel(f"{y} {what}")
+        ax.set(xlabel=x, ylabel=f"{y} {what}")
         low, high = ax.dataLim.intervaly
         ax.set_yscale("log" if high > 30 * low else "linear")
         ax.legend(fontsize=6)
@@ -1930,14 +1909,14 @@ class ReluForGelu(TorchFunctionMode):
 
 
 @contextmanager
-def hooked(model, hook, names):
-    """hook(name, module, args, kwargs, output) is called after each of these modules."""
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            functools.partial(hook, name), with_kwargs=True
-        )
-        for name in names
-    ]
+def hooked(model, hook, names, before=False):
+    """hook(name, module, args, kwargs, output) is called after each of these modules or, without
+    output, before."""
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        register = module.register_forward_pre_hook if before else module.register_forward_hook
+        handles.append(register(functools.partial(hook, name), with_kwargs=True))
     try:
         yield
     finally:
@@ -1991,7 +1970,7 @@ def owners(model, x):
 
 def inner(j):
     """Products of the rows of (B, P): (B, B)."""
-    return (j @ j.T).to(**train.exactest(j.device))
+    return train.to_exact(j @ j.T)
 
 
 def by_products(layer, limit, a, g):
@@ -2067,7 +2046,7 @@ def linearised(model, owned, tokens, x, limit):
         plain = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
         if isinstance(layer, nn.Conv2d):
             plain &= layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        whole = {f"{name}.{n}" for n, _ in layer.named_parameters()} == set(owned[name])
+        whole = {f"{name}.{n}" for n, _ in layer.named_parameters(recurse=False)} == {*owned[name]}
         places.append(edge)
         parts.append(
             functools.partial(by_products, layer, limit, a)
@@ -2185,37 +2164,18 @@ def measure_statistics(model, x):
     """BatchNorm's running statistics become those of x, each layer's behind the ones before it:
     what training normalises by in its first step."""
 
-    def measure(norm, args):
+    def measure(name, norm, args, kwargs):
         values = args[0].transpose(0, 1).flatten(1)
         norm.running_mean.copy_(values.mean(1))
         norm.running_var.copy_(values.var(1, correction=0))
 
-    handles = [
-        m.register_forward_pre_hook(measure)
-        for m in model.modules()
+    layers = [
+        name
+        for name, m in model.named_modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
-    try:
-        with exactly(model, x.device), torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def shuffled_batches(dataset, model, size):
-    """Functions that read the images (size, 3, H, W) of a batch each, on the model's device; the
-    order of images is random but fixed, a rest is left out. UserError if there is no batch."""
-    shuffled(dataset, 0)
-    if not 2 <= size <= len(dataset):
-        raise UserError(f"--batch {size}: at least 2 and, of these images, at most {len(dataset)}")
-
-    def read(start):
-        pairs = [(0, i) for i in range(start, start + size)]
-        ((x, _),) = data.batches(data.loader(dataset, [pairs]), train.say)
-        return train.to_float(x.to(next(model.parameters()).device), model)
-
-    return [functools.partial(read, start) for start in range(0, len(dataset) - size + 1, size)]
+    with hooked(model, measure, layers, before=True), exactly(model, x.device), torch.no_grad():
+        model(x)
 
 
 def ntk_summary(found):
@@ -2241,9 +2201,7 @@ def draw_ntk(axes, summaries):
         spectrum = [v for v in summary["spectrum"] if v > 0]
         kappa = "" if summary["κ"] is None else f", κ = {summary['κ']:.3g}"
         axes.plot(range(1, len(spectrum) + 1), spectrum, ".-", label=name + kappa)
-    axes.set_yscale("log")
-    axes.set_xlabel("index i")
-    axes.set_ylabel("mean eigenvalue λ_i of the tangent kernel")
+    axes.set(yscale="log", xlabel="index i", ylabel="mean eigenvalue λ_i of the tangent kernel")
     axes.legend(fontsize=6)
 
 
@@ -2265,7 +2223,10 @@ def ntk_command(args, rest):
         if fresh:
             settings = argparse.Namespace(**vars(settings) | dict(init_from=""))
         model, dataset, _ = network_and_training_images(settings, origin, device, args.images)
-        batches = shuffled_batches(dataset, model, args.batch)
+        if not 2 <= args.batch <= len(shuffled(dataset, 0)):
+            raise UserError(
+                f"--batch {args.batch}: at least 2 and, of these images, at most {len(dataset)}"
+            )
         _, own = train.classifier(model)
         if own is None and head != "own":
             raise UserError(f"{settings.model} has no linear head: add --head own")
@@ -2288,18 +2249,23 @@ def ntk_command(args, rest):
             f"{args.images} images by {args.batch}, batch"
         )
 
+        def batch(i):
+            ((x, _),) = Batches(dataset, model, args.batch, only=i)
+            return x
+
         def measure(i):
-            x, mode = batches[i](), ReluForGelu() if activation == "relu" else nullcontext()
+            x, mode = batch(i), ReluForGelu() if activation == "relu" else nullcontext()
             with mode:
                 if statistics == "batch":
                     measure_statistics(model, x)
                 found = ntk(model, x, args.projections, data.key(settings.seed, i), budget, plan)
             return {k: found[k] for k in ("condition", "resolved", "eigenvalues")}
 
-        tasks = {f"{part} {i}": functools.partial(measure, i) for i in range(len(batches))}
+        count = len(dataset) // args.batch  # a rest is left out
+        tasks = {f"{part} {i}": functools.partial(measure, i) for i in range(count)}
         if tasks.keys() - results.parts.get(name, {}).keys():
             try:
-                plan = ntk_plan(model, batches[0](), args.projections, budget)
+                plan = ntk_plan(model, batch(0), args.projections, budget)
             except ValueError as error:
                 raise UserError(f"--memory: {error}") from None
             tell(
@@ -2329,14 +2295,7 @@ def ntk_command(args, rest):
 
 # ------------------------------------------------------------------------------- norms and sparsity
 
-ACTIVATIONS = (
-    F.gelu,
-    F.relu,
-    torch.relu,
-    torch.relu_,
-    torch.Tensor.relu,
-    torch.Tensor.relu_,
-)
+ACTIVATIONS = (F.gelu, F.relu, torch.relu, torch.relu_, torch.Tensor.relu, torch.Tensor.relu_)
 UNWATCHED = {"ELU", "Hardswish", "LeakyReLU", "Mish", "PReLU", "ReLU6", "SELU", "SiLU", "Softplus"}
 IMAGES_PER_PIECE = 1024  # that are measured and written together
 TABLE_3 = {  # Chen et al.: ‖w‖, ‖a_1‖, ‖a_6‖, ‖a_12‖
@@ -2349,34 +2308,19 @@ TABLE_3 = {  # Chen et al.: ‖w‖, ‖a_1‖, ‖a_6‖, ‖a_12‖
 
 class Watched(TorchFunctionMode):
     """Under it take(name, values) is called with what each ReLU and GELU returns, be it a module or
-    a function: named by the module at work and, from the second in one pass on, a number."""
+    a function: named by the module at work, which the hooks `begins` and `ends` tell, and, from the
+    second in one pass on, a number."""
 
-    def __init__(self, model, take):
+    def __init__(self, take):
         super().__init__()
-        self.model, self.take, self.at_work, self.calls = model, take, [], {}
+        self.take, self.at_work, self.calls = take, [], {}
 
-    def __enter__(self):
-        self.handles = [
-            handle
-            for name, module in self.model.named_modules()
-            for handle in (
-                module.register_forward_pre_hook(functools.partial(self.begins, name)),
-                module.register_forward_hook(self.ends),
-            )
-        ]
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        for handle in self.handles:
-            handle.remove()
-        return super().__exit__(*error)
-
-    def begins(self, name, module, args):
+    def begins(self, name, module, args, kwargs):
         if not self.at_work:
             self.calls.clear()  # a new pass
         self.at_work.append(name)
 
-    def ends(self, module, args, output):
+    def ends(self, name, module, args, kwargs, output):
         self.at_work.pop()
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -2433,12 +2377,14 @@ def activity(model, batches):
         if isinstance(output, torch.Tensor):  # a stage of blocks may return several
             outputs[block] = outputs.get(block, 0) + norm(output)
 
-    device, watched = next(model.parameters()).device, set(blocks.values()) - {""}
+    watched = Watched(take)
     with (
-        exactly(model, device),
+        exactly(model, next(model.parameters()).device),
         torch.no_grad(),
-        Watched(model, take),
-        hooked(model, put, watched),
+        hooked(model, watched.begins, blocks, before=True),
+        hooked(model, watched.ends, blocks),
+        hooked(model, put, set(blocks.values()) - {""}),
+        watched,
     ):
         for x, _ in batches:
             model(x)
@@ -2477,7 +2423,7 @@ def norms(model, sums):
     also fit it, output is the same of what the block returns.
     -> dict: weights, activation {block: …}, output {block: …}. UserError if ‖w‖ is not finite."""
     last = {block: length for block, _, _, length in sums["activations"].values() if block}
-    exact = (p.detach().to(**train.exactest(p.device)) for p in model.parameters())
+    exact = (train.to_exact(p.detach()) for p in model.parameters())
     weights = finite(sum(p.square().sum() for p in exact).sqrt().item(), "the norm of the weights")
     means = {
         name: {block: length / sums["images"] for block, length in lengths.items()}
@@ -2547,9 +2493,7 @@ def draw_blocks(axes, networks, what):
     for name, of in networks.items():
         axes.plot(range(1, len(of) + 1), list(of.values()), "o-", label=name)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("block k")
-    axes.set_ylabel(what)
+    axes.set(ylim=(0, None), xlabel="block k", ylabel=what)
     axes.legend(fontsize=6)
 
 
@@ -2911,8 +2855,9 @@ def draw_frequencies(axes, of, form):
     for i, (unit, curve) in enumerate(of[form].items()):
         color = colormaps["viridis"](i / max(len(of[form]) - 1, 1))
         axes.plot(of["frequency"][unit], curve, ".-", color=color)
-    axes.set_xlabel(f"frequency / π, {form} (dark: first unit, yellow: last)")
-    axes.set_ylabel("Δ log amplitude")
+    axes.set(
+        xlabel=f"frequency / π, {form} (dark: first unit, yellow: last)", ylabel="Δ log amplitude"
+    )
 
 
 def draw_depth(axes, units, values, what, width):
@@ -2926,8 +2871,7 @@ def draw_depth(axes, units, values, what, width):
         if i and stages[i] > stages[i - 1]:
             axes.axvline((i - width) / last, color="black", linestyle=":", linewidth=1)
     axes.plot(np.arange(len(values)) / last, list(values.values()), "o-")
-    axes.set_xlabel("normalised depth (gray: attention, blue: pooling)")
-    axes.set_ylabel(what)
+    axes.set(xlabel="normalised depth (gray: attention, blue: pooling)", ylabel=what)
 
 
 def report(results, found, what, values, form=None):
@@ -2993,7 +2937,7 @@ def u_centred(y):
     """Features (n, …) -> (n²,): their Gram matrix without its diagonal, U-centred (Székely & Rizzo
     2014): HSIC₁ is then an inner product. That means are subtracted first is for the rounding."""
     x = y.flatten(1) - y.flatten(1).mean(0)
-    gram, n = (x @ x.T).to(**train.exactest(x.device)).fill_diagonal_(0), len(x)
+    gram, n = train.to_exact(x @ x.T).fill_diagonal_(0), len(x)
     rows = gram.sum(1) / (n - 2)
     return (gram - rows - rows[:, None] + rows.sum() / (n - 1)).fill_diagonal_(0).flatten()
 
@@ -3044,11 +2988,8 @@ def draw_cka(axes, name, of):
         (of["units"], axes.yaxis, axes.axhline),
     ):
         kinds, stages = zip(*names.values())
-        marks = {
-            i: "EP"[kind == "pooling"]
-            for i, kind in enumerate(kinds)
-            if kind in ("stem", "pooling")
-        }
+        letters = dict(stem="E", pooling="P")
+        marks = {i: letters[kind] for i, kind in enumerate(kinds) if kind in letters}
         axis.set_ticks(list(marks), list(marks.values()))
         for i in range(1, len(stages)):
             if stages[i] > stages[i - 1]:
@@ -3065,9 +3006,7 @@ def cka_command(args, rest):
     results, device, named = started(args, rest, "cka")
     groups, found = [[of] for of in named] + ([named] if len(named) == 2 else []), {}
     flags = ("dataset", "data_dir", "eval_split", "image_size", "eval_short_side")
-    images = [{flag: getattr(settings, flag) for flag in flags} for _, settings, _ in named]
-    for of in images:
-        of["data_dir"] = os.path.abspath(of["data_dir"])
+    images = [{flag: results.settings[name][flag] for flag in flags} for name, *_ in named]
     if len(named) == 2 and images[0] != images[1]:
         raise UserError(
             f"two networks are compared on the same images, these have {images[0]} and {images[1]}"
@@ -3111,9 +3050,8 @@ def accuracy(model, batches, skip=None):
     with as_is(model):
         for x, y in batches:
             logits = model(x) if skip is None else model(x, skip=skip)
-            exact = train.exactest(logits.device)
             right = (logits.argmax(1) == y).sum()
-            sums = sums + torch.stack([right.to(**exact), logits.to(**exact).sum()])
+            sums = sums + torch.stack([train.to_exact(right), train.to_exact(logits).sum()])
             images += len(x)
     right, _ = finite(sums, "a logit").tolist()
     return 100 * right / images
@@ -3331,8 +3269,8 @@ def calibration(batches, bins=10):
     top = classes = scores = 0  # sums over images
     seen = []
     for logits, y in batches:
-        exact = train.exactest(logits.device)
-        logits, y = logits.to(**exact), y.to(exact["device"])
+        logits = train.to_exact(logits)
+        y = y.to(logits.device)
         p, truth = logits.softmax(1), F.one_hot(y, logits.shape[1])
         confidence, best = p.max(1, keepdim=True)
         right = best == y[:, None]
@@ -3343,11 +3281,7 @@ def calibration(batches, bins=10):
         )
         seen.append(torch.cat([confidence, right], dim=1))
     own = [part.cpu() for part in (top, classes, scores, torch.cat(seen))] if seen else None
-    parts = [own]
-    if dist.is_initialized():
-        parts = [None] * train.world_size()
-        dist.all_gather_object(parts, own)
-    tops, class_bins, losses, each = zip(*filter(None, parts))  # None: a process without images
+    tops, class_bins, losses, each = zip(*filter(None, gathered(own)))  # None: without images
     top, classes, scores = sum(tops), sum(class_bins), sum(losses)
     confidence, right = torch.cat(each).numpy().T
     n = len(right)
@@ -3380,8 +3314,7 @@ def draw_calibration(axes, found):
     for name, of in found.items():
         x, y = (np.array(of["bins"][key], float) for key in ("confidence", "accuracy"))
         axes.plot(x, y, "o-", label=name)
-    axes.set_xlabel("confidence (%)")
-    axes.set_ylabel("accuracy (%)")
+    axes.set(xlabel="confidence (%)", ylabel="accuracy (%)")
     axes.figure.legend(fontsize=6, loc="outside upper left")
 
 
@@ -3470,7 +3403,7 @@ def sizes(network, settings, n, classes):
         images=n / classes,
         patch=patch,
         kernel=kernel if kind == "vit" else None,
-        epochs=saved["step"] / max(n // settings.batch_size, 1) if saved else None,
+        epochs=saved["step"] / max(n // saved["settings"]["batch_size"], 1) if saved else None,
     )
 
 
@@ -3487,8 +3420,7 @@ def draw_nll(axes, rows, against):
         axes.set_xticks(range(len(rows)), [row["model"] for row in rows], rotation=30, ha="right")
     elif against in ("images", "epochs"):
         axes.set_xscale("log")
-    axes.set_xlabel(AGAINST[against])
-    axes.set_ylabel("▲ error on held-out images (%)")
+    axes.set(xlabel=AGAINST[against], ylabel="▲ error on held-out images (%)")
     right.set_ylabel("● NLL of augmented training images")
     axes.legend(fontsize=6)
 
@@ -3531,7 +3463,7 @@ def nll_command(args, rest):
             }
             for row in rows
         ]
-        for model in NLL_TEXT.keys() & {row["model"] for row in rows}:
+        for model in sorted(NLL_TEXT.keys() & {row["model"] for row in rows}):
             numbers = (f"Park & Kim, CIFAR-100, {model}", None, *NLL_TEXT[model])
             table.append(dict(zip(table[0], numbers)))
         print_rows(table)
@@ -3630,10 +3562,7 @@ def draw_attention(axes, title, x, found, rows):
         for ax, (name, own), values in zip(row[1:], found.items(), maps):
             if values is not None:  # others have more heads
                 ax.imshow(upsampled(values, x.shape[-1]), vmin=0, cmap="inferno")
-                ax.set_title(
-                    f"{short(name)}\n{what}, {own['shown']}",
-                    fontsize=8,
-                )
+                ax.set_title(f"{short(name)}\n{what}, {own['shown']}", fontsize=8)
     axes[0, 0].imshow(x.permute(1, 2, 0).numpy())
     axes[0, 0].set_title(title, fontsize=8)
 
@@ -3644,9 +3573,7 @@ def draw_distances(axes, distances):
         points = [(layer, value) for layer, heads in enumerate(of.values(), 1) for value in heads]
         axes.plot(*zip(*points), "o", color=f"C{i}", markersize=4, label=name)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("attention layer")
-    axes.set_ylabel("mean attention distance (pixels)")
+    axes.set(ylim=(0, None), xlabel="attention layer", ylabel="mean attention distance (pixels)")
     axes.legend(fontsize=6)
 
 
@@ -3735,10 +3662,8 @@ def attention_command(args, rest):
             ]
         )
         if distances:
-            figure(
-                results.path.with_name("attention-distance.png"),
-                lambda axes: draw_distances(axes, distances),
-            )
+            path = results.path.with_name("attention-distance.png")
+            figure(path, lambda axes: draw_distances(axes, distances))
         for of, x in pictures.items():
             found = {name: own[of] for name, own in maps.items()}
             rows = {"mean of heads": "map"} | ({"rollout": "rollout"} if args.rollout else {})
@@ -3773,10 +3698,12 @@ def training_curve(records):
         if "val" in record:
             found["top1"].append([*at, record["val"]["top1"]])
         if "final" in record:
-            found |= {
-                "ended": "finished",
-                "training error": 100 - record["final"]["training"]["top1"],
-            }
+            last = [value for *_, value in found["loss"][-1:]]
+            if None in (*last, record["final"]["validation"]["nll"]):  # as in `outcome`
+                found["ended"] = "diverged"
+            else:
+                found["ended"] = "finished"
+                found["training error"] = 100 - record["final"]["training"]["top1"]
         if "diverged" in record:
             found["ended"] = "diverged"
     return found
@@ -3829,8 +3756,7 @@ def draw_curves(axes, runs, against):
             step, epoch, value = np.array(of[key], float).reshape(-1, 3).T
             x = step if against == "step" else epoch
             one.plot(x, value, "o-", markersize=2, label=run)
-        one.set_xlabel(against)
-        one.set_ylabel(what)
+        one.set(xlabel=against, ylabel=what)
     axes[-1].legend(fontsize=6)
 
 
@@ -3915,9 +3841,11 @@ def draw_peak(axes, runs):
             axes[1].plot(*zip(*points), style, color=f"C{color}", markersize=4, label=title)
     for one, title in zip(axes, ("", "Xiao Table 2: 400 epochs; dashed: after ImageNet-21k")):
         one.set_title(title, fontsize=8)
-        one.set_xlabel("minutes for an epoch of training")
-        one.set_ylabel("validation top-1 error (%)")
-        one.set_xscale("log")
+        one.set(
+            xlabel="minutes for an epoch of training",
+            ylabel="validation top-1 error (%)",
+            xscale="log",
+        )
         one.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         one.xaxis.set_major_formatter("{x:g}")
         one.xaxis.set_minor_formatter("")
@@ -4034,10 +3962,12 @@ def draw_complexity(axes, rows):
         axes.plot(*zip(*points), "o", label=name)
     theirs = np.array([(row["Xiao G"], row["Xiao M acts"]) for row in rows], float)
     axes.plot(*theirs.T, "kx", label="Xiao Table 2")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("multiply-adds of an image (G)")
-    axes.set_ylabel("activations of an image (M)")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="multiply-adds of an image (G)",
+        ylabel="activations of an image (M)",
+    )
     axes.legend(fontsize=6)
 
 
@@ -4078,25 +4008,12 @@ def complexity(args, rest):
 SMALL = ["vit_micro8", "mixer_micro8", "resnet18 --width 16", "alter_resnet18 --width 16"]
 # What of a training's step decides its time.
 OF_STEP = (
-    "optimizer",
-    "lr",
-    "momentum",
-    "nesterov",
-    "weight_decay",
-    "decay",
-    "grad_clip",
-    "loss",
-    "label_smoothing",
-    "mixup",
-    "cutmix",
-    "sam_steps",
-    "sam_adaptive",
-    "sam_scope",
-)
+    "optimizer lr momentum nesterov weight_decay decay grad_clip loss label_smoothing mixup cutmix "
+    "sam_steps sam_adaptive sam_scope"
+).split()
 MODES = ("inference", "training", "sam")
 
 
-@functools.cache
 def random_batch(size, side, classes, device):
     """uint8 images (size, 3, side, side) and int64 classes (size,), on the device."""
     return (
@@ -4175,14 +4092,6 @@ def memory_anew(device):
     return torch.cuda.memory_allocated(device)
 
 
-def most_of(number):
-    """The largest of all processes."""
-    most = torch.tensor(number, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return most.item()
-
-
 def seconds_of(call, seconds, device):
     """Of a call that is warm, a mean over about so many seconds, after one that tells how many
     there will be and, where it takes longer than that, is all."""
@@ -4192,7 +4101,7 @@ def seconds_of(call, seconds, device):
         for _ in range(n):
             call()
         torch.get_device_module(device).synchronize()
-        return most_of((time.perf_counter() - started) / n)
+        return max(gathered((time.perf_counter() - started) / n))
 
     once = clock(1)
     return once if once > seconds else clock(math.ceil(seconds / once))
@@ -4236,11 +4145,9 @@ def draw_throughput(axes, seconds, costs):
                 one.plot(cost[what] / 1e6, 1e3 * times[i], marker, color=f"C{i % 10}")
         for marker, cell in zip("osD^v*", seconds):
             one.plot([], [], "k" + marker, label=cell)
-        one.set_xscale("log")
-        one.set_yscale("log")
+        one.set(xscale="log", yscale="log")
         one.xaxis.set_minor_formatter("")
-        one.set_xlabel(f"{word} of an image (M)")
-        one.set_ylabel("time of an image (ms)")
+        one.set(xlabel=f"{word} of an image (M)", ylabel="time of an image (ms)")
     axes[1].legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -4422,7 +4329,7 @@ def throughput(args, rest):
                     os._exit(2)  # the others are in the middle of an all-reduce
                 return 0, 0  # not kept: another time there may be room
             taken = device.type == "cuda" and torch.cuda.max_memory_allocated(device) - held
-            results.put(key, part, [images / seconds, most_of(taken / 1e9)])
+            results.put(key, part, [images / seconds, max(gathered(taken / 1e9))])
             bar.update()
         return results.parts[key][part]
 
@@ -4734,6 +4641,12 @@ def train_one(argv, folder, environment):
             raise
 
 
+def tell_commands(jobs, folder):
+    """What `conduct` would run, for --dry-run."""
+    for name, flags in jobs.items():
+        tell(f"python train.py {shlex.join([*flags, '--out-dir', str(folder / name), '--resume'])}")
+
+
 def conduct(what, jobs, folder):
     """Trains {name: flags of train.py}, each in FOLDER/NAME; -> {name: its outcome}. What ended
     before is not trained again, what was stopped goes on. Processes of torchrun share the
@@ -4774,11 +4687,7 @@ def conduct(what, jobs, folder):
         failure = str(error)
     finally:
         signal.signal(signal.SIGTERM, before)
-    shares = [({name: ended[name] for name in own}, failure)]
-    if dist.is_initialized():
-        shares *= dist.get_world_size()
-        dist.all_gather_object(shares, shares[train.rank()])
-    for share, failure in shares:
+    for share, failure in gathered(({name: ended[name] for name in own}, failure)):
         if failure:
             raise UserError(failure)
         ended |= share
@@ -4845,8 +4754,7 @@ def draw_datasize(axes, tables):
         one.set_xscale("log")
         one.set_xticks(shares, [f"{share:g}" for share in shares])
         one.xaxis.set_minor_formatter("")
-        one.set_xlabel("fraction of the training images (crosses: Chen Table 4)")
-        one.set_ylabel(what)
+        one.set(xlabel="fraction of the training images (crosses: Chen Table 4)", ylabel=what)
         one.legend(fontsize=6)
 
 
@@ -4918,11 +4826,9 @@ def datasize(args, rest):
                 )
             )
     if args.dry_run:
-        for name, flags in jobs.items() if train.rank() == 0 else ():
+        for flags in jobs.values():
             train.settings(flags)
-            train.say(
-                f"python train.py {shlex.join(flags)} --out-dir {folder / 'runs' / name} --resume"
-            )
+        tell_commands(jobs, folder / "runs")
         return {}
     results = Results(folder, "datasize")
     ended = conduct("datasize", jobs, folder / "runs")
@@ -4954,15 +4860,10 @@ def datasize(args, rest):
 
 # ---------------------------------------------------------------------------------------- stability
 
-XIAO_MODELS = [
-    f"{family}_{size}"
-    for family, sizes in (
-        ("vit_p", ("1gf", "4gf", "18gf")),
-        ("vit_c", ("1gf", "4gf", "18gf")),
-        ("regnety", ("1gf", "4gf", "16gf")),
-    )
-    for size in sizes
-]
+XIAO_MODELS = (
+    "vit_p_1gf vit_p_4gf vit_p_18gf vit_c_1gf vit_c_4gf vit_c_18gf regnety_1gf regnety_4gf "
+    "regnety_16gf"
+).split()
 STUDIES = {  # models; the values of what is varied
     # Xiao Fig. 2; 3; 4 and 5
     "length": (XIAO_MODELS, dict(optimizer=["best"], epochs=[50, 100, 200, 400])),
@@ -5205,8 +5106,7 @@ def draw_length(axes, runs):
         axes.plot([run["epochs"] for run in own], delta, "o-", label=", ".join(names))
     axes.set_xscale("log", base=2)
     axes.set_xticks(*[list(group(runs, "epochs"))] * 2)
-    axes.set_xlabel("epochs")
-    axes.set_ylabel("Δ top-1 to the longest (points)")
+    axes.set(xlabel="epochs", ylabel="Δ top-1 to the longest (points)")
     axes.legend(fontsize=6)
 
 
@@ -5221,8 +5121,7 @@ def draw_optimizer(axes, runs):
             axes.plot(*points.T, marker.get(optimizer, "o"), color=f"C{color}", label=title)
     axes.set_xscale("log", base=2)
     axes.set_xticks(*[list(group(runs, "epochs"))] * 2)
-    axes.set_xlabel("epochs")
-    axes.set_ylabel("top-1 (%)")
+    axes.set(xlabel="epochs", ylabel="top-1 (%)")
     axes.legend(fontsize=6)
 
 
@@ -5246,13 +5145,14 @@ def draw_pairs(grid, runs):
                         axes.axvline(x(run), **style, alpha=0.5)
                 axes.set_xscale("log")
                 axes.xaxis.set_minor_formatter("")
-                axes.set_xlabel(f"{name} ({optimizer})")
-                axes.set_ylabel("top-1 error (%)")
+                axes.set(xlabel=f"{name} ({optimizer})", ylabel="top-1 error (%)")
             errors, shares = edf([run["delta"] for run in pairs])
             row[3].step([0, *errors], [0, *shares], where="post", label=model, **style)
-        row[3].set_ylim(0, 1)
-        row[3].set_xlabel(f"Δ top-1 error to the best (points, {optimizer})")
-        row[3].set_ylabel("share of runs")
+        row[3].set(
+            ylim=(0, 1),
+            xlabel=f"Δ top-1 error to the best (points, {optimizer})",
+            ylabel="share of runs",
+        )
         row[3].legend(fontsize=6)
 
 
@@ -5268,8 +5168,7 @@ def draw_values(axes, runs, study, names):
                 axes.plot(*zip(*shown), marker, label=title, **style)
     marks = [" ".join(f"{v:g}" for v in values) for values in labels]
     axes.set_xticks(range(len(labels)), marks, rotation=90, fontsize=6)
-    axes.set_xlabel(", ".join(name.replace("_", " ") for name in names))
-    axes.set_ylabel("top-1 (%)")
+    axes.set(xlabel=", ".join(name.replace("_", " ") for name in names), ylabel="top-1 (%)")
     axes.legend(fontsize=6)
 
 
@@ -5432,8 +5331,7 @@ def stability(args, rest):
             for lr, wd in random_pairs(pairs, *around, settings[model].seed):
                 trainings.append((model, values | dict(lr=lr, weight_decay=wd)))
     if args.dry_run:
-        for name, flags in (job(*training) for training in trainings):
-            tell(f"python train.py {shlex.join(flags)} --out-dir {folder / 'runs' / name} --resume")
+        tell_commands(dict(job(*training) for training in trainings), folder / "runs")
         return {}
 
     # ---- train, save, show
@@ -5455,11 +5353,8 @@ def stability(args, rest):
     if train.rank() == 0:
         print_rows(stability_rows(study, runs, axes))
         if any(run["diverged"] for run in runs):
-            tell(
-                "*: diverged"
-                + "; the best shorter run stands in, if there is one"
-                * (study in ("length", "optimizer"))
-            )
+            stands_in = "; the best shorter run stands in, if there is one"
+            tell("*: diverged" + stands_in * (study in ("length", "optimizer")))
         rows = len(group(runs, "optimizer")) if study == "lr-wd" else 1
         draw = DRAW.get(study, functools.partial(draw_values, study=study, names=list(axes)))
         finished(results, lambda axes: draw(axes, runs), rows, 4 if study == "lr-wd" else 1)
@@ -5490,9 +5385,7 @@ def draw_transfer(axes, searched):
     for (name, dataset), top1 in searched.items():
         y = np.array(list(top1.values()), float)
         axes.plot(list(top1), y, "o-", label=f"{dataset}, {name}")
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("top-1 on the held-out part (%)")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="top-1 on the held-out part (%)")
     axes.legend(fontsize=6)
 
 
@@ -6946,8 +6839,7 @@ def reproduce(args, rest):
                 own = dict(sam_rho=three_digits(factor * float(rho[family])) if sam else 0)
                 jobs[slug] = [*flags(family, seed, more), *as_flags(own)]
     if args.dry_run:
-        for name, words in (searches | jobs).items():
-            tell(f"python train.py {shlex.join(words)} --out-dir {folder / 'runs' / name} --resume")
+        tell_commands(searches | jobs, folder / "runs")
         return {}
     ended = conduct("trainings", jobs, folder / "runs")
     heads = {}

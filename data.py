@@ -276,11 +276,11 @@ def keys(*numbers):
     """63-bit seeds that depend on every one of the numbers and on their order (splitmix64 of each
     in turn). numbers: integers or integer arrays (N,). -> uint64 (N,).
 
-    In use: (seed, epoch) for the order; (seed, epoch, i, 1) augmentation; (seed, class, 2) subsets;
-    (seed, index, 3) c-lite; in train.py (seed, step, micro-batch) for masks and (seed, step,
-    micro-batch, 2) for mixup; in analyze.py (seed, 3) for orders of images and heads, (seed, i, f,
-    4) noise on images, (seed, …, parameter's name) directions in weight space, and (seed, k) what
-    is drawn k-th. Some coincide, and then feed unrelated draws."""
+    In use: (seed, epoch) for the order; (seed, epoch, i, 1) augmentation; (seed, 2) and (seed,
+    class, 2) subsets; (seed, index, 3) c-lite; in train.py (seed, step, micro-batch) for masks and
+    (seed, step, micro-batch, 2) for mixup; in analyze.py (seed, 3) for orders of images and heads,
+    (seed, i, f, 4) noise on images, (seed, …, parameter's name) directions in weight space, and
+    (seed, k) what is drawn k-th. Some coincide, and then feed unrelated draws."""
     state = np.zeros(1, dtype=np.uint64)
     for number in numbers:
         if isinstance(number, int):
@@ -396,7 +396,7 @@ def _with_workers(loader, tell):
         _workers.update(own)
         while not started.all() and time.monotonic() < end and all(p.is_alive() for p in own):
             time.sleep(0.001)
-        if started.all() or not all(p.is_alive() for p in own):  # of a dead one next() tells
+        if started.all() or not all(p.is_alive() for p in own):  # of a dead one torch tells
             return stream
         tell(
             f"{(~started).sum()} of {len(started)} data workers did not begin in {patience:g} "
@@ -434,24 +434,20 @@ def evaluation_loader(dataset, batch_size, workers=0, rank=0, world=1, pin_memor
     return loader(dataset, order, workers, pin_memory)
 
 
+LOST = (  # of a worker; torch raises it wherever the main thread is, see train.want_of_memory
+    "a process that loads images ended by itself, and has said above why, or was killed, as the "
+    "system does where memory is short: use fewer --workers"
+)
+
+
 def batches(loader, tell=print):
     """Iterates a loader. What a data set has to say (a truncated image) goes to `tell`, once; a
     DataError that a worker met is raised here, without the traceback through processes that a
     DataLoader makes of it, and one if a worker was killed."""
-    told, stream = loader.dataset.told, _with_workers(loader, tell)
+    told, stream = loader.dataset.told, None
     try:
-        while True:
-            try:
-                item = next(stream, None)
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                raise DataError(
-                    "a process that loads images was killed, as the system does where memory is "
-                    "short: use fewer --workers"
-                ) from None
-            if item is None:
-                return
+        stream = _with_workers(loader, tell)
+        for item in stream:
             if isinstance(item, DataError):
                 raise item
             images, labels, notes = item
@@ -460,8 +456,12 @@ def batches(loader, tell=print):
                     told.add(note)
                     tell(note)
             yield images, labels
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(LOST) from None
     finally:
-        del stream  # whoever keeps an error keeps this frame, which would keep the workers
+        stream = None  # whoever keeps an error keeps this frame, which would keep the workers
 
 
 # ----------------------------------------------------------------------------------------- decoding
@@ -511,10 +511,13 @@ def decode(source, box=None):
         rows = min(rows, part[0] + part[2] + 1)
         encoded = b"".join((encoded[:at], struct.pack(">H", rows), encoded[at + 2 :]))
     with Image.open(io.BytesIO(encoded)) as image:
+        image.load()  # a PNG's EXIF may follow its pixels
+        try:  # ImageOps.exif_transpose fails on odd EXIF
+            turn = UPRIGHT.get(image.getexif().get(0x0112))
+        except (OSError, SyntaxError, ValueError, struct.error):  # none that can be read
+            turn = None
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image.load()  # a PNG's EXIF may follow its pixels
-        turn = UPRIGHT.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose fails on odd EXIF
         image = image if turn is None else image.transpose(turn)
         if box is not None:
             top, left, height, width = part or box(image.height, image.width)
@@ -673,6 +676,8 @@ def transforms(
     applied with a probability, and magnitude, 0 to 10 of torchvision's ranges or those of
     google_randaugment; and random erasing (1708.04896) of 2 to 33 % of the area, to grey, with a
     probability."""
+    if augment not in AUGMENTATIONS:
+        raise DataError(f"unknown augmentation {augment!r}; known: {' '.join(AUGMENTATIONS)}")
     resize = [] if native == size else [v2.Resize(size, antialias=True)]
     if augment == "inception":
         steps = []
@@ -806,7 +811,9 @@ class InMemory(Dataset):
         return self
 
     def images(self, where, pairs):
-        images = self.pixels.index_select(0, where.to(self.pixels.device, non_blocking=True))
+        # not on MPS: there a copy that is not waited for may read memory that is free again
+        where = where.to(self.pixels.device, non_blocking=self.pixels.is_cuda)
+        images = self.pixels.index_select(0, where)
         if self.padding:
             images = self.crop_and_flip(images, self.seeds(pairs))
         if self.transform is not None:
@@ -817,7 +824,8 @@ class InMemory(Dataset):
         m, _, height, width = images.shape
         # drawn on the CPU whatever the device, so that the images are the same on all
         numbers = uniforms(seeds, 3) * (2 * self.padding + 1, 2 * self.padding + 1, 1 + self.flip)
-        numbers = torch.from_numpy(numbers.astype(np.int64)).to(images.device, non_blocking=True)
+        numbers = torch.from_numpy(numbers.astype(np.int64))
+        numbers = numbers.to(images.device, non_blocking=images.is_cuda)
         top, left, flip = numbers.T
         images = F.pad(images, [self.padding] * 4)
         images = torch.cat([images, images.flip(3)])
@@ -1042,7 +1050,7 @@ def write_pack(file, data_dir, short_side, workers):
             labels.append(numbers)
             for (content, table), _ in batches(evaluation_loader(folder, 8, workers), bar.write):
                 file.write(content.numpy())
-                tables.append(table.numpy())
+                tables.append(table.numpy().copy())  # a worker's tensor holds a file open
                 bar.update(len(table))
     lengths, checksums = np.concatenate(tables).T
     names = np.concatenate([folder.names for folder in folders.values()])

@@ -77,6 +77,7 @@ if __name__ != "__main__":
     data._shapes_range = functools.lru_cache(maxsize=None)(data._shapes_range.__wrapped__)
 HERE = Path(__file__).parent
 README = (HERE / "README.md").read_text()
+DRAWS = importlib.util.find_spec("matplotlib") is not None
 SHIPPED_SPLITS = dict(data.SHAPES_SPLITS)  # which tests make smaller
 
 
@@ -3570,6 +3571,21 @@ def test_robustness_counts_what_withstands_every_iterate_of_every_restart():
     assert early["robust"][-1] == aimed["robust"][-1], "what is not at its target goes on"
 
 
+def test_robustness_of_a_network_in_ddp_sends_nothing_before_its_sums(tmp_path, monkeypatch):
+    """Processes with fewer batches would wait for ever for its buffers."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, (x, y) = small_cnn(), images_to_attack(8)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        monkeypatch.setattr(wrapped, "forward", None)
+        bare, through = (
+            adversarial.robustness(of, [(x, y, range(8))], steps=2) for of in (model, wrapped)
+        )
+        assert bare == through
+    finally:
+        dist.destroy_process_group()
+
+
 def test_what_an_attack_has_beaten_counts_though_it_recovers():
     """Steps as large as the ball jump over waves: a later iterate is right again."""
 
@@ -3995,6 +4011,14 @@ def test_odd_image_files_are_read_upright_and_in_rgb(tmp_path):
         base.save(file, "PNG", exif=exif)
         truth = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
         assert np.array_equal(data.decode(file.getvalue()).permute(1, 2, 0), truth), turn
+    for kind, odd in (("PNG", b"XXXXXXXXXXXX"), ("JPEG", b"Exif\0\0II"), ("WEBP", b"Exif\0\0XX")):
+        file = io.BytesIO()
+        base.save(file, kind, exif=odd)  # EXIF that cannot be read turns nothing
+        assert data.decode(file.getvalue()).shape == (3, 40, 60), kind
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60)).save(file, "PNG", exif=exif)
+    assert data.decode(file.getvalue()).shape == (3, 60, 40), "of 16 bits, turned"
 
 
 def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
@@ -4005,6 +4029,8 @@ def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
         load()
     write_image_folder(tmp_path, train=3, val=2)
     good = load()
+    with pytest.raises(data.DataError, match="unknown augmentation 'Inception'; known: inception"):
+        data.load("folder", "train", data_dir=tmp_path, image_size=16, augment="Inception")
     whole = (tmp_path / "train/ant/ant_0.JPEG").read_bytes()
 
     # truncated: the rest is blank, and a note
@@ -5219,18 +5245,41 @@ def tiny(
     return [*TINY, *dataset.split(), "--out-dir", str(out), *shlex.split(" ".join(map(str, more)))]
 
 
+def largest_difference(a, b):
+    """Largest |a - b| relative to the tensor's largest element, over all weights but the keys'
+    bias, whose gradient is zero in exact arithmetic, so that AdamW amplifies its rounding."""
+    worst = 0.0
+    for name in a:
+        x, y = a[name].double(), b[name].double()
+        if name.endswith("qkv.bias"):
+            third = len(x) // 3
+            x, y = (torch.cat([t[:third], t[2 * third :]]) for t in (x, y))
+        worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-3)))
+    return worst
+
+
+def tiny_network(seed=0, **more):
+    """That of `tiny`'s command line, as a run with this seed starts it."""
+    torch.manual_seed(seed)
+    return train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48, **more)
+
+
 def train_ok(argv):
     assert train.main(argv) == 0
     return torch.load(Path(argv[argv.index("--out-dir") + 1]) / "ckpt.pt", weights_only=True)
 
 
-def refusal(capsys, *argv):
-    """The one line that train.py prints for a user's mistake."""
+def refusal(capsys, *argv, program=train):
+    """The one line that a program prints for a user's mistake."""
     capsys.readouterr()
-    assert train.main([str(a) for a in argv]) == 2
+    assert program.main([str(a) for a in argv]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("train.py: "), error
+    assert error.count("\n") == 1 and error.startswith(f"{program.__name__}.py: "), error
     return error
+
+
+analyze_refusal = partial(refusal, program=analyze)
+attack_refusal = partial(refusal, program=adversarial)
 
 
 @pytest.fixture
@@ -5443,83 +5492,6 @@ def test_evaluation_metrics_against_their_definitions_one_image_at_a_time():
     assert model.training
 
 
-def test_recipes_hold_flags_only_and_table_8s_numbers():
-    flags = vars(train.make_parser().parse_args([])).keys()
-    for name, row in train.RECIPES.items():
-        assert row.keys() <= flags, (name, row.keys() - flags)
-    args, origin = train.settings(["--model", "vit_b16", "--sam-rho", "0.2", "--device", "cpu"])
-    assert args.recipe == "chen_vit" and args.sam_rho == 0.2 and args.dataset == "imagenet"
-    table8 = dict(
-        epochs=300,
-        batch_size=4096,
-        micro_batch=32,
-        lr=3e-3,
-        warmup_steps=10_000,
-        lr_schedule="cosine",
-        optimizer="adamw",
-        beta1=0.9,
-        beta2=0.999,
-        weight_decay=0.3,
-        dropout=0.1,
-        grad_clip=1.0,
-        image_size=224,
-        augment="inception",
-        loss="sigmoid",
-        mixup=0,
-        label_smoothing=0,
-    )
-    assert {k: getattr(args, k) for k in table8} == table8
-    # 93,835 steps if the incomplete batches counted
-    assert args.epochs * (1_281_167 // args.batch_size) == 93_600
-    assert (
-        origin["lr"] == "chen_vit"
-        and origin["sam_rho"] == "command line"
-        and origin["seed"] == "default"
-    )
-    shared = dict(batch_size=4096, micro_batch=32, image_size=224, augment="inception", mixup=0)
-    for model, row in {
-        "resnet101x2": dict(
-            epochs=90,
-            lr=1.6,
-            warmup_steps=5_000,
-            lr_schedule="cosine",
-            optimizer="sgd",
-            momentum=0.9,
-            nesterov=False,
-            weight_decay=1e-3,
-            dropout=None,
-            drop_path=None,
-            grad_clip=0,
-            loss="softmax",
-        ),
-        "vit_s16 --recipe chen_vit_strong": dict(
-            epochs=300,
-            lr=1e-3,
-            weight_decay=0.1,
-            dropout=0.1,
-            drop_path=0.1,
-            mixup=0.5,
-            randaugment=[2, 15],
-            randaugment_of="google",
-        ),
-        "mixer_s8": dict(
-            epochs=300,
-            lr=3e-3,
-            warmup_steps=10_000,
-            lr_schedule="linear",
-            optimizer="adamw",
-            beta2=0.999,
-            weight_decay=0.3,
-            drop_path=0.1,
-            dropout=None,
-            grad_clip=1.0,
-            loss="sigmoid",
-        ),
-    }.items():
-        args = train.settings(["--model", *model.split()])[0]
-        assert {k: getattr(args, k) for k in shared | row} == shared | row, args
-
-
 PARK = dict(
     optimizer="adamw",
     lr=1.25e-4,
@@ -5539,35 +5511,23 @@ PARK = dict(
 
 
 @pytest.mark.parametrize(
-    "argv, row",
+    "argv, recipe",
     [
-        (
-            "--dataset cifar100 --model resnet50",
-            dict(
-                batch_size=96,
-                grad_clip=5,
-                augment="crop",
-                mean=[0.5071, 0.4867, 0.4408],
-                init="torch",
-            ),
-        ),
-        ("--dataset cifar100 --model mixer_ti2", dict(gelu="exact", batch_size=96)),
-        (
-            "--dataset cifar10 --model alter_resnet50 --msa-blocks 0 0 1 2",
-            dict(msa_blocks=[0, 0, 1, 2], qkv_bias=None),
-        ),
-        ("--dataset cifar100 --model torchvision:swin_t", dict(image_size=32)),
-        ("--dataset cifar100", dict(model="vit_ti2", qkv_bias=False, gelu="exact", init="timm")),
-        (
-            "--model alter_resnet50",
-            dict(dataset="imagenet", batch_size=128, grad_clip=0, mean=[0.485, 0.456, 0.406]),
-        ),
-        ("--recipe park_imagenet_vit", dict(model="vit_ti16", gelu="exact", batch_size=128)),
+        ("--model vit_b16", "chen_vit"),
+        ("--model mixer_s8", "chen_mixer"),
+        ("--model resnet101x2", "chen_resnet"),
+        ("--model alter_resnet50", "park_imagenet"),
+        ("--dataset cifar100", "park_cifar_vit"),
+        ("--dataset cifar100 --model resnet50", "park_cifar_resnet"),
+        ("--dataset cifar100 --model mixer_ti2", "park_cifar_mixer"),
+        ("--dataset cifar100 --model torchvision:swin_t", "park_cifar"),
+        ("--dataset cifar10 --model alter_resnet50", "park_cifar"),
     ],
 )
-def test_the_second_papers_settings_are_those_of_its_appendix(argv, row):
-    args = train.settings(argv.split())[0]
-    assert {k: getattr(args, k) for k in PARK | row} == PARK | row, args
+def test_a_model_and_a_data_set_take_the_recipe_that_fits_them(argv, recipe):
+    """Whose every field is compared with its paper's below."""
+    own, named = (train.settings(argv.split() + more)[0] for more in ([], ["--recipe", recipe]))
+    assert own.recipe == recipe and own == named, (own, named)
 
 
 # Every recipe, from the papers' tables: what is not here is train.py's default.
@@ -5870,7 +5830,7 @@ OF_THE_MACHINE = {
 }
 
 
-@pytest.mark.parametrize("name", train.RECIPES)
+@pytest.mark.parametrize("name", train.RECIPES | PAPER_ROWS)
 def test_every_recipe_is_the_papers_row_in_every_field(name):
     start = ["--init-from", "x.pt"] if "reset_head" in PAPER_ROWS[name] else []
     got = vars(train.settings(["--recipe", name, *start])[0])
@@ -5984,16 +5944,8 @@ def test_expected_hours_are_those_of_the_arithmetic_in_list_recipes_and_dry_run(
     assert (
         train.main(
             [
-                "--recipe",
-                "chen_vit",
-                "--sam-rho",
-                "paper",
-                "--dry-run",
-                "--data-dir",
-                "nowhere",
-                "--expect",
-                "8",
-                "100",
+                *"--recipe chen_vit --sam-rho paper --dry-run --data-dir nowhere".split(),
+                *"--expect 8 100".split(),
             ]
         )
         == 2
@@ -6007,29 +5959,14 @@ def test_expected_hours_are_those_of_the_arithmetic_in_list_recipes_and_dry_run(
         (["--dry-run", "--expect", "8", "nan"], "both above 0"),
         (
             [
-                "--dry-run",
-                "--dataset",
-                "cifar10",
-                "--model",
-                "torchvision:vit_b_16",
-                "--image-size",
-                "224",
-                "--expect",
-                "8",
-                "50",
+                *"--dry-run --dataset cifar10 --model torchvision:vit_b_16".split(),
+                *"--image-size 224 --expect 8 50".split(),
             ],
             "cannot be counted",
         ),
         (["--dry-run", "--expect", "8"], "expected 2 arguments"),
         (["--dry-run", "--dataset", "folder", "--expect", "8", "50"], "not of a folder"),
         (["--dry-run", "--train-fraction", "half", "--expect", "8", "50"], "--train-fraction half"),
-        (["--dry-run", "--mixup", "0.2", "--micro-batch", "1"], "--micro-batch 2 or more"),
-        (["--dry-run", "--eps", "0"], "--eps is 0.0; it must be above 0"),
-        (
-            ["--dry-run", "--drop-path", "nan"],
-            "--drop-path is nan; it must be at least 0 and below",
-        ),
-        (["--dry-run", "--adv-eps", "2/255/3"], "'2/255/3' is no number"),
     ):
         assert line in refusal(capsys, *argv), line
 
@@ -6359,7 +6296,10 @@ def test_mixed_images_are_evaluated_against_the_shares_of_their_labels():
     assert abs(got["nll"] - nll) < 1e-7 and abs(got["top1"] - 100 * right / 7) < 1e-9, (got, nll)
 
 
-def test_the_average_moves_when_and_as_much_as_the_third_papers_code_has_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_average_moves_when_and_as_much_as_the_third_papers_code_has_it(
+    tmp_path, monkeypatch, every
+):
     saved = {}
     monkeypatch.setattr(
         train.RunFolder,
@@ -6368,14 +6308,14 @@ def test_the_average_moves_when_and_as_much_as_the_third_papers_code_has_it(tmp_
             state["step"], copy.deepcopy((state["model"], state["ema"]))
         ),
     )
-    argv = tiny(tmp_path, "--ema-alpha 0.01 --ema-every 2 --save-every 1 --eval-every 9")
+    argv = tiny(tmp_path, f"--ema-alpha 0.01 --ema-every {every} --save-every 1 --eval-every 9")
     assert train.main(argv) == 0  # 10 steps, of which 3 of warm-up; batch 32, 2 epochs
-    decay = 1 - 0.01 * 32 / 2 * 2
+    decay = 1 - 0.01 * 32 / 2 * every
     assert same_tensors(*saved[1]), "a copy until the warm-up is over"
     _, mean = saved[1]
-    for step in range(2, 11):  # the number of steps taken; the average moves after 1, 3, 5, …
+    for step in range(2, 11):  # steps taken; with every = 2 the average moves after 1, 3, 5, …
         weights, after = saved[step]
-        if step % 2:
+        if (step - 1) % every == 0:
             keep = decay if step > 3 else 0.0
             mean = {name: keep * mean[name] + (1 - keep) * weights[name] for name in mean}
         assert all(torch.allclose(after[name], mean[name], atol=1e-7) for name in mean), step
@@ -6430,9 +6370,9 @@ def test_flags_override_recipes_and_recipes_override_defaults(capsys):
         assert train.settings(train.as_flag("adv_eps", args))[0].adv_eps == args.adv_eps
     assert train.settings([])[0].recipe == "shapes" and train.settings([])[0].sam_rho > 0
     args, origin = train.settings(["--recipe", "chen_vit", "--lr", "0.1", "--model", "vit_s32"])
-    assert (args.lr, args.model, args.epochs) == (0.1, "vit_s32", 300) and origin[
-        "model"
-    ] == "command line"
+    assert (args.lr, args.model, args.epochs) == (0.1, "vit_s32", 300)
+    set_by = [origin[name] for name in ("lr", "model", "epochs", "seed")]
+    assert set_by == ["command line", "command line", "chen_vit", "default"]
     assert train.settings(["--dataset", "folder"])[0].recipe == "none"
     assert train.settings(["--dataset", "folder"])[0].augment == "inception"
     assert train.settings(["--dataset", "shapes", "--model", "mixer_s16"])[0].recipe == "shapes"
@@ -6536,6 +6476,12 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
         (["--eval-only"], "--eval-only needs --init-from"),
         (["--init-from", "nowhere.pt"], "nowhere.pt: No such file"),
         (["--label-smoothing", "1"], "below 1"),
+        (["--mixup", "0.2", "--micro-batch", "1"], "--micro-batch 2 or more"),
+        (["--eps", "0"], "--eps is 0.0; it must be above 0"),
+        (["--eps", "-1"], "--eps is -1.0; it must be above 0"),
+        (["--workers", "-1"], "--workers is -1; it must be at least 0"),
+        (["--drop-path", "nan"], "--drop-path is nan; it must be at least 0 and below"),
+        (["--adv-eps", "2/255/3"], "'2/255/3' is no number"),
         (["--model", "vit_b16", "--sam-rho", "0.2"], "data/imagenet/train is no folder"),
         (["--dataset", "cifar10"], "cifar-10-batches-py is missing"),
         (["--out-dir", "/proc/nothing"], "--out-dir /proc/nothing"),
@@ -6553,11 +6499,7 @@ def test_the_papers_run_is_resolved_by_dry_run_and_runs_scaled_down_on_imagenets
 ):
     write_image_folder(tmp_path / "imagenet", train=24, val=5)
     paper = [
-        "--model",
-        "vit_b16",
-        "--sam-rho",
-        "0.2",
-        "--data-dir",
+        *"--model vit_b16 --sam-rho 0.2 --data-dir".split(),
         str(tmp_path / "imagenet"),
         "--device",
         "cpu",
@@ -6696,7 +6638,7 @@ def test_held_out_images_need_no_validation_folder(tmp_path, capsys):
     assert train.main([*argv, "--hold-out", "1/3"]) == 0
     text = capsys.readouterr().out
     assert "24 training and 12 validation images, held out of the training set" in text, text
-    assert "--hold-out 0.0" not in refusal(capsys, *argv, "--hold-out", "0.0"), "0 is off"
+    assert "val is no folder" in refusal(capsys, *argv, "--hold-out", "0.0"), "0 is off"
 
 
 def test_flags_that_nothing_reads_and_epochs_that_are_not_reached_are_told(
@@ -6717,6 +6659,12 @@ def test_flags_that_nothing_reads_and_epochs_that_are_not_reached_are_told(
     more = ["--lr", "1", "--seed", "3", "--device", "cpu", "--workers", "0"]
     assert train.main(["--eval-only", "--init-from", file, *more]) == 0
     assert "without effect in this run: --lr\n" in capsys.readouterr().out
+    evaluated = ["--eval-only", "--init-from", file, "--device", "cpu", "--adv-eps", "4/255"]
+    assert train.main([*evaluated, "--dropout", "0.5", "--init", "timm"]) == 0
+    assert "without effect in this run: --dropout --init --adv-eps" in capsys.readouterr().out
+    head = ["--train-only", "head", "--init-from", file, "--drop-path", "0.1", "--dry-run"]
+    assert train.main(tiny(tmp_path / "head", *head)) == 0
+    assert "without effect in this run: --drop-path\n" in capsys.readouterr().out
     for main, argv in (
         (analyze.main, ["lesion", "--images", "4"]),
         (analyze.main, ["robustness", "--benchmarks", "val"]),
@@ -6798,27 +6746,23 @@ def test_a_run_folder_holds_what_it_should_and_is_never_overwritten(tmp_path, ca
         state["classes"] == list(data.SHAPES_CLASSES)
         and state["model"].keys() == state["ema"].keys()
     )
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    assert "holds a run already: add --resume" in refusal(
-        capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9")
+    argv, before = (
+        tiny(out, "--sam-rho 0.1 --ema-decay 0.9"),
+        {p.name: p.read_bytes() for p in out.iterdir()},
     )
-    line = refusal(capsys, *tiny(out, "--sam-rho 0.2 --ema-decay 0.9 --resume"))
+    assert "holds a run already: add --resume" in refusal(capsys, *argv)
+    line = refusal(capsys, *argv, "--resume", "--sam-rho", "0.2")
     assert "--sam-rho 0.1 → 0.2" in line, line
-    assert train.main(tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume")) == 0
+    assert train.main([*argv, "--resume"]) == 0
     assert "is finished" in capsys.readouterr().out
-    assert before == (
-        {p.name: p.read_bytes() for p in out.iterdir() if p.name != "config.json"}
-        | {"config.json": before["config.json"]}
-    )
+    after = {p.name: p.read_bytes() for p in out.iterdir()}
+    new = dict.fromkeys(["config.json"])  # it has the last command's --resume
+    assert before | new == after | new
     with open(out / "log.jsonl", "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert "being written by another process" in refusal(
-            capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume")
-        )
+        assert "being written by another process" in refusal(capsys, *argv, "--resume")
     (out / "ckpt.pt").write_bytes(before["ckpt.pt"][:5000])
-    assert "ckpt.pt is no checkpoint" in refusal(
-        capsys, *tiny(out, "--sam-rho 0.1 --ema-decay 0.9 --resume")
-    )
+    assert "ckpt.pt is no checkpoint" in refusal(capsys, *argv, "--resume")
 
 
 def test_a_run_goes_on_with_its_own_data_checkpoint_and_batches_only(tmp_path, capsys):
@@ -6965,10 +6909,7 @@ def test_training_equals_a_loop_written_out_by_hand(tmp_path, own):
     state = train_ok([*argv, *analyze.as_flags(own)])
     knobs = {name: own[name] for name in ("dropout", "drop_path", "head_bias") if name in own}
     seed, smoothing = own.get("seed", 0), own.get("label_smoothing", 0)
-    torch.manual_seed(seed)
-    network = vit.build(
-        "vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48, **knobs
-    ).double()
+    network = tiny_network(seed, **knobs).double()
     mean, std = (torch.tensor(own.get(k, [0.5])).double()[:, None, None] for k in ("mean", "std"))
     mixes = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
     mixes = [mix(alpha=own[k], num_classes=12) for k, mix in mixes.items() if k in own]
@@ -7182,16 +7123,9 @@ def test_a_gradient_is_clipped_after_the_loss_scale_is_taken_out():
 def test_a_run_without_epochs_has_the_schedule_of_its_steps(tmp_path):
     train_ok(tiny(tmp_path / "run", "--epochs 0 --max-steps 6 --log-every 1"))
     rates = [r["lr"] for r in log_without_times(tmp_path / "run") if "lr" in r]
-    cosine = [0.5 * (1 + math.cos(math.pi * done / 3)) for done in (0, 1 / 1, 2)]
+    cosine = [0.5 * (1 + math.cos(math.pi * done / 3)) for done in (0, 1, 2)]
     expected = [2e-3 * x for x in (0, 1 / 3, 2 / 3, *cosine)]
     assert rates == pytest.approx(expected)
-
-
-def test_the_average_of_xiao_et_al_begins_when_the_warm_up_is_over(tmp_path):
-    flags = "--ema-alpha 0.01 --ema-every 1 --warmup-steps 3 --dtype float64"
-    for steps, equal in ((3, True), (4, False)):
-        state = train_ok(tiny(tmp_path / str(steps), flags, f"--max-steps {steps}"))
-        assert same_tensors(state["ema"], state["model"]) == equal
 
 
 def test_a_resumed_run_remembers_its_best_accuracy(tmp_path):
@@ -7248,9 +7182,7 @@ def test_contrastive_training_equals_a_loop_over_the_whole_batch_by_hand(
             "--warmup-steps 0 --lr-schedule constant --projection-dim 7 --dropout 0.3",
         )
     )
-    torch.manual_seed(0)
-    sizes = dict(dim=24, depth=2, heads=2, mlp_dim=48)
-    network = vit.build("vit_micro8", num_classes=12, image_size=32, dropout=0.3, **sizes)
+    network = tiny_network(dropout=0.3)
     first, second = nn.Linear(24, 24).double(), nn.Linear(24, 7, bias=False).double()
     network = network.double()
     params = [p for n, p in network.named_parameters() if not n.startswith("head")]
@@ -7301,7 +7233,7 @@ def test_contrastive_training_equals_a_loop_over_the_whole_batch_by_hand(
 
 
 def test_what_a_contrastive_run_saves_has_the_class_means_of_its_own_weights(
-    tmp_path, capsys, monkeypatch, small_shapes
+    tmp_path, monkeypatch, small_shapes
 ):
     flags = "--loss supcon --augment crop --train-fraction 1 --ema-decay 0.5 --save-every 2"
     saved, save = [], train.RunFolder.save
@@ -7315,7 +7247,7 @@ def test_what_a_contrastive_run_saves_has_the_class_means_of_its_own_weights(
     assert {"warmup.pt", "epoch1.pt", "best.pt", "ckpt.pt"} == {name for name, *_ in saved}
     sample = data.subset(torch.arange(160) % 12, Fraction(60, 160))
     images, labels = data.shapes(sample.numpy())
-    model = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48)
+    model = tiny_network()
     for name, *networks in saved:
         for weights in networks:
             model.load_state_dict(weights)
@@ -7335,9 +7267,7 @@ def test_a_contrastive_run_is_evaluated_by_the_nearest_class_mean(tmp_path, caps
     )
     state = train_ok(tiny(out, flags))
     assert "validation, nearest class mean: top-1" in capsys.readouterr().out
-    network = vit.build(
-        "vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48
-    ).double()
+    network = tiny_network().double()
     images, labels = data.shapes(range(160))
     chosen = data.subset(labels, 60 / 160)  # as many as there are to validate on
     validation = data.shapes(range(2**30, 2**30 + 60))
@@ -7469,10 +7399,7 @@ def test_adversarial_training_equals_equation_5_by_hand(tmp_path, monkeypatch, r
     )
     assert passes == ["forward", "backward"] * (2 * 4 * 3)
     monkeypatch.undo()
-    torch.manual_seed(0)
-    network = vit.build(
-        "vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48
-    ).double()
+    network = tiny_network().double()
     named = dict(network.named_parameters())
     images, labels = data.shapes(range(8000))
     chosen = data.subset(labels, "1/50")
@@ -7513,9 +7440,7 @@ def test_accuracy_under_attack_is_measured_in_training_and_evaluation(
     text = capsys.readouterr().out
     assert "images moved by at most 8/255" in text and "--adv-eps 8/255" in text
     assert "PGD-10 %" in text and re.search(r"validation: top-1 .*, PGD-10 \d+\.\d\d %", text)
-    model = train.assemble(
-        train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
-    )
+    model = train.assemble(tiny_network(), [0.5], [0.5])
     model.network.load_state_dict(state["model"])
     x, y = data.shapes(range(2**30, 2**30 + 60))
     x = x.float() / 255
@@ -7551,37 +7476,24 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
     out = tmp_path / "run"
     state = train_ok(tiny(out, "--ema-decay 0.5"))
     capsys.readouterr()
-    assert train.main(["--eval-only", "--init-from", str(out / "ckpt.pt"), "--device", "cpu"]) == 0
+    evaluation = ["--eval-only", "--init-from", str(out / "ckpt.pt"), "--device", "cpu"]
+    assert train.main(evaluation) == 0
     evaluated = capsys.readouterr().out
     assert f"{state['final']['validation']['top1']:.2f}" in evaluated.splitlines()[-1], (
         evaluated,
         state["final"],
     )
-    assert (
-        train.main(
-            [
-                "--eval-only",
-                "--init-from",
-                str(out / "ckpt.pt"),
-                "--weights",
-                "model",
-                "--eval-split",
-                "test",
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
-    assert "10,000" in capsys.readouterr().out.splitlines()[-1]
 
-    network = vit.build(
-        "vit_micro8", num_classes=12, image_size=32, dim=24, depth=2, heads=2, mlp_dim=48
-    )
+    network = tiny_network()
     train.load_weights(network, out / "ckpt.pt")
     assert same_tensors(network.state_dict(), state["ema"])
     assert train.load_weights(network, out / "ckpt.pt", "model") == ([0.5], [0.5])
     assert same_tensors(network.state_dict(), state["model"])
+    loader = data.evaluation_loader(data.load("shapes", "test", image_size=32), 256)
+    want = train.evaluate(train.assemble(network, [0.5], [0.5]), loader, torch.device("cpu"))
+    assert train.main([*evaluation, "--weights", "model", "--eval-split", "test"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row[:2] == ["test", "10,000"] and row[4] == f"{want['nll']:.4f}", (row, want)
 
     # what has some keys of ours only is read as another's, not by halves
     for wrong in (dict(settings=None, model={}, ema=None), dict(settings={}, model=5, ema=None)):
@@ -7618,14 +7530,10 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
     ):
         assert words in line, (words, line)
     three = [
-        "--dataset",
-        "folder",
-        "--data-dir",
+        *"--dataset folder --data-dir".split(),
         write_image_folder(tmp_path / "three", train=12),
         *TINY,
-        "--image-size",
-        "32",
-        "--init-from",
+        *"--image-size 32 --init-from".split(),
         tmp_path / "foreign.pth",
         *half,
     ]
@@ -7640,18 +7548,8 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
                 str,
                 [
                     *three,
-                    "--reset-head",
-                    "--lr",
-                    "0",
-                    "--batch-size",
-                    "8",
-                    "--micro-batch",
-                    "8",
-                    "--epochs",
-                    "1",
-                    "--workers",
-                    "0",
-                    "--out-dir",
+                    *"--reset-head --lr 0 --batch-size 8 --micro-batch 8 --epochs 1".split(),
+                    *"--workers 0 --out-dir".split(),
                     tmp_path / "reset",
                 ],
             )
@@ -7704,10 +7602,7 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
         assert [group["step"] for group in state["optimizer"]["param_groups"]] == [9, 9]
     calls.clear()
     first = train_ok(tiny(tmp_path / "first", flags, "--max-steps 1"))
-    torch.manual_seed(0)
-    untouched = train.build_model(
-        "vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48, stem="conv"
-    )
+    untouched = tiny_network(stem="conv")
     assert same_tensors(first["model"], untouched.state_dict())
     monkeypatch.setattr(
         train, "softmax_loss", lambda logits, y, smoothing=0.0: good(logits, y) * math.nan
@@ -7739,8 +7634,7 @@ def test_an_overflow_of_float16_in_either_pass_of_sam_skips_the_step(
     monkeypatch.setattr(train, "softmax_loss", sometimes_huge)
     state = train_ok(tiny(tmp_path / "run", flags, 1))
     assert state["scaler"]["scale"] == once["scaler"]["scale"] / 2
-    torch.manual_seed(0)
-    start = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48)
+    start = tiny_network()
     assert same_tensors(state["model"], start.state_dict())
     assert not same_tensors(state["model"], once["model"])
     assert log_without_times(tmp_path / "run")[0]["skipped"] == 1
@@ -7790,8 +7684,7 @@ def test_gradients_of_zero_change_nothing_and_stop_nothing(tmp_path, monkeypatch
                 "--sam-adaptive --grad-clip 1 --adv-eps 2/255 --weight-decay 0 --max-steps 4",
             )
         )
-        torch.manual_seed(0)
-        start = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48)
+        start = tiny_network()
         assert same_tensors(state["model"], start.state_dict()), optimizer
         assert log_without_times(tmp_path / optimizer)[0]["grad_norm"] == 0
 
@@ -8142,22 +8035,9 @@ def test_torchvisions_swin_has_the_intermediates_and_units_of_a_vit():
 def test_networks_of_torchvision_train_and_load_their_state_dicts(tmp_path, capsys):
     out = tmp_path / "run"
     setup = [
-        "--model",
-        "torchvision:mobilenet_v3_small",
-        "--device",
-        "cpu",
-        "--dataset",
-        "shapes",
-        "--train-fraction",
-        "1/50",
-        "--batch-size",
-        "16",
-        "--micro-batch",
-        "8",
-        "--max-steps",
-        "2",
-        "--sam-rho",
-        "0.05",
+        *"--model torchvision:mobilenet_v3_small --device cpu --dataset shapes".split(),
+        *"--train-fraction 1/50 --batch-size 16 --micro-batch 8 --max-steps 2".split(),
+        *"--sam-rho 0.05".split(),
     ]
     state = train_ok([*setup, "--out-dir", str(out)])
     published = train.build_model("torchvision:mobilenet_v3_small", 1000)
@@ -8200,17 +8080,7 @@ def test_an_original_npz_is_evaluated_and_fine_tuned(tmp_path, capsys):
     state = train_ok(
         [
             *three,
-            "--lr",
-            "0",
-            "--batch-size",
-            "8",
-            "--micro-batch",
-            "8",
-            "--epochs",
-            "1",
-            "--workers",
-            "0",
-            "--out-dir",
+            *"--lr 0 --batch-size 8 --micro-batch 8 --epochs 1 --workers 0 --out-dir".split(),
             str(tmp_path / "run"),
             "--reset-head",
         ]
@@ -8254,29 +8124,30 @@ def test_a_compiled_run_compiles_once_and_trains_as_the_uncompiled(
     assert abs(plain["final"]["training"]["nll"] - compiled["final"]["training"]["nll"]) < 1e-4
 
 
+HOST_READS = {  # function: a call of it
+    "item": lambda t: t[0].item(),
+    "tolist": lambda t: t.tolist(),
+    "cpu": lambda t: t.cpu(),
+    "numpy": lambda t: t.numpy(),
+    "nonzero": lambda t: t.nonzero(),
+    "masked_select": lambda t: t.masked_select(t > 0),
+    "unique": lambda t: t.unique(),
+    "equal": lambda t: torch.equal(t, t),
+    "allclose": lambda t: t.allclose(t),
+    "is_nonzero": lambda t: t[0].is_nonzero(),
+    "__bool__": lambda t: 1 if t[0] else 2,
+    "__int__": lambda t: int(t[0]),
+    "__float__": lambda t: float(t[0]),
+    "__index__": lambda t: range(9)[t[0].int()],
+    "__contains__": lambda t: 2 in t,
+    "argwhere": lambda t: torch.argwhere(t),
+    "bincount": lambda t: torch.bincount(t.int()),
+}
+
+
 class HostReads(TorchFunctionMode):
     """Collects the calls that read a tensor's values on the host, for which an accelerator has to
     be waited for."""
-
-    READS = {
-        "item",
-        "tolist",
-        "cpu",
-        "numpy",
-        "nonzero",
-        "masked_select",
-        "unique",
-        "equal",
-        "allclose",
-        "is_nonzero",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "__contains__",
-        "argwhere",
-        "bincount",
-    }
 
     def __init__(self):
         super().__init__()
@@ -8289,30 +8160,20 @@ class HostReads(TorchFunctionMode):
             isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8)
             for i in (index if isinstance(index, tuple) else (index,))
         )
-        if name in self.READS or by_mask:
+        if name in HOST_READS or by_mask:
             self.seen.append(name)
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
-    "read",
+    "name, read",
     [
-        lambda t: t[0].item(),
-        lambda t: t.tolist(),
-        lambda t: bool(t[0] > 0),
-        lambda t: float(t[0]),
-        lambda t: t.cpu(),
-        lambda t: t.numpy(),
-        lambda t: t.nonzero(),
-        lambda t: t[t > 0],
-        lambda t: torch.equal(t, t),
-        lambda t: int(t[0]),
-        lambda t: 1 if t[0] else 2,
-        lambda t: t.masked_select(t > 0),
-        lambda t: t.__setitem__(t > 0, 1.0),
+        *HOST_READS.items(),
+        ("__getitem__", lambda t: t[t > 0]),
+        ("__setitem__", lambda t: t.__setitem__(t > 0, 1.0)),
     ],
 )
-def test_the_counter_of_host_reads_sees_each_of_them(read):
+def test_the_counter_of_host_reads_sees_each_of_them(name, read):
     with HostReads() as reads:
         read(torch.ones(3) + 1)
     assert len(reads.seen) == 1, reads.seen
@@ -8376,7 +8237,7 @@ def test_a_training_waits_for_the_device_at_log_lines_only(
     assert len(counts[0]) == len(counts[1]) > 0, [sorted(set(c)) for c in counts]
 
 
-def test_evaluation_and_attacks_wait_once_whatever_the_batches_and_steps(monkeypatch):
+def test_evaluation_and_attacks_wait_as_often_whatever_the_batches_and_steps(monkeypatch):
     network, (x, y) = small_cnn(torch.float32), images_to_attack(dtype=torch.float32)
     model, counts = train.assemble(network, [0.5], [0.5]).eval(), []
     pixels = (255 * x).to(torch.uint8)
@@ -8524,6 +8385,26 @@ def test_images_at_once_is_the_largest_power_of_two_that_fits():
     assert train.images_at_once(model, 8, torch.device("cpu"), usual=64) == 64
 
 
+def children(pid):
+    """Of a process, their numbers (Linux)."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+def is_locked(file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.05)
+
+
 def test_help_and_mistakes_are_answered_before_anything_is_touched(capsys, monkeypatch):
     def touched(*args, **kwargs):
         raise AssertionError("it has begun")
@@ -8546,7 +8427,7 @@ def test_help_and_mistakes_are_answered_before_anything_is_touched(capsys, monke
     ):
         assert train.main(argv) == 2, argv
         assert capsys.readouterr().err.count("\n") == 1
-    for program in (train, analyze, adversarial, data, vit, sam):
+    for program in (train, analyze, adversarial, data, vit, mixer, resnet, alternet, sam):
         with pytest.raises(SystemExit) as end:
             program.main(["--help"])
         assert end.value.code == 0 and "usage:" in capsys.readouterr().out
@@ -8805,7 +8686,8 @@ def test_a_want_of_memory_is_one_line(capsys):
 def test_output_that_cannot_be_written_is_one_line_and_letters_that_it_lacks_end_nothing():
     def dry_run(stdout):
         command = [sys.executable, "train.py", "--dry-run"]
-        env = os.environ | dict(PYTHONIOENCODING="ascii")
+        env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+        env |= dict(PYTHONIOENCODING="ascii")
         return subprocess.run(command, cwd=HERE, stdout=stdout, stderr=subprocess.PIPE, env=env)
 
     with open("/dev/full", "w") as full:
@@ -8846,6 +8728,19 @@ def test_a_worker_that_the_system_kills_is_reported_as_that():
     with pytest.raises(data.DataError, match="was killed, .* memory is short: use fewer --workers"):
         list(data.batches(data.evaluation_loader(dataset, 4, workers=2)))
     assert not torch.multiprocessing.active_children(), "workers end though the error is kept"
+
+
+def test_a_worker_that_dies_while_a_step_is_computed_is_one_line(capsys):
+    pixels, labels = torch.zeros(8, 3, 4, 4, dtype=torch.uint8), torch.zeros(8).long()
+    dataset = data.InMemory(pixels, labels, ["a"])
+
+    def step():
+        for _ in data.batches(data.evaluation_loader(dataset, 1, workers=1)):
+            os.kill(torch.multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(60)  # torch's handler of SIGCHLD raises in here
+
+    assert train.answer("train.py", step, "again") == 2
+    assert capsys.readouterr().err == f"train.py: {data.LOST}\n"
 
 
 UNHANDLED = """
@@ -9015,26 +8910,6 @@ def test_a_training_ends_when_the_study_that_started_it_is_killed(tmp_path):
         wait_until(lambda: not is_locked(log))
 
 
-def children(pid):
-    """Of a process, their numbers (Linux)."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
-
-
-def is_locked(file):
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-
-
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it does not come"
-        time.sleep(0.05)
-
-
 WORKER = """
 # Runs several trainings in the same processes and notes what each sends: the buckets of
 # DistributedDataParallel and every all-reduce of Python's.
@@ -9099,19 +8974,6 @@ VARIANTS = {
     "head": "--init-from CONTRASTIVE --train-only head --stem conv --dropout 0.2 --sam-rho 0.1 "
     "--optimizer rmsprop --eps 1",
 }
-
-
-def largest_difference(a, b):
-    """Largest |a - b| relative to the tensor's largest element, over all weights but the keys'
-    bias, whose gradient is zero in exact arithmetic, so that AdamW amplifies its rounding."""
-    worst = 0.0
-    for name in a:
-        x, y = a[name].double(), b[name].double()
-        if name.endswith("qkv.bias"):
-            third = len(x) // 3
-            x, y = (torch.cat([t[:third], t[2 * third :]]) for t in (x, y))
-        worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-3)))
-    return worst
 
 
 def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(
@@ -9188,10 +9050,7 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(
         "g of LookSAM, in 3 of 6 steps"
     )
     assert sent["plain, all"] == sent["sam, all"] == sent["adversarial"]
-    parameters = sum(
-        p.numel()
-        for p in vit.build("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).parameters()
-    )
+    parameters = sum(p.numel() for p in tiny_network().parameters())
     assert sent["sam"]["gradients"] == 6 * 8 * parameters, (
         "the gradient once a step, whatever the micro-batches"
     )
@@ -9202,14 +9061,6 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(
 
 
 # --------------------------------------------------------------------------------------- analyze.py
-
-
-def analyze_refusal(capsys, *argv):
-    capsys.readouterr()
-    assert analyze.main([str(a) for a in argv]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("analyze.py: "), error
-    return error
 
 
 def test_evaluation_takes_several_right_answers_and_a_choice_of_classes():
@@ -9271,18 +9122,9 @@ def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
     for seed, run in enumerate(runs):
         train_ok(tiny(run, f"--max-steps 3 --seed {seed}"))
     command = [
-        "robustness",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-        "--out-dir",
+        *"robustness --device cpu --workers 0 --out-dir".split(),
         str(tmp_path / "out"),
-        "--benchmarks",
-        "val",
-        "c-lite",
-        "r",
-        "--checkpoint",
+        *"--benchmarks val c-lite r --checkpoint".split(),
     ]
     one = str(runs[0] / "ckpt.pt")
     capsys.readouterr()
@@ -9293,9 +9135,7 @@ def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
     saved = json.loads((tmp_path / "out/robustness.json").read_text())
     ((name, parts),) = saved["results"].items()
     assert name.startswith(f"{one} (") and len(parts) == 11
-    model = train.assemble(
-        train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
-    )
+    model = train.assemble(tiny_network(), [0.5], [0.5])
     train.load_weights(model.network, one)
     for part, dataset in (
         ("val", data.load("shapes", "val", image_size=32)),
@@ -9322,9 +9162,7 @@ def test_robustness_evaluates_what_is_there_and_goes_on_where_it_was(
     assert "11 parts, 7 done before" in text and "11 parts, 0 done before" in text, text
     again = json.loads((tmp_path / "out/robustness.json").read_text())["results"]
     assert again[name] == parts and len(again) == 2
-    assert (tmp_path / "out/robustness.png").exists() == (
-        importlib.util.find_spec("matplotlib") is not None
-    )
+    assert (tmp_path / "out/robustness.png").exists() == DRAWS
 
     saved = tmp_path / "out/robustness.png"
     with monkeypatch.context() as patch:  # drawn by whatever is there: it is written as all else is
@@ -9397,14 +9235,6 @@ def test_mistakes_in_an_analysis_get_one_line_that_helps(tmp_path, capsys, monke
         assert words in line, (argv, line)
 
 
-def attack_refusal(capsys, *argv):
-    capsys.readouterr()
-    assert adversarial.main([str(a) for a in argv]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("adversarial.py: "), error
-    return error
-
-
 def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
     tmp_path, capsys, monkeypatch, short_shapes
 ):
@@ -9414,15 +9244,7 @@ def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
     command = [
         "--checkpoint",
         one,
-        "--device",
-        "cpu",
-        "--eps",
-        "4/255",
-        "--steps",
-        "4",
-        "--batch-size",
-        "16",
-        "--out-dir",
+        *"--device cpu --eps 4/255 --steps 4 --batch-size 16 --out-dir".split(),
         str(tmp_path / "out"),
     ]
     monkeypatch.setattr(adversarial, "CHUNK", 25)
@@ -9455,9 +9277,7 @@ def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
         "norm linf, targeted False, early_stop False, restarts 1, seed 0"
     )
     result = parts[key]
-    model = train.assemble(
-        train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
-    )
+    model = train.assemble(tiny_network(), [0.5], [0.5])
     train.load_weights(model.network, one)
     x, y = data.shapes(range(2**30, 2**30 + 60))
     want = adversarial.summary(
@@ -9486,9 +9306,7 @@ def test_an_attack_on_a_checkpoint_reports_what_it_did_and_goes_on_where_it_was(
         assert line in text, (line, text)
     with Image.open(tmp_path / "out/adversarial_images.png") as picture:
         assert picture.width == 6 + 3 * 134 and picture.height > 3 * 128
-    assert (tmp_path / "out/adversarial.png").exists() == (
-        importlib.util.find_spec("matplotlib") is not None
-    )
+    assert (tmp_path / "out/adversarial.png").exists() == DRAWS
 
     few = ["--strength-images", "0"]
     assert adversarial.main([*command, *few, "--early-stop"]) == 0
@@ -9596,13 +9414,7 @@ def test_robustness_shows_what_sam_changes_against_the_same_training_without(
     assert (
         analyze.main(
             [
-                "robustness",
-                "--device",
-                "cpu",
-                "--benchmarks",
-                "val",
-                "pgd",
-                "--out-dir",
+                *"robustness --device cpu --benchmarks val pgd --out-dir".split(),
                 str(tmp_path / "out"),
                 "--checkpoint",
                 *(str(tmp_path / name / "ckpt.pt") for name in runs),
@@ -9715,13 +9527,15 @@ def test_the_search_climbs_to_an_optimum_that_no_neighbour_surpasses_and_asks_on
             for (peak, _), lr, wd in points
         ]
 
+    # steps of a factor 3, to three digits: 0.1 / 3⁴ and 0.2 / 3³
     found = analyze.search({(0.1, "a"): (0.1, 0.1), (0.01, "b"): (0.2, 1e-3)}, top1_of)
     assert found == {(0.1, "a"): (0.1, 0.00123), (0.01, "b"): (0.00741, 1e-3)}, found
     assert len(asked) == len(set(asked))
 
 
-def test_optima_and_intervals_are_those_of_the_papers_table(capsys):
-    """Xiao et al. Table 4, at their batch of 2048 and scaled linearly to another."""
+def test_optima_intervals_and_values_are_those_of_the_papers_tables(capsys):
+    """Xiao et al. Table 4, at their batch of 2048 and scaled linearly to another; Chen et al.
+    Table 10 (ρ), App. E (grid) and App. F (twice the epochs)."""
     table = {
         "vit_p_1gf": "2e-3 0.2 1.9 1.3e-5",
         "vit_p_4gf": "2e-3 0.2 1.9 1.3e-5",
@@ -9773,20 +9587,12 @@ def test_optima_and_intervals_are_those_of_the_papers_table(capsys):
             ([run.weight_decay for run in runs[1:]], wd),
         ):
             assert low <= min(values) < 1.3 * low and high / 1.3 < max(values) <= high, (model, lr)
-    assert [run.sam_rho for run in dry_run("--study", "rho")] == [
-        0,
-        0.05,
-        0.1,
-        0.2,
-        0.25,
-        0,
-        0.05,
-        0.25,
-        0.35,
-        0.4,
-        0.5,
-        0.6,
-        0.65,
+    table_10 = {
+        "vit_b16": [0, 0.05, 0.1, 0.2, 0.25],
+        "mixer_b16": [0, 0.05, 0.25, 0.35, 0.4, 0.5, 0.6, 0.65],
+    }
+    assert [(run.model, run.sam_rho) for run in dry_run("--study", "rho")] == [
+        (model, rho) for model, row in table_10.items() for rho in row
     ]
     grid = {
         (run.lr, run.weight_decay, run.dropout, run.drop_path) for run in dry_run("--study", "grid")
@@ -9799,25 +9605,10 @@ def test_a_study_of_optimizers_tells_what_its_runs_logs_say_and_goes_on(
     tmp_path, capsys, in_process
 ):
     command = [
-        "stability",
-        "--study",
-        "optimizer",
-        "--models",
+        *"stability --study optimizer --models".split(),
         STUDIED,
         *FEW,
-        "--vary",
-        "epochs",
-        "1",
-        "2",
-        "--optimum",
-        "adamw",
-        "2e-3",
-        "0.1",
-        "--optimum",
-        "sgd",
-        "9e18",
-        "0",
-        "--out-dir",
+        *"--vary epochs 1 2 --optimum adamw 2e-3 0.1 --optimum sgd 9e18 0 --out-dir".split(),
         str(tmp_path),
     ]
     slug = STUDIED.replace(" --", "-").replace(" ", "-")
@@ -9831,18 +9622,8 @@ def test_a_study_of_optimizers_tells_what_its_runs_logs_say_and_goes_on(
         [
             *TINY,
             *FEW,
-            "--epochs",
-            "2",
-            "--lr",
-            "2e-3",
-            "--weight-decay",
-            "0.1",
-            "--no-nesterov",
-            "--lr-end",
-            "0.0",
-            "--max-steps",
-            "3",
-            "--out-dir",
+            *"--epochs 2 --lr 2e-3 --weight-decay 0.1 --no-nesterov --lr-end 0.0".split(),
+            *"--max-steps 3 --out-dir".split(),
             str(cut),
         ]
     )
@@ -9865,9 +9646,7 @@ def test_a_study_of_optimizers_tells_what_its_runs_logs_say_and_goes_on(
             optimizer == "sgd",
         )
         assert run["top1"] == (top1[epochs] if optimizer == "adamw" else None)
-    assert (tmp_path / "optimizer.png").exists() == (
-        importlib.util.find_spec("matplotlib") is not None
-    )
+    assert (tmp_path / "optimizer.png").exists() == DRAWS
 
     # what ended is not started again, also what diverged; other studies share it
     in_process.clear()
@@ -9891,15 +9670,7 @@ def test_a_study_of_optimizers_tells_what_its_runs_logs_say_and_goes_on(
             [
                 *TINY,
                 *FEW,
-                "--epochs",
-                "1",
-                "--lr",
-                "2e-3",
-                "--weight-decay",
-                "0.1",
-                "--no-nesterov",
-                "--lr-end",
-                "0.0",
+                *"--epochs 1 --lr 2e-3 --weight-decay 0.1 --no-nesterov --lr-end 0.0".split(),
                 "--out-dir",
                 str(log.parent),
             ]
@@ -9909,21 +9680,10 @@ def test_a_study_of_optimizers_tells_what_its_runs_logs_say_and_goes_on(
 
 def test_a_study_of_random_pairs_starts_from_a_searched_optimum(tmp_path, capsys, in_process):
     command = [
-        "stability",
-        "--study",
-        "lr-wd",
-        "--models",
+        *"stability --study lr-wd --models".split(),
         STUDIED,
         *FEW,
-        "--vary",
-        "epochs",
-        "1",
-        "--vary",
-        "optimizer",
-        "adamw",
-        "--pairs",
-        "3",
-        "--out-dir",
+        *"--vary epochs 1 --vary optimizer adamw --pairs 3 --out-dir".split(),
         str(tmp_path),
     ]
     assert analyze.main(command) == 0
@@ -9957,27 +9717,14 @@ def test_transfer_chooses_the_learning_rate_on_held_out_images_and_then_trains_o
         "transfer",
         "--checkpoint",
         str(tmp_path / "run/ckpt.pt"),
-        "--datasets",
-        "shapes",
-        "--image-size",
-        "32",
-        "--batch-size",
-        "32",
-        "--max-steps",
-        "4",
-        "--warmup-steps",
-        "1",
-        "--train-fraction",
-        "4/5",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
+        *"--datasets shapes --image-size 32 --batch-size 32 --max-steps 4".split(),
+        *"--warmup-steps 1 --train-fraction 4/5 --device cpu --workers 0".split(),
     ]
     assert analyze.main(command) == 0
     text = capsys.readouterr().out
     ((name, results),) = json.loads((tmp_path / "run/transfer.json").read_text())["results"].items()
-    folders = {p.name[13:]: final_top1(p) for p in (tmp_path / "run/transfer").iterdir()}
+    runs = (tmp_path / "run/transfer").iterdir()
+    folders = {p.name.partition("-")[2]: final_top1(p) for p in runs}  # without the file's hash
     held_out = {lr: folders[f"shapes-part-lr{lr}"] for lr in ("0.001", "0.3")}
     best = max(held_out, key=held_out.get)
     assert set(folders) == {"shapes-part-lr0.001", "shapes-part-lr0.3", f"shapes-all-lr{best}"}
@@ -10107,19 +9854,10 @@ def test_analyses_share_cuda_devices_and_trainings_do_not(monkeypatch):
 def test_processes_share_a_study_and_give_the_numbers_of_one(tmp_path, capsys):
     without_rho = [word for i, word in enumerate(STUDY) if "--sam-rho" not in STUDY[i - 1 : i + 1]]
     command = [
-        "stability",
-        "--study",
-        "rho",
-        "--models",
+        *"stability --study rho --models".split(),
         STUDIED,
         *without_rho,
-        "--epochs",
-        "1",
-        "--vary",
-        "sam-rho",
-        "0",
-        "0.1",
-        "--out-dir",
+        *"--epochs 1 --vary sam-rho 0 0.1 --out-dir".split(),
     ]
     result = subprocess.run(
         [
@@ -10161,18 +9899,10 @@ def test_processes_share_a_study_and_give_the_numbers_of_one(tmp_path, capsys):
 
 def test_ctrl_c_in_a_study_saves_the_run_and_the_study_goes_on(tmp_path, capsys, monkeypatch):
     command = [
-        "stability",
-        "--study",
-        "doubled",
-        "--models",
+        *"stability --study doubled --models".split(),
         STUDIED,
         *STUDY,
-        "--vary",
-        "epochs",
-        "100",
-        "--eval-every",
-        "1000",
-        "--out-dir",
+        *"--vary epochs 100 --eval-every 1000 --out-dir".split(),
         str(tmp_path),
     ]
     folder = tmp_path / "runs" / (STUDIED.replace(" --", "-").replace(" ", "-") + "-epochs100")
@@ -10183,9 +9913,12 @@ def test_ctrl_c_in_a_study_saves_the_run_and_the_study_goes_on(tmp_path, capsys,
         text=True,
     )
     output = folder / "output.txt"
-    wait_until(lambda: output.exists() and "step      8" in output.read_text(), 180)
-    study.send_signal(signal.SIGINT)
-    _, errors = study.communicate(timeout=60)
+    try:
+        wait_until(lambda: output.exists() and "step      8" in output.read_text(), 180)
+        study.send_signal(signal.SIGINT)
+        _, errors = study.communicate(timeout=60)
+    finally:
+        study.kill()  # its training ends with it
     assert study.returncode == 130 and errors == (
         "stopped; the same command goes on with what is not finished\n"
     ), errors
@@ -10218,7 +9951,7 @@ def test_a_training_of_a_study_that_fails_is_told_in_one_line(tmp_path, capsys):
 
 
 class Quadratic(nn.Module):
-    """Its loss, whatever the images, is ½ wᵀ A w + bᵀ w: output `w` by the loss below."""
+    """Its output for each image, whatever that is, is ½ wᵀ A w + Σ w: A is the mean's Hessian."""
 
     def __init__(self, A, dtype=torch.float64):
         super().__init__()
@@ -10798,22 +10531,8 @@ def test_a_spectrum_is_of_the_augmented_mixed_regularised_mini_batches(
     )
     file = str(tmp_path / "run/ckpt.pt")
     command = [
-        "spectrum",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-        "--dtype",
-        "float64",
-        "--images",
-        "13",
-        "--batch",
-        "4",
-        "--k",
-        "2",
-        "--tolerance",
-        "1e-4",
-        "--checkpoint",
+        *"spectrum --device cpu --workers 0 --dtype float64 --images 13 --batch 4".split(),
+        *"--k 2 --tolerance 1e-4 --checkpoint".split(),
         file,
     ]
     assert analyze.main(command) == 0
@@ -10821,9 +10540,7 @@ def test_a_spectrum_is_of_the_augmented_mixed_regularised_mini_batches(
     results = json.loads((tmp_path / "run/spectrum.json").read_text())["results"]
     ((name, parts),) = results.items()
     assert len(parts) == 4, "three whole mini-batches and their summary"
-    model = train.assemble(
-        train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
-    ).double()
+    model = train.assemble(tiny_network(), [0.5], [0.5]).double()
     train.load_weights(model.network, file)
     dataset = data.load("shapes", "train", image_size=32, augment="crop", seed=5)
     dataset.restrict(data.subset(dataset.labels, Fraction(13, 160)))
@@ -10878,26 +10595,13 @@ def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, sm
             )
         )
     files = [str(tmp_path / str(seed) / "ckpt.pt") for seed in (0, 1)]
-    command = [
-        "hessian",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-        "--images",
-        "4",
-        "--tolerance",
-        "0.001",
-        "--checkpoint",
-    ]
+    command = "hessian --device cpu --workers 0 --images 4 --tolerance 0.001 --checkpoint".split()
     capsys.readouterr()
     assert analyze.main([*command, *files]) == 0
     text = capsys.readouterr().out
     results = json.loads((tmp_path / "0/hessian.json").read_text())["results"]
     assert len(results) == 2 and all(len(parts) == 6 for parts in results.values()), results
-    model = train.assemble(
-        train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48), [0.5], [0.5]
-    )
+    model = train.assemble(tiny_network(), [0.5], [0.5])
     train.load_weights(model.network, files[1])
     x, y = (
         t[data.subset(data.load("shapes", "train", image_size=32).labels, Fraction(4, 160))]
@@ -10912,7 +10616,7 @@ def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, sm
     ):
         found = analyze.hessian_eigenvalues(
             model.double(),
-            lambda z, y: F.cross_entropy(z, y),
+            F.cross_entropy,
             [(x.double() / 255, y)],
             tolerance=1e-8,
             params=[p for key, p in model.network.named_parameters() if re.search(pattern, key)],
@@ -10925,9 +10629,7 @@ def test_a_hessian_of_checkpoints_prints_blocks_and_is_kept(tmp_path, capsys, sm
     assert analyze.main([*command, *files]) == 0
     again = (tmp_path / "0/hessian.json").read_text()
     assert json.loads(again)["results"] == json.loads(kept)["results"], "times too: not done again"
-    assert (tmp_path / "0/hessian.png").exists() == (
-        importlib.util.find_spec("matplotlib") is not None
-    )
+    assert (tmp_path / "0/hessian.png").exists() == DRAWS
     capsys.readouterr()
     assert (
         analyze.main(
@@ -10977,16 +10679,9 @@ def quadratic(hessian, slope):
     return lambda w, y: ((w @ hessian * w).sum(1) / 2 + w @ slope).mean()
 
 
-def some_batches(*sizes, side=16, classes=5):
+def some_batches(*sizes):
     torch.manual_seed(1)
-    return [
-        (torch.rand(n, 3, side, side, dtype=torch.float64), torch.randint(classes, (n,)))
-        for n in sizes
-    ]
-
-
-def all_state(model):
-    return {name: value.clone() for name, value in model.state_dict().items()}
+    return [(torch.rand(n, 3, 16, 16, dtype=torch.float64), torch.randint(5, (n,))) for n in sizes]
 
 
 def test_directions_have_each_filters_length_or_are_zero():
@@ -11036,7 +10731,7 @@ def test_a_landscape_of_a_quadratic_is_its_formula_with_penalties_by_hand():
         [torch.tensor([v], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)]
         for v in ([1.0, 0, -1], [0.5, 1, 2])
     ]
-    before = all_state(model)
+    before = copy.deepcopy(model.state_dict())
     found = analyze.landscape(
         model, quadratic(hessian, slope), some_batches(2, 5), vectors, [-1, 0.0, 0.5], [0.0, 2]
     )
@@ -11078,7 +10773,7 @@ def test_a_landscape_of_a_quadratic_is_its_formula_with_penalties_by_hand():
 @pytest.mark.parametrize("make", [tiny_vit, tiny_resnet])
 def test_a_landscape_equals_one_of_copies_and_leaves_weights_and_statistics_alone(make):
     model = make().double().train()
-    before, batches = all_state(model), some_batches(3, 2)
+    before, batches = copy.deepcopy(model.state_dict()), some_batches(3, 2)
     vectors = analyze.directions(model)
     found = analyze.landscape(model, F.cross_entropy, batches, vectors, [-0.1, 0.0], [0.0, 0.3])
     for j, y in enumerate([0.0, 0.3]):
@@ -11224,9 +10919,7 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
     text = capsys.readouterr().out
     assert text.count(": 3² points of 30 images") == 2, text
     whole = planes(tmp_path / "a")
-    assert (tmp_path / "a/landscape.png").exists() == (
-        importlib.util.find_spec("matplotlib") is not None
-    )
+    assert (tmp_path / "a/landscape.png").exists() == DRAWS
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # drawing takes seconds
     assert len(whole) == 2 and all(len(parts) == 1 for parts in whole.values())
     name, (part, numbers) = next((n, *p.items()) for n, p in whole.items() if n.startswith(one))
@@ -11285,16 +10978,7 @@ def test_a_landscape_and_flatness_of_a_checkpoint_go_on_after_a_kill(
     flat = [
         "flatness",
         *common,
-        "--sigma",
-        "0.1",
-        "--draws",
-        "3",
-        "--rho",
-        "0.2",
-        "--steps",
-        "2",
-        "--loss",
-        "sigmoid",
+        *"--sigma 0.1 --draws 3 --rho 0.2 --steps 2 --loss sigmoid".split(),
         *out,
     ]
     assert analyze.main(flat) == 0
@@ -11371,9 +11055,9 @@ def test_a_landscape_is_shown_to_a_top_that_all_networks_reach():
     axis = np.linspace(-1, 1, 5)
     bowl = 1 + axis[:, None] ** 2 + axis**2
     deep = np.where(bowl > 2.2, np.nan, bowl**20)
-    # bowl's highest is 3, so 9 is the top; deep is 1.25**20 = 86.7 off the centre
-    assert analyze.landscape_scale([bowl, deep], None) == (1, 9, (~(deep <= 9)).sum())
-    assert analyze.landscape_scale([bowl, deep], 1e4) == (1, 1e4, (~(deep <= 1e4)).sum())
+    # bowl's highest is 3, so 9 is the top; deep: 12 NaN, then four each of 2**20, 3325 and 86.7
+    assert analyze.landscape_scale([bowl, deep], None) == (1, 9, 24)
+    assert analyze.landscape_scale([bowl, deep], 1e4) == (1, 1e4, 16)
     assert analyze.landscape_scale([bowl], None) == (1, 3, 0)
     assert analyze.landscape_scale([1e-9 * bowl, bowl], 2)[0] == 2e-6, "six decades are shown"
     for flat in (0.0, 2.5):
@@ -11728,9 +11412,7 @@ def test_kernel_norms_and_sparsity_of_checkpoints_go_on_where_they_were(
         whole[what] = parts
         assert name.startswith(f"{run} (") and name in text and str(file) in text, text
         assert what != "ntk" or "begins with a zero head" in text and "memory    " in text, text
-        assert file.with_suffix(".png").exists() == (
-            importlib.util.find_spec("matplotlib") is not None
-        )
+        assert file.with_suffix(".png").exists() == DRAWS
     monkeypatch.setattr(analyze, "figure", lambda *_: None)
     assert len(whole["ntk"]) == 5
     share = whole["sparsity"]["150 images"]["block"]
@@ -11816,13 +11498,7 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
         "compare",
         "--checkpoint",
         *runs,
-        "--images",
-        "3/20",  # 24, fewer than the 48 of a batch of the NTK
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-        "--out-dir",
+        *"--images 3/20 --device cpu --workers 0 --out-dir".split(),
         str(tmp_path / "out"),
     ]
     capsys.readouterr()
@@ -12200,9 +11876,9 @@ def test_analyses_of_maps_go_on_where_they_were(tmp_path, capsys, monkeypatch, s
     for argv, words in (
         ([*common, "--images", "151"], "--images 151: there are 150 held-out images"),
         ([*common, "--images", "-3"], "--images -3: a fraction of"),
-        ([*common, "--image", "3"], "unknown flag --image; did you mean --image"),
+        ([*common, "--image", "3"], "unknown flag --image; did you mean --images"),
         ([*common, "--dtype", "bfloat16"], "fourier is computed in float32 or float64"),
-        (["--checkpoint", str(tmp_path / "none.pt")], "none.pt"),
+        (["--checkpoint", str(tmp_path / "none.pt")], "none.pt: No such file"),
         ([], "needs either --checkpoint RUN/ckpt.pt or"),
     ):
         line = analyze_refusal(capsys, "fourier", *argv, "--out-dir", tmp_path / "x")
@@ -12427,8 +12103,7 @@ def test_attention_maps_are_the_softmax_and_sum_to_one(name, flags):
     model, x = train.assemble(network, [0.5], [0.5]).eval(), torch.rand(1, 3, 32, 32).double()
     by_hand = attention_by_hand(model, x)
     found = analyze.attention(model, x[0])
-    side, prefix = (8 if name == "pit_ti" else 4), flags.get("pool") != "gap"
-    side = side // 2 if name == "pit_ti" else side  # of the last stage
+    side, prefix = 4, flags.get("pool") != "gap"  # of the last stage
     last = by_hand[-1]
 
     def shown(matrix):
@@ -12506,13 +12181,7 @@ def test_training_nll_is_of_augmented_mixed_images_and_what_networks_differ_in_i
             "nll",
             "--checkpoint",
             *two_runs,
-            "--device",
-            "cpu",
-            "--workers",
-            "0",
-            "--dtype",
-            "float64",
-            "--against",
+            *"--device cpu --workers 0 --dtype float64 --against".split(),
             against,
             "--out-dir",
             str(tmp_path / "out"),
@@ -12553,12 +12222,7 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
         "attention": [
             "--image",
             tmp_path / "red.png",
-            "--indices",
-            "59",
-            "--each-head",
-            "--rollout",
-            "--distance",
-            "24",
+            *"--indices 59 --each-head --rollout --distance 24".split(),
         ],
     }
     for name, flags in commands.items():
@@ -12630,7 +12294,13 @@ def test_noise_attention_calibration_and_nll_go_on_where_they_were_and_refuse_wh
 
 
 def run_folder(
-    path, model="vit_p_1gf", speeds=(100.0, 400.0, 300.0), top1=60.0, end="final", **settings
+    path,
+    model="vit_p_1gf",
+    speeds=(100.0, 400.0, 300.0),
+    top1=60.0,
+    nll=1.0,
+    end="final",
+    **settings,
 ):
     """Of a run of 3 epochs of 10 steps, as train.py writes it."""
     path.mkdir(parents=True)
@@ -12647,7 +12317,7 @@ def run_folder(
             dict(step=10 * i, epoch=float(i), val=dict(top1=20.0 * i)),
         )
     ]
-    numbers = dict(training=dict(top1=75.0), validation=dict(top1=top1, nll=1.0))
+    numbers = dict(training=dict(top1=75.0), validation=dict(top1=top1, nll=nll))
     records += {
         "final": [dict(step=30, epoch=3.0, final=numbers, images_per_second=1.0)],
         "diverged": [dict(step=30, epoch=3.0, diverged=True)],
@@ -12731,7 +12401,8 @@ def test_peak_has_minutes_of_an_epoch_from_the_median_speed(tmp_path, capsys):
     ]
     other = run_folder(tmp_path / "e", dataset="shapes")
     assert "several data sets" in analyze_refusal(capsys, *argv, runs[0], other)
-    assert "none of the runs is finished" in analyze_refusal(capsys, *argv, runs[3])
+    not_finite = run_folder(tmp_path / "f", nll=None)
+    assert "none of the runs is finished" in analyze_refusal(capsys, *argv, runs[3], not_finite)
     Path(runs[0], "config.json").write_text("{")
     assert "is missing or damaged" in analyze_refusal(capsys, *argv, runs[0])
 
@@ -12803,12 +12474,12 @@ def test_the_step_that_is_timed_is_that_of_a_training(
         f"--optimizer sgd --dtype float64 --out-dir {tmp_path / 'run'}"
     ).split()
     trained = train_ok(argv)["model"]
-    (x, y), calls = seen[:2], []
+    x, y = seen[:2]
     monkeypatch.setattr(train, "to_float", to_float)
     monkeypatch.setattr(analyze, "random_batch", lambda *_: (x, y))
     settings, origin = train.settings(argv)
     settings.timing = dict(micro_batches=1)
-    bare = train.starting_network(settings, origin, 12, torch.device("cpu"), calls.append)
+    bare = train.starting_network(settings, origin, 12, torch.device("cpu"), print)
     before = copy.deepcopy(bare.network.state_dict())
     optimizer = train.make_optimizer(settings, bare, torch.device("cpu"))
     mode = "sam" if rho else "training"
@@ -12860,30 +12531,9 @@ def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys
     monkeypatch.setattr(analyze, "work", work)
     monkeypatch.setattr(analyze, "seconds_of", seconds_of)
     argv = [
-        "throughput",
-        "--device",
-        "cpu",
-        "--dataset",
-        "shapes",
-        "--models",
-        "vit_micro8",
-        "mixer_micro8",
-        "--modes",
-        "inference",
-        "sam",
-        "--batch-sizes",
-        "4",
-        "8",
-        "16",
-        "64",
-        "128",
-        "--rounds",
-        "3",
-        "--seconds",
-        "100",
-        "--devices",
-        "8",
-        "--out-dir",
+        *"throughput --device cpu --dataset shapes --models vit_micro8 mixer_micro8".split(),
+        *"--modes inference sam --batch-sizes 4 8 16 64 128 --rounds 3 --seconds 100".split(),
+        *"--devices 8 --out-dir".split(),
     ]
     assert analyze.main([*argv, str(tmp_path / "a")]) == 0
     cells = [(m, mode) for m in ("vit_micro8", "mixer_micro8") for mode in ("inference", "sam")]
@@ -12925,7 +12575,7 @@ def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys
         (["--rounds", "0"], "--rounds 0"),
         (["--seconds", "-1"], "--seconds -1"),
         (["--no-compile"], "--compile takes yes, no or both"),
-        (["--models", "vit_micro9"], "vit_micro9"),
+        (["--models", "vit_micro9"], "image_size must be a positive multiple of patch_size"),
         (["--loss", "supcon", "--augment", "crop"], "softmax or sigmoid"),
     ):
         assert line in analyze_refusal(capsys, *argv, tmp_path / "c", *flags)
@@ -12950,29 +12600,17 @@ def test_all_networks_of_throughput_take_the_step_of_the_first(tmp_path, monkeyp
     assert (
         analyze.main(
             [
-                "throughput",
-                "--device",
-                "cpu",
-                "--models",
+                *"throughput --device cpu --models".split(),
                 *models,
-                "--rounds",
-                "1",
-                "--modes",
-                "training",
-                "--batch-sizes",
-                "2",
-                "--seconds",
-                "0.01",
-                "--compile",
-                "both",
-                "--out-dir",
+                *"--rounds 1 --modes training --batch-sizes 2 --seconds 0.01".split(),
+                *"--compile both --out-dir".split(),
                 str(tmp_path),
             ]
         )
         == 0
     )
     assert {type(optimizer) for _, optimizer in seen.values()} == {torch.optim.SGD}
-    assert called.count(True) == called.count(False) == len(called) / 2, "not compiled, compiled"
+    assert called.count(True) == called.count(False) > 0, "not compiled, compiled"
     steps = [(s.loss, s.lr, s.weight_decay, s.grad_clip, s.dropout) for s, *_ in seen.values()]
     assert steps == [
         ("softmax", 1.6, 1e-3, clip, dropout) for clip, dropout in ((0, None), (0, 0.2), (3, None))
@@ -13032,11 +12670,10 @@ def test_each_word_of_throughput_is_timed_and_what_is_not_timed_refused(
     head = ["--recipe", "chen_supcon_head", "--init-from", str(tmp_path / "x.pt")]
     line = analyze_refusal(capsys, *argv_of, "--models", "vit_micro8", *head)
     assert "chen_supcon_head: training of a part is not timed" in line, line
-    for side, shown in (("224", "6888"), ("192", "-")):
-        size = ["--models", "vit_s32", "--image-size", side] if shown == "-" else ["--models"]
-        size = size if shown == "-" else [*size, "vit_s32"]
+    for size, shown in (([], "6888"), (["--image-size", "192"], "-")):  # Chen Table 2
         capsys.readouterr()
-        assert analyze.main([*argv_of, "--modes", "inference", *size]) == 0
+        words = ["--modes", "inference", "--models", "vit_s32", *size]
+        assert analyze.main([*argv_of, *words]) == 0
         header, rows = table_in(capsys.readouterr().out, "papers' images/s")
         assert rows[0][header.index("papers' images/s")] == shown, rows
 
@@ -13113,7 +12750,7 @@ def test_a_step_on_paper_is_the_one_simulated(devices, bandwidth, decode):
     "devices, micro_batch, flags",
     [(4, 32, ""), (128, 32, "--sam-every 2"), (1024, 4, "--sam-sync")],
 )
-def test_bytes_on_paper_are_those_of_one_of_1024_processes(
+def test_bytes_on_paper_are_those_that_the_first_of_many_processes_sends(
     tmp_path, monkeypatch, devices, micro_batch, flags
 ):
     """The paper's batch of 4,096 on the first of so many processes, the others of which are not
@@ -13210,7 +12847,7 @@ def test_scale_prints_what_bounds_a_training_on_many_devices(tmp_path, capsys):
         (["--dataset", "folder"], "its size is not known; those of shapes"),
         (["--devices", "3"], "--devices 3: a batch of 4,096"),
         (["--model", "torchvision:vit_b_16"], "cannot be counted"),
-        (["--model", "vit_b17"], "vit_b17"),
+        (["--model", "vit_b17"], "image_size must be a positive multiple of patch_size"),
         (["--resume", "--model", "vit_b16"], "--resume is for train.py"),
     ):
         assert line in analyze_refusal(capsys, *argv, *flags), flags
@@ -13220,13 +12857,15 @@ def test_scale_prints_what_bounds_a_training_on_many_devices(tmp_path, capsys):
 def test_the_smaller_training_sets_are_those_of_the_papers_recipes(capsys):
     """Chen et al. E.2, E.3, Table 9: train.py has a recipe for each number of Table 4."""
     capsys.readouterr()
-    assert analyze.main(["datasize", "--dry-run", "--device", "cpu"]) == 0
+    argv = ["datasize", "--dry-run", "--device", "cpu", "--out-dir", "my runs"]
+    assert analyze.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     runs = {
         Path(args.out_dir).name: args
         for args in (train.settings(shlex.split(line)[2:])[0] for line in lines)
     }
     assert len(runs) == len(lines) == 40
+    assert {str(Path(args.out_dir).parent) for args in runs.values()} == {"my runs/runs"}
     of = {"resnet152": "chen_resnet", "vit_b16": "chen_vit", "mixer_b16": "chen_mixer"}
     parts = {"1": "", "1_2": "_half", "1_4": "_quarter", "1_10": "_tenth"}
     for name, args in runs.items():
@@ -13283,24 +12922,8 @@ def test_sams_gain_is_the_difference_of_runs_of_the_same_images(tmp_path, capsys
         "datasize",
         "--models",
         STUDIED,
-        "--dataset",
-        "shapes",
-        "--device",
-        "cpu",
-        "--workers",
-        "0",
-        "--max-steps",
-        "2",
-        "--log-every",
-        "1",
-        "--batch-size",
-        "40",
-        "--micro-batch",
-        "20",
-        "--fractions",
-        "1",
-        "1/4",
-        "--out-dir",
+        *"--dataset shapes --device cpu --workers 0 --max-steps 2 --log-every 1".split(),
+        *"--batch-size 40 --micro-batch 20 --fractions 1 1/4 --out-dir".split(),
         str(tmp_path),
     ]
     capsys.readouterr()
@@ -13360,7 +12983,7 @@ def test_sams_gain_is_the_difference_of_runs_of_the_same_images(tmp_path, capsys
             ["--models", "vit_ti2", "--dataset", "cifar100"],
             "--recipe park_cifar_vit brings --mixup --cutmix --erasing --randaugment",
         ),
-        (["--models", "vit_micro9"], "vit_micro9"),
+        (["--models", "vit_micro9"], "image_size must be a positive multiple of patch_size"),
         (["--mixup", "1"], "--mixup is what this study varies"),
     ):
         assert line in analyze_refusal(capsys, *argv, "--dry-run", *flags)
@@ -13540,12 +13163,14 @@ def test_flags_of_attacks_reach_them(tmp_path, capsys, received, small_shapes):
         curve = [6] * of["attack"]["steps"] + [next(left)]  # of 6 images
         return dict(images=6, clean=6, robust=curve, last=curve, loss=[[0.0] * len(curve)])
 
-    left, calls = itertools.repeat(3), received(train, "under_attack", found)
+    left, number = itertools.repeat(3), itertools.count()
+    calls = received(train, "under_attack", found)
     files = {name: str(tmp_path / name / "ckpt.pt") for name in ("run", "other")}
 
     def called(line):
         del calls[:]
-        argv = [*line.split(), "--device", "cpu", "--out-dir", str(tmp_path / f"out{len(line)}")]
+        out = tmp_path / f"out{next(number)}"
+        argv = [*line.split(), "--device", "cpu", "--out-dir", str(out)]
         assert adversarial.main(["--checkpoint", files["run"], *argv]) == 0
         attacks = [call["attack"] for call in calls]
         return [attack.pop("source") for attack in attacks], attacks
@@ -13586,10 +13211,7 @@ def test_flags_of_attacks_reach_them(tmp_path, capsys, received, small_shapes):
     for black, words in ((2, "NO: its grad"), (3, "no difference"), (5, "its own are the strong")):
         left = iter([3, black, 3])
         capsys.readouterr()
-        called(
-            f"--strength-images 0 --steps 3 --images 6 --attack-seed {black} "
-            f"--transfer-from {files['other']}"
-        )
+        called(f"--strength-images 0 --steps 3 --images 6 --transfer-from {files['other']}")
         assert words in capsys.readouterr().out
 
 
@@ -13717,18 +13339,9 @@ def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
 
     monkeypatch.setattr(analyze, "figure", figure)
     argv = [
-        "all",
-        "--figures",
-        "norms",
-        "attention",
-        "curves",
-        "--checkpoint",
+        *"all --figures norms attention curves --checkpoint".split(),
         str(run / "ckpt.pt"),
-        "--images",
-        "20",
-        "--device",
-        "cpu",
-        "--out-dir",
+        *"--images 20 --device cpu --out-dir".split(),
         str(out),
     ]
     assert analyze.main(argv) == 0
@@ -13750,15 +13363,9 @@ def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
     assert (
         analyze.main(
             [
-                "all",
-                "--figures",
-                "norms",
-                "--checkpoint",
+                *"all --figures norms --checkpoint".split(),
                 str(run),
-                "--images",
-                "20",
-                "--device",
-                "cpu",
+                *"--images 20 --device cpu".split(),
             ]
         )
         == 0
@@ -13903,7 +13510,7 @@ class World(analyze.Numbers):
 
 
 def chens_world():
-    """Tables 1 to 5 (ResNet of 1, 2 and 4: the 152), §5.3; Fig. 1 and 2 in words."""
+    """Tables 1 to 5 (ResNet: the 152), §5.3; Fig. 1 and 2 in words."""
     top1 = {"ViT": 74.6, "Mixer": 66.4, "ResNet": 78.5}
     top1 |= {"ViT + SAM": 79.9, "Mixer + SAM": 77.4, "ResNet + SAM": 79.3}
     top1 |= {f"{name}, twice the epochs": top1[name] for name in ("ViT", "Mixer")}
@@ -13918,19 +13525,16 @@ def chens_world():
         ways = ("augmented", "augmented + SAM", "augmented, 1/10", "augmented, 1/10 + SAM")
         top1 |= {f"{name}, {way}": n for way, n in zip(ways, numbers)}
     top1 |= {"ViT, contrastive, head": 77.4, "ViT, contrastive + SAM, head": 80.0}
-    pgd = {}
-    for name, clean, attacked in (
-        ("ViT", (72.8, 76.7), (54.3, 62.0)),
-        ("Mixer", (62.8, 73.9), (42.5, 59.8)),
-        ("ResNet", (70.8, 70.1), (53.2, 54.1)),
-    ):
-        for way, before, under in zip(("", " + SAM"), clean, attacked):
-            top1[f"{name}, adversarial{way}"], pgd[f"{name}, adversarial{way}"] = before, under
-    corrupted = {"ViT": 46.6, "Mixer": 33.8, "ResNet": 50.0}
+    pgd, corrupted = {}, {"ViT": 46.6, "Mixer": 33.8, "ResNet": 50.0}
     corrupted |= {"ViT + SAM": 56.5, "Mixer + SAM": 48.8, "ResNet + SAM": 52.2}
-    corrupted |= {"ViT, adversarial": 46.4, "ViT, adversarial + SAM": 51.4}
-    corrupted |= {"Mixer, adversarial": 33.4, "Mixer, adversarial + SAM": 45.9}
-    corrupted |= {"ResNet, adversarial": 48.5, "ResNet, adversarial + SAM": 49.1}
+    for name, *table_5 in (  # clean, under PGD-10, corrupted; each without SAM and with it
+        ("ViT", (72.8, 76.7), (54.3, 62.0), (46.4, 51.4)),
+        ("Mixer", (62.8, 73.9), (42.5, 59.8), (33.4, 45.9)),
+        ("ResNet", (75.5, 75.1), (59.2, 61.0), (48.5, 49.1)),
+    ):
+        for way, *numbers in zip(("", " + SAM"), *table_5):
+            for images, number in zip((top1, pgd, corrupted), numbers):
+                images[f"{name}, adversarial{way}"] = number
     places = (("whole", 0), ("embedding", 0), ("MSAs", 0), ("MLPs", 0))
     places += (("block ", 0), ("block ", 1), ("block ", -1))
     largest = {
@@ -13959,7 +13563,7 @@ def chens_world():
         ntk={"ViT": 4205.3, "Mixer": 14468, "ResNet": 2801.6},
         norms=lengths,
         nll={
-            name: dict(nll=error / 10, training_error=error)
+            name: dict(training_error=error)
             for name, error in (("ViT", 9), ("Mixer", 5), ("ViT + SAM", 12), ("ViT, augmented", 20))
         },
         noise={"ViT": 2, "ViT + SAM": 1, "Mixer": 3, "Mixer + SAM": 1, "ResNet": 0.5},
@@ -13999,7 +13603,7 @@ def parks_world():
     return dict(
         nep={name: n / 100 for name, n in (negative | {"ViT, heads of 8": 30}).items()},
         ape=positive,
-        nll={name: dict(nll=n, training_error=10 * n) for name, n in loss.items()},
+        nll={name: dict(nll=n) for name, n in loss.items()},
         top1=top1 | {"AlterNet": 81},
         fourier=units | {("Swin", "attention"): -1},
         variance=units | {"ViT": by_depth, "ResNet": by_depth, ("Swin", "attention", 3): -1},
@@ -14016,7 +13620,7 @@ def parks_world():
 
 
 def xiaos_world():
-    """Table 2 for 4 GF, 400 epochs; Fig. 2 to 5 in words."""
+    """Table 2: ViT of 18 GF and ResNet-200, 100 epochs and 200; Fig. 2 to 5 in words."""
     runs = [
         dict(epochs=e, optimizer=o, delta=9.0, diverged=False)
         for o in ("adamw", "sgd")
@@ -14025,8 +13629,8 @@ def xiaos_world():
     better = [run | dict(delta=2.0) for run in runs]
     pairs = [dict(random=True, optimizer=o, delta=d) for o in ("adamw", "sgd") for d in (1, 9)]
     return dict(
-        top1={"ViT": 80.4, "ViT_C": 81.4, "ResNet": 81.0}
-        | {"ViT, twice the epochs": 82.4, "ViT_C, twice the epochs": 82.0},
+        top1={"ViT": 80.1, "ViT_C": 81.6, "ResNet": 80.5}
+        | {"ViT, twice the epochs": 81.6, "ViT_C, twice the epochs": 82.5},
         length={"ViT": runs, "ViT_C": better},
         optimizer={"ViT": runs, "ViT_C": better},
     ) | {"lr-wd": {"ViT": pairs, "ViT_C": [pair | dict(delta=2) for pair in pairs]}}
@@ -14064,6 +13668,12 @@ def test_what_the_papers_tables_say_is_the_same_wherever_it_is_written():
                 weights, first, *_ = analyze.TABLE_3[model + way]
                 lengths = world["norms"][of]
                 assert (weights, first) == (lengths["weights"], lengths["activation"]["first"])
+        for method, numbers in analyze.CHEN_4[model].items():
+            strong = ", augmented" * (method in ("augmented", "both"))
+            way = " + SAM" * (method in ("sam", "both"))
+            for part, number in zip(analyze.FRACTIONS, numbers):
+                of = name + strong + f", {part}" * (part != "1") + way
+                assert world["top1"].get(of, number) == number, (of, number)
         if name != "ResNet":
             _, plain, best = train.PUBLISHED[f"chen_{name.lower()}"]
             rho = train.PAPER_RHO["supervised"][model]
@@ -14413,13 +14023,12 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
         name = "robustness" if title == "test" else title.partition(",")[0]
         below = "" if title == name else re.sub(r"\W+", "-", title) + "/"
         assert f"<h2>{title}</h2>" in page and f'href="{below}{name}.json"' in page, title
-        computed = json.loads((tmp_path / f"{below}{name}.json").read_text())
-        assert {of["dtype"] for of in computed["settings"].values() if title != "test"} <= {
-            "float32"
-        }
+        computed = json.loads((tmp_path / f"{below}{name}.json").read_text())["settings"]
+        if title != "test":
+            assert {of["dtype"] for of in computed.values()} == {"float32"}, title
     assert "<h2>landscape, Park</h2>" in page and 'href="park/landscape.json"' in page
     park = json.loads((tmp_path / "park/landscape.json").read_text())["results"]
-    assert {name for name in park if "/runs/vit-seed0/" in name} == set(park)
+    assert park and all("/runs/vit-seed0/" in name for name in park), list(park)
     own = str(tmp_path / "runs/vit-seed0/ckpt.pt")
     for more in (["nll", "--images", "20"], ["noise", "--sigma", "2"], ["lesion", "--images", "9"]):
         assert analyze.main([*more, *argv[1:-2], "--checkpoint", own]) == 0, "in the same folder"
@@ -14537,8 +14146,7 @@ def test_the_readmes_examples_run_as_they_stand():
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     made, trained = {}, []
     for block in blocks:
-        torch.manual_seed(0)
-        model = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48).eval()
+        model = tiny_network().eval()
         nn.init.normal_(model.head.weight)
         given = dict(
             torch=torch,
@@ -14566,11 +14174,10 @@ def test_the_readmes_examples_run_as_they_stand():
 
 def test_the_readmes_figures_are_there_and_not_ignored_by_git():
     figures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
-    ignored = [
-        line
-        for line in (HERE / ".gitignore").read_text().split()
-        if "*" in line or not line.endswith("/") and not line.startswith("/")
-    ]
+    places = {place for figure in figures for place in (*Path(figure).parts, f"/{figure}")}
+    places |= {f"/{Path(figure).parts[0]}" for figure in figures}
+    lines = (HERE / ".gitignore").read_text().split()
+    ignored = [line for line in lines if "*" in line or line.rstrip("/") in places]
     assert figures and all((HERE / figure).is_file() for figure in figures), figures
     assert not ignored, f"{ignored} would keep a figure of that name out of a commit"
 
@@ -14651,10 +14258,10 @@ def trained(folder, *flags):
 def check_gradients(device, folder):
     """Of each family, beside float64 on the CPU."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield from without_tf32(device)
+        yield from gradients_beside_float64(device)
 
 
-def without_tf32(device):
+def gradients_beside_float64(device):
     for name, overrides, compiles in (
         ("vit_micro8", dict(stem="conv"), True),
         ("mixer_micro8", {}, False),
@@ -14823,7 +14430,7 @@ def check_waiting(device, folder):
 
 
 def check_memory(device, folder):
-    """How many images are taken together where memory for 96 is left, and for less than one."""
+    """How many images are taken together with room for 48, for 96, and for less than one."""
     model = train.build_model("vit_s16", 10, 224).to(device).eval()
 
     def forward(images):
@@ -14885,15 +14492,9 @@ def check_analyses(device, folder):
                         "all",
                         "--checkpoint",
                         str(folder / "run"),
-                        "--images",
-                        "96",
-                        "--points",
-                        "5",
-                        "--device",
+                        *"--images 96 --points 5 --device".split(),
                         at,
-                        "--dtype",
-                        "float64",
-                        "--out-dir",
+                        *"--dtype float64 --out-dir".split(),
                         str(out),
                         "--figures",
                         *ANALYSES_ON_A_DEVICE,
@@ -15012,8 +14613,8 @@ def stress_training(folder, share):
             "train.py",
             *tiny(again, settings, "--resume"),
         ],
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
-    )  # as in `killed`
+        env=os.environ | dict(OMP_NUM_THREADS="1"),  # as in `killed`
+    )
     ckpt, dead = again / "ckpt.pt", set()
 
     def ranks():
@@ -15055,7 +14656,8 @@ def stress_analyses(folder, share):
         found = []
         for out, kills in (("whole", 0), ("again", round(20 * share))):
             out = folder / f"{out}{processes}"
-            argv = [name, "--checkpoint", folder / "run", *flags.split(), "--out-dir", out]
+            argv = [name, "--checkpoint", folder / "run", *flags.split(), "--device", "cpu"]
+            argv += ["--out-dir", out]
             count, _ = killed(
                 "analyze",
                 argv,
@@ -15132,11 +14734,8 @@ def stress_disk(folder, share):
             lost += status != 2 or train.read_checkpoint(folder / "run/ckpt.pt")["step"] < before
         end = train_ok(argv)
         assert errors.getvalue().count("\n") == count, errors.getvalue()
-    yield (
-        "the disk is full while a run saves",
-        count,
-        (lost + (not same_tensors(whole["model"], end["model"]))),
-    )
+    lost += not same_tensors(whole["model"], end["model"])
+    yield "the disk is full while a run saves", count, lost
 
 
 def refused_or(function, right, errors):
@@ -15168,7 +14767,7 @@ def stress_files(folder, share):
     rng, n = np.random.default_rng(0), round(2000 * share)
     with redirect_stdout(io.StringIO()):
         state = train_ok(tiny(folder / "run", "--sam-rho 0.1 --ema-decay 0.9"))
-    network = train.build_model("vit_micro8", 12, 32, dim=24, depth=2, heads=2, mlp_dim=48)
+    network = tiny_network()
     start, path = copy.deepcopy(network.state_dict()), folder / "damaged.pt"
 
     def load():
@@ -15389,7 +14988,9 @@ def stress_long_run(folder, share):
         if "loss" in record:
             seen.append(
                 (
-                    int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20,
+                    int(Path("/proc/self/statm").read_text().split()[1])
+                    * os.sysconf("SC_PAGE_SIZE")
+                    / 2**20,
                     len(os.listdir("/proc/self/fd")),
                     len(os.listdir("/proc/self/task")),
                     len(os.listdir("/dev/shm")),
@@ -15420,13 +15021,13 @@ def stress_long_run(folder, share):
 
 def stress_determinism(folder, share):
     """The same command twice."""
+    alone = {name: flags for name, flags in VARIANTS.items() if "--init-from" not in flags}
     lost = 0
-    for name, flags in VARIANTS.items():
-        if "--init-from" not in flags:
-            with redirect_stdout(io.StringIO()):
-                one, other = (train_ok(tiny(folder / f"{name}{i}", flags)) for i in range(2))
-            lost += not same_tensors(one["model"], other["model"])
-    yield "trainings run twice", len(VARIANTS) - 1, lost
+    for name, flags in alone.items():
+        with redirect_stdout(io.StringIO()):
+            one, other = (train_ok(tiny(folder / f"{name}{i}", flags)) for i in range(2))
+        lost += not same_tensors(one["model"], other["model"])
+    yield "trainings run twice", len(alone), lost
 
 
 STRESS = dict(
@@ -15486,6 +15087,8 @@ def main():
             parser.error(
                 "give --stress or --device; the tests are run by python -m pytest -q test_all.py"
             )
+        if args.faults and args.device or args.checks and args.stress:
+            parser.error("--faults is of --stress, and --checks of --device")
         if not 0 < args.share <= 1:
             parser.error(f"--share {args.share:g}: it is above 0 and at most 1")
         if args.device and not torch.get_device_module(args.device).is_available():

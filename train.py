@@ -519,7 +519,8 @@ MODEL_FLAGS = (
     "qkv_bias gelu width groups width_per_group pre_activation blur msa_blocks window_size "
     "dropout drop_path head_bias unit_norm init zero_init"
 ).split()
-# Data sets that live on the device as a whole: no files are decoded in training.
+AUGMENTS = "augment autoaugment randaugment randaugment_prob randaugment_of erasing flip".split()
+# Data sets held in memory as a whole: no files are decoded in training.
 IN_MEMORY = ("shapes", "cifar10", "cifar100")
 # Where a run computes and what becomes of it: may differ when it is resumed, all else may not.
 FREE_FLAGS = set(
@@ -562,6 +563,8 @@ def as_user_error(what):
     """What a function of this repository has against the value of a flag, as a UserError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise  # one process may meet it alone: answer tells it, whatever the rank
     except (
         *(ValueError, TypeError, RuntimeError, ZeroDivisionError, re.error),
         AssertionError,  # torchvision's word for arguments that do not fit
@@ -596,7 +599,8 @@ def make_parser():
         description=__doc__.split("\n\n")[0],
         epilog=(
             "Without --model, --recipe, --dataset and --data-dir the built-in data set is "
-            "trained. A rate, norm, ρ or interval of 0 means off."
+            "trained. A rate of dropout or augmentation, a norm or a ρ of 0 means off, and so does "
+            "--save-every 0."
         ),
     )
     on_off = argparse.BooleanOptionalAction
@@ -606,28 +610,19 @@ def make_parser():
     add(
         "--recipe",
         choices=RECIPES,
-        help=(
-            "row of a paper's table, see --list-recipes; default: the one that fits model and "
-            "data set, if there is one"
-        ),
+        help="row of a paper's table, see --list-recipes; default: what fits model and data set",
     )
     add("--model", help="a name that --list-models prints, or torchvision:NAME, timm:NAME")
     add(
         "--init-from",
         default="",
         metavar="FILE",
-        help=(
-            "start from these weights: a checkpoint of ours, a timm or torchvision state dict, an "
-            "original .npz"
-        ),
+        help="start from: a checkpoint of ours, a timm or torchvision state dict, an original .npz",
     )
     add(
         "--reset-head",
         **off,
-        help=(
-            "the classifier stays as initialised, whatever the file holds: for another number of "
-            "classes"
-        ),
+        help="the classifier stays as initialised, not from the file: for other numbers of classes",
     )
     add(
         "--weights",
@@ -776,18 +771,12 @@ def make_parser():
     add(
         "--unit-norm",
         action=on_off,
-        help=(
-            "ViT: the head sees the representation divided by its length, as SupCon's heads do "
-            "(Chen E.4)"
-        ),
+        help="ViT: the head sees the representation divided by its length, as SupCon's (Chen E.4)",
     )
     add(
         "--init",
         choices=("google", "pycls", "timm", "torchvision", "torch"),
-        help=(
-            "whose initial weights; ViT has the first three, Mixer google and timm, ResNet the "
-            "last two"
-        ),
+        help="whose initial weights; ViT: first three, Mixer: google, timm, ResNet: last two",
     )
     add("--zero-init", action=on_off, help="ResNet: last scale of each branch starts at 0")
 
@@ -866,10 +855,7 @@ def make_parser():
         "--projection-dim",
         type=int,
         default=128,
-        help=(
-            "outputs of supcon's projection head, an MLP as wide as the representation (Khosla et "
-            "al. §3.1)"
-        ),
+        help="outputs of supcon's projection head, as wide as the representation (Khosla §3.1)",
     )
     add(
         "--train-only",
@@ -1030,10 +1016,7 @@ def make_parser():
     add(
         "--list-recipes",
         **off,
-        help=(
-            "print them with steps, the paper's table and its accuracy, with --expect also the "
-            "hours, and stop"
-        ),
+        help="print them with steps, table, accuracy and, with --expect, hours, and stop",
     )
     return parser
 
@@ -1109,19 +1092,19 @@ def check(args, origin):
 
     at_least_0 = (
         "epochs max_steps warmup_steps save_every sam_rho lr lr_end weight_decay grad_clip mixup "
-        "cutmix warmup_epochs seed ema_alpha eval_short_side eps"
+        "cutmix warmup_epochs seed ema_alpha eval_short_side workers sam_reuse"
     ).split()
     at_least_1 = (
-        "batch_size micro_batch eval_every log_every sam_steps image_size ema_every "
+        "batch_size micro_batch eval_every log_every sam_steps sam_every image_size ema_every "
         "repeated_augment projection_dim"
     ).split()
     at_least = dict.fromkeys(at_least_0, 0) | dict.fromkeys(at_least_1, 1)
     for name, low in at_least.items():
         value = getattr(args, name)
         refuse(
-            not low <= value < 2**63,
+            value is not None and not low <= value < 2**63,
             f"{flag(name)} is {value}; it must be at least {low}"
-            + " and below 2^63" * (value > low),
+            + " and below 2^63" * ((value or 0) > low),
         )
     for epoch in args.keep_epochs:
         refuse(
@@ -1154,10 +1137,6 @@ def check(args, origin):
     refuse(
         args.adv_step_size and not args.adv_eps,
         "--adv-step-size is for --adv-eps above 0, such as 2/255",
-    )
-    refuse(
-        args.workers is not None and args.workers < 0,
-        f"--workers is {args.workers}; it must be at least 0",
     )
     (operations, magnitude), google = args.randaugment, args.randaugment_of == "google"
     most = 30 if google else 10
@@ -1288,11 +1267,6 @@ def check(args, origin):
     refuse(
         args.sam_every == 1 and origin["sam_reuse"] == "command line",
         "--sam-reuse is for the steps between SAM's: add --sam-every above 1",
-    )
-    refuse(args.sam_every < 1, f"--sam-every is {args.sam_every}; it must be at least 1")
-    refuse(
-        not 0 <= args.sam_reuse < math.inf,
-        f"--sam-reuse is {args.sam_reuse}; it must be at least 0 (LookSAM: 0.7)",
     )
     refuse(
         args.device == "cuda" and not torch.cuda.is_available(),
@@ -1602,87 +1576,32 @@ def build_model(name, num_classes=1000, image_size=224, **overrides):
 # --list-models: a paper's table or figure, side of the images, classes, values of --model. What
 # follows a name are the flags of that row.
 LISTED = [
-    (
-        "Chen Table 7",
-        224,
-        1000,
-        [
-            *(f"vit_{size}" for size in ("s32", "s16", "s14", "s8", "b32", "b16")),
-            *(f"mixer_{size}" for size in ("s32", "s16", "s8", "b32", "b16", "b8")),
-        ],
-    ),
-    (
-        "Chen Table 2",
-        224,
-        1000,
-        [*(f"resnet{size}" for size in ("50", "50x2", "101", "101x2", "152", "152x2"))],
-    ),
+    ("Chen Table 7", 224, 1000, [f"vit_{size}" for size in "s32 s16 s14 s8 b32 b16".split()]),
+    ("Chen Table 7", 224, 1000, [f"mixer_{size}" for size in "s32 s16 s8 b32 b16 b8".split()]),
+    ("Chen Table 2", 224, 1000, [f"resnet{n}{x2}" for n in (50, 101, 152) for x2 in ("", "x2")]),
     ("Xiao Table 1", 224, 1000, [f"vit_{stem}_{size}" for stem in "pc" for size in vit.VIT_GF]),
-    ("Xiao Table 2", 224, 1000, ["resnet50", "resnet101", "resnet152", "resnet200"]),
-    *(
-        ("Xiao Table 2", side, 1000, [f"regnety_{size}"])
-        for size, (side, _) in REGNETY_SIDES.items()
-    ),
+    ("Xiao Table 2", 224, 1000, [f"resnet{n}" for n in (50, 101, 152, 200)]),
+    *(("Xiao Table 2", side, 1000, [f"regnety_{n}"]) for n, (side, _) in REGNETY_SIDES.items()),
     ("near Xiao's RegNetZ", 224, 1000, ["timm:regnetz_b16", "timm:regnetz_040"]),
-    (
-        "Park Fig. 1-10, C.4",
-        32,
-        100,
-        ["resnet50", "vit_ti2 --no-qkv-bias", "pit_ti", "torchvision:swin_t"],
-    ),
+    ("Park Fig. 1-10, C.4", 32, 100, ["resnet50", "vit_ti2 --no-qkv-bias", "pit_ti"]),
+    ("Park Fig. 1-10, C.4", 32, 100, ["torchvision:swin_t"]),
     ("Park Fig. 5a, C.1a", 32, 100, ["resnext50_32x4d", "timm:twins_svt_small", "mixer_ti2"]),
-    (
-        "Park Fig. 7",
-        32,
-        100,
-        [f"vit_ti4 --no-qkv-bias{k}" for k in (" --kernel-size 3", " --kernel-size 5", "")],
-    ),
+    ("Park Fig. 7", 32, 100, [f"vit_ti4 --no-qkv-bias --kernel-size {k}" for k in (3, 5)]),
+    ("Park Fig. 7", 32, 100, ["vit_ti4 --no-qkv-bias"]),
     ("Park Fig. 11, 12", 32, 100, ["alter_resnet50"]),
-    (
-        "Park Fig. 12a",
-        32,
-        100,
-        [
-            f"alter_resnet50 --msa-blocks {' '.join(blocks)}"
-            for blocks in "0000 0001 0002 0012 0112 0122 0132".split()
-        ],
+    *(
+        ("Park Fig. 12a", 32, 100, [f"alter_resnet50 --msa-blocks {' '.join(blocks)}"])
+        for blocks in "0000 0001 0002 0012 0112 0122 0132".split()
     ),
     ("Park Fig. D.5, E.1", 224, 1000, ["alter_resnet50"]),
-    (
-        "Park Fig. E.1",
-        224,
-        1000,
-        [
-            "resnet50",
-            "resnext50_32x4d",
-            "vit_ti16",
-            "pit_ti",
-            "torchvision:swin_t",
-            "timm:convit_tiny",
-            "timm:levit_128s",
-            "timm:coat_lite_tiny",
-        ],
-    ),
-    (
-        "other sizes",
-        224,
-        1000,
-        [
-            "vit_l16",
-            "mixer_ti16",
-            "mixer_l16",
-            "resnet18",
-            "resnet34",
-            *(name for name in resnet.NAMES if name.startswith("pre")),
-            *alternet.NAMES,
-        ],
-    ),
-    (
-        "shapes",
-        32,
-        12,
-        ["vit_micro8", "mixer_micro8", "resnet18 --width 16", "alter_resnet18 --width 16"],
-    ),
+    ("Park Fig. E.1", 224, 1000, ["resnet50", "resnext50_32x4d", "vit_ti16", "pit_ti"]),
+    ("Park Fig. E.1", 224, 1000, ["torchvision:swin_t", "timm:convit_tiny", "timm:levit_128s"]),
+    ("Park Fig. E.1", 224, 1000, ["timm:coat_lite_tiny"]),
+    ("other sizes", 224, 1000, ["vit_l16", "mixer_ti16", "mixer_l16", "resnet18", "resnet34"]),
+    ("other sizes", 224, 1000, [name for name in resnet.NAMES if name.startswith("pre")]),
+    ("other sizes", 224, 1000, alternet.NAMES),
+    ("shapes", 32, 12, ["vit_micro8", "mixer_micro8", "resnet18 --width 16"]),
+    ("shapes", 32, 12, ["alter_resnet18 --width 16"]),
 ]
 
 
@@ -1698,7 +1617,7 @@ def knobs(args):
 
 def list_models():
     """What --list-models prints; counted on the meta device, at the size of the table's images."""
-    print(
+    say(
         "python train.py --model\n"
         f"{'':42}{'pixels':>6}{'classes':>8}{'parameters':>13}{'GFLOPs':>8}{'M acts':>8}"
     )
@@ -1713,8 +1632,8 @@ def list_models():
                 cost = f"{cost['params']:13,}{cost['macs'] / 1e9:8.2f}{cost['acts'] / 1e6:8.1f}"
             except ValueError as error:
                 cost = f"  {error}"
-            print(f"{model:42}{image_size:6}{num_classes:8,}{cost}  {where}")
-    print(
+            say(f"{model:42}{image_size:6}{num_classes:8,}{cost}  {where}")
+    say(
         "FLOPs are multiply-adds of convolutions, linear layers and attention; activations are "
         "the outputs of these and of\nmax-pooling (Xiao Table 1). PATCH in vit_sizePATCH and "
         "mixer_sizePATCH is any patch size that divides the image."
@@ -1778,7 +1697,7 @@ def expected(args, macs, devices, tflops):
 
 def list_recipes(expect):
     """What --list-recipes prints, with --expect the hours of plain training and of SAM's too."""
-    print(
+    say(
         "python train.py --recipe\n"
         f"{'':27}{'model':19}{'data set':12}{'epochs':>6}{'batch':>7}{'steps':>10}{'top-1 %':>9}"
         f"{'SAM':>6}" + f"{'hours':>10}{'SAM':>10}" * any(expect)
@@ -1797,17 +1716,17 @@ def list_recipes(expect):
                 args.sam_rho = rho
                 steps, seconds = expected(args, macs[network], *expect)
                 hours += f"{in_hours(steps * seconds):>10}"
-        print(
+        say(
             f"{name:27}{args.model:19}{args.dataset:12}{args.epochs or '-':>6}"
             f"{args.batch_size:7,}{steps_of(args):10,}{plain:>9}{with_sam:>6}{hours}  {where}"
         )
-    print(
+    say(
         "Steps are for the data set as published. Accuracies are the paper's, of this model, "
         "after plain training and with SAM\n(--sam-rho paper; of a transfer: in pre-training). "
         "Each setting of a recipe: --recipe NAME --dry-run."
     )
     if any(expect):
-        print(
+        say(
             f"Hours: of {expect[0]:g} devices that sustain {expect[1]:g} TFLOP/s each, without "
             "evaluations and waiting."
         )
@@ -2064,7 +1983,8 @@ def move_average(mean, network, decay):
 class RunningStatistics:
     """BatchNorm's running mean and variance in a step of many micro-batches: each starts from the
     same values, and the result is the mean over all, so that it does not depend on how many devices
-    share the step."""
+    share the step. SAM.perturb alone would keep its first pass's too; as every pass here begins
+    anew and the step ends with the mean, what it puts back makes no difference."""
 
     def __init__(self, network):
         norms = [
@@ -2164,6 +2084,13 @@ def exactest(device):
     return dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)
 
 
+def to_exact(x):
+    """x as `exactest` says, in two steps: a copy from MPS that also widens is an error or, in torch
+    2.14, writes nothing."""
+    exact = exactest(x.device)
+    return x.to(exact["device"]).to(exact["dtype"])
+
+
 @torch.inference_mode()
 def evaluate(
     model, loader, device, autocast=nullcontext(), bar=None, restrict_logits=None, mix=None
@@ -2183,7 +2110,8 @@ def evaluate(
     exact, others = exactest(device), None
     sums, by_bin = torch.zeros(4, **exact), torch.zeros(3, 1, BINS, **exact)
     for number, (x, y) in enumerate(data.batches(loader, tell=say)):
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+        # pinned for CUDA; elsewhere it is waited for
+        x, y = (t.to(device, non_blocking=device.type == "cuda") for t in (x, y))
         x, shares = to_float(x, model), None
         if mix is not None:
             x, shares = mix(number, x, y)
@@ -2206,8 +2134,9 @@ def evaluate(
             nll = F.cross_entropy(logits, shares, reduction="none")
         sums += torch.stack(
             [torch.ones_like(y[:, 0]).sum(), hits[:, 0].sum(), hits.any(1).sum(), nll.sum()]
-        ).to(sums)
-        by_bin += bin_sums(logits.softmax(1).amax(1, keepdim=True).to(sums), hits[:, :1], BINS)
+        ).to(sums.device)
+        confidence = to_exact(logits.softmax(1).amax(1, keepdim=True))
+        by_bin += bin_sums(confidence, hits[:, :1].to(sums.device), BINS)
         if bar is not None:
             bar.update()
     model.train(training)
@@ -2317,7 +2246,7 @@ def set_class_means(model, loader, device, autocast, temperature):
         with autocast:
             model(to_float(x.to(device), model), out=out)
         z = F.normalize(at_least_float32(out["pre_logits"]))
-        sums.index_add_(0, y.to(sums.device), z.to(sums))
+        sums.index_add_(0, y.to(sums.device), to_exact(z))
     model.train(training)
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -2705,24 +2634,8 @@ def load_training(args, device, tell):
     """-> the training set, augmented; the validation set, with --hold-out a part of the training
     set; and a class-balanced sample of the training set, as large as the validation set, twice:
     augmented, and prepared as validation images are."""
-    train_set = load_split(
-        args,
-        "train",
-        device,
-        tell,
-        **{
-            name: getattr(args, name)
-            for name in (
-                "augment",
-                "autoaugment",
-                "randaugment",
-                "randaugment_prob",
-                "randaugment_of",
-                "erasing",
-                "flip",
-            )
-        },
-    )
+    how = {name: getattr(args, name) for name in AUGMENTS}
+    train_set = load_split(args, "train", device, tell, **how)
     # Held-out images take the place of val/, which then need not be there.
     validation = "val" if args.hold_out == "0" else "train"
     val_set = load_split(args, validation, device, tell, classes=train_set.classes)
@@ -3026,15 +2939,20 @@ def without_effect(args, origin):
         randaugment_of=not args.randaugment[0],
         ema_every=not args.ema_decay,
     )
-    for name in ("init", "zero_init", "head_bias"):
-        unused[name] = bool(args.init_from) and not args.reset_head
     if args.eval_only:
         unused = {name: name not in OF_EVALUATION for name in origin}
+        unused["adv_eps"] = not args.eval_adv
         unused["recipe"] = args.recipe == args.init_from  # of our checkpoints the run's counts
+    for name in ("init", "zero_init", "head_bias"):  # whose place the weights of a file take
+        unused[name] = bool(args.init_from) and not args.reset_head
+    for name in ("dropout", "drop_path"):  # nothing drops in evaluation mode
+        unused[name] = args.eval_only or args.train_only == "head"
     return [flag(n) for n, idle in unused.items() if idle and origin[n] == "command line"]
 
 
 def run(args, origin):
+    """One training, from top to bottom: data, model, optimizer, what will happen, resume, the loss
+    of a micro-batch, the loop, the final numbers; or --eval-only, --dry-run. -> exit status."""
     check_network(args)
     device, world, on_machine = start_processes(args.device)
     main_process = rank() == 0
@@ -3052,7 +2970,7 @@ def run(args, origin):
         tell(f"without effect in this run: {' '.join(idle)}")
     if args.dry_run:  # before anything can be missing
         tell(chosen)
-    if any(args.expect):
+    if any(args.expect) and not args.eval_only:
         steps, seconds = expected(args, complexity_of(args)["macs"], *args.expect)
         if math.isnan(seconds):
             raise UserError(f"--expect: the arithmetic of {args.model} cannot be counted")
@@ -3349,7 +3267,7 @@ def run(args, origin):
     def loss_of(micro, x, y, sends=False):
         if supcon and micro == own_micros[0]:  # a pass over the batch begins, at w or w + ε
             contrast()
-        seed_draws(data.key(args.seed, step, micro), device)  # masks belong to the micro-batch
+        seed_draws(data.key(args.seed, step, micro), device)  # its masks, alike in all its passes
         statistics.begin_pass()
         with quiet(model, sends), autocast:
             logits = model(x)
@@ -3409,7 +3327,8 @@ def run(args, origin):
         statistics.begin_step()
         for micro in own_micros:
             x, y = next(stream)
-            x, y = to_float(x.to(device, non_blocking=True), model), y.to(device, non_blocking=True)
+            x, y = (t.to(device, non_blocking=args.device == "cuda") for t in (x, y))
+            x = to_float(x, model)
             seed_draws(data.key(args.seed, step, micro, 2), device)  # 2: apart from the masks'
             x, y = mix(x, y)
             start = x
@@ -3436,7 +3355,7 @@ def run(args, origin):
                             (grad,) = torch.autograd.grad(losses[i](), start)
                         x = adversarial.ascend(start, grad, x, args.adv_eps, adv_step_size)
                     loss = loss_of(m, x, y, sends=m == own_micros[-1])
-                    (loss / len(own_micros)).backward()
+                    (loss / len(own_micros)).backward()  # DDP: then the mean over the processes
             if look is not None and perturbed:
                 look.note(first.grads, len(together) / len(own_micros))
             together.clear()
@@ -3541,6 +3460,8 @@ def one_line(error):
 
 def want_of_memory(error):
     """A sentence if this is what Python, torch or CUDA say where memory ends, else an empty one."""
+    if str(error).startswith("DataLoader worker"):  # it died while this process computed
+        return data.LOST
     if not (
         isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
     ):
@@ -3566,8 +3487,9 @@ def answer(program, function, again):
     and for want of memory, 130 for Ctrl-C, 141 if nobody reads the output any more. again: how the
     work then goes on."""
     owns_group, status = not dist.is_initialized(), 0
-    for stream in (sys.stdout, sys.stderr):  # ± is ? where an encoding lacks it
-        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
+    for stream in (sys.stdout, sys.stderr):  # ± is ? where an encoding lacks it; a line is out at
+        # once, to a file or pipe too, and say learns whether it could be written
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace", line_buffering=True)
     handlers = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
     try:
         status = function() or 0
