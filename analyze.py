@@ -464,6 +464,14 @@ def finite(values, what):
     return values
 
 
+def network_and_held_out(settings, origin, device, share):
+    """A network; a class-balanced part of the held-out images in a fixed random order (ImageNet's
+    are sorted by class); how many workers read them."""
+    model, dataset = network_and_images(settings, origin, device)
+    dataset = shuffled(share_of(dataset, share, "held-out"), 0)
+    return model, dataset, worker_count(settings, dataset)
+
+
 def shuffled(dataset, seed):
     """The data set, restricted to all of its images in a random order that depends on the seed."""
     generator = torch.Generator().manual_seed(seed)
@@ -2355,10 +2363,11 @@ def first_middle_last(values):
 
 def activity(model, batches):
     """What norms and sparsity are made of, as sums over images. -> dict: images, their number;
-    activations {name: [block, values above zero, values, Σ of an image's ℓ2 norm]} of each ReLU's
-    and GELU's output in order; outputs {block: Σ of an image's ℓ2 norm} of the block's output.
-    Evaluation mode; one forward pass for each batch. UserError if a sum is not finite, or the model
-    has activation functions of other kinds."""
+    weights, ‖w‖₂ of all parameters, biases and norms' too; activations {name: [block, values above
+    zero, values, Σ of an image's ℓ2 norm]} of each ReLU's and GELU's output in order; outputs
+    {block: Σ of an image's ℓ2 norm} of the block's output. Evaluation mode; one forward pass for
+    each batch. UserError if a sum is not finite, or the model has no activation functions in a
+    block, or ones of other kinds."""
     blocks, found, outputs, images = blocks_of(model), {}, {}, 0
     others = {type(module).__name__ for module in model.modules()} & UNWATCHED
     if others:
@@ -2392,8 +2401,12 @@ def activity(model, batches):
     lengths = [*outputs.values(), *(length for *_, length in found.values())]
     finite(torch.tensor([float(length) for length in lengths]), "the norm of an activation")
     with_activation = {block for block, *_ in found.values()}
+    if not with_activation - {""}:
+        raise UserError("no ReLU or GELU in a block")
+    weights = sum(train.to_exact(p.detach()).square().sum() for p in model.parameters())
     return dict(
         images=images,
+        weights=finite(weights.sqrt().item(), "the norm of the weights"),
         outputs={b: float(v) for b, v in outputs.items() if b in with_activation},
         activations={
             name: [block, int(active), n, float(length)]
@@ -2415,21 +2428,64 @@ def added(parts):
     return total
 
 
-def norms(model, sums):
-    """Chen et al. Table 3 from activity's sums: ‖w‖₂, over all parameters, biases and norms' too,
-    and for each block k the mean over images of ‖a_k‖₂, over an image's tokens or pixels and
-    neurons. The post-activation a_k = f_k(h_k) is what the activation function returns (§4.4); of
-    several in a block the last: a Mixer's channel MLP, a ResNet's last ReLU. As the paper's words
-    also fit it, output is the same of what the block returns.
-    -> dict: weights, activation {block: …}, output {block: …}. UserError if ‖w‖ is not finite."""
+def norms(sums):
+    """Chen et al. Table 3 from activity's sums: ‖w‖₂ and for each block k the mean over images of
+    ‖a_k‖₂, over an image's tokens or pixels and neurons. The post-activation a_k = f_k(h_k) is what
+    the activation function returns (§4.4); of several in a block the last: a Mixer's channel MLP, a
+    ResNet's last ReLU. As the paper's words also fit it, output is the same of what the block
+    returns.
+    -> dict: weights, activation {block: …}, output {block: …}."""
     last = {block: length for block, _, _, length in sums["activations"].values() if block}
-    exact = (train.to_exact(p.detach()) for p in model.parameters())
-    weights = finite(sum(p.square().sum() for p in exact).sqrt().item(), "the norm of the weights")
     means = {
         name: {block: length / sums["images"] for block, length in lengths.items()}
         for name, lengths in (("activation", last), ("output", sums["outputs"]))
     }
-    return dict(weights=weights) | means
+    return dict(weights=sums["weights"]) | means
+
+
+def in_parts(
+    args, results, device, part, measure, join, first, *other, batch=0, load=network_and_held_out
+):
+    """That part of the first network's results: of measure(model, batches, *other models), by
+    pieces of IMAGES_PER_PIECE or a little less, but of a batch at least. first, other: network's
+    name, settings, origin; load: a function that reads it and its images."""
+    name, side = first[0], first[1].image_size
+    if part not in results.parts.get(name, {}):
+        (model, dataset, workers), *others = [
+            load(settings, origin, device, args.images) for _, settings, origin in (first, *other)
+        ]
+        batch = batch or train.images_at_once(
+            model,
+            side,
+            device,
+            measure.__name__,
+            lambda x: measure(model, [(x, None)]),
+            64,
+            IMAGES_PER_PIECE,
+        )
+        size = max(IMAGES_PER_PIECE // batch, 1) * batch
+
+        def measured_from(start):
+            some = dataset.part(range(start, min(start + size, len(dataset))))
+            batches = Batches(some, model, batch, workers, split=False)
+            return measure(model, batches, *(model for model, *_ in others))
+
+        tasks = [functools.partial(measured_from, i) for i in range(0, len(dataset), size)]
+        in_pieces(results, name, part, tasks, join, measure.__name__)
+    return results.take(name, part)
+
+
+def measured(args, rest, of):
+    """Both subcommands: of(sums) of each network, from its file or computed. -> Results, {network:
+    (its model's name, numbers)}."""
+    results, device, named = started(args, rest, of.__name__, untrained=True)
+    found, part, load = {}, f"{args.images} images", network_and_training_images
+    for network in named:
+        numbers = in_parts(
+            args, results, device, part, activity, lambda sums: of(added(sums)), network, load=load
+        )
+        found[network[0]] = network[1].model, numbers
+    return results, found
 
 
 def sparsity(sums):
@@ -2448,46 +2504,6 @@ def sparsity(sums):
     )
 
 
-def measured(args, rest, what, of):
-    """Both subcommands: of(model, sums) of each network, from `what`.json or computed. -> Results,
-    {network: (its model's name, numbers)}."""
-    results, device, named = started(args, rest, what, untrained=True)
-    found = {}
-    for name, settings, origin in named:
-        part = f"{args.images} images"
-        if part not in results.parts.get(name, {}):
-            model, dataset, workers = network_and_training_images(
-                settings, origin, device, args.images
-            )
-
-            at_once = train.images_at_once(
-                model,
-                settings.image_size,
-                device,
-                "activity",
-                lambda x: activity(model, [(x, None)]),
-                64,
-            )
-
-            def sums_of(images):
-                some = dataset.part(images)
-                return activity(model, Batches(some, model, at_once, workers, split=False))
-
-            pieces = torch.arange(len(dataset)).split(IMAGES_PER_PIECE)
-            tasks = [functools.partial(sums_of, images) for images in pieces]
-
-            def joined(sums):
-                whole = added(sums)
-                if not any(block for block, *_ in whole["activations"].values()):
-                    raise UserError(f"no ReLU or GELU in a block of {name}")
-                with errors_of(name):
-                    return of(model, whole)
-
-            in_pieces(results, name, part, tasks, joined, what)
-        found[name] = settings.model, results.take(name, part)
-    return results, found
-
-
 def draw_blocks(axes, networks, what):
     """A curve over blocks for each network."""
     for name, of in networks.items():
@@ -2500,7 +2516,7 @@ def draw_blocks(axes, networks, what):
 def norms_command(args, rest):
     """The norms of networks' weights and of the activations of their blocks, a mean over training
     images (Chen et al. Table 3). Returns the "results" that it was asked for."""
-    results, found = measured(args, rest, "norms", norms)
+    results, found = measured(args, rest, norms)
     if train.rank() == 0:
         rows = []
         for name, (_, numbers) in found.items():
@@ -2528,7 +2544,7 @@ def norms_command(args, rest):
 def sparsity_command(args, rest):
     """The share of active neurons in each block of networks, on training images (Chen et al. Fig. 2
     right, §4.4). Returns the "results" that it was asked for."""
-    results, found = measured(args, rest, "sparsity", lambda _, sums: sparsity(sums))
+    results, found = measured(args, rest, sparsity)
     shares = {
         name: {block: 100 * share for block, share in of["block"].items()}
         for name, (_, of) in found.items()
@@ -2543,19 +2559,28 @@ def sparsity_command(args, rest):
     return results.taken
 
 
-# ------------------------------------------------------------------------------------------ compare
+@contextmanager
+def as_is(model):
+    """For passes that nothing is differentiated of, in evaluation mode."""
+    with adversarial.held_still(model, next(model.parameters()).device), torch.inference_mode():
+        yield
 
 
-def loss_and_accuracy(model, loss, batches):
-    """Mean loss and accuracy in percent, in evaluation mode. Two forward passes."""
-    right = 0
-    with adversarial.held_still(model, next(model.parameters()).device):
+def accuracy(model, batches, skip=None):
+    """Top-1 in percent without the unit skip; UserError if a logit is not finite. Waits for the
+    device once."""
+    sums = images = 0
+    with as_is(model):
         for x, y in batches:
-            right += (model(x).argmax(1) == y).sum().item()
-        return {
-            "training loss": mean_loss(model, loss, batches),
-            "training top-1 %": 100 * right / batches.total,
-        }
+            logits = model(x) if skip is None else model(x, skip=skip)
+            right = (logits.argmax(1) == y).sum()
+            sums = sums + torch.stack([train.to_exact(right), train.to_exact(logits).sum()])
+            images += len(x)
+    right, _ = finite(sums, "a logit").tolist()
+    return 100 * right / images
+
+
+# ------------------------------------------------------------------------------------------ compare
 
 
 def without_empty(rows):
@@ -2615,14 +2640,19 @@ def compare_command(args, rest):
     # robustness measures in its own --dtype, which is part of its networks' names
     measured_as = [label(settings)[0] for settings, _ in networks(args.checkpoint, rest)]
     for accuracy_of, (name, settings, origin) in zip(measured_as, named):
-        chosen = argparse.Namespace(images=args.images, loss="softmax")
-        model, loss, batches = prepared(chosen, settings, origin, device, 256)
-        tasks = {images: lambda: loss_and_accuracy(model, loss, batches)}
-        share_out(results, name, tasks, "training images")
+        model, dataset, workers = network_and_training_images(settings, origin, device, args.images)
+        batches = Batches(dataset, model, 256, workers, split=False)
+
+        def fit():
+            with adversarial.held_still(model, device):
+                loss = mean_loss(model, train.softmax_loss, batches)
+            return {"training loss": loss, "training top-1 %": accuracy(model, batches)}
+
+        share_out(results, name, {images: fit}, "training images")
         todo = []
         for benchmark in args.benchmarks:
             with suppress(data.DataError):  # robustness has told what is missing
-                todo += robustness_parts(benchmark, settings, batches.loader.dataset.classes)
+                todo += robustness_parts(benchmark, settings, dataset.classes)
         whole, _ = whole_benchmarks(accuracies.get(accuracy_of, {}), todo)
         top1 = robustness_summary(whole, "cifar" not in settings.dataset)
         eigenvalues = parts_of(name, hessians)
@@ -2715,13 +2745,6 @@ def feature_maps(model, x, names):
     return found
 
 
-@contextmanager
-def as_is(model):
-    """For passes that nothing is differentiated of, in evaluation mode."""
-    with adversarial.held_still(model, next(model.parameters()).device), torch.inference_mode():
-        yield
-
-
 def mean_over_images(model, batches, measure):
     """Of measure(map (B, C, H, W)) -> (B, …), after each unit. -> dict: images, their number; units
     {name: [kind, stage]}; side {name: the map's height}; and {name: mean}."""
@@ -2788,45 +2811,6 @@ def pooled(parts):
             for unit in whole[key]
         }
     return whole
-
-
-def network_and_held_out(args, settings, origin, device):
-    """A network; the held-out images or, with --images, a class-balanced part of them, in a fixed
-    random order (ImageNet's are sorted by class); how many workers read them."""
-    model, dataset = network_and_images(settings, origin, device)
-    dataset = shuffled(share_of(dataset, args.images, "held-out"), 0)
-    return model, dataset, worker_count(settings, dataset)
-
-
-def in_parts(args, results, device, part, measure, join, first, *other, batch=0):
-    """That part of the first network's results: of measure(model, batches, *other models), by
-    pieces of IMAGES_PER_PIECE or a little less, but of a batch at least. first, other: network's
-    name, settings, origin."""
-    name, side = first[0], first[1].image_size
-    if part not in results.parts.get(name, {}):
-        (model, dataset, workers), *others = [
-            network_and_held_out(args, settings, origin, device)
-            for _, settings, origin in (first, *other)
-        ]
-        batch = batch or train.images_at_once(
-            model,
-            side,
-            device,
-            measure.__name__,
-            lambda x: measure(model, [(x, None)]),
-            64,
-            IMAGES_PER_PIECE,
-        )
-        size = max(IMAGES_PER_PIECE // batch, 1) * batch
-
-        def measured_from(start):
-            some = dataset.part(range(start, min(start + size, len(dataset))))
-            batches = Batches(some, model, batch, workers, split=False)
-            return measure(model, batches, *(model for model, *_ in others))
-
-        tasks = [functools.partial(measured_from, i) for i in range(0, len(dataset), size)]
-        in_pieces(results, name, part, tasks, join, measure.__name__)
-    return results.take(name, part)
 
 
 def of_maps(args, rest, measure):
@@ -3043,20 +3027,6 @@ def cka_command(args, rest):
     return results.taken
 
 
-def accuracy(model, batches, skip=None):
-    """Top-1 in percent without the unit skip; UserError if a logit is not finite. Waits for the
-    device once."""
-    sums = images = 0
-    with as_is(model):
-        for x, y in batches:
-            logits = model(x) if skip is None else model(x, skip=skip)
-            right = (logits.argmax(1) == y).sum()
-            sums = sums + torch.stack([train.to_exact(right), train.to_exact(logits).sum()])
-            images += len(x)
-    right, _ = finite(sums, "a logit").tolist()
-    return 100 * right / images
-
-
 def removable(model):
     """units that lesion leaves out; UserError if there are none (torchvision's, timm's others)."""
     names = {
@@ -3094,7 +3064,7 @@ def lesion_command(args, rest):
     results, device, named = started(args, rest, "lesion")
     found, values = {}, {}
     for name, settings, origin in named:
-        model, dataset, workers = network_and_held_out(args, settings, origin, device)
+        model, dataset, workers = network_and_held_out(settings, origin, device, args.images)
         names, at_once = removable(model), train.images_at_once(model, settings.image_size, device)
         batches, tasks = Batches(dataset, model, at_once, workers, split=False), {}
         for skip in (None, *names):

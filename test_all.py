@@ -11352,7 +11352,7 @@ def test_norms_and_active_neurons_by_hand():
         "blocks.1 2": close(share(second)),
     }, found
     assert 0.05 < share(first) < 0.95 and share(second) < share(inner) < 0.95
-    found = analyze.norms(model, sums)
+    found = analyze.norms(sums)
     assert found["weights"] == close(
         math.sqrt(sum(v * v for p in model.parameters() for v in p.flatten().tolist()))
     )
@@ -11551,7 +11551,7 @@ def test_compare_gathers_the_numbers_of_the_others(tmp_path, capsys, monkeypatch
         assert abs(float(one["top-1 %"]) - of["robustness"]["val"]["top1"]) < 0.01
 
     monkeypatch.setattr(analyze, "lanczos", None)  # nothing is computed again
-    monkeypatch.setattr(analyze, "loss_and_accuracy", None)
+    monkeypatch.setattr(analyze, "accuracy", None)
     for command in (argv, ["spectrum", *argv[1:]]):
         line = analyze_refusal(capsys, *command, "--loss", "sigmoid")
         assert "--loss is of hessian, landscape and flatness; here it is softmax" in line
@@ -12575,7 +12575,7 @@ def test_throughput_finds_the_best_batch_and_compares_in_rounds(tmp_path, capsys
         (["--rounds", "0"], "--rounds 0"),
         (["--seconds", "-1"], "--seconds -1"),
         (["--no-compile"], "--compile takes yes, no or both"),
-        (["--models", "vit_micro9"], "image_size must be a positive multiple of patch_size"),
+        (["--models", "vit_micro9"], "unknown model 'vit_micro9', did you mean 'vit_micro8'"),
         (["--loss", "supcon", "--augment", "crop"], "softmax or sigmoid"),
     ):
         assert line in analyze_refusal(capsys, *argv, tmp_path / "c", *flags)
@@ -12847,7 +12847,7 @@ def test_scale_prints_what_bounds_a_training_on_many_devices(tmp_path, capsys):
         (["--dataset", "folder"], "its size is not known; those of shapes"),
         (["--devices", "3"], "--devices 3: a batch of 4,096"),
         (["--model", "torchvision:vit_b_16"], "cannot be counted"),
-        (["--model", "vit_b17"], "image_size must be a positive multiple of patch_size"),
+        (["--model", "vit_b17"], "unknown model 'vit_b17', did you mean 'vit_b16'"),
         (["--resume", "--model", "vit_b16"], "--resume is for train.py"),
     ):
         assert line in analyze_refusal(capsys, *argv, *flags), flags
@@ -12983,7 +12983,7 @@ def test_sams_gain_is_the_difference_of_runs_of_the_same_images(tmp_path, capsys
             ["--models", "vit_ti2", "--dataset", "cifar100"],
             "--recipe park_cifar_vit brings --mixup --cutmix --erasing --randaugment",
         ),
-        (["--models", "vit_micro9"], "image_size must be a positive multiple of patch_size"),
+        (["--models", "vit_micro9"], "unknown model 'vit_micro9', did you mean"),
         (["--mixup", "1"], "--mixup is what this study varies"),
     ):
         assert line in analyze_refusal(capsys, *argv, "--dry-run", *flags)
