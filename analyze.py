@@ -2475,10 +2475,10 @@ def in_parts(
     return results.take(name, part)
 
 
-def measured(args, rest, of):
+def measured(args, rest, what, of):
     """Both subcommands: of(sums) of each network, from its file or computed. -> Results, {network:
     (its model's name, numbers)}."""
-    results, device, named = started(args, rest, of.__name__, untrained=True)
+    results, device, named = started(args, rest, what, untrained=True)
     found, part, load = {}, f"{args.images} images", network_and_training_images
     for network in named:
         numbers = in_parts(
@@ -2516,7 +2516,7 @@ def draw_blocks(axes, networks, what):
 def norms_command(args, rest):
     """The norms of networks' weights and of the activations of their blocks, a mean over training
     images (Chen et al. Table 3). Returns the "results" that it was asked for."""
-    results, found = measured(args, rest, norms)
+    results, found = measured(args, rest, "norms", norms)
     if train.rank() == 0:
         rows = []
         for name, (_, numbers) in found.items():
@@ -2544,7 +2544,7 @@ def norms_command(args, rest):
 def sparsity_command(args, rest):
     """The share of active neurons in each block of networks, on training images (Chen et al. Fig. 2
     right, §4.4). Returns the "results" that it was asked for."""
-    results, found = measured(args, rest, sparsity)
+    results, found = measured(args, rest, "sparsity", sparsity)
     shares = {
         name: {block: 100 * share for block, share in of["block"].items()}
         for name, (_, of) in found.items()

@@ -6241,13 +6241,12 @@ def test_a_recipe_takes_three_steps_on_data_in_the_published_format(
     below = root / "imagenet" if "imagenet" in dataset else root
     argv = (
         f"--recipe {name} {small} --image-size 32 --batch-size 4 --micro-batch 2 --max-steps 3 "
-        f"--warmup-steps 2 --warmup-epochs 0 --log-every 1 --workers 0 --device cpu --data-dir "
-        f"{below} --out-dir {tmp_path / 'run'}"
+        f"--warmup-steps 2 --warmup-epochs 0 --log-every 1 --workers 0 --device cpu "
+        f"--out-dir {tmp_path / 'run'}"
     ).split()
     if "reset_head" in row:
         argv += ["--init-from", f"{root / 'x.pt'}", "--mean", "0.5", "--std", "0.5"]
-    if dataset == "shapes":
-        argv += ["--train-fraction", "1/500"]
+    argv += ["--train-fraction", "1/500"] if dataset == "shapes" else ["--data-dir", str(below)]
     if row.get("eval_short_side"):
         argv += ["--eval-short-side", "36"]
     state = train_ok(argv)
@@ -13563,7 +13562,7 @@ def chens_world():
         ntk={"ViT": 4205.3, "Mixer": 14468, "ResNet": 2801.6},
         norms=lengths,
         nll={
-            name: dict(training_error=error)
+            name: dict(nll=error / 10, training_error=error)
             for name, error in (("ViT", 9), ("Mixer", 5), ("ViT + SAM", 12), ("ViT, augmented", 20))
         },
         noise={"ViT": 2, "ViT + SAM": 1, "Mixer": 3, "Mixer + SAM": 1, "ResNet": 0.5},
@@ -13603,7 +13602,7 @@ def parks_world():
     return dict(
         nep={name: n / 100 for name, n in (negative | {"ViT, heads of 8": 30}).items()},
         ape=positive,
-        nll={name: dict(nll=n) for name, n in loss.items()},
+        nll={name: dict(nll=n, training_error=10 * n) for name, n in loss.items()},
         top1=top1 | {"AlterNet": 81},
         fourier=units | {("Swin", "attention"): -1},
         variance=units | {"ViT": by_depth, "ResNet": by_depth, ("Swin", "attention", 3): -1},
