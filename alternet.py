@@ -18,7 +18,7 @@ State-dict keys are torchvision's ResNet's; attention is layer{stage}.{index}.at
     for M in "0 0 0 0" "0 0 0 1" "0 0 0 2" "0 0 1 2" "0 1 1 2" "0 1 2 2" "0 1 3 2"; do  # Fig. 12a
         python alternet.py alter_resnet50 --image-size 32 --msa-blocks $M; done
 
-B batch, C channels, H W map, n windows, w window side, N = w², H heads, d head_dim."""
+B batch, C channels, H W map, n windows, w window side, N = w², d head_dim."""
 
 import argparse
 import difflib
@@ -53,11 +53,8 @@ def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
     if out is not None and not isinstance(out, dict):
         raise ValueError(f"out is a {type(out).__name__}; it is a dict such as {{'stem': None}}")
-    units = [
-        name
-        for name, (kind, _) in intermediates.items()
-        if kind in ("attention", "token mlp", "mlp", "conv")
-    ]
+    kinds = ("attention", "token mlp", "mlp", "conv")
+    units = [name for name, (kind, _) in intermediates.items() if kind in kinds]
     for name in out or ():
         if name not in intermediates:
             raise ValueError(
@@ -114,11 +111,10 @@ class BasicBlock(nn.Module):
             a = self.bn1(x).relu_()
             y = self.bn2(self.conv1(a)).relu_()
             y = self.drop_path(spatial(self.conv2, y, skip))
-            # not in place: with skip y is still the ReLU's output, which its gradient needs
             return y + (x if self.downsample is None else self.downsample(a))
         y = self.bn1(self.conv1(x)).relu_()
         y = self.drop_path(self.bn2(spatial(self.conv2, y, skip)))
-        return y.add_(x if self.downsample is None else self.downsample(x)).relu_()
+        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
 
 
 class Bottleneck(nn.Module):
@@ -146,11 +142,11 @@ class Bottleneck(nn.Module):
             y = self.bn2(self.conv1(a)).relu_()
             y = self.bn3(spatial(self.conv2, y, skip)).relu_()
             y = self.drop_path(self.conv3(y))
-            return y.add_(x if self.downsample is None else self.downsample(a))
+            return y + (x if self.downsample is None else self.downsample(a))
         y = self.bn1(self.conv1(x)).relu_()
         y = self.bn2(spatial(self.conv2, y, skip)).relu_()
         y = self.drop_path(self.bn3(self.conv3(y)))
-        return y.add_(x if self.downsample is None else self.downsample(x)).relu_()
+        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
 
 
 class WindowAttention(nn.Module):
@@ -164,26 +160,29 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(heads * head_dim, wider)
         side = 2 * window_size - 1
         self.rel_pos_bias = nn.Parameter(0.02 * torch.randn(side, side))  # [Δrow, Δcolumn] + w - 1
-        pixel = torch.cartesian_prod(torch.arange(window_size), torch.arange(window_size))
-        offset = pixel - pixel[:, None] + window_size - 1  # of the key (column) from the query
-        self.register_buffer("index", offset[..., 0] * side + offset[..., 1], persistent=False)
 
     def forward(self, x):
-        if x.shape[2] % self.window_size or x.shape[3] % self.window_size:
-            raise ValueError(
-                f"windows of {self.window_size} do not divide maps (B, C, H, W) {tuple(x.shape)}"
-            )
-        grid = (x.shape[2] // self.window_size, x.shape[3] // self.window_size)
-        x = x.permute(0, 2, 3, 1).unflatten(2, (grid[1], -1)).unflatten(1, (grid[0], -1))
+        w = self.window_size
+        if x.shape[2] % w or x.shape[3] % w:
+            raise ValueError(f"windows of {w} do not divide maps (B, C, H, W) {tuple(x.shape)}")
+        grid = (x.shape[2] // w, x.shape[3] // w)
+        x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        x = x.unflatten(2, (grid[1], w)).unflatten(1, (grid[0], w))  # (B, H/w, w, W/w, w, C)
         x = x.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B·n, N, C)
         q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B·n, H, N, d) each
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B·n, heads, N, d) each
             for part in self.qkv(x).chunk(3, dim=-1)
         )
-        bias = self.rel_pos_bias.flatten()[self.index]  # (N, N)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        # the query at (i, j) sees the key at (k, l) with entry [k - i, l - j] + w - 1
+        bias = self.rel_pos_bias.unfold(0, w, 1).unfold(1, w, 1).flip(0, 1)  # (w, w, w, w)
+        x = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=bias.flatten(2).flatten(0, 1),  # (N, N)
+        )
         x = self.proj(x.transpose(1, 2).flatten(2))  # (B·n, N, C)
-        x = x.unflatten(1, (self.window_size, -1)).unflatten(0, (-1, *grid)).transpose(2, 3)
+        x = x.unflatten(1, (w, w)).unflatten(0, (-1, *grid)).transpose(2, 3)  # as after unflatten
         return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
@@ -226,7 +225,7 @@ def check_rates(**rates):
 
 
 def check_widths(depth, bottleneck, width, groups, width_per_group):
-    if len(depth) != 4 or min(depth) < 1:
+    if not isinstance(depth, (list, tuple)) or len(depth) != 4 or min(depth) < 1:
         raise ValueError(f"depth needs the number of blocks of four stages, got {depth}")
     if min(width, groups, width_per_group) < 1 or width * width_per_group % 64:
         raise ValueError(
@@ -332,22 +331,16 @@ class AlterNet(nn.Module):
         if bottleneck:
             kind, more = Bottleneck, dict(groups=groups, width_per_group=width_per_group)
         dim, rates = width, iter([drop_path * i / (sum(depth) - 1) for i in range(sum(depth))])
+        attention = dict(head_dim=head_dim, window_size=window_size)
         for i, (blocks, msa) in enumerate(zip(depth, msa_blocks)):
-            stage = nn.Sequential()
+            stage, planes = nn.Sequential(), width * 2**i
             for j in range(blocks):
                 common = dict(pre_activation=pre_activation, drop_path=next(rates))
                 if j >= blocks - 2 * msa and (blocks - j) % 2:  # from the end: every other block
-                    block = AttentionBlock(
-                        dim,
-                        width * 2**i,
-                        heads=heads[i],
-                        head_dim=head_dim,
-                        window_size=window_size,
-                        **common,
-                    )
+                    block = AttentionBlock(dim, planes, heads=heads[i], **attention, **common)
                 else:
-                    block = kind(dim, width * 2**i, 2 if i and j == 0 else 1, **more, **common)
-                    dim = width * 2**i * kind.expansion
+                    block = kind(dim, planes, 2 if i and j == 0 else 1, **more, **common)
+                    dim = planes * kind.expansion
                 stage.append(block)
             self.add_module(f"layer{i + 1}", stage)
         self.norm = nn.BatchNorm2d(dim) if pre_activation else None
@@ -389,7 +382,8 @@ class AlterNet(nn.Module):
                 x = record(out, f"layer{i}.{j}", block(x, skip == f"layer{i}.{j}"))
         if self.pre_activation:
             x = self.norm(x).relu_()
-        return self.fc(record(out, "pre_logits", x.mean(dim=(2, 3))))
+        x = x.mean(dim=(2, 3))  # (B, C)
+        return self.fc(record(out, "pre_logits", x))
 
 
 def unknown(what, name, known, listing):
@@ -412,7 +406,7 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
             raise unknown(f"argument of {name}", override, arguments, ", ".join(arguments))
     stem = "cifar" if image_size <= 64 else "imagenet"
     row = RESNET[size] | dict(stem=stem, window_size=WINDOW_SIZE[stem]) | overrides
-    if "msa_blocks" not in row:
+    if "msa_blocks" not in row and isinstance(row["depth"], (list, tuple)):
         row["msa_blocks"] = [min(m, n // 2) for m, n in zip(MSA_BLOCKS[stem], row["depth"])]
     return AlterNet(num_classes=num_classes, image_size=image_size, **row)
 

@@ -43,17 +43,7 @@ MIXER = {  # mixer_{key}{patch size}
     "b": dict(dim=768, depth=12, token_mlp_dim=384, mlp_dim=3072),
     "l": dict(dim=1024, depth=24, token_mlp_dim=512, mlp_dim=4096),  # Tolstikhin et al., Table 1
 }
-NAMES = [
-    "mixer_micro8",
-    "mixer_ti16",
-    "mixer_s32",
-    "mixer_s16",
-    "mixer_s8",
-    "mixer_b32",
-    "mixer_b16",
-    "mixer_b8",
-    "mixer_l16",
-]
+NAMES = [f"mixer_{size}" for size in "micro8 ti16 s32 s16 s8 b32 b16 b8 l16".split()]
 
 
 def record(out, name, value):
@@ -67,11 +57,8 @@ def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
     if out is not None and not isinstance(out, dict):
         raise ValueError(f"out is a {type(out).__name__}; it is a dict such as {{'stem': None}}")
-    units = [
-        name
-        for name, (kind, _) in intermediates.items()
-        if kind in ("attention", "token mlp", "mlp", "conv")
-    ]
+    kinds = ("attention", "token mlp", "mlp", "conv")
+    units = [name for name, (kind, _) in intermediates.items() if kind in kinds]
     for name in out or ():
         if name not in intermediates:
             raise ValueError(
@@ -274,6 +261,7 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
     """Variant name with any constructor argument overridden: mixer_{micro,ti,s,b,l}P for each patch
     size P. ValueError for what is unknown or does not fit."""
     match = re.fullmatch(rf"mixer_({'|'.join(MIXER)})([1-9]\d*)", name)
+    # a P that does not divide the image is a slip, unless it is listed or patch_size replaces it
     given = name in NAMES or "patch_size" in overrides
     if not match or not given and image_size % int(match[2]):
         listing = f"mixer_{{{','.join(MIXER)}}}P with any patch size P that divides the image"
@@ -295,14 +283,12 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
 
     if not isinstance(model, Mixer):
         raise ValueError(f"load_npz fills a Mixer, got {type(model).__name__}")
+    open(path, "rb").close()  # an OSError is the caller's
     try:
         if not zipfile.is_zipfile(path):  # which numpy would take for a pickle
-            open(path, "rb").close()
             raise ValueError("it is no zip archive")
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
     except Exception as error:  # foreign bytes can raise anything
         raise ValueError(f"{path} is no readable .npz: {error}") from None
     prefixes = ("", "opt/target/", "params/", "params/img/")

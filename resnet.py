@@ -45,9 +45,7 @@ RESNET = {  # (pre)resnet{key}(x2); He et al. (1512.03385), Table 1; 200: 1603.0
 }
 NAMES = [
     *(f"resnet{size}" for size in RESNET),
-    "resnet50x2",
-    "resnet101x2",
-    "resnet152x2",
+    *(f"resnet{size}x2" for size in ("50", "101", "152")),
     "resnext50_32x4d",
     *(f"preresnet{size}" for size in RESNET if size != "200"),
 ]
@@ -64,11 +62,8 @@ def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
     if out is not None and not isinstance(out, dict):
         raise ValueError(f"out is a {type(out).__name__}; it is a dict such as {{'stem': None}}")
-    units = [
-        name
-        for name, (kind, _) in intermediates.items()
-        if kind in ("attention", "token mlp", "mlp", "conv")
-    ]
+    kinds = ("attention", "token mlp", "mlp", "conv")
+    units = [name for name, (kind, _) in intermediates.items() if kind in kinds]
     for name in out or ():
         if name not in intermediates:
             raise ValueError(
@@ -125,11 +120,10 @@ class BasicBlock(nn.Module):
             a = self.bn1(x).relu_()
             y = self.bn2(self.conv1(a)).relu_()
             y = self.drop_path(spatial(self.conv2, y, skip))
-            # not in place: with skip y is still the ReLU's output, which its gradient needs
             return y + (x if self.downsample is None else self.downsample(a))
         y = self.bn1(self.conv1(x)).relu_()
         y = self.drop_path(self.bn2(spatial(self.conv2, y, skip)))
-        return y.add_(x if self.downsample is None else self.downsample(x)).relu_()
+        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
 
 
 class Bottleneck(nn.Module):
@@ -157,11 +151,11 @@ class Bottleneck(nn.Module):
             y = self.bn2(self.conv1(a)).relu_()
             y = self.bn3(spatial(self.conv2, y, skip)).relu_()
             y = self.drop_path(self.conv3(y))
-            return y.add_(x if self.downsample is None else self.downsample(a))
+            return y + (x if self.downsample is None else self.downsample(a))
         y = self.bn1(self.conv1(x)).relu_()
         y = self.bn2(spatial(self.conv2, y, skip)).relu_()
         y = self.drop_path(self.bn3(self.conv3(y)))
-        return y.add_(x if self.downsample is None else self.downsample(x)).relu_()
+        return (y + (x if self.downsample is None else self.downsample(x))).relu_()
 
 
 def blur2x2(x):
@@ -183,7 +177,7 @@ def check_rates(**rates):
 
 
 def check_widths(depth, bottleneck, width, groups, width_per_group):
-    if len(depth) != 4 or min(depth) < 1:
+    if not isinstance(depth, (list, tuple)) or len(depth) != 4 or min(depth) < 1:
         raise ValueError(f"depth needs the number of blocks of four stages, got {depth}")
     if min(width, groups, width_per_group) < 1 or width * width_per_group % 64:
         raise ValueError(
@@ -248,23 +242,15 @@ class ResNet(nn.Module):
         kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
         self.conv1 = nn.Conv2d(3, width, kernel, stride=stride, padding=kernel // 2, bias=False)
         self.bn1 = None if pre_activation else nn.BatchNorm2d(width)
-        kind, more = BasicBlock, {}
+        kind, more = BasicBlock, dict(pre_activation=pre_activation)
         if bottleneck:
-            kind, more = Bottleneck, dict(groups=groups, width_per_group=width_per_group)
+            kind, more = Bottleneck, more | dict(groups=groups, width_per_group=width_per_group)
         dim, rates = width, iter([drop_path * i / (sum(depth) - 1) for i in range(sum(depth))])
         for i, blocks in enumerate(depth):
             stage = nn.Sequential()
             for j in range(blocks):
-                stage.append(
-                    kind(
-                        dim,
-                        width * 2**i,
-                        2 if i and j == 0 else 1,
-                        **more,
-                        pre_activation=pre_activation,
-                        drop_path=next(rates),
-                    )
-                )
+                stride = 2 if i and j == 0 else 1
+                stage.append(kind(dim, width * 2**i, stride, **more, drop_path=next(rates)))
                 dim = width * 2**i * kind.expansion
             self.add_module(f"layer{i + 1}", stage)
         self.norm = nn.BatchNorm2d(dim) if pre_activation else None
@@ -305,7 +291,8 @@ class ResNet(nn.Module):
                 x = record(out, f"layer{i}.blur", blur2x2(x))
         if self.pre_activation:
             x = self.norm(x).relu_()
-        return self.fc(record(out, "pre_logits", x.mean(dim=(2, 3))))
+        x = x.mean(dim=(2, 3))  # (B, C)
+        return self.fc(record(out, "pre_logits", x))
 
 
 def unknown(what, name, known, listing):
@@ -327,12 +314,8 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
     elif name == "resnext50_32x4d":
         row = dict(RESNET["50"], groups=32, width_per_group=4)
     else:
-        raise unknown(
-            "model",
-            name,
-            NAMES,
-            f"(pre)resnet{{{','.join(RESNET)}}} also with x2 at the end, resnext50_32x4d",
-        )
+        listing = f"(pre)resnet{{{','.join(RESNET)}}} also with x2 at the end, resnext50_32x4d"
+        raise unknown("model", name, NAMES, listing)
     arguments = list(inspect.signature(ResNet).parameters)
     for override in overrides:
         if override not in arguments:

@@ -44,7 +44,7 @@ class First(NamedTuple):
 
     loss: torch.Tensor  # () clean loss: mean over the micro-batches of this process
     grad_norm: torch.Tensor  # () ‖g‖₂ over SAM.params, as ε has it; with adaptive=True ‖T·g‖₂
-    input_grads: tuple  # gradients of the clean loss by `inputs`, of the same backward pass
+    input_grads: tuple  # gradients of the clean loss by `inputs`, same pass; None as in grads
     grads: tuple  # with keep_grads, g by SAM.params that require one; None where there is none
 
 
@@ -157,6 +157,8 @@ class SAM:
             raise ValueError(f"eta is {eta}; it is added to |w|, so at least 0 (ASAM: 0.01)")
         if steps < 1:
             raise ValueError(f"steps is {steps}; SAM takes at least 1 ascent step")
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"SAM takes the model that is called, got a {type(model).__name__}")
         for module in model.modules():
             if isinstance(module, nn.parallel.DistributedDataParallel) and module.static_graph:
                 raise ValueError(
@@ -164,7 +166,8 @@ class SAM:
                     "build it without static_graph"
                 )
         self.model, self.rho, self.steps, self.adaptive, self.eta = model, rho, steps, adaptive, eta
-        self.params = list(model.parameters() if params is None else params)
+        params = model.parameters() if params is None else params
+        self.params = list({id(p): p for p in params}.values())  # each once
         sharded = any(hasattr(p, "device_mesh") for p in self.params)  # DTensor
         sharded |= any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
         if sharded:
@@ -193,8 +196,8 @@ class SAM:
         loss: called without arguments, returns a scalar that depends on the model. Or a list or
             tuple of such, one for each micro-batch: ε then belongs to the gradient of their mean.
             Each is called `steps` times.
-        inputs: tensors that require a gradient, whose gradients at w come back
-            in `First.input_grads`.
+        inputs: a tensor that requires a gradient, or several, whose gradients at w come back in
+            `First.input_grads`.
         sync: average the gradient over the processes of the default group before ε, one all-reduce
             of the parameters' size: SAM on the whole batch instead of each process's own.
         keep_grads: give this process's gradient at w back too (for LookSAM), in `First.grads`.
@@ -218,7 +221,8 @@ class SAM:
                 "lambda: criterion(model(x), y), or a list of such"
             )
         params = [p for p in self.params if p.requires_grad]
-        buffers, inputs = list(self.model.buffers()), list(inputs)
+        buffers = list(self.model.buffers())
+        inputs = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
         if not all(x.requires_grad for x in inputs):
             raise ValueError("SAM: inputs must require a gradient, as x.requires_grad_() does")
         random = random_state({p.device for p in self.model.parameters()})
@@ -245,6 +249,7 @@ class SAM:
                 if sync:
                     grads = average(grads)
                 with torch.no_grad():
+                    # ASAM's T is of w, also in later steps, when the parameters are elsewhere
                     epsilon, norm = self._epsilon(saved or reached, grads)
                     del grads  # before the copy below, so that the two never lie side by side
                     if step == 0:
@@ -474,23 +479,21 @@ def main(argv=None):
             "Adam); or, with --cost, what a SAM step costs beside a plain one."
         ),
     )
-    parser.add_argument(
-        "--rho", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="radii to try"
-    )
-    parser.add_argument(
-        "--seeds", type=int, default=5, help="runs for each, of other data and weights"
-    )
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
-    parser.add_argument(
-        "--cost", type=int, default=0, metavar="ROUNDS", help="measure the cost instead"
-    )
-    parser.add_argument("--batch", type=int, default=32, help="images of 197 tokens, for --cost")
+    add = parser.add_argument
+    add("--rho", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="radii to try")
+    add("--seeds", type=int, default=5, help="runs for each, of other data and weights")
+    add("--steps", type=int, default=300, help="optimizer steps")
+    add("--cost", type=int, default=0, metavar="ROUNDS", help="measure the cost instead")
+    add("--batch", type=int, default=32, help="images of 197 tokens, for --cost")
     parser.error = lambda message: parser.exit(2, f"sam.py: {message}; see --help\n")
     args = parser.parse_args(argv)
     if not all(0 <= rho < float("inf") for rho in args.rho) or args.cost < 0:
         parser.error("--rho and --cost must be at least 0, and finite")
     if min(args.seeds, args.steps, args.batch) < 1:
         parser.error("--seeds, --steps and --batch must be at least 1")
+    for name in ("rho", "seeds", "steps") if args.cost else ("batch",):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is {'not ' if args.cost else ''}for --cost")
 
     if args.cost:
         times = cost(args.cost, args.batch)

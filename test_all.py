@@ -432,8 +432,8 @@ def test_a_window_that_covers_the_map_is_global_attention():
     # a 4×4 map needs k = 7: then the window of each corner reaches the corner opposite
     everywhere, wide, narrow = (tiny_vit(kernel_size=k) for k in (None, 7, 5))
     images = tiny_images()
-    assert tiny_vit(kernel_size=4).window is None, "Fig. 7's 8 × 8 of 8 × 8 tokens"
-    assert wide.window.all() and "window" not in wide.state_dict()
+    assert tiny_vit(kernel_size=4).kernel_size is None, "Fig. 7's 8 × 8 of 8 × 8 tokens"
+    assert vit.neighbourhood(wide.grid, wide.kernel_size, 1).all()
     assert torch.equal(everywhere(images), wide(images))
     difference = (everywhere(images) - narrow(images)).abs().max()
     assert difference > 1e-3, f"a 5×5 window changes the logits by {difference:.1e} only"
@@ -655,8 +655,24 @@ def test_googles_initialisation_of_a_convolutional_stem_is_lecun_normal():
 
 def test_local_attention_without_class_token_has_a_mask_of_the_map_alone():
     model = vit.build("vit_micro8", 5, 32, pool="gap", kernel_size=3)
-    assert model.window.shape == (16, 16)
-    assert model.window[0].nonzero().flatten().tolist() == [0, 1, 4, 5]
+    window = vit.neighbourhood(model.grid, model.kernel_size, model.prefix_tokens)
+    assert window.shape == (16, 16) and window[0].nonzero().flatten().tolist() == [0, 1, 4, 5]
+    maps = {"blocks.0.attn.weights": None}
+    model(tiny_images(1, 32).float(), out=maps)
+    assert ((maps["blocks.0.attn.weights"] > 0) == window).all()
+
+
+@pytest.mark.parametrize(
+    "name, overrides", [("vit_micro8", dict(kernel_size=3)), ("alter_resnet18", dict(width=8))]
+)
+def test_a_network_off_the_meta_device_computes_as_the_one_whose_weights_it_loads(name, overrides):
+    model = train.build_model(name, 5, 32, **overrides).eval()
+    with torch.device("meta"):
+        empty = train.build_model(name, 5, 32, **overrides)
+    empty = empty.to_empty(device="cpu").eval()
+    empty.load_state_dict(model.state_dict())
+    images = tiny_images(2, 32).float()
+    assert torch.equal(empty(images), model(images))
 
 
 def test_sizes_without_a_row_in_the_papers_tables_have_the_published_parameters():
@@ -2130,6 +2146,7 @@ def test_skipping_a_block_of_a_resnet_equals_one_whose_kernel_is_the_identity(fo
         ("resnet18", dict(groups=32), "groups and width_per_group are for bottlenecks"),
         ("resnet34", dict(width_per_group=32), "groups and width_per_group are for bottlenecks"),
         ("resnet50", dict(depth=(3, 4, 6)), r"blocks of four stages, got \(3, 4, 6\)"),
+        ("resnet50", dict(depth=50), "blocks of four stages, got 50"),
         ("resnet50", dict(depth=(3, 4, 6, 0)), r"blocks of four stages, got \(3, 4, 6, 0\)"),
         ("resnet50", dict(width=0), "must be at least 1, .* a multiple of 64; got 0, 1, 64"),
         ("resnet50", dict(groups=0), "must be at least 1, .* a multiple of 64; got 64, 0, 64"),
@@ -2673,6 +2690,7 @@ def test_skipping_a_block_of_an_alternet_equals_identity_kernels_and_attention_o
             "unknown argument of alter_resnet50 'msa_block', did you mean 'msa_blocks'",
         ),
         ("alter_resnet50", dict(blur=True), "unknown argument of alter_resnet50 'blur'"),
+        ("alter_resnet50", dict(depth=50), "blocks of four stages, got 50"),
         (
             "alter_resnet50",
             dict(msa_blocks=(2, 1, 3, 2)),
@@ -3204,6 +3222,21 @@ def test_sam_in_ddp_communicates_in_its_last_pass_only_and_refuses_static_graphs
                 SAM(shards, 0.1)
     finally:
         dist.destroy_process_group()
+
+
+def test_sam_takes_a_parameter_once_one_input_alone_and_no_list_of_parameters():
+    net, (x, y) = small_net(), toy_batch()
+    params = [p for module in net.modules() for p in module.parameters()]  # each twice
+    x.requires_grad_()
+    steps = []
+    for chosen, inputs in ((params, x), (None, [x])):
+        before = flat(net.parameters()).clone()
+        with SAM(net, 0.2, params=chosen).perturb(loss_of(net, x, y), inputs=inputs) as first:
+            steps.append(flat(net.parameters()) - before)
+        assert first.input_grads[0].shape == x.shape
+    assert torch.equal(*steps) and steps[0].norm() == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="the model that is called, got a generator"):
+        SAM(net.parameters(), 0.2)
 
 
 def test_sam_refuses_parameters_on_two_devices():
@@ -5891,7 +5924,7 @@ def test_the_second_papers_vits_are_built_from_flags(flags, tokens, heads, head_
     qkv = network.blocks[0].attn.qkv
     assert network.pos_embed.shape == (1, tokens, 192) and len(network.blocks) == depth
     assert qkv.weight.shape == (3 * heads * head_dim, 192) and qkv.bias is None
-    assert (network.window is not None) == bool(re.search("--kernel-size [35]", flags))
+    assert (network.kernel_size is not None) == bool(re.search("--kernel-size [35]", flags))
     asked = re.search(r"--epochs (\d+)", flags)
     assert args.epochs == (int(asked[1]) if asked else 305)
 

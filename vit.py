@@ -54,15 +54,7 @@ VIT_GF = {  # vit_{p,c}_{key}; Xiao et al., Table 1. depth is L: build() takes o
 STEM_18GF = dict(stem_channels=(64, 128, 128, 256, 256, 512), stem_strides=(2, 2, 1, 2, 1, 2))
 STEM_GF = {"18gf": STEM_18GF, "36gf": STEM_18GF}  # §3; 1gf, 4gf: the default of stem_plan
 NAMES = [
-    "vit_micro8",
-    "vit_ti16",
-    "vit_s32",
-    "vit_s16",
-    "vit_s14",
-    "vit_s8",
-    "vit_b32",
-    "vit_b16",
-    "vit_l16",
+    *"vit_micro8 vit_ti16 vit_s32 vit_s16 vit_s14 vit_s8 vit_b32 vit_b16 vit_l16".split(),
     *(f"vit_{stem}_{size}" for stem in "pc" for size in VIT_GF),
     "pit_ti",
 ]
@@ -79,11 +71,8 @@ def check_names(intermediates, out, skip):
     """ValueError if out asks for what is no intermediate, or skip names what is no unit."""
     if out is not None and not isinstance(out, dict):
         raise ValueError(f"out is a {type(out).__name__}; it is a dict such as {{'stem': None}}")
-    units = [
-        name
-        for name, (kind, _) in intermediates.items()
-        if kind in ("attention", "token mlp", "mlp", "conv")
-    ]
+    kinds = ("attention", "token mlp", "mlp", "conv")
+    units = [name for name, (kind, _) in intermediates.items() if kind in kinds]
     for name in out or ():
         if name not in intermediates:
             raise ValueError(
@@ -157,7 +146,7 @@ class Block(nn.Module):
         if skip != f"{name}.attn":
             x = x + self.drop_path(self.attn(self.norm1(x), mask, out, f"{name}.attn"))
         else:
-            record(out, f"{name}.attn.weights", None)  # those of an earlier call are not its
+            record(out, f"{name}.attn.weights", None)  # not what an earlier call left in out
         record(out, f"{name}.attn", x)
         if skip != f"{name}.mlp":
             x = x + self.drop_path(self.mlp(self.norm2(x)))
@@ -193,18 +182,11 @@ class PatchEmbed(nn.Module):
     def __init__(self, *, dim, patch_size, channels=(), strides=()):
         super().__init__()
         widths = [3, *channels]
-        self.stem = nn.Sequential(
-            *(
-                nn.Sequential(
-                    OrderedDict(
-                        conv=nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False),
-                        bn=nn.BatchNorm2d(after),
-                        relu=nn.ReLU(),
-                    )
-                )
-                for before, after, stride in zip(widths, channels, strides)
-            )
-        )
+        self.stem = nn.Sequential()
+        for before, after, stride in zip(widths, channels, strides):
+            conv = nn.Conv2d(before, after, 3, stride=stride, padding=1, bias=False)
+            layer = OrderedDict(conv=conv, bn=nn.BatchNorm2d(after), relu=nn.ReLU())
+            self.stem.append(nn.Sequential(layer))
         patch = 1 if channels else patch_size
         self.proj = nn.Conv2d(widths[-1], dim, patch, stride=patch)
 
@@ -212,7 +194,7 @@ class PatchEmbed(nn.Module):
         return self.proj(self.stem(x))  # (B, D, h, w)
 
 
-def neighbourhood(grid, kernel_size, prefix_tokens):
+def neighbourhood(grid, kernel_size, prefix_tokens, device=None):
     """(N, N) mask, True where the column's token lies in the k×k window around the row's; the class
     token (prefix) sees and is seen by all."""
     y, x = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
@@ -337,10 +319,7 @@ class ViT(nn.Module):
         tokens = self.prefix_tokens + math.prod(self.grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
         self.pos_drop = nn.Dropout(dropout)
-        window = None
-        if kernel_size is not None:
-            window = neighbourhood(self.grid, kernel_size, self.prefix_tokens)
-        self.register_buffer("window", window, persistent=False)
+        self.kernel_size = kernel_size
         shape = dict(dim=dim, heads=heads, head_dim=head_dim, mlp_dim=mlp_dim, qkv_bias=qkv_bias)
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
@@ -361,8 +340,8 @@ class ViT(nn.Module):
         google  MLP, out, and each of q, k, v xavier-uniform; convolutions lecun-normal
         pycls   MLP and the stacked q, k, v (std √2 smaller) xavier-uniform, out torch's default;
                 patches N(0, 1/fan_in); 3×3 torch's default and 1×1 N(0, 2/D), until March 2022
-        timm    all linear layers, head and positions too, truncated N(0, 0.02²), class token
-                N(0, 1e-6²), convolutions torch's default
+        timm    all linear layers, head and positions too, N(0, 0.02²), which timm cuts at 100 of
+                these deviations, class token N(0, 1e-6²), convolutions torch's default
         google and pycls: zero class token, head weight and patch bias, positions N(0, 0.02²), MLP
         biases N(0, 1e-6²), representation layer lecun-normal."""
         linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
@@ -373,7 +352,7 @@ class ViT(nn.Module):
         nn.init.constant_(self.head.bias, head_bias)
         if init == "timm":
             for weight in (self.pos_embed, *(linear.weight for linear in linears)):
-                nn.init.trunc_normal_(weight, std=0.02)
+                nn.init.normal_(weight, std=0.02)
             if self.cls_token is not None:
                 nn.init.normal_(self.cls_token, std=1e-6)
             return
@@ -420,8 +399,11 @@ class ViT(nn.Module):
         else:
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
         x = record(out, "stem", self.pos_drop(x + self.pos_embed))
+        window = None
+        if self.kernel_size is not None:  # no buffer: off the meta device it would stay unfilled
+            window = neighbourhood(self.grid, self.kernel_size, self.prefix_tokens, x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, self.window, out, skip, f"blocks.{i}")
+            x = block(x, window, out, skip, f"blocks.{i}")
         x = self.norm(x)
         x = self.pre_logits(x[:, 0] if self.pool == "cls" else x.mean(dim=1))  # (B, D)
         x = F.normalize(x) if self.unit_norm else x
@@ -463,7 +445,7 @@ class PiT(nn.Module):
     """Pooling-based ViT (2103.16302); the defaults are PiT-Ti at 224. Park & Kim's for CIFAR has
     patch_size=2, stride=1. Stage i has depth[i] blocks of heads[i]·head_dim channels; the other
     arguments are ViT's. Initialisation is torch's, but class token and position embedding are
-    truncated N(0, 0.02²), as in timm; head_bias is added to the head's."""
+    N(0, 0.02²), as in timm; head_bias is added to the head's."""
 
     def __init__(
         self,
@@ -513,17 +495,14 @@ class PiT(nn.Module):
         common = dict(head_dim=head_dim, qkv_bias=qkv_bias, gelu=gelu, dropout=dropout)
         self.transformers = nn.ModuleList()
         for i, blocks in enumerate(depth):
+            pool = Pooling(dims[i - 1], dims[i]) if i else None
             shape = dict(dim=dims[i], heads=heads[i], mlp_dim=4 * dims[i])
-            self.transformers.append(
-                Stage(
-                    Pooling(dims[i - 1], dims[i]) if i else None,
-                    [Block(**shape, **common, drop_path=next(rates)) for _ in range(blocks)],
-                )
-            )
+            stage = [Block(**shape, **common, drop_path=next(rates)) for _ in range(blocks)]
+            self.transformers.append(Stage(pool, stage))
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head = nn.Linear(dims[-1], num_classes)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
         self.head.bias.data += head_bias
 
     @property
@@ -561,6 +540,7 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
     A convolutional stem, vit_c or stem="conv" asked for, replaces one block (the L - 1 rule of
     Xiao et al.) unless depth is given too. ValueError for what is unknown or does not fit."""
     google = re.fullmatch(rf"vit_({'|'.join(VIT)})([1-9]\d*)", name)
+    # a P that does not divide the image is a slip, unless it is listed or patch_size replaces it
     given = name in NAMES or "patch_size" in overrides
     typo = google and not given and image_size % int(google[2])
     pycls = re.fullmatch(rf"vit_([pc])_({'|'.join(VIT_GF)})", name)
@@ -572,13 +552,11 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
     elif name == "pit_ti":
         network, row = PiT, dict(patch_size=2, stride=1) if image_size <= 64 else {}
     else:
-        raise unknown(
-            "model",
-            name,
-            NAMES,
+        listing = (
             f"vit_{{{','.join(VIT)}}}P with any patch size P that divides the image, "
-            f"vit_{{p,c}}_{{{','.join(VIT_GF)}}}, pit_ti",
+            f"vit_{{p,c}}_{{{','.join(VIT_GF)}}}, pit_ti"
         )
+        raise unknown("model", name, NAMES, listing)
     arguments = list(inspect.signature(network).parameters)
     for override in overrides:
         if override not in arguments:
@@ -613,7 +591,9 @@ def resize_pos_embed(
         return pos_embed
     tokens = F.interpolate(tokens.float(), grid, mode="bicubic", antialias=True)  # not for half
     tokens = tokens.to(pos_embed.dtype)
-    return tokens if prefix is None else torch.cat([prefix, tokens.flatten(2).mT], dim=1)
+    if prefix is None:
+        return tokens
+    return torch.cat([prefix, tokens.flatten(2).mT], dim=1)  # (1, prefix_tokens + N, D)
 
 
 def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
@@ -627,14 +607,12 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
 
     if not isinstance(model, ViT):
         raise ValueError(f"load_npz fills a ViT, got {type(model).__name__}")
+    open(path, "rb").close()  # an OSError is the caller's
     try:
         if not zipfile.is_zipfile(path):  # which numpy would take for a pickle
-            open(path, "rb").close()
             raise ValueError("it is no zip archive")
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
     except Exception as error:  # foreign bytes can raise anything
         raise ValueError(f"{path} is no readable .npz: {error}") from None
     prefixes = ("", "opt/target/", "params/", "params/img/")
@@ -673,7 +651,7 @@ def load_npz(model: ViT, path: str | Path, head: bool = True) -> None:
 
     def dense(name, keys, inputs, outputs):  # kernel (*inputs, *outputs); several keys are stacked
         kernels = [take(f"{key}/kernel", *inputs, *outputs) for key in keys]
-        kernels = [kernel.reshape(math.prod(inputs), -1).T for kernel in kernels]
+        kernels = [kernel.reshape(math.prod(inputs), -1).T for kernel in kernels]  # (out, in)
         weights[f"{name}.weight"] = torch.cat(kernels)
         weights[f"{name}.bias"] = torch.cat([take(f"{k}/bias", *outputs).flatten() for k in keys])
 
