@@ -265,10 +265,11 @@ def join_processes():
     train.join("gloo", timeout=PATIENCE)
 
 
-def started(args, rest, what, untrained=False):
+def started(args, rest, what, untrained=False, exact=True):
     """What an analysis of networks begins with: joins the processes. -> Results, device, and of
-    each network its name among the results, settings and who set these. Arithmetic is float32, or
-    float64 if --dtype says so. untrained: a network may come without weights, as initialised."""
+    each network its name among the results, settings and who set these. exact: arithmetic is
+    float32, or float64 if --dtype says so, and its training, too, decides the numbers. untrained: a
+    network may come without weights, as initialised."""
     chosen, named = networks(args.checkpoint, rest, own_flags(what), untrained), []
     first = chosen[0][0]
     device = train.start_processes(first.device, PATIENCE, may_share=True)[0]
@@ -276,13 +277,13 @@ def started(args, rest, what, untrained=False):
     results = Results(args.out_dir or folder, what)
     tell_unread(chosen[0][1], what)
     for settings, origin in chosen:
-        if settings.dtype in ("bfloat16", "float16"):
+        if exact and settings.dtype in ("bfloat16", "float16"):
             if origin["dtype"] == "command line":
                 raise UserError(
                     f"--dtype {settings.dtype}: {what} is computed in float32 or float64"
                 )
             settings.dtype = "float32"
-        name, results.settings[name] = label(settings, OF_TRAINING)
+        name, results.settings[name] = label(settings, OF_TRAINING * exact)
         settings.content = results.settings[name].get("content")
         named.append((name, settings, origin))
     return results, device, named
@@ -679,15 +680,9 @@ def robustness(args, rest):
     """Accuracy of checkpoints on held-out images and on benchmarks of natural and of synthetic
     change (Chen et al. Table 2, 5; Park & Kim Fig. 12b, E.1). Returns the "results" that it was
     asked for. Whatever benchmark is not there is named, with where it was looked for."""
-    chosen = networks(args.checkpoint, rest, own_flags("robustness"))
+    results, device, named = started(args, rest, "robustness", exact=False)
     summaries, trained, told = {}, {}, set()
-    first = chosen[0][0]
-    device = train.start_processes(first.device, PATIENCE, may_share=True)[0]
-    results = Results(args.out_dir or Path(first.init_from).parent, "robustness")
-    tell_unread(chosen[0][1], "robustness")
-    for settings, origin in chosen:
-        name, results.settings[name] = label(settings)
-        settings.content = results.settings[name]["content"]
+    for name, settings, origin in named:
         saved = train.own_checkpoint(settings.init_from)
         trained[name] = saved.get("settings", {})
         classes, todo = class_names(settings, saved), []
@@ -1245,6 +1240,8 @@ def hessian(args, rest):
         if args.method == "power"
         else f"{args.k} by {args.which}, tolerance {args.tolerance:g}, at most {args.iterations}"
     )
+    options = {name: getattr(args, name) for name in "k which method tolerance iterations".split()}
+    largest = functools.partial(hessian_eigenvalues, **options)
     rows, shown = [], {}
     for name, settings, origin in named:
         model, dataset, workers = network_and_training_images(settings, origin, device, args.images)
@@ -1253,22 +1250,11 @@ def hessian(args, rest):
         if "table3" in args.params and len(blocks) == 1:
             tell(f"{name}: of its blocks nothing is known here; --params takes their names")
         for block, params in blocks.items():
-            common = (model, LOSSES[args.loss], batches)
-            tasks = {
-                f"{block}: {images}, {how}": functools.partial(
-                    hessian_eigenvalues,
-                    *common,
-                    args.k,
-                    args.which,
-                    params,
-                    method=args.method,
-                    tolerance=args.tolerance,
-                    iterations=args.iterations,
-                )
-            }
+            of = (model, LOSSES[args.loss], batches)
+            tasks = {f"{block}: {images}, {how}": functools.partial(largest, *of, params=params)}
             if args.probes:
                 tasks[f"{block}: {images}, density, {args.probes} probes, {args.steps} steps"] = (
-                    functools.partial(hessian_density, *common, args.probes, args.steps, params)
+                    functools.partial(hessian_density, *of, args.probes, args.steps, params)
                 )
             for part, task in tasks.items():
                 if part not in results.parts.get(name, {}):
@@ -1288,9 +1274,7 @@ def hessian(args, rest):
                 "s": f"{found['seconds']:.1f}",
             }
             for numbers in density:
-                error = numbers["trace_error"]
-                row["trace"] = f"{numbers['trace']:.4g}"
-                row["trace"] += "" if error is None else f" ± {error:.1g}"
+                row["trace"] = significant(numbers["trace"], numbers["trace_error"])
             rows.append(row)
             if not found["converged"]:
                 tell(
@@ -1322,19 +1306,9 @@ def hessian_spectrum(model, loss, batches, k=5, *, decay=0.0, tolerance=0.01, me
     mini-batch plus ½ · decay · ‖w‖² over all parameters (which adds `decay` to each eigenvalue),
     by Lanczos; `batches` are independent, and this process's own. -> dict of `eigenvalues`, a list
     for each batch, `nep` and `ape` of all (Park & Kim A.1, A.2), `converged` and `products`."""
+    how = dict(decay=decay, memory=memory, tolerance=tolerance, iterations=max(200, 4 * k))
     found = [
-        hessian_eigenvalues(
-            model,
-            loss,
-            [batch],
-            k,
-            "magnitude",
-            decay=decay,
-            memory=memory,
-            tolerance=tolerance,
-            iterations=max(200, 4 * k),
-            alone=True,
-        )
+        hessian_eigenvalues(model, loss, [batch], k, "magnitude", alone=True, **how)
         for batch in batches
     ]
     values = [one["eigenvalues"] for one in found]
@@ -1430,8 +1404,7 @@ def spectrum(args, rest):
     need(args, k=1, tolerance=1e-9, batch=1, memory=0)
     results, device, named = started(args, rest, "spectrum")
     spectra, rows = {}, []
-    for _, _, origin in named:
-        refuse(("loss",), origin, "is of hessian, landscape and flatness; here it is softmax")
+    refuse(("loss",), named[0][2], "is of hessian, landscape and flatness; here it is softmax")
     for name, settings, origin in named:
         model, dataset, _ = network_and_training_images(
             settings, origin, device, args.images, augmented=True
@@ -1448,15 +1421,8 @@ def spectrum(args, rest):
 
         def eigenvalues_of(number):
             batch = Batches(dataset, model, args.batch, mix=mix, seed=settings.seed, only=number)
-            found = hessian_spectrum(
-                model,
-                loss,
-                batch,
-                args.k,
-                decay=settings.weight_decay,
-                tolerance=args.tolerance,
-                memory=args.memory,
-            )
+            how = dict(decay=settings.weight_decay, tolerance=args.tolerance, memory=args.memory)
+            found = hessian_spectrum(model, loss, batch, args.k, **how)
             return found | dict(eigenvalues=found["eigenvalues"][0])
 
         count = len(dataset) // args.batch
@@ -1832,16 +1798,9 @@ def draw_flatness(axes, curves, what, relative):
         for ax, points in zip(axes, ([(0.0, worst[0], 0), *noisy], balls)):
             known = np.array(sorted(p for p in points if p[1] is not None)).reshape(-1, 3)
             ax.errorbar(*known.T, fmt="o-", capsize=3 * (ax is axes[0]), label=name)
-    for ax, x, y in zip(
-        axes,
-        (
-            "noise by the length of its filter"
-            if relative
-            else "standard deviation σ of the noise on each weight",
-            "radius ρ of the ball",
-        ),
-        ("mean", "worst"),
-    ):
+    noise = "standard deviation σ of the noise on each weight"
+    noise = "noise by the length of its filter" if relative else noise
+    for ax, x, y in zip(axes, (noise, "radius ρ of the ball"), ("mean", "worst")):
         ax.set(xlabel=x, ylabel=f"{y} {what}")
         low, high = ax.dataLim.intervaly
         ax.set_yscale("log" if high > 30 * low else "linear")
@@ -2612,8 +2571,7 @@ def compare_command(args, rest):
     curvature of the cross-entropy vanishes with it, whatever the network. Returns the "results"
     that it was asked for."""
     results, device, named = started(args, rest, "compare")
-    for _, _, origin in named:
-        refuse(("loss",), origin, "is of hessian, landscape and flatness; here it is softmax")
+    refuse(("loss",), named[0][2], "is of hessian, landscape and flatness; here it is softmax")
     folder, images = results.path.parent / "compare", f"{args.images} images"
 
     def run(command, *flags):
@@ -5562,8 +5520,8 @@ RHO_BESIDE = {  # Chen Table 9, E.3, E.4: how SAM's ρ there compares with plain
 PARTS = tuple(dict.fromkeys([part for part, *_ in TRAININGS] + ["optimizability"]))
 # images: training images for the analyses of the loss; held_out: images for those of feature maps;
 # points: of a landscape's side; pairs: of learning rate and weight decay; noise_of: networks under
-# noise of all bands, of which the claims need two; fit: the training images whose loss is measured,
-# 1: all.
+# noise of all bands, of which the claims need two; fit: the part of the training images whose loss
+# is measured.
 SCALES = {
     "full": dict(
         train_fraction="1",
@@ -5593,14 +5551,14 @@ SCALES = {
         pairs=4,
         corruptions=False,
         noise_of=("ViT", "ResNet"),
-        fit="1000",
+        fit="1/4",
         parts=("core",),
         epochs_of={"length": [1, 2], "optimizer": [1, 2], "lr-wd": [1]},
     ),
 }
 LENGTH = ("train_fraction", "epochs", "warmup_steps")
 MAY_BE_GIVEN = ("device", "dtype", "compile", "channels_last", "workers")  # of train.py's flags
-GIVEN = ", ".join(f"--{name.replace('_', '-')}" for name in MAY_BE_GIVEN)
+GIVEN = ", ".join(map(train.flag, MAY_BE_GIVEN))
 LEFT_OUT = [  # what is not judged here, and why
     ("Chen Table 2, 5: ImageNet-ReaL, -V2, -R", "need ImageNet: `robustness --benchmarks`"),
     ("Chen §4.2, §4.3, Table 9: larger models, longer sequences", "need networks of many sizes"),
@@ -5669,9 +5627,9 @@ class Numbers:
                 for network, parts in self.found.get(command, {}).items()
                 if network.startswith(f"{path} (")
             ]
-            if not own:
+            numbers.append(pick(own[-1]) if own else None)
+            if numbers[-1] is None:  # not computed, or not defined, as κ of a singular kernel
                 return self.none(f"{command} of {name}")
-            numbers.append(pick(own[-1]))
         return np.array(numbers, float)
 
     def test(self, name):
@@ -5682,7 +5640,8 @@ class Numbers:
         """On a benchmark of `robustness`, in percent."""
 
         def pick(parts):
-            return robustness_summary({part: of["top1"] for part, of in parts.items()})[benchmark]
+            summary = robustness_summary({part: of["top1"] for part, of in parts.items()})
+            return summary.get(benchmark)
 
         return self.of("robustness", name, pick)
 
@@ -6116,43 +6075,25 @@ def claims_of_chen(n):
 def claims_of_park(n):
     """Yields every Claim of Park & Kim, its numbers from n, Numbers; eigenvalues at the end of the
     warm-up, as they speak of an early phase."""
-    yield Claim(
-        "Park Fig. 1b, 4",
-        "ViT has more negative eigenvalues than ResNet (NEP, %)",
-        {name: n.negative(name) for name in ("ViT", "ResNet")},
-    )
-    yield Claim(
-        "Park Fig. 1b, 4",
-        "ViT's positive eigenvalues are smaller (APE)",
-        {name: n.positive(name) for name in ("ResNet", "ViT")},
-        ratio=True,
-    )
-    yield Claim(
-        "Park Fig. 4",
-        "less data (and batches as much smaller), more negative eigenvalues of ViT (NEP, %)",
-        {"1/10": n.negative("ViT, 1/10"), "all": n.negative("ViT")},
-    )
-    yield Claim(
-        "Park Fig. C.4b",
-        "stages: fewer negative eigenvalues (NEP, %)",
-        {name: n.negative(name) for name in ("ViT", "PiT")},
-    )
-    yield Claim(
-        "Park Fig. C.4b",
-        "windows: more negative eigenvalues (NEP, %)",
-        {name: n.negative(name) for name in ("Swin", "PiT")},
-    )
-    yield Claim(
-        "Park Fig. C.4b",
-        "stages and windows: smaller positive eigenvalues (APE)",
-        {name: n.positive(name) for name in ("ViT", "Swin")},
-        ratio=True,
-    )
-    yield Claim(
-        "Park Fig. 6",
-        "GAP for the class token: fewer negative eigenvalues (NEP, %)",
-        {"class token": n.negative("ViT"), "GAP": n.negative("ViT, GAP")},
-    )
+
+    def nep(figure, text, *names):
+        """Of the shares of negative eigenvalues of networks."""
+        values = {name: n.negative(name) for name in names}
+        return Claim(f"Park Fig. {figure}", f"{text} (NEP, %)", values)
+
+    def ape(figure, text, *names):
+        """Of the means of their positive ones."""
+        values = {name: n.positive(name) for name in names}
+        return Claim(f"Park Fig. {figure}", f"{text} (APE)", values, ratio=True)
+
+    yield nep("1b, 4", "ViT has more negative eigenvalues than ResNet", "ViT", "ResNet")
+    yield ape("1b, 4", "ViT's positive eigenvalues are smaller", "ResNet", "ViT")
+    less = "less data (and batches as much smaller), more negative eigenvalues of ViT"
+    yield nep("4", less, "ViT, 1/10", "ViT")
+    yield nep("C.4b", "stages: fewer negative eigenvalues", "ViT", "PiT")
+    yield nep("C.4b", "windows: more negative eigenvalues", "Swin", "PiT")
+    yield ape("C.4b", "stages and windows: smaller positive eigenvalues", "ViT", "Swin")
+    yield nep("6", "GAP for the class token: fewer negative eigenvalues", "ViT", "ViT, GAP")
     yield Claim(
         "Park §2",
         "GAP for the class token: better (%)",
@@ -6162,11 +6103,7 @@ def claims_of_park(n):
     def mean_variance(pattern, of):
         return np.mean([v for unit, v in of["variance"].items() if re.search(pattern, unit)])
 
-    kernels = {
-        "global": "ViT, patch 4",
-        "3×3": "ViT, patch 4, kernel 3",
-        "5×5": "ViT, patch 4, kernel 5",
-    }
+    kernels = {f"{k}×{k}": f"ViT, patch 4, kernel {k}" for k in (3, 5)} | {"global": "ViT, patch 4"}
     for worse, better in (("global", "5×5"), ("global", "3×3"), ("3×3", "5×5")):
         if worse == "global":
             yield Claim(
@@ -6182,11 +6119,8 @@ def claims_of_park(n):
             ratio=True,
         )
         if better == "5×5":
-            yield Claim(
-                "Park Fig. 7b",
-                f"5×5: fewer negative eigenvalues than {worse} (NEP, %)",
-                {what: n.negative(kernels[what]) for what in (worse, better)},
-            )
+            fewer = f"5×5: fewer negative eigenvalues than {worse}"
+            yield nep("7b", fewer, kernels[worse], kernels[better])
     for worse, better in (("Mixer", "ViT"), ("ViT", "PiT"), ("PiT", "Swin"), ("ViT", "ResNet")):
         yield Claim(
             "Park Fig. 5a",
@@ -6226,17 +6160,8 @@ def claims_of_park(n):
         ("C.5", "more heads", "ViT, 1 head", "ViT, 9 heads"),
         ("C.6", "wider heads", "ViT, heads of 8", "ViT"),
     ):
-        yield Claim(
-            f"Park Fig. {where}",
-            f"{what}: fewer negative eigenvalues (NEP, %)",
-            {name: n.negative(name) for name in (fewer, more)},
-        )
-        yield Claim(
-            f"Park Fig. {where}",
-            f"{what}: smaller positive ones (APE)",
-            {name: n.positive(name) for name in (fewer, more)},
-            ratio=True,
-        )
+        yield nep(where, f"{what}: fewer negative eigenvalues", fewer, more)
+        yield ape(where, f"{what}: smaller positive ones", fewer, more)
     patches = {"4": "ViT, patch 4", "8": "ViT", "16": "ViT, patch 16"}
     yield Claim(
         "Park Fig. C.2a",
@@ -6249,17 +6174,8 @@ def claims_of_park(n):
         {side: n.fit(patches[side]) for side in ("16", "8", "4")},
         ratio=True,
     )
-    yield Claim(
-        "Park Fig. C.2b",
-        "smaller patches: more negative eigenvalues (NEP, %)",
-        {side: n.negative(patches[side]) for side in ("4", "8")},
-    )
-    yield Claim(
-        "Park Fig. C.2b",
-        "… and smaller positive ones (APE)",
-        {side: n.positive(patches[side]) for side in ("8", "4")},
-        ratio=True,
-    )
+    yield nep("C.2b", "smaller patches: more negative eigenvalues", patches["4"], patches["8"])
+    yield ape("C.2b", "… and smaller positive ones", patches["8"], patches["4"])
     for name in ("ViT", "PiT", "Swin"):
         yield Claim(
             f"Park Fig. {'8' if name == 'ViT' else 'D.2'}",
@@ -6370,17 +6286,8 @@ def claims_of_park(n):
         "… at the end of stage 3, which the paper keeps (%)",
         {"with": n.top1(blocks[2]), "without": n.top1(blocks[1])},
     )
-    yield Claim(
-        "Park Fig. 12c",
-        "AlterNet's eigenvalues are smaller than ResNet's (APE)",
-        {name: n.positive(name) for name in ("ResNet", "AlterNet")},
-        ratio=True,
-    )
-    yield Claim(
-        "Park Fig. 12c",
-        "… and fewer of them negative than ViT's (NEP, %)",
-        {name: n.negative(name) for name in ("ViT", "AlterNet")},
-    )
+    yield ape("12c", "AlterNet's eigenvalues are smaller than ResNet's", "ResNet", "AlterNet")
+    yield nep("12c", "… and fewer of them negative than ViT's", "ViT", "AlterNet")
     yield Claim(
         "Park App. B",
         "a blur of 2×2 helps ResNet (%)",
@@ -6395,17 +6302,8 @@ def claims_of_park(n):
         "ViT is overconfident, with augmentation underconfident (confidence less accuracy, points)",
         {"plain": excess("ViT"), "0": n.nothing, "augmented": excess("ViT, augmented")},
     )
-    yield Claim(
-        "Park Fig. F.1b",
-        "augmentation: more negative eigenvalues (NEP, %)",
-        {"augmented": n.negative("ViT, augmented"), "plain": n.negative("ViT")},
-    )
-    yield Claim(
-        "Park Fig. F.1b",
-        "… and smaller positive ones (APE)",
-        {"plain": n.positive("ViT"), "augmented": n.positive("ViT, augmented")},
-        ratio=True,
-    )
+    yield nep("F.1b", "augmentation: more negative eigenvalues", "ViT, augmented", "ViT")
+    yield ape("F.1b", "… and smaller positive ones", "ViT", "ViT, augmented")
 
 
 def claims_of_xiao(n):
@@ -6588,26 +6486,14 @@ def analyses(names, how):
 def family_rows(n, rho, fraction):
     """What Tables 1 and 2 of Chen et al. have, of each family and of a linear model, trained on a
     fraction of the images."""
-    rows, measures = (
-        [],
-        {
-            "top-1 %": n.test,
-            "corrupted %": n.corrupted,
-            "training loss": n.fit,
-            "λmax": n.eigenvalue,
-        },
-    )
-    ways = {"": "", ", SAM": " + SAM", ", twice": ", twice the epochs"}
+    measures = {"top-1 %": n.test, "corrupted %": n.corrupted, "training loss": n.fit}
+    measures |= {"λmax": n.eigenvalue}
+    rows, ways = [], {"": "", ", SAM": " + SAM", ", twice": ", twice the epochs"}
     for family in FIVE:
         flags = ["--dataset", "shapes", "--model", *FAMILIES[family].split()]
         cost = train.complexity_of(train.settings(flags)[0])
-        row = {
-            "network": family,
-            "model": FAMILIES[family],
-            "M multiply-adds": cost["macs"] / 1e6,
-            "parameters": f"{cost['params']:,}",
-            "ρ": rho[family],
-        }
+        row = {"network": family, "model": FAMILIES[family], "M multiply-adds": cost["macs"] / 1e6}
+        row |= {"parameters": f"{cost['params']:,}", "ρ": rho[family]}
         for (what, measured), (how, way) in itertools.product(measures.items(), ways.items()):
             row[what + how] = over_seeds(measured(family + way))
         rows.append(row)
@@ -6624,14 +6510,9 @@ def fraction_runs(n, name, paper):
             for method, row in paper.items()
             for share, top1 in zip(FRACTIONS, row)
         ]
-    ways = {
-        "plain": name,
-        "sam": f"{name} + SAM",
-        "augmented": f"{name}, augmented",
-        "both": f"{name}, augmented + SAM",
-    }
+    ways = name, f"{name} + SAM", f"{name}, augmented", f"{name}, augmented + SAM"
     found = []
-    for (method, way), share in itertools.product(ways.items(), FRACTIONS):
+    for (method, way), share in itertools.product(zip(METHODS, ways), FRACTIONS):
         base, sam, _ = way.partition(" + SAM")
         of = way if share == "1" else f"{base}, {share}{sam}"
         if (of, n.seeds[0]) in n.runs:
@@ -6715,8 +6596,8 @@ def write_report(folder, tables, left_out, n, shown, how):
     ]
     page = PAGE.format(title="The papers in small", body="\n".join(body + figure_sections(shown)))
     write(folder / "index.html", page.encode())
-    shown = ("claim", "paper", "measured", "verdict")
-    print_rows([{column: row[column] for column in shown} for row in tables["Claims"]])
+    columns = ("claim", "paper", "measured", "verdict")
+    print_rows([{column: row[column] for column in columns} for row in tables["Claims"]])
     files = ", ".join(str(folder / name) for name in ("index.html", "claims.md", "reproduce.json"))
     train.say(f"{how}\nresults   {files}")
 
@@ -6758,21 +6639,21 @@ def reproduce(args, rest):
     def run(command, out, *argv, title=None):
         """A subcommand, with its files in the folder out, under a title in the page."""
         tell(f"\n{command}")
-        parser = make_parser()
-        argv = [command, "--out-dir", str(out), *argv]
-        own, more = parser.parse_known_args(argv)
-        subparser, started = parser.commands[command], time.time()
-        runs = "--runs" in subparser._option_string_actions
+        parser, began = make_parser(), time.time()
+        subparser = parser.commands[command]
         passed = rest if command == "stability" else exact  # that trains
-        passed = [] if runs else passed  # those know no flags of train.py
-        answer = own.function(own, [*more, *passed])
+        if "--runs" in subparser._option_string_actions:
+            passed = []  # those know no flags of train.py
+        argv = [command, "--out-dir", str(out), *argv, *passed]
+        own, more = parser.parse_known_args(argv)
+        answer = own.function(own, more)
         name = own.study if command == "stability" else command
         shown[title or name] = dict(
-            argv=[*argv, *passed],
+            argv=argv,
             answer=None,
             file=name,
             summary=subparser.summary,
-            drawn=drawn(out, name, started),
+            drawn=drawn(out, name, began),
             folder=os.path.relpath(out, folder),
         )
         return answer
@@ -6788,7 +6669,7 @@ def reproduce(args, rest):
         name: [*flags(family, seeds[0]), "--hold-out", "1/5", "--sam-rho", rho]
         for (family, rho), name in grid.items()
     }
-    ended = {} if args.dry_run else conduct("ρ", searches, folder / "runs")
+    ended = conduct("ρ", searches, folder / "runs") if searches and not args.dry_run else {}
     searched = {key: ended[name]["top1"] for key, name in grid.items() if name in ended}
 
     def held_out(family, rho):
@@ -6862,7 +6743,8 @@ def reproduce(args, rest):
         argv = ["--study", study, "--models", FAMILIES["ViT"], FAMILIES["ViT_C"]]
         argv += ["--vary", "epochs", *map(str, how["epochs_of"][study])]
         argv += ["--pairs", str(how["pairs"])] * (study == "lr-wd")
-        argv += ["--recipe", "shapes", *as_flags(dict(sam_rho=0, seed=seed))]
+        own = {name: how[name] for name in LENGTH if name != "epochs"} | dict(sam_rho=0, seed=seed)
+        argv += ["--recipe", "shapes", *as_flags(own)]
         answer = run("stability", folder / f"stability-seed{seed}", *argv)
         n.found.setdefault(study, {})[seed] = answer
 
@@ -6927,6 +6809,7 @@ def make_parser():
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     parser.commands = commands.choices
+    off = dict(action="store_true")  # unless it is given
 
     def command(function, summary, of_checkpoints=True, images="", loss=False, further=ALL_FLAGS):
         name = function.__name__.removesuffix("_command")
@@ -6939,72 +6822,55 @@ def make_parser():
         )
         parser.set_defaults(function=function)
         parser.summary = summary
+
+        def add(flag, text="", usual=None, **options):
+            """A flag. usual: its default, which decides its type and whether it takes several
+            values, and with which its help ends."""
+            if usual is not None:
+                several = isinstance(usual, (list, tuple))
+                values = usual if several else [usual]
+                options |= dict(default=usual, type=type(values[0]))
+                options |= dict(nargs="+") if several else {}
+                text += f" (default: {' '.join(map(four_digits, values))})"
+            parser.add_argument(flag, help=text, **options)
+
         if of_checkpoints:
-            parser.add_argument(
-                "--checkpoint",
-                nargs="+",
-                default=[],
-                metavar="FILE",
-                help="of runs of train.py; else --model NAME --init-from FILE",
-            )
-        parser.add_argument(
-            "--out-dir",
-            default="",
-            help="for its files; default: "
-            + ("the folder of the first checkpoint" if of_checkpoints else f"out/{name}")
-            + "/figures" * (function is all_command),
-        )
+            what = "of runs of train.py; else --model NAME --init-from FILE"
+            add("--checkpoint", what, nargs="+", default=[], metavar="FILE")
+        folder = "the folder of the first checkpoint" if of_checkpoints else f"out/{name}"
+        folder += "/figures" * (function is all_command)
+        add("--out-dir", f"for its files; default: {folder}", default="")
         if images:
-            parser.add_argument(
-                "--images",
-                default="1/10",
-                metavar="N",
-                help=(
-                    "of the training set, class-balanced: a number above 1 or a fraction, 1 is all "
-                    f"(default: 1/10, {images})"
-                ),
-            )
+            what = "of the training set, class-balanced: a number above 1 or a fraction, 1 is all"
+            add("--images", f"{what} ({images})", "1/10", metavar="N")
         if loss:
-            parser.add_argument(
-                "--loss",
-                choices=LOSSES,
-                default="softmax",
-                help=(
-                    "softmax: cross-entropy; sigmoid, which is sharper (Chen B.1); whatever the "
-                    "training's was (default: softmax)"
-                ),
-            )
-        return parser.add_argument
+            what = "sigmoid is sharper than cross-entropy (Chen B.1); whatever the training's was"
+            add("--loss", what, "softmax", choices=LOSSES)
+        return add
+
+    def add_eigenvalues(k, tolerance):
+        add("--k", "eigenvalues", k)
+        add("--tolerance", "residual at which they are taken, of their size", tolerance)
+        add("--memory", "GiB for graphs of gradients; others are built for each product", 4.0)
+
+    def add_models(usual):
+        add(
+            "--models",
+            "values of --model, in quotes with further flags of train.py if wanted, as 'vit_s16 "
+            f"--stem conv'; default: {usual}",
+            nargs="+",
+            metavar="MODEL",
+        )
 
     add = command(robustness, "accuracy on benchmarks of robustness (Chen Table 2; Park Fig. 12b)")
     add(
         "--benchmarks",
-        nargs="+",
+        "val: held-out images; pgd: these under PGD, 10 steps, ε = 2/255 (Chen E.5); real, v2, r, "
+        "c: ImageNet-ReaL, -V2, -R, -C or CIFAR-C, looked for in --data-dir and beside it; c-lite: "
+        "our own corruptions of val",
+        ["val", "c-lite"],
         choices=BENCHMARKS,
-        default=["val", "c-lite"],
-        help=(
-            "val: held-out images; pgd: these under PGD, 10 steps, ε = 2/255 (Chen E.5); real, "
-            "v2, r, c: ImageNet-ReaL, -V2, -R, -C or CIFAR-C, looked for in --data-dir and beside "
-            "it; c-lite: our own corruptions of val (default: val c-lite)"
-        ),
     )
-
-    def add_eigenvalues(k, tolerance):
-        add("--k", type=int, default=k, help=f"eigenvalues (default: {k})")
-        add(
-            "--tolerance",
-            type=float,
-            default=tolerance,
-            help=f"residual at which they are taken, of their size (default: {tolerance:g})",
-        )
-        add(
-            "--memory",
-            type=float,
-            default=4.0,
-            help=(
-                "GiB for gradient graphs to be kept; others are built for each product (default: 4)"
-            ),
-        )
 
     add = command(
         hessian,
@@ -7015,46 +6881,23 @@ def make_parser():
     )
     add(
         "--params",
-        nargs="+",
-        default=["table3"],
-        help=(
-            "diagonal blocks: whole, table3 (whole, embedding, attention or token MLPs, MLPs, "
-            "first, middle and last block; of a convolutional network: whole, stem, stages), or "
-            "regular expressions, searched for in names of parameters (default: table3)"
-        ),
+        "diagonal blocks: whole, table3 (whole, embedding, attention or token MLPs, MLPs, first, "
+        "middle and last block; of a convolutional network: whole, stem, stages), or regular "
+        "expressions, searched for in names of parameters",
+        ["table3"],
     )
     add(
         "--method",
+        "power: the paper's 100 products, for one eigenvalue",
+        "lanczos",
         choices=("lanczos", "power"),
-        default="lanczos",
-        help="power: the paper's 100 products, for one eigenvalue (default: lanczos)",
     )
-    add(
-        "--which",
-        choices=("algebraic", "magnitude"),
-        default="algebraic",
-        help="which are the largest (default: algebraic)",
-    )
+    add("--which", "which are the largest", "algebraic", choices=("algebraic", "magnitude"))
     add_eigenvalues(1, 0.001)
-    add(
-        "--iterations",
-        type=int,
-        default=100,
-        help="products: of power, or at most of lanczos (default: 100)",
-    )
-    add(
-        "--probes",
-        type=int,
-        default=0,
-        help="random vectors for trace and spectral density (default: 0, neither)",
-    )
-    add("--steps", type=int, default=50, help="products of each of these (default: 50)")
-    add(
-        "--chunk",
-        type=int,
-        default=32,
-        help="images in one graph; the numbers do not depend on it (default: 32)",
-    )
+    add("--iterations", "products: of power, or at most of lanczos", 100)
+    add("--probes", "random vectors for trace and spectral density; 0: neither", 0)
+    add("--steps", "products of each of these", 50)
+    add("--chunk", "images in one graph; the numbers do not depend on it", 32)
 
     add = command(
         spectrum,
@@ -7063,11 +6906,11 @@ def make_parser():
         images="Park A.1",
     )
     add_eigenvalues(5, 0.01)
-    add("--batch", type=int, default=16, help="images of a mini-batch (default: 16, A.1)")
+    add("--batch", "images of a mini-batch (A.1)", 16)
     add(
         "--against",
+        "NEP and APE by it, and the exponent of APE (Fig. C.5, C.6)",
         choices=("heads", "head_dim"),
-        help="NEP and APE by it, and the exponent of APE (Fig. C.5, C.6)",
     )
     add = command(
         landscape_command,
@@ -7075,46 +6918,28 @@ def make_parser():
         images="Chen B.1",
         loss=True,
     )
-    add(
-        "--augmented",
-        action="store_true",
-        help="images augmented and mixed as in training (Park A.2)",
-    )
+    add("--augmented", "images augmented and mixed as in training (Park A.2)", **off)
     add(
         "--l2",
+        "shown in addition, with the --weight-decay λ of the training and over what decays in it: "
+        "half-square: ½ λ Σ w² (Park A.2); sum-of-norms: λ Σ‖p‖₂ over tensors p (Park's code)",
+        "none",
         choices=L2,
-        default="none",
-        help=(
-            "shown in addition, with the --weight-decay λ of the training and over what decays in "
-            "it: half-square: ½ λ Σ w² (Park A.2); sum-of-norms: λ Σ‖p‖₂ over tensors p (Park's "
-            "code) (default: none)"
-        ),
     )
-    add("--points", type=int, default=50, metavar="N", help="N × N points (default: 50, Chen B.1)")
-    add(
-        "--span",
-        type=float,
-        default=1.0,
-        help="largest coordinate; 1: as long as the filters (default: 1)",
-    )
+    add("--points", "N × N points (Chen B.1)", 50, metavar="N")
+    add("--span", "largest coordinate; 1: as long as the filters", 1.0)
     add(
         "--normalise",
+        "filter: Li et al.; park: as the code of Park & Kim does",
+        "filter",
         choices=("filter", "park"),
-        default="filter",
-        help="filter: Li et al.; park: as the code of Park & Kim does (default: filter)",
     )
-    add(
-        "--direction-seed",
-        type=int,
-        default=0,
-        metavar="SEED",
-        help="of the directions (default: 0)",
-    )
+    add("--direction-seed", "of the directions", 0, metavar="SEED")
     add(
         "--clip",
+        "draw no loss above this; Park's code: 42 above the lowest",
         type=float,
         metavar="LOSS",
-        help="draw no loss above this; Park's code: 42 above the lowest",
     )
 
     add = command(
@@ -7123,76 +6948,46 @@ def make_parser():
         images="Chen B.1",
         loss=True,
     )
-    add(
-        "--sigma",
-        type=float,
-        nargs="+",
-        default=SIGMAS,
-        help="standard deviations of the noise (default: " + " ".join(map(str, SIGMAS)) + ")",
-    )
+    add("--sigma", "standard deviations of the noise", SIGMAS)
     add(
         "--relative",
-        action="store_true",
-        help="noise by each filter's length, as in landscape, none on biases and norms (Chen B.1)",
+        "noise by each filter's length, as in landscape, none on biases and norms (Chen B.1)",
+        **off,
     )
-    add("--draws", type=int, default=10, help="of the noise (default: 10)")
-    add(
-        "--rho",
-        type=float,
-        nargs="+",
-        default=RADII,
-        help="radii of the ball (default: " + " ".join(map(str, RADII)) + ")",
-    )
-    add("--steps", type=int, default=20, help="of ascent in the ball; 1: SAM's (default: 20)")
+    add("--draws", "of the noise", 10)
+    add("--rho", "radii of the ball", RADII)
+    add("--steps", "of ascent in the ball; 1: SAM's", 20)
 
     add = command(
         ntk_command,
         "condition number of the neural tangent kernel (Chen Table 1)",
         images="Chen App. D",
     )
-    add("--batch", type=int, default=48, help="images of a kernel (default: 48, Chen Appendix D)")
-    add(
-        "--projections",
-        type=int,
-        default=16,
-        help=(
-            "directions in the space of logits; 0, or not fewer than there are classes: all "
-            "logits, exact (default: 16)"
-        ),
-    )
-    add(
-        "--memory",
-        type=float,
-        default=4.0,
-        metavar="GIB",
-        help="limit beside the network (default: 4)",
-    )
+    add("--batch", "images of a kernel (Chen Appendix D)", 48)
+    add("--projections", "directions in the space of logits; 0, or as many: all, exact", 16)
+    add("--memory", "limit beside the network", 4.0, metavar="GIB")
     add(
         "--at",
+        "the architecture with new weights, as the paper, or the trained one",
+        "init",
         choices=("init", "checkpoint"),
-        default="init",
-        help="the architecture with new weights, as the paper, or the trained one (default: init)",
     )
     add(
         "--head",
+        "last layer: lecun-normal, the network's own, or zero, with which Θ is the features' Gram "
+        "matrix (default: lecun; of a checkpoint: own)",
         choices=("lecun", "own", "zero"),
-        help=(
-            "last layer: lecun-normal, the network's own, or zero, with which Θ is the features' "
-            "Gram matrix (default: lecun; of a checkpoint: own)"
-        ),
     )
     add(
         "--activation",
+        "relu: in place of GELU (Chen Appendix D) (default: relu; of a checkpoint: own)",
         choices=("relu", "own"),
-        help="relu: in place of GELU (Chen Appendix D) (default: relu; of a checkpoint: own)",
     )
     add(
         "--statistics",
+        "of BatchNorm: measured on the batch, or as they are, 0 and 1 at initialisation (default: "
+        "batch; of a checkpoint: own)",
         choices=("batch", "own"),
-        help=(
-            "of BatchNorm: measured on the batch, or as they are, 0 and 1 at initialisation "
-            "(default: batch; of a checkpoint: own)"
-        ),
     )
 
     command(norms_command, "norms of weights and activations (Chen Table 3)", images="Chen §4.4")
@@ -7202,126 +6997,88 @@ def make_parser():
         "hessian, ntk, norms and accuracy in one (Chen Table 1, 3)",
         images="as the others",
     )
-    add(
-        "--benchmarks",
-        nargs="+",
-        choices=("val", "c", "c-lite"),
-        default=["val", "c-lite"],
-        help="see robustness (default: val c-lite)",
-    )
+    add("--benchmarks", "see robustness", ["val", "c-lite"], choices=("val", "c", "c-lite"))
 
     def of_held_out(function, summary):
         add = command(function, summary)
-        add(
-            "--images",
-            default="all",
-            metavar="N",
-            help=(
-                "of the held-out set, class-balanced: a number above 1, a fraction or all "
-                "(default: all, Park A.1)"
-            ),
-        )
+        what = "of the held-out set, class-balanced: a number above 1, a fraction or all (Park A.1)"
+        add("--images", what, "all", metavar="N")
         return add
 
     add = of_held_out(fourier_command, "Δ log amplitude of feature maps (Park Fig. 2a, 8, D.2)")
     add(
         "--form",
+        "of frequencies shown, diagonal in Fig. D.2; the JSON has both",
+        "diagonal",
         choices=("diagonal", "radial"),
-        default="diagonal",
-        help="of frequencies shown; the JSON has both (default: diagonal, Fig. D.2)",
     )
     of_held_out(variance_command, "variance of feature maps by depth (Park Fig. 9, D.1)")
     add = of_held_out(cka_command, "similarity of all pairs of feature maps (Park Fig. 10a, D.3)")
-    add("--batch", type=int, default=256, help="images of a mini-batch (default: 256)")
+    add("--batch", "images of a mini-batch", 256)
     of_held_out(lesion_command, "accuracy without one unit (Park Fig. 10b, D.4)")
 
     add = command(noise_command, "accuracy under noise of a band of frequencies (Park Fig. 2b)")
     add(
         "--frequencies",
-        type=float,
-        nargs="+",
-        default=[i / 10 for i in range(11)],
+        "middles of the bands, in units of π",
+        [i / 10 for i in range(11)],
         metavar="F",
-        help="middles of the bands, in units of π (default: 0 0.1 … 1)",
     )
-    add(
-        "--sigma",
-        type=float,
-        default=0.5,
-        help="of the noise in all bands together, 1 being from black to white (default: 0.5)",
-    )
-    add("--window", type=float, default=0.1, help="width of a band, in π (default: 0.1, Fig. 2b)")
-    add(
-        "--equal-energy",
-        action="store_true",
-        help="noise of σ in every band, not in proportion to its area",
-    )
+    add("--sigma", "of the noise in all bands together, 1 being from black to white", 0.5)
+    add("--window", "width of a band, in π (Fig. 2b)", 0.1)
+    add("--equal-energy", "noise of σ in every band, not in proportion to its area", **off)
     add(
         "--form",
+        "code: as Park & Kim's code, signs in place of a Gaussian, square bands of the half-width "
+        "window / 2",
+        "paper",
         choices=("paper", "code"),
-        default="paper",
-        help=(
-            "code: as Park & Kim's code, signs in place of a Gaussian, square bands of the "
-            "half-width window / 2"
-        ),
     )
-    add("--noise-seed", type=int, default=0, metavar="SEED", help="of the noise (default: 0)")
+    add("--noise-seed", "of the noise", 0, metavar="SEED")
 
     add = command(
         attention_command,
         "attention maps of the class token, rollout, mean distance (Chen Fig. 3, B.2)",
     )
-    add("--image", nargs="+", default=[], metavar="FILE", help="images, cropped as in evaluation")
+    add("--image", "images, cropped as in evaluation", nargs="+", default=[], metavar="FILE")
     add(
         "--indices",
+        "of held-out images (default, without --image and --distance: 0 1 2 3)",
         type=int,
         nargs="+",
         default=[],
         metavar="I",
-        help="of held-out images (default, without --image and --distance: 0 1 2 3)",
     )
-    add("--each-head", action="store_true", help="also draw each head")
-    add("--rollout", action="store_true", help="also draw the attention rollout over all layers")
+    add("--each-head", "also draw each head", **off)
+    add("--rollout", "also draw the attention rollout over all layers", **off)
     add(
         "--distance",
-        type=int,
-        default=0,
+        "mean attention distance of each layer and head over N held-out images, class-balanced "
+        "(Dosovitskiy et al. Fig. 11: 128); 0: none",
+        0,
         metavar="N",
-        help=(
-            "mean attention distance of each layer and head over N held-out images, "
-            "class-balanced (Dosovitskiy et al. Fig. 11: 128)"
-        ),
     )
 
     add = command(calibration_command, "reliability diagram, calibration errors (Park Fig. F.1a)")
-    add("--bins", type=int, default=10, help="of the confidence (default: 10, Park's code)")
+    add("--bins", "of the confidence (Park's code: 10)", 10)
 
     add = command(
         nll_command,
         "NLL of augmented training images and test error (Park Fig. 5, 7a, C.1, C.2a, C.3)",
     )
-    add(
-        "--against",
-        choices=AGAINST,
-        default="model",
-        help="; ".join(f"{name}: {text}" for name, text in AGAINST.items()) + " (default: model)",
-    )
+    against = "; ".join(f"{name}: {text}" for name, text in AGAINST.items())
+    add("--against", against, "model", choices=AGAINST)
     add(
         "--images",
-        default="1",
+        "of the training set, class-balanced: a number or a fraction, 1 is all",
+        "1",
         metavar="N",
-        help="of the training set, class-balanced: a number or a fraction (default: 1, all)",
     )
 
     def of_runs(function, summary, **options):
         add = command(function, summary, of_checkpoints=False, further=None)
-        add(
-            "--runs",
-            nargs="+",
-            metavar="RUN",
-            help="folders of train.py, or log.jsonl or a checkpoint in them",
-            **options,
-        )
+        what = "folders of train.py, or log.jsonl or a checkpoint in them"
+        add("--runs", what, nargs="+", metavar="RUN", **options)
         return add
 
     add = of_runs(
@@ -7329,21 +7086,10 @@ def make_parser():
         "training error and loss, validation accuracy of runs (Chen Fig. 2)",
         required=True,
     )
-    add("--against", choices=("step", "epoch"), default="step", help="(default: step)")
+    add("--against", "the axis", "step", choices=("step", "epoch"))
     of_runs(
         peak, "error of finished runs against minutes per epoch (Xiao Fig. 6, Table 2)", default=[]
     )
-
-    def add_models(default):
-        add(
-            "--models",
-            nargs="+",
-            metavar="MODEL",
-            help=(
-                "values of --model, in quotes with further flags of train.py if wanted, as "
-                f"'vit_s16 --stem conv'; default: {default}"
-            ),
-        )
 
     add = command(
         complexity,
@@ -7358,31 +7104,13 @@ def make_parser():
         of_checkpoints=False,
     )
     add_models("Chen Table 7's on CUDA, else small ones at 32×32")
-    add("--modes", nargs="+", choices=MODES, default=MODES, help="(default: all)")
-    add("--compile", choices=("yes", "no", "both"), help="(default: yes on CUDA, else no)")
-    add(
-        "--micro-batches",
-        type=int,
-        default=1,
-        metavar="K",
-        help="passes of a step, each of the batch (default: 1)",
-    )
-    add(
-        "--batch-sizes",
-        type=int,
-        nargs="+",
-        default=[2**i for i in range(5, 14)],
-        metavar="N",
-        help="tried in turn (default: 32 64 … 8192)",
-    )
-    add(
-        "--seconds",
-        type=float,
-        default=1.0,
-        help="about as long is each batch size timed, and each network in a round (default: 1)",
-    )
-    add("--rounds", type=int, default=5, help="(default: 5)")
-    add("--devices", type=int, help="that share an epoch (default: one for each process)")
+    add("--modes", "what is timed", MODES, choices=MODES)
+    add("--compile", "(default: yes on CUDA, else no)", choices=("yes", "no", "both"))
+    add("--micro-batches", "passes of a step, each of the batch", 1, metavar="K")
+    add("--batch-sizes", "tried in turn", [2**i for i in range(5, 14)], metavar="N")
+    add("--seconds", "that each batch size is timed, and each network in a round, about", 1.0)
+    add("--rounds", "of all networks", 5)
+    add("--devices", "that share an epoch (default: one for each process)", type=int)
 
     add = command(
         scale,
@@ -7391,39 +7119,26 @@ def make_parser():
     )
     add(
         "--devices",
+        "(default: those of 1 4 16 64 256 1024 that share the batch equally)",
         type=int,
         nargs="+",
         metavar="N",
-        help="(default: those of 1 4 16 64 256 1024 that share the batch equally)",
     )
     add(
         "--tflops",
+        "TFLOP/s that a device sustains in training: throughput in one process measures it",
         type=float,
         required=True,
-        help="TFLOP/s that a device sustains in training: throughput in one process measures it",
     )
     add(
         "--bandwidth",
-        type=float,
-        default=25.0,
+        "from a device to the next; 25: a network of 200 Gbit/s for each",
+        25.0,
         metavar="GB/S",
-        help="from a device to the next (default: 25, a network of 200 Gbit/s for each)",
     )
-    add("--cores", type=float, default=8.0, help="that decode images for a device (default: 8)")
-    add(
-        "--decode",
-        type=float,
-        default=200.0,
-        metavar="IMAGES/S",
-        help="of a core, as python data.py bench measures (default: 200)",
-    )
-    add(
-        "--listing",
-        type=float,
-        default=1e6,
-        metavar="FILES/S",
-        help="of the file system, for all processes together (default: 1e6)",
-    )
+    add("--cores", "that decode images for a device", 8.0)
+    add("--decode", "of a core, as python data.py bench measures", 200.0, metavar="IMAGES/S")
+    add("--listing", "of the file system, for all processes together", 1e6, metavar="FILES/S")
 
     add = command(
         datasize,
@@ -7431,15 +7146,9 @@ def make_parser():
         of_checkpoints=False,
     )
     add_models("Table 4's")
-    add(
-        "--fractions",
-        nargs="+",
-        default=FRACTIONS,
-        metavar="F",
-        help="of the training images, class-balanced (default: 1 1/2 1/4 1/10)",
-    )
-    add("--methods", nargs="+", choices=METHODS, help="(default: all; of a model of Table 4, its)")
-    add("--dry-run", action="store_true", help="print the trainings and stop")
+    add("--fractions", "of the training images, class-balanced", FRACTIONS, metavar="F")
+    add("--methods", "(default: all; of a model of Table 4, its)", nargs="+", choices=METHODS)
+    add("--dry-run", "print the trainings and stop", **off)
 
     add = command(
         stability,
@@ -7447,86 +7156,42 @@ def make_parser():
         "10), grid, doubled (Chen App. E, F)",
         of_checkpoints=False,
     )
-    add(
-        "--study",
-        choices=STUDIES,
-        required=True,
-        help="what is varied: "
-        + "; ".join(f"{name}: {' × '.join(axes)}" for name, (_, axes) in STUDIES.items()),
-    )
-    add(
-        "--models",
-        nargs="+",
-        metavar="MODEL",
-        help=(
-            "values of --model, in quotes with further flags of train.py if wanted, as "
-            "'vit_micro8 --stem conv'; default: the paper's"
-        ),
-    )
+    varied = "; ".join(f"{name}: {' × '.join(axes)}" for name, (_, axes) in STUDIES.items())
+    add("--study", f"what is varied: {varied}", choices=STUDIES, required=True)
+    add_models("the paper's")
     add(
         "--vary",
+        "other values than the paper's, as: --vary epochs 3 6 12 --vary optimizer sgd",
         nargs="+",
         action="append",
         default=[],
         metavar=("NAME", "VALUE"),
-        help="other values than the paper's, as: --vary epochs 3 6 12 --vary optimizer sgd",
     )
     add(
         "--optimum",
+        "length, optimizer, lr-wd: learning rate and weight decay of all models; default: Xiao "
+        "Table 4's, where it has some, else a search at the shortest length",
         nargs=3,
         action="append",
         default=[],
         metavar=("OPTIMIZER", "LR", "WD"),
-        help=(
-            "length, optimizer, lr-wd: learning rate and weight decay of all models; default: "
-            "Xiao Table 4's, where it has some, else a search at the shortest length"
-        ),
     )
-    add("--pairs", type=int, help="lr-wd: random pairs of each model (default: Xiao §5.3's 64)")
-    add("--dry-run", action="store_true", help="print the trainings and stop")
+    add("--pairs", "lr-wd: random pairs of each model (default: Xiao §5.3's 64)", type=int)
+    add("--dry-run", "print the trainings and stop", **off)
 
     add = command(transfer, "accuracy after fine-tuning on other data sets (Chen Table 6)")
-    add(
-        "--datasets",
-        nargs="+",
-        choices=data.DATASETS,
-        default=list(HELD_OUT),
-        help="(default: Table 6's)",
-    )
+    add("--datasets", "Table 6's, or others", list(HELD_OUT), choices=data.DATASETS)
 
     figures = (
-        "robustness",
-        "hessian",
-        "spectrum",
-        "landscape",
-        "flatness",
-        "ntk",
-        "norms",
-        "sparsity",
-        "fourier",
-        "variance",
-        "cka",
-        "lesion",
-        "noise",
-        "attention",
-        "calibration",
-        "nll",
-        "curves",
-        "peak",
-    )
+        "robustness hessian spectrum landscape flatness ntk norms sparsity fourier variance cka "
+        "lesion noise attention calibration nll curves peak"
+    ).split()
     add = command(
         all_command, "every figure that checkpoints allow, in one folder with an index.html"
     )
-    add(
-        "--figures",
-        nargs="+",
-        choices=figures,
-        default=figures,
-        metavar="SUBCOMMAND",
-        help="only these (default: " + " ".join(figures) + ")",
-    )
-    add("--images", help="for each that has this flag; default: its own")
-    add("--points", type=int, help="of the landscape; default: its own")
+    add("--figures", "only these", figures, choices=figures, metavar="SUBCOMMAND")
+    add("--images", "for each that has this flag; default: its own")
+    add("--points", "of the landscape; default: its own", type=int)
 
     add = command(
         reproduce,
@@ -7535,24 +7200,21 @@ def make_parser():
         of_checkpoints=False,
         further=f"Further flags are these of train.py: {GIVEN}.",
     )
-    add(
-        "--quick",
-        action="store_true",
-        help="a part of it, short: 2 epochs of half the images, 2 seeds, ρ = 0.03",
-    )
+    add("--quick", "a part of it, short: 2 epochs of half the images, 2 seeds, ρ = 0.03", **off)
     add(
         "--parts",
+        "of the trainings, and what is computed from them, core always (default: all; --quick: "
+        + " ".join(SCALES["quick"]["parts"])
+        + ")",
         nargs="+",
         choices=PARTS,
-        help="of the trainings, and what is computed from "
-        "them, core always (default: all; --quick: " + " ".join(SCALES["quick"]["parts"]) + ")",
     )
-    add("--seeds", nargs="+", type=int, help="(default: 0 1 2; with --quick: 0 1)")
+    add("--seeds", "(default: 0 1 2; with --quick: 0 1)", nargs="+", type=int)
     add(
         "--dry-run",
-        action="store_true",
-        help="print the trainings, as if the first ρ were the best, and stop; those of "
-        "classifiers on contrastive networks and of optimizability follow from others",
+        "print the trainings, as if the first ρ were the best, and stop; those of classifiers on "
+        "contrastive networks and of optimizability follow from others",
+        **off,
     )
     return parser
 

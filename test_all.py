@@ -13773,6 +13773,20 @@ def test_a_claim_shows_where_numbers_descend_by_more_than_their_deviation_over_s
         assert analyze.verdict(wrong, ratio=True) == (None, "no verdict"), wrong
 
 
+def test_numbers_that_were_not_computed_or_are_not_defined_leave_their_claim_out():
+    """As corruptions with --quick, or κ of a kernel that is singular: no KeyError, no "diverged"."""
+    runs = {("net", seed): dict(run=f"r{seed}", top1=70.0) for seed in (0, 1)}
+    n = analyze.Numbers(Path("runs"), [0, 1], runs)
+    n.found["robustness"] = {f"runs/r{i}/ckpt.pt (m)": {"val": dict(top1=50.0)} for i in (0, 1)}
+    assert n.clean("net").tolist() == [50, 50] and not n.missing
+    assert np.isnan(n.corrupted("net")).all() and n.missing == ["robustness of net"]
+    n.found["ntk"] = {f"runs/r{i}/ckpt.pt (m)": {"batch 0": 5.0 if i else None} for i in (0, 1)}
+    kappa = n.of("ntk", "net", lambda parts: parts["batch 0"])
+    assert np.isnan(kappa).all() and n.missing[1:] == ["ntk of net"]
+    for how in analyze.SCALES.values():  # or the smallest training set has fewer images
+        assert Fraction(how["fit"]) <= 1
+
+
 def test_numbers_of_claims_are_taken_from_results_as_by_hand(tmp_path):
     n = analyze.Numbers(tmp_path, [0], {("net", 0): dict(run="r", top1=70.0)})
     kinds = {
