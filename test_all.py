@@ -13774,7 +13774,7 @@ def test_a_claim_shows_where_numbers_descend_by_more_than_their_deviation_over_s
 
 
 def test_numbers_that_were_not_computed_or_are_not_defined_leave_their_claim_out():
-    """As corruptions with --quick, or κ of a kernel that is singular: no KeyError, no "diverged"."""
+    """As corruptions with --quick, or κ of a singular kernel: no KeyError, no "diverged"."""
     runs = {("net", seed): dict(run=f"r{seed}", top1=70.0) for seed in (0, 1)}
     n = analyze.Numbers(Path("runs"), [0, 1], runs)
     n.found["robustness"] = {f"runs/r{i}/ckpt.pt (m)": {"val": dict(top1=50.0)} for i in (0, 1)}
