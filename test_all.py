@@ -657,6 +657,7 @@ def test_local_attention_without_class_token_has_a_mask_of_the_map_alone():
     model = vit.build("vit_micro8", 5, 32, pool="gap", kernel_size=3)
     window = vit.neighbourhood(model.grid, model.kernel_size, model.prefix_tokens)
     assert window.shape == (16, 16) and window[0].nonzero().flatten().tolist() == [0, 1, 4, 5]
+    assert vit.neighbourhood(model.grid, model.kernel_size, 0, "meta").is_meta, "where it is asked"
     maps = {"blocks.0.attn.weights": None}
     model(tiny_images(1, 32).float(), out=maps)
     assert ((maps["blocks.0.attn.weights"] > 0) == window).all()

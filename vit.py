@@ -197,7 +197,7 @@ class PatchEmbed(nn.Module):
 def neighbourhood(grid, kernel_size, prefix_tokens, device=None):
     """(N, N) mask, True where the column's token lies in the k×k window around the row's; the class
     token (prefix) sees and is seen by all."""
-    y, x = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    y, x = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
     y_apart, x_apart = ((i.flatten()[:, None] - i.flatten()).abs() for i in (y, x))
     near = torch.maximum(y_apart, x_apart) <= kernel_size // 2
     return F.pad(near, (prefix_tokens, 0, prefix_tokens, 0), value=True)
