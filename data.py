@@ -13,13 +13,11 @@ Choices:
   not on workers, processes or interruptions. The incomplete last batch of an epoch is dropped.
 - Data sets that fit into memory live on the device. There a micro-batch is padded, cropped and
   flipped at once (InMemory). Of a JPEG, training decodes only the rows down to its crop (decode).
-- Evaluation takes every image exactly once, split over the processes by stride.
 - Inception-style is a crop of 5-100 % of the area (not torchvision's 8 %), aspect 3/4-4/3, bilinear
   without antialiasing, and a flip. The area is uniform and the aspect log-uniform, as torchvision
   has it; TensorFlow's, in the authors' public code, draws a side, and so smaller crops. Evaluation
   resizes the short side to 256/224 of the size and crops the centre; there the authors' area filter
   is replaced by antialiased bilinear.
-- EXIF orientation is applied: a label belongs to the upright image.
 
     python data.py                    sizes and speed of `shapes` (10 s)
     python data.py sheet              contact sheet of `shapes` as shapes.png
@@ -495,10 +493,11 @@ def jpeg_height(encoded):
 
 
 def decode(source, box=None):
-    """Encoded image, a path or bytes, to uint8 (3, H, W): upright by EXIF, RGB whatever the file
-    has, 16 bits cut to their upper 8. box: a function of (height, width) that says which part
-    alone is wanted, as (top, left, height, width); its pixels are the same. OSError, SyntaxError,
-    ValueError, DecompressionBombError of PIL for what it cannot decode."""
+    """Encoded image, a path or bytes, to uint8 (3, H, W): upright by EXIF (a label belongs to the
+    upright image), RGB whatever the file has, 16 bits cut to their upper 8. box: a function of
+    (height, width) that says which part alone is wanted, as (top, left, height, width); its pixels
+    are the same. OSError, SyntaxError, ValueError, DecompressionBombError of PIL for what it cannot
+    decode."""
     encoded, part = source if isinstance(source, bytes) else Path(source).read_bytes(), None
     at = jpeg_height(encoded) if box is not None else None
     if at is not None:

@@ -8,8 +8,7 @@ first order,
 
 Choices, after the authors' public code:
 - ε is each process's own (the m of m-sharpness is its micro-batch); `sync=True` shares it.
-- Everything with a gradient enters the norm: biases, norm scales, embeddings. No constant
-  is added to it.
+- Everything with a gradient enters the norm (biases, norm scales, embeddings), no constant.
 - Clipping, decoupled weight decay and the optimizer act once, on the second gradient, at w. An L2
   penalty counts for ε only if it is a term of `loss`.
 - Both passes draw the same dropout and stochastic-depth masks. BatchNorm keeps the statistics of
