@@ -175,15 +175,12 @@ class WindowAttention(nn.Module):
         )
         # the query at (i, j) sees the key at (k, l) with entry [k - i, l - j] + w - 1
         bias = self.rel_pos_bias.unfold(0, w, 1).unfold(1, w, 1).flip(0, 1)  # (w, w, w, w)
-        x = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=bias.flatten(2).flatten(0, 1),  # (N, N)
-        )
+        bias = bias.flatten(2).flatten(0, 1)  # (N, N)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         x = self.proj(x.transpose(1, 2).flatten(2))  # (B·n, N, C)
-        x = x.unflatten(1, (w, w)).unflatten(0, (-1, *grid)).transpose(2, 3)  # as after unflatten
-        return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)  # (B, C, H, W)
+        x = x.unflatten(1, (w, w)).unflatten(0, (-1, *grid))  # (B, H/w, W/w, w, w, C)
+        x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, H, W, C)
+        return x.permute(0, 3, 1, 2)  # (B, C, H, W)
 
 
 class AttentionBlock(nn.Module):
