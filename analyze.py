@@ -6720,8 +6720,8 @@ def reproduce(args, rest):
             ]
             if paths:
                 answer = run(command, out, *argv, "--checkpoint", *paths, title=title)
-                for network, parts in answer.items():
-                    found.setdefault(network, {}).update(parts)
+                for network, computed in answer.items():
+                    found.setdefault(network, {}).update(computed)
     done = [name for name in names if runs[name, seeds[0]]["top1"] is not None]
     pairs = [name for name in done if name.removesuffix(" + SAM") in CHEN]
     of_park = [name for name in done if name in ("ViT", "PiT", "Swin", "ResNet")]

@@ -13959,7 +13959,14 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
 ):
     small = "--batch-size 40 --micro-batch 20"
     for name, value in (
-        ("FAMILIES", {"ViT": STUDIED, "Mixer": "mixer_micro8 --dim 16 --depth 1"}),
+        (
+            "FAMILIES",
+            {
+                "ViT": STUDIED,
+                "Mixer": "mixer_micro8 --dim 16 --depth 1",
+                "ViT_C": "vit_micro8 --dim 16 --depth 1 --heads 2 --mlp-dim 32 --stem conv",
+            },
+        ),
         ("FIVE", ("ViT", "Mixer")),
         ("CHEN", ("ViT", "Mixer")),
         (
@@ -14001,16 +14008,19 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
             corruptions=True,
             noise_of=("ViT", "Mixer"),
             fit="1",
-            parts=("twice", "fractions", "contrastive"),
-            epochs_of={},
+            parts=("twice", "fractions", "contrastive", "optimizability"),
+            epochs_of={"length": [1, 2], "optimizer": [1], "lr-wd": [1]},
         ),
     )
+    monkeypatch.setattr(analyze, "search", lambda starts, top1_of: starts)
     monkeypatch.setattr(analyze, "figure", lambda path, *_, **__: path.touch())
     monkeypatch.setattr(analyze, "RHO_BESIDE", {"fractions": {"ViT": 1 / 2}})
     argv = ["reproduce", "--out-dir", str(tmp_path), "--device", "cpu", "--workers", "0"]
     argv += ["--dtype", "bfloat16"]  # of trainings; what is exact stays so
     assert analyze.main(argv) == 0
-    assert len(in_process) == 4 + 2 * (4 + 1 + 2 + 1 + 1), in_process
+    # of ViT and ViT_C: two lengths; SGD; a pair of learning rate and weight decay of each optimizer
+    studies = 2 * (2 + 1 + 2)
+    assert len(in_process) == 4 + 2 * (4 + 1 + 2 + 1 + 1 + studies), in_process
     found = json.loads((tmp_path / "reproduce.json").read_text())
     grid = found["results"]["ρ, top-1 % of held-out training images"]
     for family in ("ViT", "Mixer"):
@@ -14036,6 +14046,14 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
         if claim["paper"] != "control"
     ]
     assert f"Of {len(verdicts)} claims {verdicts.count('shows')} show, " in text
+    assert found["settings"]["parts"] == ["core", "twice", "fractions", "contrastive"] + [
+        "optimizability"
+    ]
+    tuned = re.findall(r"^\| Xiao (Fig\. [2-5][^:|]*) \|", text, re.MULTILINE)
+    assert tuned == ["Fig. 2", *["Fig. 3, §5.2"] * 2, *["Fig. 4, 5"] * 2], "judged, not left out"
+    for study, seed in itertools.product(("length", "optimizer", "lr-wd"), (0, 1)):
+        of = json.loads((tmp_path / f"stability-seed{seed}/{study}.json").read_text())
+        assert {own["seed"] for own in of["settings"].values()} == {seed}
     claim = found["results"]["claims"]["Chen Table 2: SAM raises the accuracy of ViT (%)"]
     test = json.loads((tmp_path / "test/robustness.json").read_text())["results"]
     top1 = {
