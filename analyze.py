@@ -6522,6 +6522,20 @@ def fraction_runs(n, name, paper):
     return found
 
 
+def beside_core(parts):
+    """{part: its trainings} -> the same, each part's below those of core that they vary."""
+
+    def varied(of, own):
+        with_sam = any("+ SAM" in other["name"] for other in own)
+        families = {other["family"] for other in own}
+        return of["family"] in families and (with_sam or "+ SAM" not in of["name"])
+
+    return {
+        part: own if part == "core" else [*(of for of in parts["core"] if varied(of, own)), *own]
+        for part, own in parts.items()
+    }
+
+
 def draw_trainings(grid, parts, n):
     """A panel for each part: every seed, and mean and deviation over seeds."""
     for axes, (part, rows) in zip(np.ravel(grid), parts.items()):
@@ -6554,7 +6568,7 @@ def write_report(folder, tables, left_out, n, shown, how):
     trainings, and Chen Fig. 4."""
     parts = group(
         [
-            dict(name=name, part=of["part"])
+            dict(name=name, part=of["part"], family=of["family"])
             for (name, seed), of in n.runs.items()
             if seed == n.seeds[0]
         ],
@@ -6562,7 +6576,7 @@ def write_report(folder, tables, left_out, n, shown, how):
     )
     columns = min(len(parts), 4)
     rows, path = -(-len(parts) // columns), folder / "trainings.png"
-    figure(path, lambda grid: draw_trainings(grid, parts, n), rows, columns)
+    figure(path, lambda grid: draw_trainings(grid, beside_core(parts), n), rows, columns)
     own = {"trainings": "Top-1 of the validation split, mean and deviation over seeds"}
     if "fractions" in parts:
         paired = {}  # each family, and the paper's of it

@@ -13939,10 +13939,17 @@ def test_the_figure_of_all_trainings_has_means_and_deviations_over_seeds():
     runs = {
         (name, seed): dict(top1=top1) for name, of in tops.items() for seed, top1 in enumerate(of)
     }
-    parts = {
-        "core": [dict(name="ViT"), dict(name="ViT + SAM")],
-        "fractions": [dict(name="ViT, 1/2")],
+    vit, with_sam, half = (
+        dict(name=name, family="ViT") for name in ("ViT", "ViT + SAM", "ViT, 1/2")
+    )
+    mixer_too = [vit, with_sam, dict(name="Mixer", family="Mixer")]
+    both = {"core": mixer_too, "fractions": [half], "decay": [half, with_sam]}
+    assert analyze.beside_core(both) == {
+        "core": mixer_too,
+        "fractions": [vit, half],
+        "decay": [vit, with_sam, half, with_sam],
     }
+    parts = {"core": [vit, with_sam], "fractions": [half]}
     grid = np.array([Panel() for _ in range(3)], object)
     analyze.draw_trainings(grid, parts, analyze.Numbers(Path("runs"), [0, 1], runs))
     core, fractions, empty = (panel.drawn for panel in grid)
