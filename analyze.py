@@ -6705,6 +6705,15 @@ def reproduce(args, rest):
                 jobs[slug] = [*flags(family, seed, more), *as_flags(own)]
     if args.dry_run:
         tell_commands(searches | jobs, folder / "runs")
+        if searches:
+            tell(
+                f"# The first {len(searches)} choose SAM's ρ: in the others {how['rho'][0]}, or a "
+                "multiple, stands for it."
+            )
+        later = ["classifiers on contrastive networks"] * ("contrastive" in parts)
+        later += ["Xiao et al.'s studies (stability --dry-run)"] * ("optimizability" in parts)
+        if later:
+            tell(f"# Then come {' and '.join(later)}, which depend on results.")
         return {}
     ended = conduct("trainings", jobs, folder / "runs")
     heads = {}

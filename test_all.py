@@ -14110,13 +14110,15 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
     assert analyze.main(argv) == 0 and not in_process
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.json")}
     assert analyze.main([*argv, "--dry-run"]) == 0
-    printed = re.findall(
-        r"^python train\.py .*/runs/(\S+) --resume$", capsys.readouterr().out, re.MULTILINE
-    )
+    out = capsys.readouterr().out
+    printed = re.findall(r"^python train\.py .*/runs/(\S+) --resume$", out, re.MULTILINE)
     assert len(set(printed)) == 4 + 2 * (4 + 1 + 2 + 1) and not in_process, printed
+    assert "# The first 4 choose SAM's ρ: in the others 0.03, or a multiple, stands" in out
+    assert "classifiers on contrastive networks and Xiao et al.'s studies" in out
     assert analyze.main([*argv, "--quick", "--parts", "fractions", "--dry-run"]) == 0
-    halves = re.findall("--train-fraction (\\S+)", capsys.readouterr().out)
-    assert set(halves) == {"1/2", "1/20"}, "a tenth of what core has"
+    out = capsys.readouterr().out
+    halves = re.findall("--train-fraction (\\S+)", out)
+    assert set(halves) == {"1/2", "1/20"} and "#" not in out, "a tenth of what core has; no choices"
     for flags, line in (
         (["--epochs", "3"], "--epochs is this command's own"),
         (["--quik"], "did you mean --quick"),
