@@ -110,6 +110,10 @@ class Results:
             return dict(before["results"]), dict(before["settings"])
         except FileNotFoundError:
             return {}, {}
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(
+                f"--out-dir {self.path.parent} is, or lies in, a file: name a folder"
+            ) from None
         except OSError as error:
             raise UserError(f"--out-dir {self.path.parent}: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):

@@ -9255,6 +9255,8 @@ def test_mistakes_in_an_analysis_get_one_line_that_helps(tmp_path, capsys, monke
         (["robustness", "--checkpont", "a.pt"], "unknown flag --checkpont; did you mean --checkp"),
         (["robustness", "--checkpoint", "no.pt"], "no.pt: No such file"),
         (["robustness", "--checkpoint", "text.pt"], "text.pt is no checkpoint"),
+        (["reproduce", "--out-dir", "text.pt"], "text.pt is, or lies in, a file: name a folder"),
+        (["reproduce", "--out-dir", "text.pt/x"], "text.pt/x is, or lies in, a file"),
         (
             ["robustness", "--checkpoint", "text.pt", "--benchmarks", "imagenet"],
             "invalid choice: 'imagenet'",
