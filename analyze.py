@@ -6581,7 +6581,7 @@ def write_report(folder, tables, left_out, n, shown, how):
     columns = min(len(parts), 4)
     rows, path = -(-len(parts) // columns), folder / "trainings.png"
     figure(path, lambda grid: draw_trainings(grid, beside_core(parts), n), rows, columns)
-    own = {"trainings": "Top-1 of the validation split, mean and deviation over seeds"}
+    own = {"trainings": "Top-1 of the validation split over seeds, each part below what it varies"}
     if "fractions" in parts:
         paired = {}  # each family, and the paper's of it
         for name, model in zip(CHEN, ("vit_b16", "mixer_b16", "resnet152")):
