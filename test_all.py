@@ -14123,7 +14123,8 @@ def test_reproduce_trains_computes_and_judges_and_is_not_done_again(
     assert set(halves) == {"1/2", "1/20"} and "#" not in out, "a tenth of what core has; no choices"
     for flags, line in (
         (["--epochs", "3"], "--epochs is this command's own"),
-        (["--quik"], "did you mean --quick"),
+        (["--quik"], "did you mean --quick?"),
+        (["--dry-rnu"], "did you mean --dry-run or --no-dry-run?"),
         (["--parts", "core", "x"], "invalid choice: 'x'"),
         (["--model", "vit_b16"], "--model is this command's own"),
         (["--seeds", "0", "-1"], "--seeds -1"),

@@ -582,9 +582,8 @@ class Parser(argparse.ArgumentParser):
         """One line instead of the list of all flags; to an unknown flag, the nearest known ones."""
         wrong = [word.split("=")[0] for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized") and wrong:
-            near = difflib.get_close_matches(
-                wrong[0].replace("_", "-"), [*self._option_string_actions, *self.also], 2, 0.7
-            )
+            known = {*self._option_string_actions, *self.also}
+            near = difflib.get_close_matches(wrong[0].replace("_", "-"), known, 2, 0.7)
             message = f"unknown flag {wrong[0]}" + (
                 f"; did you mean {' or '.join(near)}?" if near else "; see --help"
             )
