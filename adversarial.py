@@ -4,28 +4,25 @@
     δ = argmax over ‖δ‖ ≤ ε, x + δ in [0, 1], of L(w, x + δ, y)
 
 `fgsm` is one step of the sign of the gradient (Goodfellow et al. 2015), `pgd` several, each
-projected back to the ball (Madry et al. 2018). Images are in [0, 1]: normalisation belongs to the
-model. Fast adversarial training (Wong et al. 2020) steps once from a random start by 1.25·ε:
+projected back to the ball (Madry et al. 2018). Normalisation of images belongs to the model.
+Fast adversarial training (Wong et al. 2020) steps once from a random start by 1.25·ε:
 
     start = uniform_start(x, eps).requires_grad_()
     grad, = torch.autograd.grad(criterion(model(start), y), start)
     criterion(model(ascend(start, grad, x, eps, 1.25 * eps)), y).backward()
 
-With SAM it is Eq. 5, min_w max_ε max_δ L(w + ε, x + δ, y), and costs no pass more:
+With SAM it is Eq. 5, min_w max_ε max_δ L(w + ε, x + δ, y), and costs no pass more: both gradients
+come from one at (w, start), which is that of BatchNorm's running statistics, too. To first order
+the loss is a sum of a term in ε and one in δ, so neither maximum comes first:
 
     with sam.perturb(lambda: criterion(model(start), y), inputs=[start]) as first:
         adversarial = ascend(start, first.input_grads[0], x, eps, 1.25 * eps)
         criterion(model(adversarial), y).backward()        # the gradient at w + ε, x + δ
 
-Which maximum comes first does not matter: both gradients come from one pass at (w, start), so to
-first order the loss is a sum of a term in ε and a term in δ. That pass, over the starting images,
-is the only one at w, so BatchNorm's running statistics are its.
-
     python adversarial.py                     a toy: what adversarial training unlearns (5 s)
-    python adversarial.py --cost 5            training steps: plain, adversarial, SAM, both (1 min;
-                                              this and what follows need the files beside it)
+    python adversarial.py --cost 5            training steps: plain, adversarial, SAM, both (1 min)
     python adversarial.py --checkpoint RUN/ckpt.pt --attack pgd --steps 10 --eps 2/255
-    torchrun --nproc_per_node=8 adversarial.py --checkpoint …                  the same on 8 devices
+The last two need the other files; torchrun spreads the last.
 """
 
 import argparse

@@ -448,6 +448,8 @@ def print_rows(rows):
 def significant(number, error=None):
     """A number in four digits, with ± error if given; None for None and what is not finite."""
     if number is not None and math.isfinite(number):
+        if error and abs(number) < 1e-9 * error:
+            number = 0.0  # a mean of numbers that cancel but for rounding
         wide = ".0f" if error is not None and error >= 100 else ".2g"
         return f"{number:.4g}" + ("" if error is None else f" ± {error:{wide}}")
 

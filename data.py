@@ -3,16 +3,15 @@
 Chen et al. 2021 (arXiv 2106.01548): ImageNet with "Inception-style" preprocessing (Table 8),
 class-balanced fractions (§5.1). `shapes` is built in: 12 silhouettes at 32×32, nothing downloaded,
 made so that a linear model fails, a small ResNet solves it and a small ViT is in between.
-Published benchmarks of robustness are read from their files by `benchmark`; `Corrupted`, c-lite, is
-ours and needs none.
+Published robustness benchmarks are read by `benchmark`; `Corrupted`, c-lite, is ours.
 
 Choices:
 - A loader yields micro-batches, (uint8 images (m, 3, H, W), int64 labels (m,)); float conversion
   and normalisation happen on the device. The unit that a worker prepares is one micro-batch.
 - Which images form step t and how image i of epoch e is augmented depends on (seed, e, i) alone:
   not on workers, processes or interruptions. The incomplete last batch of an epoch is dropped.
-- Data sets that fit into memory live on the device. There a micro-batch is padded, cropped and
-  flipped at once (InMemory). Of a JPEG, training decodes only the rows down to its crop (decode).
+- Data sets that fit into memory live on the device, where a micro-batch is augmented at once
+  (InMemory). Of a JPEG, training decodes only the rows down to its crop (decode).
 - Inception-style is a crop of 5-100 % of the area (not torchvision's 8 %), aspect 3/4-4/3, bilinear
   without antialiasing, and a flip. The area is uniform and the aspect log-uniform, as torchvision
   has it; TensorFlow's, in the authors' public code, draws a side, and so smaller crops. Evaluation

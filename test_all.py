@@ -13772,6 +13772,9 @@ def test_a_claim_shows_where_numbers_descend_by_more_than_their_deviation_over_s
     assert analyze.verdict(up) == ("-0.55 ± 0.071", "does not show"), "it ascends beyond its spread"
     assert analyze.verdict({"a": a, "b": b}, ratio=True) == ("×2.739, 3 2.5", "shows")
     assert analyze.verdict({"a": a[:1], "b": b[:1]}) == ("2", "shows, one seed")
+    cancel = np.array([99.85, 99.6, 99.5]), np.array([99.9, 99.65, 99.4])
+    assert 0 < abs(np.subtract(*cancel).mean()) < 1e-9, "zero but for rounding"
+    assert analyze.verdict(dict(zip("ab", cancel)))[0] == "0 ± 0.087"
     for wrong in ({"a": a, "b": np.array([1.0, np.nan])}, {"a": a, "b": np.array([-1.0, 1.0])}):
         assert analyze.verdict(wrong, ratio=True) == (None, "no verdict"), wrong
 
