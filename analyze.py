@@ -446,12 +446,16 @@ def print_rows(rows):
 
 
 def significant(number, error=None):
-    """A number in four digits, with ± error if given; None for None and what is not finite."""
-    if number is not None and math.isfinite(number):
-        if error and abs(number) < 1e-9 * error:
-            number = 0.0  # a mean of numbers that cancel but for rounding
-        wide = ".0f" if error is not None and error >= 100 else ".2g"
-        return f"{number:.4g}" + ("" if error is None else f" ± {error:{wide}}")
+    """A number in four digits, or with an error, ± and in as many as leave the error two; None for
+    None and what is not finite."""
+    if number is None or not math.isfinite(number):
+        return None
+    if error is None:
+        return f"{number:.4g}"
+    if not 0 < error < math.inf:
+        return f"{number:.4g} ± {error:.2g}"
+    digits = max(1 - math.floor(math.log10(error)), 0)
+    return f"{round(number, digits) + 0.0:.{digits}f} ± {error:.{digits}f}"  # + 0.0: never -0
 
 
 @contextmanager
@@ -5677,13 +5681,25 @@ class Numbers:
             "sparsity", name, lambda of: 100 * np.mean(list(of["block"].values())[block])
         )
 
+    def weights(self, name):
+        """Their norm."""
+        return self.only("norms", name, lambda of: of["weights"])
+
+    def first_activation(self, name):
+        """Its mean norm."""
+        return self.only("norms", name, lambda of: next(iter(of["activation"].values())))
+
+    def condition(self, name):
+        """κ of the NTK."""
+        return self.of("ntk", name, lambda parts: ntk_summary(list(parts.values()))["κ"])
+
     def eigenvalue(self, name, block="whole", which=0, file="ckpt.pt"):
         """The largest of the Hessian's diagonal block, or of the one at which (0: first, -1: last)
         of several of such a name."""
 
         def pick(parts):
             own = [of for part, of in parts.items() if part.startswith(block)]
-            return own[min(which, len(own) - 1)]["eigenvalues"][0]
+            return own[min(which, len(own) - 1)]["eigenvalues"][0] if own else None
 
         return self.of("hessian", name, pick, file)
 
@@ -5929,10 +5945,7 @@ def claims_of_chen(n):
     yield Claim(
         "Chen Table 1",
         "Mixer's NTK is conditioned worst, ResNet's best (κ)",
-        {
-            name: n.of("ntk", name, lambda parts: ntk_summary(list(parts.values()))["κ"])
-            for name in ("Mixer", "ViT", "ResNet")
-        },
+        {name: n.condition(name) for name in ("Mixer", "ViT", "ResNet")},
         ratio=True,
     )
     yield Claim(
@@ -5977,18 +5990,13 @@ def claims_of_chen(n):
         yield Claim(
             "Chen Table 3, §4.4",
             f"SAM makes {name}'s weights longer (‖w‖)",
-            with_and_without(lambda of: n.only("norms", of, lambda parts: parts["weights"]), name),
+            with_and_without(n.weights, name),
             ratio=True,
         )
         yield Claim(
             "Chen Table 3, §4.4",
             f"SAM makes {name}'s first activations longer (‖a₁‖)",
-            with_and_without(
-                lambda of: n.only(
-                    "norms", of, lambda parts: next(iter(parts["activation"].values()))
-                ),
-                name,
-            ),
+            with_and_without(n.first_activation, name),
             ratio=True,
         )
         yield Claim(
@@ -6421,7 +6429,8 @@ def judged(n):
             continue
         margin, word = verdict(values, ratio)
         measured = ", ".join(
-            f"{what} {over_seeds(of) or f'({diverged(of)})'}" for what, of in values.items()
+            what if what in ("0", "1") else f"{what} {over_seeds(of) or f'({diverged(of)})'}"
+            for what, of in values.items()
         )
         rows.append(dict(paper=where, claim=claim, measured=measured, by=margin, verdict=word))
     return rows, lacking
@@ -6506,6 +6515,39 @@ def family_rows(n, rho, fraction):
     n.missing.clear()  # of what no claim is about
     rows.append({"network": "linear model", "top-1 %": f"{linear_top1(fraction):.4g}"})
     return without_empty(rows)
+
+
+def loss_rows(n):
+    """What Tables 1 and 3 of Chen et al., Fig. 2 (right) and B.1 have of each family, without SAM
+    and with."""
+
+    def at_equal_loss(name):
+        return n.eigenvalue(name, file=n.at_equal_loss) if name in CHEN else n.none(name)
+
+    columns = [name + sam for name in CHEN for sam in ("", " + SAM")]
+    measures = {
+        "top-1 %": n.test,
+        "training loss": n.fit,
+        "κ of the NTK, new weights": n.condition,
+        "λmax": n.eigenvalue,
+        "λmax at equal training loss": at_equal_loss,
+        "λmax, embedding": lambda name: n.eigenvalue(name, "embedding"),
+        "λmax, MSAs or token MLPs": lambda name: n.eigenvalue(name, "MSAs"),
+        "λmax, MLPs or channel MLPs": lambda name: n.eigenvalue(name, "MLPs"),
+        "λmax, first block": lambda name: n.eigenvalue(name, "block "),
+        "λmax, last block": lambda name: n.eigenvalue(name, "block ", -1),
+        "rise of the loss under noise": n.noise,
+        "‖w‖": n.weights,
+        "‖a₁‖": n.first_activation,
+        "active neurons %": n.active,
+        "active neurons %, first block": lambda name: n.active(name, 0),
+    }
+    rows = [
+        {"measure": what} | {name: over_seeds(measured(name)) for name in columns}
+        for what, measured in measures.items()
+    ]
+    n.missing.clear()  # of what no claim is about
+    return rows
 
 
 def fraction_runs(n, name, paper):
@@ -6796,6 +6838,7 @@ def reproduce(args, rest):
         tables = {
             "Networks": family_rows(n, rho, how["train_fraction"]),
             "Claims": rows,
+            "The geometry of the loss (Chen Tables 1, 3)": loss_rows(n),
             "All trainings": [
                 {
                     "training": name,
