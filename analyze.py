@@ -5586,13 +5586,14 @@ LEFT_OUT = [  # what is not judged here, and why
     ("Chen App. E: the Mixer's grid", "`stability --study grid`"),
     ("Park Fig. 1b, C.4b: later epochs", "`spectrum` of kept epochs"),
     ("Park Fig. 7: robustness of kernels", "`robustness`"),
-    ("Park Fig. 12b, E.1: AlterNet beside many networks", "needs CIFAR or ImageNet: `robustness`"),
+    ("Park Fig. 12b, E.1: AlterNet beside more networks", "need CIFAR or ImageNet: `robustness`"),
     ("Park Fig. C.1: CIFAR-10 and ImageNet", "need them: `nll`"),
     ("Park Fig. C.2: patches of 2", "cost 16 times as much as patches of 8"),
     ("Park Fig. C.5, C.6: exponents", "need more than two widths: `spectrum --against`"),
     ("Park Fig. C.7: larger models", "needs networks of two sizes: `spectrum`"),
-    ("Park Fig. 10b, D.4: lesions of ViT, PiT and Swin", "are in the figure `lesion`"),
-    ("Xiao Table 2, Fig. 6: peak performance, ImageNet-21k", "need ImageNet: `peak`"),
+    ("Park Fig. 4: ResNet gains little by more data", "is an equality: no order, no verdict"),
+    ("Park App. B: spectra and robustness of a blur", "`spectrum` and `noise` of `ResNet, blur`"),
+    ("Xiao Table 2, Fig. 6: several sizes, ImageNet-21k", "need ImageNet: `peak`"),
     ("Xiao Fig. 2 to 5: RegNetY, several sizes", "need ImageNet: `stability`"),
     ("Xiao §5.4: decay of norms, DeiT's recipe", "`--decay all`, recipe `xiao_deit`"),
 ]
@@ -5763,7 +5764,7 @@ class Numbers:
         return self.of("flatness", name, pick)
 
     def change(self, command, name, kind, without=()):
-        """By how much units of a kind, but in the stages without, change, on average, the Δ log
+        """By how much units of a kind, without some units or stages, change, on average, the Δ log
         amplitude at the highest frequency (fourier) or the variance."""
 
         def pick(of):
@@ -5775,7 +5776,7 @@ class Numbers:
             own = [
                 change
                 for unit, change in changes(of, values).items()
-                if of["units"][unit][0] == kind and of["units"][unit][1] not in without
+                if of["units"][unit][0] == kind and not {unit, of["units"][unit][1]} & {*without}
             ]
             return np.mean(own) if own else math.nan
 
@@ -5798,17 +5799,16 @@ class Numbers:
         return self.of("noise", name, pick)
 
     def similarity(self, name, within):
-        """Mean CKA of pairs of different units of one stage, or of neighbouring stages."""
+        """Mean CKA of each unit and the next: both of one stage, or of two."""
 
         def pick(parts):
             of = next(of for part, of in parts.items() if "against" not in part)
             stages = [stage for kind, stage in of["units"].values()]
-            pairs = itertools.combinations(range(len(stages)), 2)
             return np.mean(
                 [
-                    of["cka"][i][j]
-                    for i, j in pairs
-                    if 0 < stages[i] and stages[j] - stages[i] == (0 if within else 1)
+                    of["cka"][i][i + 1]
+                    for i in range(1, len(stages) - 1)  # 0 is the stem
+                    if (stages[i] == stages[i + 1]) == within
                 ]
             )
 
@@ -5863,11 +5863,12 @@ def claims_of_chen(n):
             f"SAM raises {name}'s accuracy on corrupted images (%)",
             with_and_without(n.corrupted, name),
         )
-    yield Claim(
-        "Chen §4.2, Table 2",
-        "SAM gains most for Mixer, then ViT, then ResNet (points)",
-        {name: sams_gain(n.test, name) for name in ("Mixer", "ViT", "ResNet")} | nothing,
-    )
+    for measured, images in both:
+        yield Claim(
+            "Chen §4.2, Table 2",
+            f"SAM gains most for Mixer, then ViT, then ResNet, {images} images (points)",
+            {name: sams_gain(measured, name) for name in ("Mixer", "ViT", "ResNet")} | nothing,
+        )
     for measured, images in both:
         for name in ("ViT", "Mixer"):
             yield Claim(
@@ -5974,10 +5975,10 @@ def claims_of_chen(n):
         )
         yield Claim(
             "Chen Table 3, §4.4",
-            f"{name}'s first block is sharper than its last (λmax)",
+            f"the shallower, the sharper: {name}'s first block, middle and last (λmax)",
             {
                 what: n.eigenvalue(name, "block ", which)
-                for what, which in (("first", 0), ("last", -1))
+                for what, which in (("first", 0), ("middle", 1), ("last", -1))
             },
             ratio=True,
         )
@@ -6004,6 +6005,11 @@ def claims_of_chen(n):
             f"SAM makes {name}'s first block sparser (active, %)",
             with_and_without(lambda of: n.active(of, 0), name, "plain", "with SAM"),
         )
+    yield Claim(
+        "Chen §4.4",
+        "… Mixer's by more than ViT's (active, points)",
+        {name: n.active(name, 0) - n.active(name + sam, 0) for name in ("Mixer", "ViT")},
+    )
     for other in ("ResNet", "Mixer"):
         yield Claim(
             "Chen §4.4",
@@ -6041,6 +6047,11 @@ def claims_of_chen(n):
                 {"with SAM": n.top1(own + sam), "augmented": n.top1(augmented)},
             )
             yield Claim(
+                "Chen Table 4",
+                f"strong augmentation helps {name}, {images} (%)",
+                {"augmented": n.top1(augmented), "plain": n.top1(own)},
+            )
+            yield Claim(
                 "Chen §5.2, Table 4",
                 f"SAM adds to strong augmentation, {name}, {images} (%)",
                 with_and_without(n.top1, augmented),
@@ -6050,6 +6061,14 @@ def claims_of_chen(n):
             f"strong augmentation adds to SAM, {name}, all images (%)",
             {"both": n.top1(f"{name}, augmented{sam}"), "SAM": n.top1(name + sam)},
         )
+    yield Claim(
+        "Chen §5.2, Table 4",
+        "SAM helps ViT more than strong augmentation, with a tenth of the images by more (points)",
+        {
+            "1/10": n.top1(f"ViT, 1/10{sam}") - n.top1("ViT, augmented, 1/10"),
+            "all": n.top1(f"ViT{sam}") - n.top1("ViT, augmented"),
+        },
+    )
     yield Claim(
         "Chen §5.3",
         "SAM helps ViT in contrastive training (%)",
@@ -6106,7 +6125,7 @@ def claims_of_park(n):
     yield nep("4", less, "ViT, 1/10", "ViT")
     yield nep("C.4b", "stages: fewer negative eigenvalues", "ViT", "PiT")
     yield nep("C.4b", "windows: more negative eigenvalues", "Swin", "PiT")
-    yield ape("C.4b", "stages and windows: smaller positive eigenvalues", "ViT", "Swin")
+    yield ape("C.4b", "windows: smaller positive eigenvalues", "PiT", "Swin")
     yield nep("6", "GAP for the class token: fewer negative eigenvalues", "ViT", "ViT, GAP")
     yield Claim(
         "Park §2",
@@ -6149,6 +6168,14 @@ def claims_of_park(n):
             {name: 100 - n.top1(name) for name in (worse, better)},
         )
     yield Claim(
+        "Park App. C",
+        "from ViT to ResNet stages bring more than convolutions (points)",
+        {
+            "PiT less ViT": n.top1("PiT") - n.top1("ViT"),
+            "ResNet less PiT": n.top1("ResNet") - n.top1("PiT"),
+        },
+    )
+    yield Claim(
         "Park Fig. 5b",
         "less data (and batches as much smaller), higher training loss of ViT, augmented",
         {"1/10": n.fit("ViT, augmented, 1/10"), "all": n.fit("ViT, augmented")},
@@ -6190,11 +6217,15 @@ def claims_of_park(n):
     )
     yield nep("C.2b", "smaller patches: more negative eigenvalues", patches["4"], patches["8"])
     yield ape("C.2b", "… and smaller positive ones", patches["8"], patches["4"])
-    for name in ("ViT", "PiT", "Swin"):
+    for name, early, without in (
+        ("ViT", "the first block", "blocks.0.attn"),
+        ("PiT", "stage 1", 1),
+        ("Swin", "stage 1", 1),
+    ):
         yield Claim(
             f"Park Fig. {'8' if name == 'ViT' else 'D.2'}",
-            f"attention lowers high frequencies (Δ log amplitude), {name}, early ones included",
-            {"0": n.nothing, "attention": n.change("fourier", name, "attention")},
+            f"attention lowers high frequencies (Δ log amplitude), {name}, but in {early}",
+            {"0": n.nothing, "attention": n.change("fourier", name, "attention", (without,))},
         )
         yield Claim(
             f"Park Fig. {'8' if name == 'ViT' else 'D.2'}",
@@ -6251,14 +6282,16 @@ def claims_of_park(n):
     )
     yield Claim(
         "Park Fig. 2b",
-        "noise of low frequencies hurts ViT more than ResNet (points, to 0.2π, equal energy)",
+        "noise of low frequencies hurts ViT more than ResNet (points, to 0.2π; here of equal "
+        "energy, in the paper in proportion to the band's area)",
         {name: n.vulnerability(name, 0, 0.2, "equal") for name in ("ViT", "ResNet")},
     )
     for name, where in (("ResNet", "10a"), ("Swin", "10a"), ("PiT", "D.3")):
         yield Claim(
             f"Park Fig. {where}",
-            f"feature maps are alike within a stage, {name} (CKA)",
-            {"within": n.similarity(name, True), "neighbouring": n.similarity(name, False)},
+            f"feature maps are more alike within a stage than across its border, {name} (CKA of "
+            "a unit and the next)",
+            {"within": n.similarity(name, True), "across": n.similarity(name, False)},
         )
     yield Claim(
         "Park Fig. 10b",
@@ -6270,8 +6303,24 @@ def claims_of_park(n):
         "ResNet needs its first stage more than its last (points)",
         {"first": n.lesion("ResNet", "layer1"), "last": n.lesion("ResNet", "layer4")},
     )
+    for name, where, first, last in (
+        ("PiT", "D.4", r"blocks\.0\.", r"(0\.blocks\.1|1\.blocks\.3|2\.blocks\.1)\."),
+        ("Swin, stage 3", "10b", r"5\.0\.", r"5\.2\."),
+    ):
+        of = functools.partial(n.lesion, name.split(",")[0])
+        yield Claim(
+            f"Park Fig. {where}",
+            f"{name}: the last attention of a stage is needed more than its first (points)",
+            {"last": of(last + "attn"), "first": of(first + "attn")},
+        )
+        yield Claim(
+            f"Park Fig. {where}",
+            f"{name}: the first MLP of a stage is needed more than its last (points)",
+            {"first": of(first + "mlp"), "last": of(last + "mlp")},
+        )
     convolutions = "AlterNet, 0 attention blocks"
-    for other, where in (("ResNet", "12b"), ("ViT", "12"), (convolutions, "12a")):
+    others = [("ResNet", "12b"), *((name, "12") for name in ("ViT", "PiT", "Swin"))]
+    for other, where in (*others, (convolutions, "12a")):
         yield Claim(
             f"Park Fig. {where}",
             f"AlterNet is better than {other} (%)",
@@ -6301,7 +6350,7 @@ def claims_of_park(n):
         {"with": n.top1(blocks[2]), "without": n.top1(blocks[1])},
     )
     yield ape("12c", "AlterNet's eigenvalues are smaller than ResNet's", "ResNet", "AlterNet")
-    yield nep("12c", "… and fewer of them negative than ViT's", "ViT", "AlterNet")
+    yield nep("12c, §4.1", "… and few of them negative, here fewer than ViT's", "ViT", "AlterNet")
     yield Claim(
         "Park App. B",
         "a blur of 2×2 helps ResNet (%)",
@@ -6315,6 +6364,11 @@ def claims_of_park(n):
         "Park Fig. F.1a",
         "ViT is overconfident, with augmentation underconfident (confidence less accuracy, points)",
         {"plain": excess("ViT"), "0": n.nothing, "augmented": excess("ViT, augmented")},
+    )
+    yield Claim(
+        "Park §F.1",
+        "ResNet, too, is overconfident without augmentation (confidence less accuracy, points)",
+        {"plain": excess("ResNet"), "0": n.nothing},
     )
     yield nep("F.1b", "augmentation: more negative eigenvalues", "ViT, augmented", "ViT")
     yield ape("F.1b", "… and smaller positive ones", "ViT", "ViT, augmented")
@@ -6344,9 +6398,14 @@ def claims_of_xiao(n):
     )
 
     # None where a run diverged, or the one to compare with
-    def shortest(runs):
-        own = min(runs, key=lambda run: run["epochs"])
-        return None if own["diverged"] or longest(runs)["diverged"] else own["delta"]
+    def lacking(name, place):
+        """Points to its own longest training, after the shortest (0), the next (1)."""
+
+        def pick(runs):
+            own = sorted(runs, key=lambda run: run["epochs"])[place]
+            return None if own["diverged"] or longest(runs)["diverged"] else own["delta"]
+
+        return n.study("length", name, pick)
 
     def by_sgd(runs):
         return longest([run for run in runs if run["optimizer"] == "sgd"])["delta"]
@@ -6358,7 +6417,15 @@ def claims_of_xiao(n):
     yield Claim(
         "Xiao Fig. 2",
         "ViT_C lacks less after the shortest training (points, tuned)",
-        {name: n.study("length", name, shortest) for name in ("ViT", "ViT_C")},
+        {name: lacking(name, 0) for name in ("ViT", "ViT_C")},
+    )
+    yield Claim(
+        "Xiao §5.1",
+        "… by most after the shortest training (points by which ViT_C lacks less, tuned)",
+        {
+            "shortest": lacking("ViT", 0) - lacking("ViT_C", 0),
+            "next": lacking("ViT", 1) - lacking("ViT_C", 1),
+        },
     )
     yield Claim(
         "Xiao Fig. 3, §5.2",
@@ -6373,11 +6440,21 @@ def claims_of_xiao(n):
     for optimizer in ("adamw", "sgd"):
         suits = functools.partial(near_the_best, optimizer)
         yield Claim(
-            "Xiao Fig. 4, 5",
+            f"Xiao Fig. {4 if optimizer == 'adamw' else 5}, §5.3",
             f"more learning rates and weight decays suit ViT_C, {optimizer} (% of them within 4 "
             "points of the best)",
             {name: n.study("lr-wd", name, suits) for name in ("ViT_C", "ViT")},
         )
+
+    def gained(optimizer):
+        suits = functools.partial(near_the_best, optimizer)
+        return n.study("lr-wd", "ViT_C", suits) - n.study("lr-wd", "ViT", suits)
+
+    yield Claim(
+        "Xiao Fig. 5",
+        "… by more with SGD than with AdamW (points of these %)",
+        {optimizer: gained(optimizer) for optimizer in ("sgd", "adamw")},
+    )
 
 
 def claims(n):
@@ -6473,7 +6550,7 @@ def analyses(names, how):
     hostile = ["--benchmarks", "val", "pgd", *["c-lite"] * how["corruptions"]]
     corrupted = of(*chen, "AlterNet") if how["corruptions"] else []
     kernels = [*images, "--batch", str(min(48, how["images"]))]
-    calibrated = of("ViT", "ViT + SAM", "ViT, augmented")
+    calibrated = of("ViT", "ViT + SAM", "ViT, augmented", "ResNet")
     fitted = list(dict.fromkeys((*chen, *plain, *other)))
     return [
         ("test", "robustness", tested, [*core, *twice], "ckpt.pt"),
