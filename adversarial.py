@@ -253,7 +253,7 @@ def pgd(
     early_stop=False,
     trace=None,
 ):
-    """Projected gradient ascent on the loss (Madry et al. 2018, Eq. 3): x_{k+1} = P(x_k + step_size
+    """Projected gradient ascent on the loss (Madry et al. 2018, §2.1): x_{k+1} = P(x_k + step_size
     · sign ∂L/∂x_k). Defaults: Chen et al. E.5. Returns the last iterate, (B, C, H, W), detached.
 
     model: images -> logits (B, classes), normalisation included. Attacked in evaluation mode, as it

@@ -4,11 +4,11 @@ blocks with m of attention come n - 2m convolution blocks, then m pairs of one a
 
 - The baseline is the pre-activation ResNet whose last stage has one block more where its number is
   odd: (3, 4, 6, 4) for Alter-ResNet-50, also without attention.
-- CIFAR, up to 64 pixels: windows of 4×4, attention blocks (0, 1, 1, 2), Fig. 11; ImageNet: 7×7 and
-  (0, 1, 3, 2), Fig. D.5; fewer where a stage is too short.
-- The authors' code has the rest: norm, GELU and 1×1 convolution before attention, then a norm;
-  heads of 64 channels; one table of position biases N(0, 0.02²) for all heads of a block; torch's
-  initialisation; no padding. No shift (Appendix E): windows have to divide the maps.
+- CIFAR, up to 64 pixels: windows of 4×4 (Appendix E), attention blocks (0, 1, 1, 2), Fig. 11;
+  ImageNet: 7×7 and (0, 1, 3, 2), Fig. D.5; fewer where a stage is too short.
+- The authors' code has the 7 and the rest: norm, GELU and 1×1 convolution before attention, then a
+  norm; heads of 64 channels; one table of position biases N(0, 0.02²) for all heads of a block;
+  torch's initialisation; no padding. No shift (Appendix E): windows have to divide the maps.
 - pre_activation=False gives post-activation ResNet, groups=32, width_per_group=4 ResNeXt, which
   the rule helps too (Appendix E).
 State-dict keys are torchvision's ResNet's; attention is layer{stage}.{index}.attn.

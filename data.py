@@ -15,8 +15,8 @@ Choices:
 - Inception-style is a crop of 5-100 % of the area (not torchvision's 8 %), aspect 3/4-4/3, bilinear
   without antialiasing, and a flip. The area is uniform and the aspect log-uniform, as torchvision
   has it; TensorFlow's, in the authors' public code, draws a side, and so smaller crops. Evaluation
-  resizes the short side to 256/224 of the size and crops the centre; there the authors' area filter
-  is replaced by antialiased bilinear.
+  resizes the short side to 256/224 of the size and crops the centre, as big_vision does, but by
+  antialiased bilinear in place of its area filter.
 
     python data.py                    sizes and speed of `shapes` (10 s)
     python data.py sheet              contact sheet of `shapes` as shapes.png
@@ -950,8 +950,9 @@ def read_mat(path):
 
 
 def flowers102(folder, split):
-    """Names of images, labels and classes of Oxford Flowers-102. As all who transfer to it, Chen et
-    al. (Table 6) train on its train and val together, 2,040 images, and report its test, 6,149."""
+    """Names of images, labels and classes of Oxford Flowers-102. "The entire training sets" of Chen
+    et al. E.6 are taken to be train and val together, 2,040 images, as they are by others who
+    transfer to it, and its test 6,149."""
     labels, sets = read_mat(folder / "imagelabels.mat"), read_mat(folder / "setid.mat")
     parts = ("trnid", "valid") if split == "train" else ("tstid",)
     numbers = np.concatenate([sets[part] for part in parts]).astype(np.int64)

@@ -9,12 +9,12 @@ pre-activation ResNets (1603.05027), with 3×3 stems for CIFAR.
 - Pre-activation: no norm in the stem, a shortcut that changes shape is a bare 1×1 convolution of
   the activated input, norm and ReLU before pooling.
 - blur=True ends each stage with a 2×2 box blur without parameters, the spatial smoothing that Park
-  & Kim hold attention to be a trainable form of (Fig. 3a, Appendix B). The map keeps its size: the
-  last row and column are repeated.
+  & Kim hold attention to be a trainable form of (§1.1, Appendix B; Fig. 3a). The map keeps its
+  size: the last row and column are repeated.
 - init="torchvision": convolutions N(0, 2/fan_out); "torch": torch's default, as in Park & Kim's
   code and here in preresnet. zero_init: the last scale of each branch starts at 0 (1706.02677), as
-  in Chen et al.'s code and train.py's recipes of it; of pre-activation the last convolution: no
-  gradient would get past a scale of 0 before it. The classifier is torch's (pycls': N(0, 0.01²)).
+  in SAM's authors' code and Chen et al.'s recipes in train.py; of pre-activation the last
+  convolution, as a scale of 0 before it stops gradients. The classifier is torch's (not pycls').
 State-dict keys are torchvision's; pre-activation ResNets have a final "norm" and no stem "bn1".
 
     python resnet.py                             parameters, MACs, activations of the variants (6 s)
