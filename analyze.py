@@ -2,14 +2,14 @@
 
     python analyze.py robustness --checkpoint A/ckpt.pt B/ckpt.pt --benchmarks val real v2 pgd r c
         Chen et al. (arXiv 2106.01548) Table 2, 5; Park & Kim (2202.06709) Fig. 12b, E.1
-    … hessian, spectrum       Chen Table 1, 3; Park Fig. 1b, 4, 6, C.2-C.7
-    … landscape, flatness     Chen Fig. 1, B.1; with --augmented --l2 half-square Park Fig. 1a, C.7
+    … hessian, spectrum       Chen Table 1, 3; Park Fig. 1b, 4, 6, C.2b, C.4-C.7
+    … landscape, flatness     Chen Fig. 1, B.1; with --augmented --l2 half-square Park Fig. 1a, C.7b
     … ntk, norms, sparsity    Chen Table 1, 3, Fig. 2 right
     … compare                 Chen Table 1 and 3, whole
     … fourier, variance, cka, lesion                  Park Fig. 2a, 8-10, D.1-D.4
-    … noise, attention, calibration, nll      Park Fig. 2b, F.1a, 5, 7a, C.1-C.3; Chen Fig. 3, B.2
-    … datasize, curves, peak, complexity, throughput   Chen Fig. 2, 4, Table 4, 7; Xiao Fig. 6
-    … scale               a training on 1 to 1,024 devices, on paper
+    … noise, attention, calibration, nll    Park Fig. 2b, F.1a, 5, 7a, C.1, C.3; Chen Fig. 3, B.2
+    … datasize, curves, peak, complexity, throughput  Chen Fig. 2, 4, Table 2, 4, 7; Xiao Fig. 6
+    … scale               a training on 1 to 1,024 devices, as expected
     … all, reproduce      every figure that checkpoints allow; the papers in small, with verdicts
     python analyze.py stability --study length        trains many networks: length, optimizer, lr-wd
         (Xiao et al. 2106.14881, Fig. 2-5), rho, grid, doubled (Chen Table 10, App. E, F); --dry-run
@@ -598,9 +598,10 @@ def robustness_parts(benchmark, args, classes):
 
 def robustness_summary(parts, imagenet=True):
     """{part: top-1 in percent} -> dict with a number for each benchmark among them: its accuracy in
-    percent, of c and c-lite the mean over corruptions and severities (Chen §4.2: 19 × 5; Park A.1),
-    and for ImageNet-C mCE, the mean over 15 corruptions of the error averaged over severities,
-    divided by AlexNet's (Hendrycks & Dietterich 2019), in percent; "by corruption" their means."""
+    percent, of c and c-lite the mean over corruptions and severities (Chen §4.2: 19 × 5; Park Fig.
+    12, E.1), and for ImageNet-C mCE, the mean over 15 corruptions of the error averaged over
+    severities, divided by AlexNet's (Hendrycks & Dietterich 2019), in percent; "by corruption"
+    their means."""
     summary, grouped = {}, {}
     for part, top1 in parts.items():
         benchmark, *condition = part.split("/")
@@ -1398,9 +1399,9 @@ def spectrum(args, rest):
     their own, in a random order that depends on --seed, in mini-batches of 16 (a last smaller one
     is left out), mixed by the training's MixUp and CutMix. Loss: the mean of cross-entropy with
     these soft labels and the training's label smoothing (our choice: it is what was minimised) plus
-    ½ · λ · ‖w‖², λ the training's weight decay, over all parameters as in A.1, which neglects that
-    AdamW's is no penalty; so each eigenvalue is λ more than the cross-entropy's. The network is in
-    evaluation mode, as in PyHessian: BatchNorm uses running statistics, nothing is dropped.
+    ½ · λ · ‖w‖², λ the training's weight decay, over all parameters as in their code (A.1 neglects
+    that AdamW's is no penalty); so each eigenvalue is λ more than the cross-entropy's. The network
+    is in evaluation mode, as in PyHessian: BatchNorm uses running statistics, nothing is dropped.
     Eigenvalues: of each mini-batch the 5 of largest magnitude, with their sign. PyHessian's power
     iteration with deflation, until an estimate changes by less than 0.1 %, at most 100 times, is
     replaced by Lanczos (see hessian_eigenvalues), until each is within --tolerance, 1 %.
@@ -1575,7 +1576,7 @@ def mean_loss(model, loss, batches, grad=False):
 
 def landscape(model, loss, batches, vectors, xs, ys, decayed=None):
     """The loss on the plane w + x·d₁ + y·d₂ (Chen et al. Fig. 1, B.1; Park & Kim Fig. 1a, C.4a,
-    C.7), in evaluation mode, BatchNorm's running statistics as they are, no autocast or TF32.
+    C.7a, b), in evaluation mode, BatchNorm's running statistics as they are, no autocast or TF32.
 
     vectors: (d₁, d₂), as of `directions`. xs, ys: coordinates. loss: of logits and y, mean over the
     batch. decayed: the parameters that an ℓ2 penalty counts; default all. -> dict of x, y; loss,
@@ -1722,7 +1723,7 @@ def draw_landscape(axes, axis, planes, what, clip):
 def landscape_command(args, rest):
     """The loss around networks on a plane of two random normalised directions: cross-entropy on a
     class-balanced tenth of the training set (Chen et al. Fig. 1, B.1), or, with --augmented --l2
-    half-square, Park & Kim Fig. 1a, C.4a, C.7. BatchNorm is in evaluation mode. --l2 and --clip
+    half-square, Park & Kim Fig. 1a, C.4a, C.7b. BatchNorm is in evaluation mode. --l2 and --clip
     decide only what is shown. Returns the "results" that it was asked for."""
     need(args, points=2, direction_seed=0, span=1e-6, clip=1e-6)
     results, device, named = started(args, rest, "landscape")
@@ -3306,7 +3307,7 @@ def nll(model, training, held_out, settings, workers=0):
     """How well a network fits the images it was trained on, as these were then, and generalises
     (Park & Kim A.2, Fig. 5). training: augmented images, mixed here in micro-batches by the MixUp
     and CutMix of `settings`. -> dict: nll, the cross-entropy against these soft labels, in nats, a
-    mean over images (their code: over batches), no label smoothing, no decay; training_error,
+    mean over images (their code: over batches, of smoothed labels), no decay; training_error,
     against the larger share; test_nll and error of the held-out images, clean; errors in percent.
     Evaluation mode; over all processes. UserError if an NLL is not finite. Cost: both sets
     forward."""
@@ -3911,7 +3912,7 @@ def draw_complexity(axes, rows):
 
 def complexity(args, rest):
     """Parameters, FLOPs and activations of networks for one image beside the papers' figures (Xiao
-    et al. Table 1 and 2, Chen et al. Table 7). FLOPs are multiply-adds of convolutions, linear
+    et al. Table 1, 2; Chen et al. Table 2, 7). FLOPs are multiply-adds of convolutions, linear
     layers and attention, activations the outputs of these and of max-pooling (vit.complexity).
     Returns what the JSON holds under "results"."""
     results, rows = opened(args, [], "complexity"), []
@@ -4406,7 +4407,7 @@ def draw_scale(axes, rows):
 
 
 def scale(args, rest):
-    """Speed of a training on many devices, on paper, from rates that are measured: the arithmetic
+    """Speed to expect of a training on many devices, from rates that are measured: the arithmetic
     of Chen et al.'s run, or of what flags of train.py say. Each device computes its share of the
     micro-batches. Gradients go through a ring, 2 (n - 1)/n of their float32 bytes out of each of n
     devices, beside the backward pass of the last micro-batch; the rest of that time the devices
@@ -7071,7 +7072,8 @@ def make_parser():
     add(
         "--l2",
         "shown in addition, with the --weight-decay λ of the training and over what decays in it: "
-        "half-square: ½ λ Σ w² (Park A.2); sum-of-norms: λ Σ‖p‖₂ over tensors p (Park's code)",
+        "half-square: ½ λ Σ w² (our reading of Park A.2); sum-of-norms: λ Σ‖p‖₂ over tensors p "
+        "(Park's code)",
         "none",
         choices=L2,
     )
@@ -7100,7 +7102,7 @@ def make_parser():
     add("--sigma", "standard deviations of the noise", SIGMAS)
     add(
         "--relative",
-        "noise by each filter's length, as in landscape, none on biases and norms (Chen B.1)",
+        "noise by each filter's length (Chen B.1), as in landscape, none on biases and norms",
         **off,
     )
     add("--draws", "of the noise", 10)
@@ -7139,7 +7141,8 @@ def make_parser():
         choices=("batch", "own"),
     )
 
-    command(norms_command, "norms of weights and activations (Chen Table 3)", images="Chen §4.4")
+    of_norms = "norms of weights and activations (Chen Table 3)"
+    command(norms_command, of_norms, images="as sparsity's")
     command(sparsity_command, "share of active neurons (Chen Fig. 2 right)", images="Chen §4.4")
     add = command(
         compare_command,
@@ -7150,7 +7153,8 @@ def make_parser():
 
     def of_held_out(function, summary):
         add = command(function, summary)
-        what = "of the held-out set, class-balanced: a number above 1, a fraction or all (Park A.1)"
+        what = "of the held-out set, class-balanced: a number above 1, a fraction or all"
+        what += " (Park A.1)" * (function in (fourier_command, variance_command))
         add("--images", what, "all", metavar="N")
         return add
 
@@ -7242,7 +7246,7 @@ def make_parser():
 
     add = command(
         complexity,
-        "parameters, FLOPs, activations (Xiao Table 1, Chen Table 7)",
+        "parameters, FLOPs, activations (Xiao Table 1, 2; Chen Table 2, 7)",
         of_checkpoints=False,
     )
     add_models("the tables'")
@@ -7252,7 +7256,7 @@ def make_parser():
         "E)",
         of_checkpoints=False,
     )
-    add_models("Chen Table 7's on CUDA, else small ones at 32×32")
+    add_models("Chen Table 2's on CUDA, else small ones at 32×32")
     add("--modes", "what is timed", MODES, choices=MODES)
     add("--compile", "(default: yes on CUDA, else no)", choices=("yes", "no", "both"))
     add("--micro-batches", "passes of a step, each of the batch", 1, metavar="K")
@@ -7263,7 +7267,7 @@ def make_parser():
 
     add = command(
         scale,
-        "speed of a training on 1 to 1,024 devices, on paper, and what bounds it",
+        "speed to expect of a training on 1 to 1,024 devices, and what bounds it",
         of_checkpoints=False,
     )
     add(

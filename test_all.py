@@ -5361,11 +5361,11 @@ def test_learning_rate_at_warm_up_peak_and_end():
     assert abs(lr(60, "exponential", 3e-5) - 3e-4) < 1e-18  # the middle: the geometric mean
     assert abs(lr(100, "exponential", 3e-5) - 3e-5) < 1e-18
     assert abs(lr(21, "exponential", 3e-5) / lr(20, "exponential") - 0.01 ** (1 / 80)) < 1e-12
-    # SupCon's code: 0.97 each half epoch, in 90 epochs
+    # SupCon's code: in 90 epochs 12 of warm-up, then 0.97 each half epoch
     head = train.RECIPES["chen_supcon_head"]
     assert (
         abs(
-            train.learning_rate(625, 90 * 625, 0, 0.05, "exponential", head["lr_end"])
+            train.learning_rate(13 * 625, 90 * 625, 12 * 625, 0.05, "exponential", head["lr_end"])
             - 0.05 * 0.97**2
         )
         < 1e-15
@@ -5663,6 +5663,7 @@ PARK_IMAGENET = PARK | dict(
     std=[0.229, 0.224, 0.225],
 )
 WEAK = dict(randaugment=[0, 9], erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
+WEAK |= dict(grad_clip=0.0)
 XIAO = dict(
     dataset="imagenet",
     image_size=224,
@@ -5783,9 +5784,10 @@ PAPER_ROWS = {
         lr=0.05,
         momentum=0.9,
         beta2=0.9,
-        eps=1.0,
+        eps=math.sqrt(0.001),
+        warmup_epochs=12,
         lr_schedule="exponential",
-        lr_end=0.05 * 0.97**180,
+        lr_end=0.05 * 0.97**156,
         weight_decay=1e-6,
         loss="softmax",
         unit_norm=True,
@@ -6387,6 +6389,9 @@ def test_sam_rho_paper_is_table_9():
         )
         assert args.sam_rho == rho and args.sam_sync and origin["sam_sync"] == "--loss supcon"
         assert args.out_dir == f"out/imagenet-{model}-supcon-rho0.02-seed0"
+        second = ["--recipe", "chen_supcon_head", "--init-from", "x.pt", "--model", model]
+        second += ["--sam-rho", "paper"]
+        assert train.settings(second)[0].sam_rho == rho
     for model, rho in table["adversarial"].items():  # Table 5's rows: E.5 changes nothing else
         plain, _ = train.settings(["--model", model])
         for more in (["--adv-eps", "2/255"], ["--recipe", f"{plain.recipe}_adversarial"]):

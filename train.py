@@ -15,7 +15,7 @@ A run is the same run on any number of devices: its unit is the micro-batch (the
 of one TPU core), which has its own ε, dropout masks, mixup partners and BatchNorm statistics.
 
 Differs from the paper: β₂ is 0.999 (Table 8 prints 0.009). Where the paper is silent, as in its
-authors' public code: the sigmoid loss starts from head biases of -6.9, weight decay leaves out
+group's big_vision: the sigmoid loss starts from head biases of -6.9, weight decay leaves out
 biases, norms, class token and positions. SGD's weight decay is torch's, an L2 term outside ε.
 """
 
@@ -159,13 +159,15 @@ RECIPES = {
 RECIPES["park_cifar_vit"] = RECIPES["park_cifar"] | dict(
     model="vit_ti2", qkv_bias=False, gelu="exact", init="timm"
 )
-# Their ResNets start from torch's initialisation; their Mixer too, which mixer.py does not offer.
+# Their ResNets of CIFAR start from torch's initialisation (of ImageNet's a notebook loads timm's);
+# their Mixer too, which mixer.py does not offer.
 RECIPES["park_cifar_resnet"] = RECIPES["park_cifar"] | dict(init="torch")
 RECIPES["park_cifar_mixer"] = RECIPES["park_cifar"] | dict(model="mixer_ti2", gelu="exact")
 RECIPES["park_imagenet_vit"] = RECIPES["park_imagenet"] | dict(
     model="vit_ti16", gelu="exact", init="timm"
 )
-# Chen et al. E.3: mixup and RandAugment of strength 15.
+# Chen et al. E.3: mixup and RandAugment of strength 15. Its "probability 0.5" of mixup is read as
+# the α of big_vision's mixup.p.
 RECIPES |= {
     f"{name}_strong": dict(
         RECIPES[name],
@@ -261,9 +263,9 @@ RECIPES["chen_supcon"] = RECIPES["chen_vit"] | dict(
     head_bias=0.0,
 )
 # Then the head alone, from the first stage's --init-from RUN/ckpt.pt. What E.4 leaves open is of
-# [31]'s code, which has its other numbers too: α and momentum 0.9, ε 1, 0.97 each half epoch (here
-# smoothly). That code also multiplies 0.05 by batch/256 (--lr 0.4 --lr-end 1.663e-3) and smooths
-# labels by 0.05.
+# [31]'s code, which has its other numbers too: 12 epochs of warm-up, α and momentum 0.9, ε 0.001
+# within the root (torch's is beside it), then 0.97 each half epoch (here smoothly). That code also
+# multiplies 0.05 by batch/256 (--lr 0.4 --lr-end 3.455e-3) and smooths labels by 0.05.
 RECIPES["chen_supcon_head"] = dict(
     dataset="imagenet",
     model="vit_b16",
@@ -277,26 +279,28 @@ RECIPES["chen_supcon_head"] = dict(
     lr=0.05,
     momentum=0.9,
     beta2=0.9,
-    eps=1.0,
+    eps=0.001**0.5,
+    warmup_epochs=12,
     lr_schedule="exponential",
-    lr_end=0.05 * 0.97**180,
+    lr_end=0.05 * 0.97 ** (2 * (90 - 12)),
     weight_decay=1e-6,
     loss="softmax",
     unit_norm=True,
     reset_head=True,
     train_only="head",
 )
-# Park & Kim App. F: "weak" augmentation leaves the crop, and the flip unless --no-flip.
+# Park & Kim App. F: "weak" augmentation leaves the crop, and the flip unless --no-flip. Their file
+# of it clips no gradient.
+WEAK = dict(randaugment=[0, 9], erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
 RECIPES |= {
-    f"{name}_weak": dict(
-        RECIPES[name], randaugment=[0, 9], erasing=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0
-    )
+    f"{name}_weak": RECIPES[name] | WEAK | dict(grad_clip=0.0)
     for name in ("park_cifar_vit", "park_cifar_resnet")
 }
 # Xiao et al. §5.4, §6. What the text leaves open is as in the authors' code: Nesterov, 0.5 % of the
-# learning rate at the end, when and how much the average of the weights moves. That code also has
-# what is not offered here: a warm-up from a tenth, rates set once an epoch, PCA jitter, BatchNorm's
-# statistics measured anew for each evaluation; crops of 8-100 %. SGD for ViT: only its appendix has
+# learning rate at the end, how often and how much the average of the weights moves. That code also
+# has what is not offered here: a warm-up from a tenth and within the cosine, rates set once an
+# epoch, steps of the average counted from each epoch's first, PCA jitter, BatchNorm's statistics
+# measured anew for each evaluation; crops of 8-100 %. SGD for ViT: only its appendix has
 # the rate and decay. Fine-tuning after 21k likewise.
 RECIPES["xiao_vit"] = IMAGENET_PIXELS | dict(
     dataset="imagenet",
@@ -659,7 +663,7 @@ def make_parser():
         default=0,
         help=(
             "images of files, to be evaluated: their short side before the centre crop; 0: "
-            "256/224 of --image-size (Xiao §6: RegNetY 262 …)"
+            "256/224 of --image-size (Xiao's code: RegNetY 262 …)"
         ),
     )
     add("--train-fraction", default="1", help="class-balanced part, as 1/10 or 0.1 (§5.1)")
@@ -696,7 +700,7 @@ def make_parser():
         nargs=2,
         default=[0, 9],
         metavar=("OPS", "MAGNITUDE"),
-        help="RandAugment after these (Chen E.3: 2 15 of google; Park A.1: 2 9 of torchvision)",
+        help="RandAugment after these (Chen E.3: 2 15 of google; Park: 2 9 of torchvision)",
     )
     add(
         "--randaugment-of",
@@ -708,14 +712,14 @@ def make_parser():
         ),
     )
     add("--randaugment-prob", type=float, default=1.0, help="of each operation (Park: 0.5)")
-    add("--erasing", type=float, default=0.0, help="probability of random erasing (Park A.1: 0.25)")
+    add("--erasing", type=float, default=0.0, help="probability of random erasing (Park: 0.25)")
     add(
         "--mixup",
         type=float,
         default=0.0,
         help=(
             "α of Beta(α, α); one λ for a micro-batch, each image with the one before it (Chen "
-            "E.3: 0.5; Park A.1: 1; Xiao §5.4: 0.8)"
+            "E.3: 0.5; Park: 1; Xiao §5.4: 0.8)"
         ),
     )
     add(
@@ -820,7 +824,7 @@ def make_parser():
         default=1e-8,
         help=(
             "beside the root of AdamW's, LAMB's and RMSProp's second moment (LAMB's code: 1e-6; "
-            "SupCon's, for RMSProp: 1)"
+            "SupCon's, for RMSProp, 0.001 within it, as 0.0316 beside it)"
         ),
     )
     add(
@@ -992,7 +996,8 @@ def make_parser():
         metavar="EPOCH",
         help=(
             "keep the weights at the end of these epochs, as epoch100.pt, and for warmup at the "
-            "end of the warm-up, as warmup.pt (Park Fig. 1b: warmup 100 200 300)"
+            "end of the warm-up, as warmup.pt (Park Fig. 1b: warmup 105 205 305, the 5 being the "
+            "warm-up's)"
         ),
     )
     add("--dry-run", **off, help="print what would happen and stop")
@@ -1036,7 +1041,8 @@ def kind_of_training(args):
         return "adversarial"
     if args.mixup and args.randaugment[0]:
         return "strong augmentation"
-    return "supervised contrastive" if args.loss == "supcon" else "supervised"
+    contrastive = args.loss == "supcon" or args.unit_norm  # its second stage
+    return "supervised contrastive" if contrastive else "supervised"
 
 
 def resolve_rho(args):
@@ -1895,9 +1901,10 @@ def supcon_of_all(z, y, temperature):
 
 
 class Contrastive(nn.Module):
-    """A network of `assemble` under the projection head of Khosla et al. (§3.1; their code): what
-    --loss supcon trains, on the representation divided by its length. The classifier computes
-    nothing that counts and is not trained."""
+    """A network of `assemble` under the projection head of Khosla et al. (§3.1, an MLP; their
+    code's scripts for ImageNet have its last layer alone): what --loss supcon trains, on the
+    representation divided by its length. The classifier computes nothing that counts and is not
+    trained."""
 
     def __init__(self, bare, dim, projection_dim):
         super().__init__()
@@ -3435,7 +3442,7 @@ def run(args, origin):
         prepare_classifier()
     final = {"training": measured("training", train_sample, attack=True)}
     # Park & Kim's training NLL (A.2) is that of augmented images; as in their code, without dropout
-    # and, where images are mixed, against the shares of their labels (not smoothed).
+    # and, where images are mixed, against the shares of their labels (which it smooths, too).
     if augments(args):
         final["training, augmented"] = measured("training, augmented", augmented_sample)
     if args.mixup or args.cutmix:
