@@ -6760,8 +6760,9 @@ def reproduce(args, rest):
         f"is this command's own; of train.py's flags it takes {GIVEN}",
     )
     given = {name: getattr(chosen, name) for name in MAY_BE_GIVEN if origin[name] == "command line"}
-    half = chosen.dtype in ("bfloat16", "float16")  # for trainings: analyses are exact
-    exact = as_flags({name: value for name, value in given.items() if name != "dtype" or not half})
+    half = chosen.dtype in ("bfloat16", "float16")
+    of_trainings = ("compile", "dtype") if half else ("compile",)  # analyses are exact
+    exact = as_flags({name: value for name, value in given.items() if name not in of_trainings})
     device, _, _ = train.start_processes(chosen.device, PATIENCE, may_share=True)
     folder = Path(args.out_dir or "out/reproduce")
     results = None if args.dry_run else Results(folder, "reproduce")

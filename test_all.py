@@ -6698,8 +6698,9 @@ def test_flags_that_nothing_reads_and_epochs_that_are_not_reached_are_told(
     assert train.main(["--eval-only", "--init-from", file, *more]) == 0
     assert "without effect in this run: --lr\n" in capsys.readouterr().out
     evaluated = ["--eval-only", "--init-from", file, "--device", "cpu", "--adv-eps", "4/255"]
-    assert train.main([*evaluated, "--dropout", "0.5", "--init", "timm"]) == 0
-    assert "without effect in this run: --dropout --init --adv-eps" in capsys.readouterr().out
+    assert train.main([*evaluated, "--dropout", "0.5", "--init", "timm", "--compile"]) == 0
+    told = "without effect in this run: --dropout --init --adv-eps --compile\n"
+    assert told in capsys.readouterr().out, "networks are compiled for training alone"
     head = ["--train-only", "head", "--init-from", file, "--drop-path", "0.1", "--dry-run"]
     assert train.main(tiny(tmp_path / "head", *head)) == 0
     assert "without effect in this run: --drop-path\n" in capsys.readouterr().out
@@ -7522,6 +7523,11 @@ def test_weights_are_taken_from_checkpoints_of_ours_and_others_and_refused_in_on
         state["final"],
     )
 
+    begun = f"--ema-decay 0.9 --init-from {out / 'ckpt.pt'} --weights model --max-steps 1"
+    train_ok(tiny(tmp_path / "begun", begun))  # with the others' last, to be judged by its average
+    own = [*evaluation[:2], str(tmp_path / "begun/ckpt.pt"), *evaluation[3:]]
+    assert train.settings(own)[0].weights == "ema"
+
     network = tiny_network()
     train.load_weights(network, out / "ckpt.pt")
     assert same_tensors(network.state_dict(), state["ema"])
@@ -7642,6 +7648,8 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
     first = train_ok(tiny(tmp_path / "first", flags, "--max-steps 1"))
     untouched = tiny_network(stem="conv")
     assert same_tensors(first["model"], untouched.state_dict())
+    best = train.read_checkpoint(tmp_path / "first/best.pt")
+    assert best["val"] == first["final"]["validation"] and first["best"] == best["val"]["top1"]
     monkeypatch.setattr(
         train, "softmax_loss", lambda logits, y, smoothing=0.0: good(logits, y) * math.nan
     )
@@ -7653,7 +7661,9 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace_but_its_count(
     ), line
     log = log_without_times(tmp_path / "always")
     assert [r["loss"] for r in log if "loss" in r] == [None] * 2 and log[-1]["diverged"]
-    assert not (tmp_path / "always/ckpt.pt").exists()
+    assert not {*(tmp_path / "always").glob("*.pt")}, "best.pt would want a ckpt.pt to resume"
+    again = refusal(capsys, *tiny(tmp_path / "always", flags, "--resume"))
+    assert "stopped at step 8" in again, again
 
 
 @pytest.mark.parametrize("overflowing", [2, 3], ids=["the second pass", "the first pass"])

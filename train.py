@@ -538,8 +538,8 @@ OF_EVALUATION = {
     *MODEL_FLAGS,
     *(
         "dataset data_dir download model image_size init_from weights mean std eval_only "
-        "eval_split eval_short_side eval_adv adv_eps dtype device compile channels_last workers "
-        "seed dry_run"
+        "eval_split eval_short_side eval_adv adv_eps dtype device channels_last workers seed "
+        "dry_run"
     ).split(),
 }
 # So many steps in a row without a finite gradient: the run has diverged and stops. A few the loss
@@ -1354,7 +1354,8 @@ def settings(argv=None, also=()):
     name, file = given.get("recipe"), given.get("init_from", "")
     saved = own_checkpoint(file) if given.get("eval_only") and file else {}
     if saved:
-        not_saved = FREE_FLAGS - {"data_dir"} | {"init_from", "dtype", "recipe", "reset_head"}
+        not_saved = FREE_FLAGS - {"data_dir"}
+        not_saved |= {"init_from", "weights", "reset_head", "dtype", "recipe"}
         inherited = args.keys() - not_saved
         name, base = file, {k: v for k, v in saved["settings"].items() if k in inherited}
         if given.get("dataset", base["dataset"]) != base["dataset"]:
@@ -3242,7 +3243,7 @@ def run(args, origin):
             f"{result['top1']:.2f} %, top-5 {result['top5']:.2f} %, NLL {result['nll']:.4f}, ECE "
             f"{result['ece']:.2f} %" + (f", PGD-10 {result['pgd']:.2f} %" if args.eval_adv else "")
         )
-        if result["top1"] > best:
+        if result["top1"] > best and saved is not None:  # best.pt means that there was a ckpt.pt
             best = result["top1"]
             checkpoint("best.pt", val=result)
         since, started = (t + time.perf_counter() - before for t in (since, started))
@@ -3449,7 +3450,11 @@ def run(args, origin):
         final["training, mixed"] = measured("training, mixed", augmented_sample, mix=mix)
     final["validation"] = result or measured("validation", val_set, attack=True)
     log(final=final, images_per_second=speed)
+    first = saved is None  # every save before this one was withheld
+    best = final["validation"]["top1"] if first else best
     save_checkpoint(final=final)
+    if first:
+        checkpoint("best.pt", val=final["validation"])
     print_table(tell, final)
     tell(
         (f"{speed:,.0f} images/s; " if images else "")
