@@ -619,14 +619,6 @@ def robustness_summary(parts, imagenet=True):
     return summary
 
 
-def whole_benchmarks(done, todo):
-    """Of {part: numbers} and what robustness_parts asks for: {part: top-1} of the benchmarks that
-    are there with all their parts, and the names of the others."""
-    lacking = dict.fromkeys(part.split("/")[0] for part, _ in todo if part not in done)
-    whole = [part for part, _ in todo if part.split("/")[0] not in lacking]
-    return {part: done[part]["top1"] for part in whole}, lacking
-
-
 def plain_twins(trained):
     """{network: the one that was trained as it was, but without SAM}, from their runs' settings."""
     free = train.FREE_FLAGS | {"recipe"}
@@ -728,12 +720,13 @@ def robustness(args, rest):
                 numbers = train.evaluate(model, loader, device, autocast, restrict_logits=kept)
                 finite(numbers["nll"], f"the NLL of {name}")
             results.put(name, part, numbers)
-        wanted, lacking = whole_benchmarks(results.parts.get(name, {}), todo)
-        for part in wanted:
-            results.take(name, part)
+        done = results.parts.get(name, {})
+        lacking = dict.fromkeys(part.split("/")[0] for part, _ in todo if part not in done)
         for benchmark in lacking:
             tell(f"missing   {benchmark}: parts of it, so it has no number")
-        summaries[name] = robustness_summary(wanted, "cifar" not in settings.dataset)
+        whole = [part for part, _ in todo if part.split("/")[0] not in lacking]
+        top1 = {part: results.take(name, part)["top1"] for part in whole}
+        summaries[name] = robustness_summary(top1, "cifar" not in settings.dataset)
     if not any(summaries.values()):
         raise UserError("nothing could be evaluated: the lines above say what is missing where")
     if train.rank() == 0:
@@ -2618,12 +2611,8 @@ def compare_command(args, rest):
             return {"training loss": loss, "training top-1 %": accuracy(model, batches)}
 
         share_out(results, name, {images: fit}, "training images")
-        todo = []
-        for benchmark in args.benchmarks:
-            with suppress(data.DataError):  # robustness has told what is missing
-                todo += robustness_parts(benchmark, settings, dataset.classes)
-        whole, _ = whole_benchmarks(accuracies.get(accuracy_of, {}), todo)
-        top1 = robustness_summary(whole, "cifar" not in settings.dataset)
+        top1 = {part: of["top1"] for part, of in accuracies.get(accuracy_of, {}).items()}
+        top1 = robustness_summary(top1, "cifar" not in settings.dataset)
         eigenvalues = parts_of(name, hessians)
         blocks = {part.split(":")[0]: of["eigenvalues"][0] for part, of in eigenvalues.items()}
         of_batches = parts_of(name, kernels)
@@ -5608,6 +5597,10 @@ class Numbers:
     def __init__(self, folder, seeds, runs):
         self.folder, self.seeds, self.runs, self.found, self.missing = folder, seeds, runs, {}, []
         self.nothing = np.zeros(len(seeds))
+        # top-1 in percent of the validation split's images, as they are, corrupted, attacked
+        self.clean, self.corrupted, self.under_pgd = (
+            functools.partial(self.accuracy, benchmark) for benchmark in ("val", "c-lite", "pgd")
+        )
 
     def none(self, what):
         """What there is no number of."""
@@ -5656,18 +5649,6 @@ class Numbers:
             return summary.get(benchmark)
 
         return self.of("robustness", name, pick)
-
-    def clean(self, name):
-        """Top-1 of the validation split beside that of `corrupted` and `under_pgd`, in percent."""
-        return self.accuracy("val", name)
-
-    def corrupted(self, name):
-        """Top-1 of the validation split's images, corrupted, in percent."""
-        return self.accuracy("c-lite", name)
-
-    def under_pgd(self, name):
-        """Top-1 of the validation split's images under PGD-10, in percent."""
-        return self.accuracy("pgd", name)
 
     def fit(self, name):
         """The loss of training images."""
@@ -5730,14 +5711,6 @@ class Numbers:
             return next(of[key] for of in parts.values() if "batches" in of)
 
         return self.of("spectrum", name, pick, "warmup.pt")
-
-    def negative(self, name):
-        """NEP at the end of the warm-up, in percent."""
-        return 100 * self.spectrum(name, "nep")
-
-    def positive(self, name):
-        """APE at the end of the warm-up."""
-        return self.spectrum(name, "ape")
 
     def only(self, command, name, pick):
         """Of a subcommand with one part."""
@@ -5840,6 +5813,9 @@ class Claim(NamedTuple):
     ratio: bool = False  # whether it is their ratio that counts
 
 
+Ratio = functools.partial(Claim, ratio=True)
+
+
 def with_and_without(measured, name, first="with SAM", then="plain"):
     """A network with SAM and without."""
     both = {"with SAM": measured(f"{name} + SAM"), "plain": measured(name)}
@@ -5894,61 +5870,54 @@ def claims_of_chen(n):
             f"SAM brings {name} more than twice the epochs, which bring the paper's nothing (%)",
             {"with SAM": n.test(name + sam), "twice": n.test(f"{name}, twice the epochs")},
         )
-        yield Claim(
+        yield Ratio(
             "Chen Table 1",
             f"{name} converges at sharper points than ResNet (λmax)",
             {of: n.eigenvalue(of) for of in (name, "ResNet")},
-            ratio=True,
         )
-        yield Claim(
+        yield Ratio(
             "control",
             f"… than ResNet at about the same training loss ({name}, λmax)",
             {of: n.eigenvalue(of, file=n.at_equal_loss) for of in (name, "ResNet")},
-            ratio=True,
         )
-        yield Claim(
+        yield Ratio(
             "control",
             f"… than ResNet, both with weight decay 1 ({name}, λmax)",
             {of: n.eigenvalue(f"{of}, weight decay 1") for of in (name, "ResNet")},
-            ratio=True,
         )
         yield Claim(
             "Chen Fig. 1, §3",
             f"{name} is more sensitive than ResNet to noise on its filters (rise of the loss)",
             {of: n.noise(of) for of in (name, "ResNet")},
         )
-    yield Claim(
+    yield Ratio(
         "Chen §3, Table 1",
         "Mixer is the sharpest of the three (λmax)",
         {
             "Mixer": n.eigenvalue("Mixer"),
             "the sharper other": np.maximum(n.eigenvalue("ViT"), n.eigenvalue("ResNet")),
         },
-        ratio=True,
     )
     for name in CHEN:
-        yield Claim(
+        yield Ratio(
             "control" if name == "ResNet" else "Chen Table 1",
             f"SAM lowers λmax of {name}",
             with_and_without(n.eigenvalue, name, "plain", "with SAM"),
-            ratio=True,
         )
         yield Claim(
             "control" if name == "ResNet" else "Chen Fig. 1",
             f"SAM makes {name} less sensitive to noise on its filters (rise of the loss)",
             with_and_without(n.noise, name, "plain", "with SAM"),
         )
-        yield Claim(
+        yield Ratio(
             "control",
             f"SAM lowers λmax of {name} with weight decay 1",
             with_and_without(n.eigenvalue, f"{name}, weight decay 1", "plain", "with SAM"),
-            ratio=True,
         )
-    yield Claim(
+    yield Ratio(
         "Chen Table 1",
         "Mixer's NTK is conditioned worst, ResNet's best (κ)",
         {name: n.condition(name) for name in ("Mixer", "ViT", "ResNet")},
-        ratio=True,
     )
     yield Claim(
         "Chen §3",
@@ -5968,38 +5937,33 @@ def claims_of_chen(n):
         )
 
     for name in ("ViT", "Mixer"):
-        yield Claim(
+        yield Ratio(
             "Chen Table 3, §4.4",
             f"{name}: embedding, MLPs, MSAs or token MLPs in order of λmax",
             {what: n.eigenvalue(name, what) for what in ("embedding", "MLPs", "MSAs")},
-            ratio=True,
         )
-        yield Claim(
+        yield Ratio(
             "Chen Table 3, §4.4",
             f"the shallower, the sharper: {name}'s first block, middle and last (λmax)",
             {
                 what: n.eigenvalue(name, "block ", which)
                 for what, which in (("first", 0), ("middle", 1), ("last", -1))
             },
-            ratio=True,
         )
-        yield Claim(
+        yield Ratio(
             "Chen Table 3, §4.4",
             f"SAM smooths every component of {name} (how often smaller its λmax is)",
             {"the least smoothed": least_smoothed(name), "1": n.nothing + 1},
-            ratio=True,
         )
-        yield Claim(
+        yield Ratio(
             "Chen Table 3, §4.4",
             f"SAM makes {name}'s weights longer (‖w‖)",
             with_and_without(n.weights, name),
-            ratio=True,
         )
-        yield Claim(
+        yield Ratio(
             "Chen Table 3, §4.4",
             f"SAM makes {name}'s first activations longer (‖a₁‖)",
             with_and_without(n.first_activation, name),
-            ratio=True,
         )
         yield Claim(
             "Chen §4.4" if name == "ViT" else "Chen Fig. 2, §4.4",
@@ -6112,13 +6076,13 @@ def claims_of_park(n):
 
     def nep(figure, text, *names):
         """Of the shares of negative eigenvalues of networks."""
-        values = {name: n.negative(name) for name in names}
+        values = {name: 100 * n.spectrum(name, "nep") for name in names}
         return Claim(f"Park Fig. {figure}", f"{text} (NEP, %)", values)
 
     def ape(figure, text, *names):
         """Of the means of their positive ones."""
-        values = {name: n.positive(name) for name in names}
-        return Claim(f"Park Fig. {figure}", f"{text} (APE)", values, ratio=True)
+        values = {name: n.spectrum(name, "ape") for name in names}
+        return Ratio(f"Park Fig. {figure}", f"{text} (APE)", values)
 
     yield nep("1b, 4", "ViT has more negative eigenvalues than ResNet", "ViT", "ResNet")
     yield ape("1b, 4", "ViT's positive eigenvalues are smaller", "ResNet", "ViT")
@@ -6145,23 +6109,21 @@ def claims_of_park(n):
                 f"attention in {better} is better than global (%)",
                 {what: n.top1(kernels[what]) for what in (better, worse)},
             )
-        yield Claim(
+        yield Ratio(
             "Park Fig. 7a",
             f"{better} fits its training images better than {worse} (loss, here without "
             "augmentation)",
             {what: n.fit(kernels[what]) for what in (worse, better)},
-            ratio=True,
         )
         if better == "5×5":
             fewer = f"5×5: fewer negative eigenvalues than {worse}"
             yield nep("7b", fewer, kernels[worse], kernels[better])
     for worse, better in (("Mixer", "ViT"), ("ViT", "PiT"), ("PiT", "Swin"), ("ViT", "ResNet")):
-        yield Claim(
+        yield Ratio(
             "Park Fig. 5a",
             f"the stronger inductive bias fits better: {better} than {worse} (loss, here without "
             "augmentation)",
             {name: n.fit(name) for name in (worse, better)},
-            ratio=True,
         )
         yield Claim(
             "Park Fig. 5a",
@@ -6176,17 +6138,15 @@ def claims_of_park(n):
             "ResNet less PiT": n.top1("ResNet") - n.top1("PiT"),
         },
     )
-    yield Claim(
+    yield Ratio(
         "Park Fig. 5b",
         "less data (and batches as much smaller), higher training loss of ViT, augmented",
         {"1/10": n.fit("ViT, augmented, 1/10"), "all": n.fit("ViT, augmented")},
-        ratio=True,
     )
-    yield Claim(
+    yield Ratio(
         "Park Fig. C.3",
         "twice the epochs: lower training loss of ViT (without augmentation)",
         {"once": n.fit("ViT"), "twice": n.fit("ViT, twice the epochs")},
-        ratio=True,
     )
     yield Claim(
         "Park Fig. C.3",
@@ -6210,11 +6170,10 @@ def claims_of_park(n):
         "large patches harm ViT (%)",
         {side: n.top1(name) for side, name in patches.items()},
     )
-    yield Claim(
+    yield Ratio(
         "Park Fig. C.2a",
         "… and fit worse (loss, here without augmentation)",
         {side: n.fit(patches[side]) for side in ("16", "8", "4")},
-        ratio=True,
     )
     yield nep("C.2b", "smaller patches: more negative eigenvalues", patches["4"], patches["8"])
     yield ape("C.2b", "… and smaller positive ones", patches["8"], patches["4"])
@@ -6258,23 +6217,21 @@ def claims_of_park(n):
             {shown: n.change("variance", name.split(",")[0], kind), "0": n.nothing},
         )
     for name in ("ViT", "ResNet"):
-        yield Claim(
+        yield Ratio(
             "Park Fig. 9",
             f"variance grows with depth, {name}",
             {
                 what: n.only("variance", name, lambda of: list(of["variance"].values())[i])
                 for what, i in (("last", -1), ("first", 1))
             },
-            ratio=True,
         )
-    yield Claim(
+    yield Ratio(
         "Park §3, Fig. 9",
         "variance peaks at the end of each stage, ResNet",
         {
             what: n.only("variance", "ResNet", functools.partial(mean_variance, pattern))
             for what, pattern in (("last blocks", r"layer[123]\.1$"), ("next", r"layer[234]\.0$"))
         },
-        ratio=True,
     )
     yield Claim(
         "Park Fig. 2b",
