@@ -6306,6 +6306,33 @@ def test_a_recipe_takes_three_steps_on_data_in_the_published_format(
         assert train.main(again) == 0, "a fine-tuned network is evaluated like any other"
 
 
+def test_a_file_is_on_the_disk_whole_before_it_takes_its_name(tmp_path, monkeypatch):
+    path, flushed = tmp_path / "ckpt.pt", []
+    path.write_bytes(b"before")
+
+    def fsync(number):
+        flushed.append((os.fstat(number).st_size, path.read_bytes()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train.write_file(path, lambda file: file.write(b"after it"))
+    assert flushed == [(8, b"before")] and path.read_bytes() == b"after it"
+
+
+def test_processes_send_no_buffers(tmp_path, monkeypatch):
+    """BatchNorm's statistics are averaged once a step, not sent before each pass."""
+    ddp, sent = nn.parallel.DistributedDataParallel, []
+    monkeypatch.setattr(ddp, "_sync_buffers", lambda self: sent.append(1))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        x = toy_batch()[0]
+        for wrap in (lambda net: train.averaging(net, torch.device("cpu")), ddp):
+            sent.append(0)
+            wrap(small_net(batch_norm=True))(x)
+    finally:
+        dist.destroy_process_group()
+    assert sent == [0, 0, 1], "ours, torch's default"
+
+
 def test_mixed_images_are_evaluated_against_the_shares_of_their_labels():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)).double()
