@@ -668,12 +668,14 @@ def test_local_attention_without_class_token_has_a_mask_of_the_map_alone():
 )
 def test_a_network_off_the_meta_device_computes_as_the_one_whose_weights_it_loads(name, overrides):
     model = train.build_model(name, 5, 32, **overrides).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)  # ViT's head begins at zero
     with torch.device("meta"):
         empty = train.build_model(name, 5, 32, **overrides)
     empty = empty.to_empty(device="cpu").eval()
     empty.load_state_dict(model.state_dict())
     images = tiny_images(2, 32).float()
-    assert torch.equal(empty(images), model(images))
+    assert torch.equal(empty(images), model(images)) and model(images).unique().numel() == 10
 
 
 def test_sizes_without_a_row_in_the_papers_tables_have_the_published_parameters():
@@ -1386,7 +1388,7 @@ def test_mixer_intermediates_are_named_shaped_and_free_of_side_effects():
     assert torch.equal(model.head(out["pre_logits"]), model(images))
     assert torch.equal(model.norm(out["blocks.1.mlp_channels"]).mean(dim=1), out["pre_logits"])
     first = model.stem.proj(images)
-    assert torch.equal(out["stem"][:, 5], first[:, :, 1, 1]), "tokens are not the map by rows"
+    assert torch.equal(out["stem"][:, 6], first[:, :, 1, 2]), "tokens are not the map by rows"
     only = {"blocks.0.mlp_tokens": None}
     model(images, out=only)
     assert list(only) == ["blocks.0.mlp_tokens"]
@@ -3374,6 +3376,10 @@ def test_a_random_start_is_uniform_in_the_ball():
     disc = (adversarial.uniform_start(x, 0.1, "l2") - x).flatten(1) / 0.1
     inside = (disc.norm(dim=1) < 0.5).double().mean().item()
     assert abs(inside - 0.25) < 0.01 and disc.norm(dim=1).max() <= 1 + 1e-9
+    wide = torch.full((20_000, 3, 1, 2), 0.5, dtype=torch.float64)  # a ball of 6 dimensions
+    ball = (adversarial.uniform_start(wide, 0.1, "l2") - wide).flatten(1) / 0.1
+    inside = (ball.norm(dim=1) < 0.8).double().mean().item()
+    assert abs(inside - 0.8**6) < 0.015, inside
     generator = torch.Generator().manual_seed(5)
     first, second = (adversarial.uniform_start(x[:2], 0.1, generator=generator) for _ in range(2))
     assert not torch.equal(first, second), "a generator of the caller's moves on"
@@ -4038,7 +4044,7 @@ def test_odd_image_files_are_read_upright_and_in_rgb(tmp_path):
             )
             assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - truth).max() <= 1, name
         else:
-            assert image[0].max() > 240 and image[0].min() == 0
+            assert np.array_equal(image[0], np.arange(2400).reshape(40, 60) * 27 >> 8)
     for turn in range(10):  # 0 and 9 are no orientations
         exif, file = Image.Exif(), io.BytesIO()
         exif[0x0112] = turn
@@ -4496,6 +4502,8 @@ def test_cifar_is_read_from_its_published_files(tmp_path, monkeypatch):
         train_set = data.load(name, "train", data_dir=tmp_path, image_size=32, augment="crop")
         ((x, y),) = all_batches(train_set, [[(0, 1)]])
         clean = data.load(name, "train", data_dir=tmp_path, image_size=32).pixels[1]
+        first = pickle.loads((folder / batch_names[0]).read_bytes())
+        assert clean.flatten().tolist() == first["data"][1].tolist() and y.item() == first[key][1]
         padded = F.pad(clean, (4, 4, 4, 4))
         windows = [padded[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
         assert any(torch.equal(x[0], w) or torch.equal(x[0], w.flip(2)) for w in windows)
@@ -4917,7 +4925,7 @@ def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
     assert "1,000 images instead of the published 10,000" in dataset.notice
     assert dataset.classes == wnids and dataset.restrict_logits is None
     seen = greys(dataset)
-    assert len(seen) == 1000 and all(abs(grey - label // 4) <= 1 for grey, label in seen)
+    assert len(seen) == 1000 and all(grey == label // 4 for grey, label in seen)
     (v2 / "999").rename(v2 / "1000")
     with pytest.raises(data.DataError, match="val/1000 is a class.*expected: folders 0 to 999"):
         read("v2")
@@ -4931,7 +4939,7 @@ def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
     (tmp_path / "imagenet-r/README.txt").write_text("as in the archive")
     dataset = read("r")
     assert dataset.restrict_logits.tolist() == list(range(0, 1000, 5))
-    assert all(abs(grey - label // 5) <= 1 for grey, label in greys(dataset))
+    assert all(grey == label // 5 for grey, label in greys(dataset))
     shutil.rmtree(tmp_path / "imagenet-r" / wnids[0])
     with pytest.raises(data.DataError, match="imagenet-r has 199 class folders; expected: 200"):
         read("r")
@@ -5135,11 +5143,13 @@ def test_googles_randaugment_does_at_15_what_its_ranges_say(monkeypatch):
     assert torch.equal(at_15["SolarizeAdd"].int(), torch.where(x < 128, added, x.int()))
     brighter = (x.double() * 2.8).clamp(max=255)
     assert (at_15["Brightness"].double() - brighter).abs().max() <= 1
-    cut = (at_15["Cutout"] != x).any(0)
-    rows, columns = (cut.any(d).nonzero().flatten() for d in (1, 0))
-    sides = [len(rows), len(columns)]
-    assert all(60 <= side <= 120 for side in sides), f"a square of {sides} instead of 120"
-    assert (at_15["Cutout"][:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == 128).all()
+    sides = set()
+    for _ in range(20):  # squares of 120, cut by the border
+        cut = data.GOOGLE_OPERATIONS["Cutout"](x, 1.5, 1)
+        rows, columns = ((cut != x).any(0).any(d).nonzero().flatten() for d in (1, 0))
+        sides |= {len(rows), len(columns)}
+        assert (cut[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] == 128).all()
+    assert min(sides) >= 60 and max(sides) == 120, f"sides of {sides}"
     line = torch.zeros(3, 401, 401, dtype=torch.uint8)
     line[:, 200, 100:301] = 255
     for name, slope in (("Rotate", 1.0), ("ShearY", 0.45)):
@@ -5147,9 +5157,18 @@ def test_googles_randaugment_does_at_15_what_its_ranges_say(monkeypatch):
         found = lit - lit.mean(0)
         found = (found[:, 0] * found[:, 1]).sum() / (found[:, 1] ** 2).sum()
         assert abs(abs(found) - slope) < 0.02, f"{name}: a slope of {found:.3f}, not {slope}"
-    for name in ("ShearX", "ShearY"):  # about a corner, which leaves a triangle of 0.45 / 2
-        white = data.GOOGLE_OPERATIONS[name](torch.full_like(x, 255), 1.5, -1)
-        assert abs((white == 128).double().mean() - 0.225) < 0.002 and (white[:, 0, 0] == 255).all()
+        lit = (data.GOOGLE_OPERATIONS[name](line, 1.5, -1)[0] == 255).nonzero().double()
+        back = lit - lit.mean(0)
+        back = (back[:, 0] * back[:, 1]).sum() / (back[:, 1] ** 2).sum()
+        assert abs(back + found) < 0.02, f"{name}: slopes of {found:.3f} and {back:.3f}"
+    for name, still in (("ShearX", 0), ("ShearY", 1)):  # about a corner: a triangle of 0.45 / 2
+        for sign in (1, -1):
+            white = data.GOOGLE_OPERATIONS[name](torch.full_like(x, 255), 1.5, sign)
+            assert abs((white == 128).double().mean() - 0.225) < 0.002
+            assert (white.select(1 + still, 0) == 255).all(), f"{name} about the other axis"
+    for name, axis in (("TranslateX", 2), ("TranslateY", 1)):
+        back, blank = x.narrow(axis, 150, 251), torch.full_like(x.narrow(axis, 0, 150), 128)
+        assert torch.equal(data.GOOGLE_OPERATIONS[name](x, 1.5, -1), torch.cat([back, blank], axis))
     steps = data.transforms("none", 401, 401, randaugment=(2, 15), randaugment_of="google")
     assert sum(torch.equal(steps(x), x) for _ in range(20)) <= 3, "all operations are applied"
     asked = []
@@ -5288,7 +5307,9 @@ def largest_difference(a, b):
         if name.endswith("qkv.bias"):
             third = len(x) // 3
             x, y = (torch.cat([t[:third], t[2 * third :]]) for t in (x, y))
-        worst = max(worst, float((x - y).abs().max() / x.abs().max().clamp_min(1e-3)))
+        one = float((x - y).abs().max() / x.abs().max().clamp_min(1e-3))
+        assert math.isfinite(one), name
+        worst = max(worst, one)
     return worst
 
 
@@ -5927,7 +5948,8 @@ def test_the_second_papers_vits_are_built_from_flags(flags, tokens, heads, head_
     qkv = network.blocks[0].attn.qkv
     assert network.pos_embed.shape == (1, tokens, 192) and len(network.blocks) == depth
     assert qkv.weight.shape == (3 * heads * head_dim, 192) and qkv.bias is None
-    assert (network.kernel_size is not None) == bool(re.search("--kernel-size [35]", flags))
+    kernel = re.search("--kernel-size ([35])", flags)
+    assert network.kernel_size == (int(kernel[1]) if kernel else None)
     asked = re.search(r"--epochs (\d+)", flags)
     assert args.epochs == (int(asked[1]) if asked else 305)
 
@@ -6373,7 +6395,7 @@ def test_the_average_moves_when_and_as_much_as_the_third_papers_code_has_it(
     argv = tiny(tmp_path, f"--ema-alpha 0.01 --ema-every {every} --save-every 1 --eval-every 9")
     assert train.main(argv) == 0  # 10 steps, of which 3 of warm-up; batch 32, 2 epochs
     decay = 1 - 0.01 * 32 / 2 * every
-    assert same_tensors(*saved[1]), "a copy until the warm-up is over"
+    assert same_tensors(*saved[3]), "a copy until the warm-up is over"
     _, mean = saved[1]
     for step in range(2, 11):  # steps taken; with every = 2 the average moves after 1, 3, 5, …
         weights, after = saved[step]
@@ -7156,12 +7178,11 @@ def test_which_steps_have_sam_does_not_depend_on_where_a_run_was_stopped(tmp_pat
         again = train_ok(tiny(tmp_path / "again", flags, "--max-steps 10 --resume"))
     assert [at - 14 for at in perturbed] == [2, 5], "steps 6 and 9, after 4"
     assert same_tensors(again["model"], whole["model"])
-    assert again["best"] == whole["best"] > 0, "of the whole run, not of what came since"
 
 
 def test_batchnorm_counts_sams_first_pass_alone_and_the_average_has_its_statistics(tmp_path):
     """After one step, from the same weights, they are plain training's."""
-    flags = "--stem conv --max-steps 1 --dtype float64 --ema-decay 0.9 --warmup-steps 0"
+    flags = "--stem conv --max-steps 1 --dtype float64 --ema-decay 0.9 --warmup-steps 0 --init timm"
     plain, sam = (
         train_ok(tiny(tmp_path / str(rho), flags, f"--sam-rho {rho}")) for rho in (0, 0.5)
     )
@@ -7302,6 +7323,7 @@ def test_what_a_contrastive_run_saves_has_the_class_means_of_its_own_weights(
     tmp_path, monkeypatch, small_shapes
 ):
     flags = "--loss supcon --augment crop --train-fraction 1 --ema-decay 0.5 --save-every 2"
+    flags += " --dtype float64"
     saved, save = [], train.RunFolder.save
 
     def kept(self, name, state):
@@ -7313,16 +7335,16 @@ def test_what_a_contrastive_run_saves_has_the_class_means_of_its_own_weights(
     assert {"warmup.pt", "epoch1.pt", "best.pt", "ckpt.pt"} == {name for name, *_ in saved}
     sample = data.subset(torch.arange(160) % 12, Fraction(60, 160))
     images, labels = data.shapes(sample.numpy())
-    model = tiny_network()
+    model = tiny_network().double()
     for name, *networks in saved:
         for weights in networks:
             model.load_state_dict(weights)
             out = {"pre_logits": None}
-            model.eval()((images.float() / 255 - 0.5) / 0.5, out=out)
+            model.eval()((images.double() / 255 - 0.5) / 0.5, out=out)
             z = F.normalize(out["pre_logits"])
             means = torch.stack([F.normalize(z[labels == c].mean(0), dim=0) for c in range(12)])
             cosines = F.cosine_similarity(weights["head.weight"], means)
-            assert cosines.min() > 0.9999, (name, cosines)
+            assert 1 - cosines.min() < 1e-9, (name, cosines)
 
 
 def test_a_contrastive_run_is_evaluated_by_the_nearest_class_mean(tmp_path, capsys, small_shapes):
@@ -7494,8 +7516,9 @@ def test_adversarial_training_equals_equation_5_by_hand(tmp_path, monkeypatch, r
         with torch.no_grad():
             for k, p in named.items():
                 p -= lr * total[k]
-    difference = max(float((p.detach() - state["model"][k]).abs().max()) for k, p in named.items())
-    assert difference < 1e-12, difference
+    for k, p in named.items():
+        difference = float((p.detach() - state["model"][k]).abs().max())
+        assert difference < 1e-12, (k, difference)
 
 
 def test_accuracy_under_attack_is_measured_in_training_and_evaluation(
@@ -7515,8 +7538,8 @@ def test_accuracy_under_attack_is_measured_in_training_and_evaluation(
     adversarial.pgd(model.eval(), x, y, 8 / 255, 1 / 255, 10, start=start, trace=trace)
     with torch.no_grad():
         robust = torch.stack([model(x).argmax(1) == y] + [p == y for _, p in trace]).all(0)
-    want = 100 * robust.double().mean().item()
-    assert state["final"]["validation"]["pgd"] == pytest.approx(want)
+    want, clean = 100 * robust.double().mean().item(), state["final"]["validation"]["top1"]
+    assert state["final"]["validation"]["pgd"] == pytest.approx(want) and 0 < want < clean
     records = log_without_times(tmp_path / "run")
     assert [r["val"]["pgd"] for r in records if "val" in r] == [pytest.approx(want)]
     assert (
@@ -8013,17 +8036,34 @@ def test_products_that_the_counter_does_not_count_are_refused_not_free():
     assert (cost["macs"], cost["macs_with_bias"]) == (4**3, 4**3 + 4**2)
     attention = lambda x, w: F.scaled_dot_product_attention(query=x, key=x, value=x)
     assert vit.complexity(Products(attention), 4)["macs"] == 2 * 4**3
+    refused = set()
     for name, product in {
         "mm": lambda x, w: x[0].mm(w),
         "addmm": lambda x, w: torch.addmm(w, x[0], w),
         "baddbmm": lambda x, w: torch.baddbmm(x, x, x),
         "einsum": lambda x, w: torch.einsum("bij,jk->bik", x, w),
         "tensordot": lambda x, w: torch.tensordot(x, w, 1),
+        "bilinear": lambda x, w: F.bilinear(x, x, w[None]),
+        "inner": lambda x, w: torch.inner(x, w),
+        "mv": lambda x, w: torch.mv(w, x[0, 0]),
+        "dot": lambda x, w: torch.dot(w[0], x[0, 0]),
+        "vdot": lambda x, w: torch.vdot(w[0], x[0, 0]),
+        "chain_matmul": lambda x, w: torch.chain_matmul(w, w),
+        "addmv": lambda x, w: torch.addmv(w[0], w, x[0, 0]),
+        "addbmm": lambda x, w: torch.addbmm(w, x, x),
+        "__rmatmul__": lambda x, w: w.__rmatmul__(x),
         "conv1d": lambda x, w: F.conv1d(x, w[..., None]),
+        "conv3d": lambda x, w: F.conv3d(x[..., None, None], w[..., None, None, None]),
+        "conv_transpose1d": lambda x, w: F.conv_transpose1d(x, w[..., None]),
         "conv_transpose2d": lambda x, w: F.conv_transpose2d(x[:, :, None], w[..., None, None]),
+        "conv_transpose3d": lambda x, w: F.conv_transpose3d(
+            x[..., None, None], w[..., None, None, None]
+        ),
     }.items():
+        refused.add(name)
         with pytest.raises(NotImplementedError, match=f"cannot count {name}$"):
             vit.complexity(Products(product), 4)
+    assert refused | {"multi_head_attention_forward"} == vit.UNCOUNTED
 
 
 def test_torchvisions_resnet_has_the_intermediates_and_units_of_ours():
@@ -8149,6 +8189,8 @@ def test_an_original_npz_is_evaluated_and_fine_tuned(tmp_path, capsys):
     five = write_image_folder(tmp_path / "five", train=4, val=2, classes="abcde")
     assert train.main([*sizes, "--data-dir", str(five), "--eval-only", "--workers", "0"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["val", "10"]
+    loaded = vit.build("vit_ti4", 5, 16, dim=12, depth=2, heads=3, mlp_dim=24)
+    assert train.load_weights(loaded, str(tmp_path / "google.npz")) == ([0.5], [0.5])
     three = [*sizes, "--data-dir", str(write_image_folder(tmp_path / "three", train=4, val=2))]
     assert "num_classes" in refusal(capsys, *three, "--eval-only")
     assert "--reset-head starts with a new classifier" in refusal(capsys, *three)
@@ -8217,6 +8259,9 @@ HOST_READS = {  # function: a call of it
     "__contains__": lambda t: 2 in t,
     "argwhere": lambda t: torch.argwhere(t),
     "bincount": lambda t: torch.bincount(t.int()),
+    "__format__": lambda t: f"{t[0]:.3f}",
+    "__repr__": repr,
+    "__array__": np.asarray,
 }
 
 
@@ -9097,16 +9142,23 @@ def test_two_processes_train_as_one_and_sam_sends_what_plain_training_sends(
         weights = largest_difference(one["model"], two["model"])
         averages = largest_difference(one["ema"], two["ema"]) if one["ema"] else 0.0
         assert one["final"].keys() == two["final"].keys()
-        measures = max(
-            abs(one["final"][what][measure] - two["final"][what][measure])
-            for what in one["final"]
-            for measure in ("top1", "top5", "nll", "ece")
+        measures = np.max(
+            [
+                abs(one["final"][what][measure] - two["final"][what][measure])
+                for what in one["final"]
+                for measure in ("top1", "top5", "nll", "ece")
+            ]
         )
         print(
             f"{name:32} weights {weights:.1e}  average {averages:.1e}  measures {measures:.1e}  "
             f"bytes {sent[name]}"
         )
-        assert max(weights, averages, measures) < 1e-9, (name, weights, averages, measures)
+        assert max(weights, averages) < 1e-9 and measures < 1e-9, (
+            name,
+            weights,
+            averages,
+            measures,
+        )
         assert one["final"]["validation"]["images"] == two["final"]["validation"]["images"] == 60
         logs = [
             [r["loss"] for r in log_without_times(tmp_path / f"{i}-{n}") if "loss" in r]
@@ -13228,10 +13280,18 @@ def test_results_are_of_all_settings_that_decide_them(tmp_path):
     (tmp_path / "x.pt").write_bytes(b"others")
     names.append(analyze.label(settings, analyze.OF_TRAINING)[0])
     assert len(set(names)) == len(names)
-    assert {"weights", "eval_short_side", "mean", "std", "dtype"} <= {*analyze.DECIDES}
-    assert {"train_fraction", "hold_out", "micro_batch", "cutmix", "decay"} <= {
-        *analyze.OF_TRAINING
-    }
+    of_images = "dataset data_dir eval_split image_size eval_short_side mean std"
+    of_models = (
+        "model weights dtype patch_size stride dim depth heads head_dim mlp_dim token_mlp_dim pool "
+        "stem kernel_size qkv_bias gelu width groups width_per_group pre_activation blur "
+        "msa_blocks window_size dropout drop_path head_bias unit_norm init zero_init"
+    )
+    of_training = (
+        "seed train_fraction hold_out micro_batch mixup cutmix decay augment flip autoaugment "
+        "randaugment randaugment_of randaugment_prob erasing"
+    )
+    assert {*analyze.DECIDES} == {*of_images.split(), *of_models.split()}
+    assert {*analyze.OF_TRAINING} == {*of_training.split()}
 
 
 def test_flags_of_attacks_reach_them(tmp_path, capsys, received, small_shapes):
