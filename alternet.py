@@ -410,8 +410,8 @@ def build(name: str, num_classes: int = 1000, image_size: int = 224, **overrides
 
 UNCOUNTED = frozenset(  # other functions that multiply and add: refused, for none counts as free
     "multi_head_attention_forward einsum tensordot bilinear inner mm mv dot vdot chain_matmul "
-    "addmm addmv addbmm baddbmm __rmatmul__ conv1d conv3d conv_transpose1d conv_transpose2d "
-    "conv_transpose3d".split()
+    "linalg_multi_dot linalg_matmul linalg_vecdot addmm addmv addbmm baddbmm __rmatmul__ conv1d "
+    "conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 )
 
 

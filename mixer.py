@@ -365,8 +365,8 @@ def load_npz(model: Mixer, path: str | Path, head: bool = True) -> None:
 
 UNCOUNTED = frozenset(  # other functions that multiply and add: refused, for none counts as free
     "multi_head_attention_forward einsum tensordot bilinear inner mm mv dot vdot chain_matmul "
-    "addmm addmv addbmm baddbmm __rmatmul__ conv1d conv3d conv_transpose1d conv_transpose2d "
-    "conv_transpose3d".split()
+    "linalg_multi_dot linalg_matmul linalg_vecdot addmm addmv addbmm baddbmm __rmatmul__ conv1d "
+    "conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
 )
 
 
