@@ -135,14 +135,23 @@ def set_random_state(state):
 def full_precision(device):
     """Arithmetic in the tensors' own type: no autocast, on CUDA no TF32; oneDNN's setting on the
     CPU is left as it is."""
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = matmul.fp32_precision, conv.fp32_precision
-    matmul.fp32_precision = conv.fp32_precision = "ieee"
+    cudnn = torch.backends.cudnn
+    kinds = torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        matmul.fp32_precision, conv.fp32_precision = before
+        for kind, precision in zip(kinds, before):
+            kind.fp32_precision = precision
+
+
+def unwrapped(model):
+    """What DistributedDataParallel wraps, compiled or not; another model as it is."""
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    return inner.module if isinstance(inner, nn.parallel.DistributedDataParallel) else model
 
 
 @contextmanager
@@ -206,8 +215,15 @@ def check(model, x, y, eps, step_size, steps, norm, start):
             f"step_size is {step_size}; it is a length in pixels of [0, 1], at least 0, such as "
             "0.25/255"
         )
+    kind = torch.finfo(x.dtype)
+    if kind.bits == 16 and 0 < step_size < kind.eps / 2:
+        raise ValueError(
+            f"step_size is {step_size:.3g}, too small for images of {x.dtype}: attack float32"
+        )
     if steps < 0:
         raise ValueError(f"steps is {steps}; it is at least 0")
+    if start is not None and not isinstance(start, torch.Tensor):
+        raise ValueError(f"start is a {type(start).__name__}; it is a tensor like the images")
     if start is not None and (start.shape != x.shape or not start.isfinite().all()):
         raise ValueError(
             f"start is {tuple(start.shape)} for images {tuple(x.shape)}, or not finite; it is a "
@@ -280,8 +296,7 @@ def pgd(
     """
     step_size = eps / 8 if step_size is None else step_size
     check(model, x, y, eps, step_size, steps, norm, start)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    model = unwrapped(model)
     if any(module.training for module in model.modules()):
         warnings.warn(
             "the model is in training mode: it is attacked in evaluation mode and put back",
@@ -291,7 +306,7 @@ def pgd(
         x, y = x.detach().clone(), y.long().clone()
         points = x.clone()
         if start is not None:
-            points = project(start.detach(), x, eps, norm)
+            points = project(start.detach().to(x), x, eps, norm)
         elif random_start and len(x):
             points = uniform_start(x, eps, norm, generator)
         # What still moves, and where in the batch it belongs. The loss of a target descends.
@@ -391,8 +406,7 @@ def robustness(
     """
     if restarts < 1:
         raise ValueError(f"restarts is {restarts}; it is at least 1")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # its forward pass sends buffers, and processes differ in batches
+    model = unwrapped(model)  # whose forward pass sends buffers, and processes differ in batches
     device = next(model.parameters()).device
     exact = dict(dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     counts = torch.zeros(2, **exact)

@@ -161,7 +161,8 @@ LOSSES = {"softmax": train.softmax_loss, "sigmoid": train.sigmoid_loss}
 # What of its training further decides the numbers of an analysis of the loss or the weights.
 OF_TRAINING = (*"seed train_fraction hold_out micro_batch mixup cutmix decay".split(), *AUGMENTS)
 # Flags of train.py that an analysis of networks may read; of the others it says so.
-READ = {*train.OF_EVALUATION, "recipe", "train_fraction", "hold_out"}
+READ = {*train.OF_EVALUATION, "recipe"} - {"adv_eps", "eval_adv", "eval_split"}
+OF_TRAINING_IMAGES = "hessian spectrum landscape flatness ntk norms sparsity".split()
 READ_BY = {  # and these only some
     "spectrum": (*AUGMENTS, "mixup", "cutmix", "weight_decay", "label_smoothing"),
     "landscape": (*AUGMENTS, "mixup", "cutmix", "weight_decay", "decay", "micro_batch"),
@@ -174,7 +175,9 @@ def networks(checkpoints, rest, also=(), untrained=False):
     """(settings, {flag: who set it}) of each checkpoint, or of --model with --init-from or, if it
     may be untrained, without. also: the caller's own flags, for hints."""
     files = [
-        ["--init-from", f"{path}/ckpt.pt" if os.path.isdir(path) else path] for path in checkpoints
+        # one name for one file, as results have it
+        ["--init-from", os.path.normpath(f"{path}/ckpt.pt" if os.path.isdir(path) else path)]
+        for path in checkpoints
     ] or [[]]
     foreign = any(word.split("=")[0] == "--init-from" for word in rest)
     if checkpoints and foreign or not (checkpoints or foreign or untrained):
@@ -200,6 +203,9 @@ def networks(checkpoints, rest, also=(), untrained=False):
 def tell_unread(origin, what):
     """Tells which flags of train.py on the command line an analysis does not read."""
     read = READ.union(READ_BY.get(what, ()))
+    of_both = what in ("compare", "nll")
+    read |= {"train_fraction", "hold_out"} if of_both or what in OF_TRAINING_IMAGES else set()
+    read |= {"eval_split"} if of_both or what not in OF_TRAINING_IMAGES else set()
     unread = [name for name in origin if name not in read and origin[name] == "command line"]
     if unread:
         tell(f"without effect in {what}: {' '.join(map(train.flag, unread))}")
@@ -568,10 +574,13 @@ def robustness_parts(benchmark, args, classes):
     """The parts of a benchmark and what makes the data set of each: [(name, function)].
     DataError if its files are not there."""
     common = dict(data_dir=args.data_dir, image_size=args.image_size, classes=classes)
+    common |= dict(short_side=args.eval_short_side)
 
     @functools.cache
     def held_out():
-        return data.load(args.dataset, args.eval_split, short_side=args.eval_short_side, **common)
+        dataset = data.load(args.dataset, args.eval_split, **common)
+        train.check_classes(args.dataset, dataset, classes)
+        return dataset
 
     if benchmark in ("val", "pgd", "c-lite"):
         held_out()  # if it is missing, now
@@ -3513,7 +3522,8 @@ def attention_command(args, rest):
     that it was asked for."""
     need(args, indices=0, distance=0)
     results, device, named = started(args, rest, "attention")
-    indices = args.indices or ([] if args.image or args.distance else [0, 1, 2, 3])
+    default = [] if args.image or args.distance else [0, 1, 2, 3]
+    indices = args.indices or default
     files = {f"{path} ({train.on_main(lambda: fingerprint(path))})": path for path in args.image}
     sets = {
         f"{settings.dataset} {settings.eval_split} in {os.path.abspath(settings.data_dir)}"
@@ -3528,6 +3538,7 @@ def attention_command(args, rest):
     for name, settings, origin in named:
         if indices or args.distance:
             model, dataset = network_and_images(settings, origin, device)
+            indices = [i for i in indices if args.indices or i < len(dataset)]
             if max([args.distance, *(i + 1 for i in indices)]) > len(dataset):
                 raise UserError(
                     f"--indices, --distance: there are {len(dataset):,} held-out images, the first "
@@ -3546,7 +3557,8 @@ def attention_command(args, rest):
         own = {of: prepare(data.read_image(path, path, notes)) for of, path in files.items()}
         if indices:
             loader = data.loader(dataset, [[(0, i)] for i in indices])
-            own |= {f"image {i}": x[0] for i, (x, _) in zip(indices, data.batches(loader, tell))}
+            images = (x[0].cpu() for x, _ in data.batches(loader, tell))  # to be drawn
+            own |= {f"image {i}": x for i, x in zip(indices, images)}
         for note in notes:
             tell(note)
         pictures = own | pictures  # as the first network sees them
@@ -4742,7 +4754,7 @@ def datasize(args, rest):
                 micro_batch=max(m for m in range(1, largest + 1) if batch % m == 0),
                 sam_rho=rho if method in ("sam", "both") else 0,
             )
-            jobs[name] = [*(flags if kind == "supervised" else strong), *as_flags(varied)]
+            jobs[name] = [*(flags if method in ("plain", "sam") else strong), *as_flags(varied)]
             runs.append(
                 dict(
                     model=words,
@@ -5324,7 +5336,10 @@ def transfer(args, rest):
     its accuracy on the test set. The recipes are chen_to_DATASET; other data sets take that of
     Flowers. Returns the "results" that it was asked for."""
     join_processes()
-    chosen = networks(args.checkpoint, rest, own_flags("transfer"))
+    of_targets = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--data-dir", "--eval-short-side"):  # not of what the networks were trained on
+        of_targets.add_argument(flag)
+    chosen = networks(args.checkpoint, of_targets.parse_known_args(rest)[1], own_flags("transfer"))
     if "--eval-only" in rest:
         raise UserError("--eval-only: this command trains")
     refuse(("dataset", "recipe", "lr", "hold_out"), chosen[0][1], "is chosen by this command")
@@ -5448,11 +5463,13 @@ def all_command(args, rest):
         try:
             own, more = make_parser().parse_known_args(argv)
             own.function(own, more)
-        except (UserError, data.DataError) as error:
-            if dist.is_initialized() and isinstance(error, (data.DataError, train.LoneError)):
-                raise  # met by this process alone
-            answer = str(error)
-            tell(f"none      {error}")
+        except (UserError, data.DataError, MemoryError, RuntimeError) as error:
+            common = isinstance(error, UserError) and not isinstance(error, train.LoneError)
+            answer = train.want_of_memory(error) or str(error)
+            mine = not isinstance(error, (MemoryError, RuntimeError)) or train.want_of_memory(error)
+            if dist.is_initialized() and not common or not mine:
+                raise  # met by this process alone, or a defect
+            tell(f"none      {answer}")
         shown[what] = dict(
             argv=argv,
             answer=answer,

@@ -505,6 +505,7 @@ def decode(source, box=None):
         # box is kept, because a row's colours may be smoothed with those of the next, where there
         # is one.
         rows, columns = struct.unpack_from(">HH", encoded, at)
+        Image._decompression_bomb_check((columns, rows))  # of which PIL would see a part
         part = box(rows, columns)
         rows = min(rows, part[0] + part[2] + 1)
         encoded = b"".join((encoded[:at], struct.pack(">H", rows), encoded[at + 2 :]))
@@ -534,8 +535,8 @@ NO_IMAGE = (
 
 
 def read_image(source, name, notes, box=None):
-    """decode; but a truncated file is used as far as it goes, its rest blank (JPEG grey, PNG
-    black), with a line in `notes`: one bad file should not end a run of days. Raises DataError,
+    """decode; but a truncated file (no WebP) is used as far as it goes, its rest blank (JPEG grey,
+    PNG black), with a line in `notes`: one bad file should not end a run of days. Raises DataError,
     which names the file, where nothing can be decoded."""
     try:
         return decode(source, box)
@@ -1507,7 +1508,7 @@ def _cifar_c(path, severity, classes, transform):
     )
 
 
-def benchmark(name, corruption=None, severity=None, *, data_dir, image_size, classes):
+def benchmark(name, corruption=None, severity=None, *, data_dir, image_size, classes, short_side=0):
     """One condition of a published benchmark, from its files as they are distributed.
 
     name: one of BENCHMARKS: ImageNet-ReaL, -V2 (matched frequency), -R, -C, CIFAR-10-C, -100-C.
@@ -1519,8 +1520,8 @@ def benchmark(name, corruption=None, severity=None, *, data_dir, image_size, cla
     real's labels are (N, K): any of a row is right; -1 fills it up; images without a label are left
     out. So for every benchmark
         right = (prediction[:, None] == labels.view(len(labels), -1)).any(1)
-    Images are resized and cropped as in `load`; those of c, where that was done before they were
-    corrupted, only resized, unless image_size is their 224. Raises DataError.
+    Images are resized and cropped as in `load`, by short_side, too; those of c, where that was done
+    before they were corrupted, only resized, unless image_size is their 224. Raises DataError.
     """
     path = _part(name, data_dir, corruption, severity)
     _, published, layout = BENCHMARKS[name]
@@ -1538,13 +1539,20 @@ def benchmark(name, corruption=None, severity=None, *, data_dir, image_size, cla
         if name == "real":
             dataset = _real(
                 path,
-                load("imagenet", "val", data_dir=data_dir, image_size=image_size, classes=classes),
+                load(
+                    "imagenet",
+                    "val",
+                    data_dir=data_dir,
+                    image_size=image_size,
+                    classes=classes,
+                    short_side=short_side,
+                ),
             )
         elif name in ("cifar10-c", "cifar100-c"):
             dataset = _cifar_c(path, severity, classes, transforms("none", image_size, 32))
         else:
             transform = (
-                transforms("none", image_size)
+                transforms("none", image_size, short_side=short_side)
                 if name != "c"
                 else v2.Compose([v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
             )
@@ -1629,6 +1637,7 @@ class Corrupted(Dataset):
     def __init__(self, dataset, corruption, severity, seed=0):
         _check_condition(corruption, severity, C_LITE)
         super().__init__(dataset.labels, dataset.classes, None, seed)
+        self.told = dataset.told  # of its files, once for all corruptions
         self.dataset, self.corruption, self.severity = dataset, corruption, severity
         self.indices, self.restrict_logits = dataset.indices, dataset.restrict_logits
 

@@ -115,10 +115,11 @@ def no_optimizer_step(params):
 class SAM:
     """Moves a model's weights to w + ε for the length of a `with` block.
 
-    model: the object that is called: bare, compiled, or wrapped in DistributedDataParallel (best
-        with broadcast_buffers=False; static_graph=True is refused, because it counts the gradients
-        that the first pass takes around it and then lets replicas diverge). Sharded parameters are
-        refused, too.
+    model: the object that is called: bare, compiled (by CUDA graphs, mode="reduce-overhead", with
+        one loss and no keep_grads only: they reuse the memory of gradients), or wrapped in
+        DistributedDataParallel (best with broadcast_buffers=False; static_graph=True is refused,
+        because it counts the gradients that the first pass takes around it and then lets replicas
+        diverge). Sharded parameters are refused, too.
     rho: radius of the neighbourhood, ≥ 0. Paper: 0.02-0.6 (Table 9). With 0 both passes run and the
         gradient is the plain one, bit for bit.
     steps: ascent steps, ≥ 1 (the paper's §6 asks for more than one). Each adds (ρ/steps)·g/‖g‖ at
@@ -229,6 +230,8 @@ class SAM:
         grads, value = self._gradient(losses, params + inputs)
         grads, input_grads = grads[: len(params)], tuple(grads[len(params) :])
         kept = tuple(grads) if keep_grads else ()
+        if sync:  # processes may reach different parameters, but send the same
+            grads = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
         reached = [p for p, g in zip(params, grads) if g is not None]
         grads = [g for g in grads if g is not None]
         if not reached:
@@ -350,6 +353,8 @@ class LookSAM:
                 f"LookSAM: {len(grads)} gradients for {len(self.params)} parameters; give it "
                 "first.grads of perturb(…, keep_grads=True)"
             )
+        if not self.noted:  # of a step that was given up, something may be left
+            torch._foreach_zero_(self.at_w)
         self.noted = True
         known = [(to, g) for to, g in zip(self.at_w, grads) if g is not None]
         if known:

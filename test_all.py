@@ -2910,6 +2910,23 @@ def test_looksam_adds_the_orthogonal_part_of_sams_gradient_to_the_gradients_betw
         look.step(True)
     with pytest.raises(ValueError, match="0 gradients for . parameters; .* keep_grads=True"):
         look.note(())
+    look.note([torch.full_like(p, 3.0) for p in sam.params])
+    look.step(False)  # that step was given up
+    look.note([torch.full_like(p, 2.0) for p in sam.params])
+    assert {float(v) for v in flat(look.at_w)} == {2.0}
+
+
+def test_sam_of_the_whole_batch_sends_every_parameter_whichever_each_process_reaches(monkeypatch):
+    nets = nn.ModuleList([small_net(), small_net()])
+    (x, y), sent = toy_batch(), []
+    monkeypatch.setattr(
+        "sam.average", lambda grads: sent.append([len(g.flatten()) for g in grads]) or grads
+    )
+    for net in nets:
+        with SAM(nets, 0.1).perturb(loss_of(net, x, y), sync=True) as first:
+            pass
+        assert first.grad_norm > 0
+    assert sent == [[p.numel() for p in nets.parameters()]] * 2
 
 
 def test_sam_with_rho_zero_trains_as_the_plain_optimizer_bit_for_bit():
@@ -3356,6 +3373,17 @@ def test_ten_steps_of_the_default_size_cross_a_ball_of_any_radius(norm, eps):
     assert len({str(adversarial.robustness(model, batches, **kind)) for kind in kinds}) == 1
 
 
+def test_steps_that_a_type_cannot_resolve_and_starts_that_are_no_tensors_are_refused():
+    model, (x, y) = small_cnn(torch.float32), images_to_attack(dtype=torch.float32)
+    with pytest.raises(ValueError, match="step_size is 0.00098, too small for images of torch.bf"):
+        adversarial.pgd(model.bfloat16(), x.bfloat16(), y)
+    with pytest.raises(ValueError, match="start is a ndarray; it is a tensor like the images"):
+        adversarial.pgd(model, x, y, start=x.numpy())
+    model, wide = small_cnn(torch.float32), x.double()  # as a random start of other code may be
+    attacked = adversarial.pgd(model, x, y, steps=1, start=wide)
+    assert torch.equal(attacked, adversarial.pgd(model, x, y, steps=1, start=x))
+
+
 def test_helpers_of_adversarial_training_refuse_another_norm():
     x = images_to_attack()[0]
     for call in (
@@ -3449,15 +3477,15 @@ def test_an_attack_computes_no_gradient_of_parameters_and_one_pass_a_step():
 
 def test_an_attack_is_computed_in_the_images_own_precision():
     model, (x, y) = small_cnn(torch.float32), images_to_attack(dtype=torch.float32)
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    cudnn = torch.backends.cudnn
+    backends = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
     precisions = [backend.fp32_precision for backend in backends]
     seen = []
     model.register_forward_hook(
         lambda *_: seen.append(
             (
                 torch.is_autocast_enabled("cpu"),
-                torch.backends.cuda.matmul.fp32_precision,
-                torch.backends.cudnn.conv.fp32_precision,
+                *(backend.fp32_precision for backend in backends),
             )
         )
     )
@@ -3465,7 +3493,7 @@ def test_an_attack_is_computed_in_the_images_own_precision():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(adversarial.pgd(model, x, y, random_start=False), want)
         assert torch.is_autocast_enabled("cpu")
-    assert set(seen) == {(False, "ieee", "ieee")}
+    assert set(seen) == {(False, "ieee", "ieee", "ieee")}
     assert [backend.fp32_precision for backend in backends] == precisions
 
 
@@ -3618,10 +3646,11 @@ def test_robustness_of_a_network_in_ddp_sends_nothing_before_its_sums(tmp_path, 
         model, (x, y) = small_cnn(), images_to_attack(8)
         wrapped = nn.parallel.DistributedDataParallel(model)
         monkeypatch.setattr(wrapped, "forward", None)
-        bare, through = (
-            adversarial.robustness(of, [(x, y, range(8))], steps=2) for of in (model, wrapped)
+        bare, *through = (
+            adversarial.robustness(of, [(x, y, range(8))], steps=2)
+            for of in (model, wrapped, torch.compile(wrapped, backend="eager"))
         )
-        assert bare == through
+        assert through == [bare] * 2
     finally:
         dist.destroy_process_group()
 
@@ -4059,6 +4088,16 @@ def test_odd_image_files_are_read_upright_and_in_rgb(tmp_path):
     exif[0x0112] = 6
     Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60)).save(file, "PNG", exif=exif)
     assert data.decode(file.getvalue()).shape == (3, 60, 40), "of 16 bits, turned"
+
+
+def test_a_jpeg_with_too_many_pixels_is_refused_wherever_it_is_cut(monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((64, 32, 3), np.uint8)).save(file, "JPEG")
+    top = lambda height, width: (0, 0, 4, 4)
+    assert data.decode(file.getvalue(), top).shape == (3, 4, 4)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # of the 2,048
+    with pytest.raises(Image.DecompressionBombError):
+        data.decode(file.getvalue(), top)
 
 
 def test_damaged_image_folders_give_one_line_that_names_the_file(tmp_path):
@@ -6036,13 +6075,14 @@ PASSES = {  # flags: forward passes of the network that a step of 32 images take
     "--sam-rho 0.1 --sam-every 2": 4.5,
     "--sam-rho 0 --adv-eps 2/255": 5,
     "--sam-rho 0.1 --adv-eps 2/255": 6,
-    "--sam-rho 0.1 --sam-every 2 --adv-eps 2/255": 5.5,
+    "--sam-rho 0.1 --sam-every 2 --sam-reuse 0 --adv-eps 2/255": 5.5,
     "--sam-rho 0 --loss supcon --augment crop": 8,
     "--sam-rho 0.1 --loss supcon --augment crop": 16,
     # Of the head alone a gradient costs nothing; δ's goes back to the images.
     "--sam-rho 0.1 --train-only head --init-from FILE": 2,
     "--sam-rho 0.1 --train-only head --init-from FILE --adv-eps 2/255": 3,
-    "--sam-rho 0.1 --train-only head --init-from FILE --adv-eps 2/255 --sam-every 2": 3,
+    "--sam-rho 0.1 --train-only head --init-from FILE --adv-eps 2/255 --sam-every 2 "
+    "--sam-reuse 0": 3,
 }
 
 
@@ -6328,6 +6368,40 @@ def test_a_recipe_takes_three_steps_on_data_in_the_published_format(
         assert train.main(again) == 0, "a fine-tuned network is evaluated like any other"
 
 
+def test_mixed_images_are_not_of_the_same_class_where_files_are_sorted(tmp_path, monkeypatch):
+    write_image_folder(tmp_path / "images", train=12, val=4)
+    settings = f"--dataset folder --data-dir {tmp_path / 'images'} --epochs 1 --batch-size 4"
+    evaluate, seen = train.evaluate, []
+
+    def listen(model, loader, *args, mix=None, **more):
+        def of_labels(number, x, y):
+            seen.append(y)
+            return mix(number, x, y)
+
+        return evaluate(model, loader, *args, mix=mix and of_labels, **more)
+
+    monkeypatch.setattr(train, "evaluate", listen)
+    flags = "--micro-batch 4 --image-size 16 --mixup 0.5 --augment crop --workers 0 --max-steps 1"
+    train_ok(tiny(tmp_path / "run", flags, dataset=settings))
+    labels = torch.cat(seen)
+    assert labels.bincount().tolist() == [4, 4, 4][: len(labels.unique())], "each once"
+    assert sum(len(y.unique()) > 1 for y in seen) > 1, seen
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_run_goes_on_in_another_layout_of_memory_and_by_other_kernels(tmp_path, optimizer):
+    flags = f"--stem conv --dtype float64 --optimizer {optimizer} --max-steps"
+    whole = train_ok(tiny(tmp_path / "whole", flags, 8))
+    train_ok(tiny(tmp_path / "cut", flags, 4, "--channels-last"))
+    path = tmp_path / "cut/ckpt.pt"
+    state = torch.load(path, weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = False  # as on a device without
+    torch.save(state, path)
+    again = train_ok(tiny(tmp_path / "cut", flags, 8, "--no-channels-last --resume"))
+    assert largest_difference(whole["model"], again["model"]) < 1e-9
+
+
 def test_a_file_is_on_the_disk_whole_before_it_takes_its_name(tmp_path, monkeypatch):
     path, flushed = tmp_path / "ckpt.pt", []
     path.write_bytes(b"before")
@@ -6495,6 +6569,7 @@ def test_mistakes_on_the_command_line_get_one_line_that_helps(capsys, tmp_path, 
         (["--sam-rho", "paper"], "Table 9 has no row for vit_micro8"),
         (["--sam-rho", "0", "--sam-every", "2"], "--sam-every is a way of SAM: add --sam-rho"),
         (["--sam-every", "0"], "--sam-every is 0; it must be at least 1"),
+        (["--sam-every", "2", "--adv-eps", "0.01"], "images trained on: add --sam-reuse 0"),
         (["--sam-reuse", "0.5"], "--sam-reuse is for the steps between SAM's: add --sam-every"),
         (["--sam-scope", "nrom"], "--sam-scope nrom: no trained parameter's name matches"),
         (["--sam-scope", "blocks.["], "--sam-scope blocks.[: unterminated character set"),
@@ -8324,7 +8399,8 @@ def unwatched(function):
     [
         "--model vit_micro8 --sam-rho 0",
         "--model vit_micro8 --sam-rho 0.1 --stem conv --dropout 0.1 --drop-path 0.1 --grad-clip 1 "
-        "--ema-decay 0.9 --mixup 0.5 --cutmix 1 --adv-eps 2/255 --sam-every 2",
+        "--ema-decay 0.9 --mixup 0.5 --cutmix 1 --sam-every 2",
+        "--model vit_micro8 --sam-rho 0.1 --adv-eps 2/255 --sam-every 2 --sam-reuse 0",
         "--model resnet18 --width 8 --sam-rho 0.1 --sam-sync --optimizer sgd",
         "--model vit_micro8 --sam-rho 0.1 --loss supcon --augment crop --sam-adaptive "
         "--sam-scope norm",
@@ -8675,7 +8751,7 @@ def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one_bit_for_bit
     write_image_folder(tmp_path / "images", train=32, val=8)
     settings = (
         f"--data-dir {tmp_path / 'images'} --stem conv --dropout 0.1 --drop-path 0.1 "
-        "--adv-eps 2/255 --mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 "
+        "--mixup 0.5 --ema-decay 0.95 --sam-rho 0.1 --image-size 16 "
         "--workers 1 --seed 3 --eval-every 12 --save-every 5 --keep-epochs warmup 20 "
         "--sam-every 3 --sam-scope 'norm|mlp'"
     )
@@ -13017,6 +13093,12 @@ def test_the_smaller_training_sets_are_those_of_the_papers_recipes(capsys):
         where, *published = train.PUBLISHED[recipe]
         if part != "1":
             assert analyze.CHEN_4[model][method][list(parts).index(part)] == published[rho != "0"]
+    attacked = [*argv, "--models", "vit_b16", "--adv-eps", "2/255", "--fractions", "1"]
+    assert analyze.main(attacked) == 0
+    for line in capsys.readouterr().out.splitlines():
+        args = train.settings(shlex.split(line)[2:])[0]
+        strong = "augmented" in args.out_dir or "both" in args.out_dir
+        assert (args.mixup, args.adv_eps) == (0.5 * strong, 2 / 255), line
 
 
 def test_micro_batches_of_smaller_training_sets_divide_the_batch_and_hold_outs_count(
@@ -13379,6 +13461,39 @@ def test_a_start_outside_the_ball_is_projected_before_the_first_pass():
     y = torch.zeros(2).long()
     adversarial.pgd(Listening().eval(), x, y, 0.1, 0.02, 1, start=x + 3)
     assert torch.allclose(seen[0], x + 0.1)
+
+
+def test_targets_of_transfer_lie_where_data_dir_says_whatever_the_network_learnt(
+    tmp_path, capsys, received, small_shapes
+):
+    train_ok(tiny(tmp_path / "run", "--max-steps 1 --train-fraction 1"))
+    ended = dict(top1=50.0, nll=1.0, diverged=False)
+    trainings = received(analyze, "conduct", lambda of: {name: dict(ended) for name in of["jobs"]})
+    argv = ["transfer", "--checkpoint", f"{tmp_path}/run/", "--datasets", "pets", "--device", "cpu"]
+    assert analyze.main([*argv, "--data-dir", str(tmp_path / "pets"), "--workers", "0"]) == 0
+    flags = [dict(zip(words, [*words[1:], ""])) for words in trainings[0]["jobs"].values()]
+    assert {of["--data-dir"] for of in flags} == {str(tmp_path / "pets")}
+    assert {of["--init-from"] for of in flags} == {f"{tmp_path}/run/ckpt.pt"}, "no run//ckpt.pt"
+
+
+def test_a_network_is_not_measured_on_other_classes_and_idle_flags_are_told(
+    tmp_path, capsys, monkeypatch, small_shapes
+):
+    train_ok(tiny(tmp_path / "run", "--max-steps 1 --train-fraction 1"))
+    others = data.InMemory(torch.zeros(9, 3, 32, 32).byte(), torch.arange(9), list("abcdefghij"))
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "load", lambda *_, **__: others)
+        argv = ["robustness", "--benchmarks", "val", "--checkpoint", tmp_path / "run"]
+        line = analyze_refusal(capsys, *argv, "--dataset", "cifar10", "--device", "cpu")
+        assert "cifar10 has 10 classes from a, the network was trained on 12 from disc" in line
+    common = ["--checkpoint", str(tmp_path / "run"), "--device", "cpu", "--workers", "0"]
+    for argv, idle in (
+        (["norms", "--images", "12", "--eval-split", "test"], "norms: --eval-split"),
+        (["lesion", "--images", "12", "--hold-out", "1/5"], "lesion: --hold-out"),
+        (["robustness", "--benchmarks", "val", "--adv-eps", "4/255"], "robustness: --adv-eps"),
+    ):
+        assert analyze.main([*argv, *common]) == 0
+        assert f"without effect in {idle}\n" in capsys.readouterr().out, argv
 
 
 def test_transfer_takes_each_data_sets_recipe_and_held_out_part(analyzed, received):

@@ -1270,6 +1270,11 @@ def check(args, origin):
             f"{flag(name)} is a way of SAM: add --sam-rho",
         )
     refuse(
+        args.sam_every > 1 and args.sam_reuse and args.adv_eps,
+        "--sam-every reuses what SAM adds to the gradient at w, which with --adv-eps is not that "
+        "of the images trained on: add --sam-reuse 0",
+    )
+    refuse(
         args.sam_every == 1 and origin["sam_reuse"] == "command line",
         "--sam-reuse is for the steps between SAM's: add --sam-every above 1",
     )
@@ -2500,6 +2505,8 @@ class RunFolder:
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save makes the latter of the former
+            if str(error).startswith("DataLoader worker"):
+                raise  # it died meanwhile
             why = getattr(error, "strerror", None) or "the disk may be full"
             raise WriteError(f"{self.path / name} cannot be written: {why}; {left}") from None
 
@@ -2609,6 +2616,15 @@ def start_processes(device, timeout=timedelta(minutes=30), may_share=False):
     return device, world, on_machine
 
 
+def check_classes(name, dataset, wanted):
+    """UserError unless a data set's classes are those of a network."""
+    if list(wanted) != list(dataset.classes):
+        raise UserError(
+            f"{name} has {len(dataset.classes):,} classes from {dataset.classes[0]}, the network "
+            f"was trained on {len(wanted):,} from {wanted[0]}: name its --dataset"
+        )
+
+
 def load_split(args, split, device, tell, **more):
     """A split of --dataset, its images on the device if they can live there. classes: those of the
     network or of the training images, which it has to have."""
@@ -2626,12 +2642,7 @@ def load_split(args, split, device, tell, **more):
     except data.DataError as error:
         hint = "" if args.dataset == "shapes" else "; --dataset shapes needs no files"
         raise UserError(f"{error}{hint}") from None
-    wanted = list(more.get("classes") or dataset.classes)
-    if wanted != list(dataset.classes):
-        raise UserError(
-            f"{args.dataset} has {len(dataset.classes):,} classes from {dataset.classes[0]}, the "
-            f"network was trained on {len(wanted):,} from {wanted[0]}: name its --dataset"
-        )
+    check_classes(args.dataset, dataset, more.get("classes") or dataset.classes)
     if dataset.notice:
         tell(dataset.notice)
     return dataset.to(device)
@@ -2847,6 +2858,19 @@ def autocast_of(args, device):
     """The context of a forward pass in --dtype."""
     half = args.dtype in ("bfloat16", "float16")
     return torch.autocast(device.type, getattr(torch, args.dtype)) if half else nullcontext()
+
+
+def load_optimizer(optimizer, state):
+    """Its state, of a run that may have computed on another device: in the layout of the parameters
+    here, which fused kernels suppose, and by the kernels that are here."""
+    for group in state["param_groups"]:
+        if "fused" in group:
+            group["fused"] = optimizer.defaults["fused"]
+    optimizer.load_state_dict(state)
+    for p, of in optimizer.state.items():
+        for name, value in of.items():
+            if isinstance(value, torch.Tensor) and value.shape == p.shape and p.ndim:
+                of[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def seed_draws(seed, device):
@@ -3153,10 +3177,11 @@ def run(args, origin):
         print_table(tell, state["final"])
         return 0
     if state is not None:
-        for name, part in (networks | dict(optimizer=optimizer, scaler=scaler, look=look)).items():
-            if part is not None:
-                with as_user_error(f"{args.out_dir}/ckpt.pt does not fit this run"):
+        with as_user_error(f"{args.out_dir}/ckpt.pt does not fit this run"):
+            for name, part in (networks | dict(scaler=scaler, look=look)).items():
+                if part is not None:
                     part.load_state_dict(state[name])
+            load_optimizer(optimizer, state["optimizer"])
         step, evaluated, best = state["step"], state["evaluated"], state["best"]
         saved = step
         own = len(state["windows"]) == world  # else the mean over the processes that there were
@@ -3447,6 +3472,9 @@ def run(args, origin):
     if augments(args):
         final["training, augmented"] = measured("training, augmented", augmented_sample)
     if args.mixup or args.cutmix:
+        # files are in the order of their classes: like would be mixed with like
+        draws = torch.Generator().manual_seed(data.key(args.seed, 3))
+        augmented_sample.restrict(torch.randperm(len(augmented_sample), generator=draws))
         final["training, mixed"] = measured("training, mixed", augmented_sample, mix=mix)
     final["validation"] = result or measured("validation", val_set, attack=True)
     log(final=final, images_per_second=speed)
