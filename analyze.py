@@ -203,9 +203,10 @@ def networks(checkpoints, rest, also=(), untrained=False):
 def tell_unread(origin, what):
     """Tells which flags of train.py on the command line an analysis does not read."""
     read = READ.union(READ_BY.get(what, ()))
-    of_both = what in ("compare", "nll")
-    read |= {"train_fraction", "hold_out"} if of_both or what in OF_TRAINING_IMAGES else set()
-    read |= {"eval_split"} if of_both or what not in OF_TRAINING_IMAGES else set()
+    if what in OF_TRAINING_IMAGES or what in ("compare", "nll"):
+        read |= {"train_fraction", "hold_out"}
+    if what not in OF_TRAINING_IMAGES:
+        read |= {"eval_split"}
     unread = [name for name in origin if name not in read and origin[name] == "command line"]
     if unread:
         tell(f"without effect in {what}: {' '.join(map(train.flag, unread))}")
@@ -5464,11 +5465,12 @@ def all_command(args, rest):
             own, more = make_parser().parse_known_args(argv)
             own.function(own, more)
         except (UserError, data.DataError, MemoryError, RuntimeError) as error:
-            common = isinstance(error, UserError) and not isinstance(error, train.LoneError)
-            answer = train.want_of_memory(error) or str(error)
-            mine = not isinstance(error, (MemoryError, RuntimeError)) or train.want_of_memory(error)
-            if dist.is_initialized() and not common or not mine:
-                raise  # met by this process alone, or a defect
+            memory = train.want_of_memory(error)
+            known = memory or isinstance(error, (UserError, data.DataError))
+            lone = memory or isinstance(error, (data.DataError, train.LoneError))
+            if not known or lone and dist.is_initialized():
+                raise  # a defect, or met by this process alone
+            answer = memory or str(error)
             tell(f"none      {answer}")
         shown[what] = dict(
             argv=argv,

@@ -505,7 +505,8 @@ def decode(source, box=None):
         # box is kept, because a row's colours may be smoothed with those of the next, where there
         # is one.
         rows, columns = struct.unpack_from(">HH", encoded, at)
-        Image._decompression_bomb_check((columns, rows))  # of which PIL would see a part
+        if Image.MAX_IMAGE_PIXELS and rows * columns > 2 * Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError  # as PIL, which would see a part of them
         part = box(rows, columns)
         rows = min(rows, part[0] + part[2] + 1)
         encoded = b"".join((encoded[:at], struct.pack(">H", rows), encoded[at + 2 :]))

@@ -13649,6 +13649,14 @@ def test_all_makes_what_a_network_allows_and_a_page_that_says_why_not_the_rest(
         own = analyze.make_parser().parse_args([*argv_of_all(run, other), "--figures", "norms"])
         with pytest.raises(train.LoneError):  # the others are well, and in the middle of it
             own.function(own, [])
+
+    def norms_command(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 3.00 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(analyze, "norms_command", norms_command)
+        line = analyze_refusal(capsys, *argv_of_all(run, other), "--figures", "norms")
+    assert "memory is short of 3.00 GiB" in (other / "index.html").read_text(), line
     for words, answer in (
         ("--figures norm", "invalid choice: 'norm'"),
         ("--points many", "invalid int value: 'many'"),
