@@ -4600,9 +4600,16 @@ def conduct(what, jobs, folder):
     todo = [name for name in chosen if ended[name] is None]
     tell(f"{what}: {len(jobs)} trainings, {len(jobs) - len(todo)} done before")
 
+    costs = {}  # of each network, once
+
     def length(name):
         args = chosen[name]
-        return args.epochs * float(Fraction(args.train_fraction)) * train.forward_passes(args)
+        network = repr((args.model, args.dataset, args.image_size, train.knobs(args)))
+        if network not in costs:
+            costs[network] = train.complexity_of(args)["macs"]
+        images = args.epochs * float(Fraction(args.train_fraction)) or args.max_steps
+        cost = images * train.forward_passes(args) * costs[network]
+        return 0 if math.isnan(cost) else cost
 
     todo.sort(key=length, reverse=True)
     own, failure = todo[train.rank() :: int(os.environ.get("WORLD_SIZE", 1))], None
