@@ -4942,6 +4942,14 @@ def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
         assert data.conditions(name, root) == [(None, None)]
         return data.benchmark(name, data_dir=root, image_size=16, classes=classes)
 
+    def short_sides(name):
+        """What `transforms` is asked for where images are to have a short side of 20."""
+        asked = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(data, "transforms", lambda *args, **more: asked.extend(more.values()))
+            data.benchmark(name, data_dir=root, image_size=16, classes=wnids, short_side=20)
+        return asked
+
     for name in ("v2", "r", "real"):
         with pytest.raises(
             data.DataError,
@@ -4978,6 +4986,7 @@ def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
     (tmp_path / "imagenet-r/README.txt").write_text("as in the archive")
     dataset = read("r")
     assert dataset.restrict_logits.tolist() == list(range(0, 1000, 5))
+    assert 20 in short_sides("r")
     assert all(grey == label // 5 for grey, label in greys(dataset))
     shutil.rmtree(tmp_path / "imagenet-r" / wnids[0])
     with pytest.raises(data.DataError, match="imagenet-r has 199 class folders; expected: 200"):
@@ -4990,6 +4999,7 @@ def test_imagenet_v2_r_and_real_have_their_publishers_labels(tmp_path):
         write_grey(root / "val" / wnids[c] / f"ILSVRC2012_val_{number:08d}.JPEG", number)
     dataset = read("real")
     assert greys(dataset) == [(3, [7, 2, 9]), (4, [0, -1, -1]), (2, [5, -1, -1])], greys(dataset)
+    assert 20 in short_sides("real")
     for damage in (
         "[",
         "[[1], 2, 3, 4, 5]",
